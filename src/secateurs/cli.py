@@ -1,0 +1,280 @@
+"""The command line: typer over Plan and the stages. Parsing, progress and printing; no logic.
+
+Exit codes: 0 done; 1 it cannot be done; 2 the request cannot be read; 3 a gate was missed; 4 layers were skipped.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from secateurs.errors import SecateursError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prunes neural networks to the sparsity that their hardware can cash in, and proves it.",
+)
+lab_app = typer.Typer(no_args_is_help=True, help="Small experiments on one layer, reproduced to the digit.")
+app.add_typer(lab_app, name="lab")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _console() -> Console:
+    # a table folded at 80 columns is unreadable in a log file
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Any]:
+    """A progress callback: one bar with ETA per label, on standard error."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not show, transient=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield progress
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub id.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json; options given beside it win.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC. [unstructured]")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros. [0.5, or what N:M implies]")] = None,
+    method: Annotated[str | None, typer.Option(help="See `secateurs methods`. [sparsegpt+refit]")] = None,
+    scope: Annotated[str | None, typer.Option(help="Equal counts per row, layer or global. [the method's]")] = None,
+    min_sparsity: Annotated[float | None, typer.Option(help="Least of any layer, with --scope global. [0]")] = None,
+    max_sparsity: Annotated[float | None, typer.Option(help="Most of any layer, with --scope global. [1]")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="pydoc, FILE.txt, FILE.jsonl[:FIELD[+FIELD]], hub:NAME or self. [pydoc]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows. [128]")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens a calibration window. [2048, or the model's limit]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Orders the calibration text. [0]")] = None,
+    propagate: Annotated[str | None, typer.Option(help="Blocks see inputs of pruned or dense ones. [pruned]")] = None,
+    damping: Annotated[float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. [0.01]")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Glob of layer names to leave dense; repeat it.")] = None,
+    allow_skips: Annotated[
+        bool | None, typer.Option("--allow-skips", help="Layers that cannot are no failure.")
+    ] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9; repeat it.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="Like --calibration. [pydoc, its held-out part]")] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="Evaluation windows; 0 for none. [24]")] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window. [2048]")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
+    tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a language model in one shot, check it, measure it against the dense one, write a run directory."""
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("out", "plan", "as_json", "quiet")}
+    from secateurs.errors import PlanError
+    from secateurs.plan import Plan
+    from secateurs.prune import Run, failure
+    from secateurs.summary import print_report
+
+    base = Plan.read(plan).as_dict() if plan else {}
+    if plan and given.get("pattern"):
+        # resolved for the old pattern
+        base.pop("sparsity"), base.pop("scope")
+    chosen = Plan.from_dict({**base, **given})
+    if not chosen.model:
+        raise PlanError("no model: give a folder or hub id, or a --plan that names one")
+    if out is None:
+        raise PlanError("no place for the result: give --out DIR")
+    with _progress(not quiet and not as_json) as progress:
+        report = Run(chosen, out.expanduser(), progress).complete()
+    if as_json:
+        _print_json(report.as_dict())
+    elif not quiet:
+        print_report(report, _console(), str(out))
+    failed = failure(report)
+    if failed:
+        raise failed
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run directory, a model folder or a hub id.")],
+    text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    windows: Annotated[int, typer.Option(help="At most this many windows.")] = 24,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window. [2048, or the model's limit]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
+    tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run directory against its dense model, or one model alone."""
+    from secateurs.checkpoint import Checkpoint
+    from secateurs.errors import CalibrationError, PlanError, QualityGateError
+    from secateurs.evaluate import Gate, run_tasks
+    from secateurs.plan import Plan
+    from secateurs.prune import quality
+    from secateurs.summary import print_quality, print_tasks
+
+    try:
+        gates = [Gate.parse(g) for g in gate or ()]
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    if windows < 1:
+        raise PlanError(f"windows {windows} is too small; give 1 or more")
+    folder = Path(target).expanduser()
+    if (folder / "plan.json").is_file():
+        models = {"dense": Checkpoint(Plan.read(folder / "plan.json").model), "pruned": Checkpoint(folder / "model")}
+    else:
+        models = {"dense": Checkpoint(target)}
+    with _progress(not quiet and not as_json) as progress:
+        found = quality(models["dense"], models.get("pruned"), text, windows, seqlen, seed, progress)
+    if found is None:
+        raise CalibrationError(f"{target} predicts no next token, so it has no perplexity")
+    result: dict[str, Any] = {"evaluation": found[1].facts(), "quality": found[0].as_dict()}
+    if tasks:
+        result["tasks"] = {name: run_tasks(c.folder, tasks, tasks_path) for name, c in models.items()}
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        console = _console()
+        print_quality(result["quality"], result["evaluation"], console)
+        if tasks:
+            print_tasks(result["tasks"], console)
+    missed = [words for g in gates if (words := g.missed(found[0]))]
+    if missed:
+        raise QualityGateError("; ".join(missed))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A finished run directory.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Re-read a run directory from disk and check everything that its report claims."""
+    from secateurs.verify import verify as check
+
+    with _progress(not quiet and not as_json) as progress:
+        report = check(folder, progress)
+    totals = report.totals
+    if as_json:
+        _print_json({"verified": True, "shards": len(report.shards), "totals": totals, "warnings": report.warnings})
+    elif not quiet:
+        console = _console()
+        console.print(
+            f"[green]{folder} holds what its report says[/]: {len(report.shards)} shards, {totals['layers_pruned']} pruned "
+            f"layers of pattern {report.plan['pattern']} with {totals['sparsity']:.2%} zeros; all else equals the dense model."
+        )
+        for warning in report.warnings:
+            console.print(f"[yellow]Warning:[/] {warning}.")
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A run directory, a model folder or a hub id.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a model: per layer shape, zeros, N:M patterns that hold, bytes as stored."""
+    from secateurs.inspection import inspect as look
+    from secateurs.summary import print_facts
+
+    with _progress(not quiet and not as_json) as progress:
+        facts = look(target, progress)
+    if as_json:
+        _print_json(dataclasses.asdict(facts))
+    elif not quiet:
+        print_facts(facts, _console())
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List methods, patterns, allocations and model families, a line each."""
+    from secateurs import summary
+
+    _print_json(summary.methods_as_dict()) if as_json else summary.print_methods(_console())
+
+
+@lab_app.command("magnitude")
+def lab_magnitude(as_json: Json = False) -> None:
+    """Magnitude pruning at 25, 50, 75, 90% and 2:4 on the textbook's seeded layer."""
+    from secateurs import lab
+    from secateurs.summary import print_magnitude
+
+    rows = lab.magnitude()
+    _print_json([dataclasses.asdict(r) for r in rows]) if as_json else print_magnitude(rows, _console())
+
+
+@lab_app.command("iterative")
+def lab_iterative(
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of pruning and refit.")] = 5, as_json: Json = False
+) -> None:
+    """One-shot against iterative pruning with least-squares refit at 75%: which wins, and why."""
+    from secateurs import lab
+    from secateurs.summary import print_iterative
+
+    rows = lab.iterative(rounds)
+    _print_json([dataclasses.asdict(r) for r in rows]) if as_json else print_iterative(rows, _console())
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+) -> None:
+    context.obj = debug
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; every error is one sentence on standard error and a non-zero exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, prog_name="secateurs")
+    except SecateursError as error:
+        if "--debug" in arguments:
+            raise
+        _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted; what was finished is kept, rerun the same command to go on", 130)
+    except MemoryError:
+        _complain("out of memory; lower --seqlen, or use a machine with more", 1)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _complain(f"the system refused{where}: {error.strerror or error}; nothing that was finished is lost", 1)
+
+
+def _complain(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}", highlight=False)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What can go wrong, as a tree; each class says whose fault it is and which exit code the command line gives it.
+
+    SecateursError (1)
+    ├── PlanError (2)           the request itself: a pattern, gate or option that cannot be read
+    ├── CalibrationError (1)    the text: missing, too short, not readable
+    ├── CheckpointError (1)     the model's files: missing, truncated, not finite, of an unknown family
+    ├── OutputError (1)         the run directory: not ours, not empty, not writable, full
+    ├── LayerError (1)          one layer's numbers: not finite, a Gram matrix that does not factor
+    ├── VerifyError (1)         the result on disk is not what the report says
+    ├── QualityGateError (3)    a floor was missed; the results are kept
+    └── SkippedLayersError (4)  layers could not take the pattern and --allow-skips was not given; the results are kept
+
+Inner functions raise ValueError with the numbers; the stage that called them adds the layer's name.
+"""
+
+
+class SecateursError(Exception):
+    """Anything a user can be told in one sentence."""
+
+    exit_code = 1
+
+
+class PlanError(SecateursError):
+    """The request cannot be read or contradicts itself."""
+
+    exit_code = 2
+
+
+class CalibrationError(SecateursError):
+    """The calibration or evaluation text cannot be used."""
+
+
+class CheckpointError(SecateursError):
+    """The model's files cannot be used."""
+
+
+class OutputError(SecateursError):
+    """The run directory cannot be written."""
+
+
+class LayerError(SecateursError):
+    """One layer's numbers cannot be used."""
+
+
+class VerifyError(SecateursError):
+    """The files on disk are not what the report says."""
+
+
+class QualityGateError(SecateursError):
+    """A quality floor was missed."""
+
+    exit_code = 3
+
+
+class SkippedLayersError(SecateursError):
+    """Layers were left dense because they cannot take the pattern."""
+
+    exit_code = 4

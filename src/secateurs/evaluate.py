@@ -1,0 +1,229 @@
+"""What pruning cost: perplexity, KL and top-1 agreement with the dense model on the same tokens, each with n and an
+interval; and the gate that a result must pass.
+
+Windows are not overlapping, so the stride is the window. Position 0 of a window predicts nothing. Both models run in
+their own dtype; logits are compared in fp32. V vocabulary, S positions.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateurs.errors import CalibrationError
+from secateurs.walk import Batch, InMemory, Loader, leave, stream
+
+_RESAMPLES = 10_000
+# logits compared at a time, as fp32; more fall out of the cache and take three times as long
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% bootstrap interval over n windows."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the predicted tokens of one window. kl, agree: None for the dense model alone."""
+
+    tokens: int
+    nll_dense: float
+    nll: float | None = None
+    kl: float | None = None
+    agree: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Dense and pruned on the same windows. ppl_ratio is paired: both perplexities from the same resamples."""
+
+    windows: int
+    tokens: int
+    ppl_dense: Estimate
+    ppl: Estimate | None = None
+    ppl_ratio: Estimate | None = None
+    kl: Estimate | None = None
+    agree: Estimate | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def measure(
+    dense: tuple[nn.Module, Loader],
+    pruned: tuple[nn.Module, Loader] | None,
+    windows: Tensor,
+    done: Sequence[Window] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> list[Window]:
+    """Run windows [N, S] through one or two models, block by block in step, and compare their logits.
+
+    Memory holds one block of each model, the hidden states of all windows and the logits of one. done: windows that
+    were measured before, which come first and are not measured again. One tick a window, block and model, and one a
+    window at the end. Raises CalibrationError if the model gives no logits.
+    """
+    todo = [{"input_ids": ids[None]} for ids in windows[len(done) :]]
+    models = [dense] if pruned is None else [dense, pruned]
+    stores = [InMemory() for _ in models]
+    walks = [
+        stream(model, todo, loader, held, keep_last=True, tick=tick)
+        for (model, loader), held in zip(models, stores, strict=True)
+    ]
+    last = 0
+    for steps in zip(*walks, strict=True):
+        last = steps[0].index + 1
+    results = list(done)
+    for i, batch in enumerate(todo):
+        logits = []
+        for (model, loader), held in zip(models, stores, strict=True):
+            output = leave(model, loader, held.read(last, i), batch)
+            if getattr(output, "logits", None) is None:
+                raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
+            logits.append(output.logits[0])
+        results.append(_compare(batch, logits))
+        tick()
+    for model, loader in models:
+        loader.release(model)
+    return results
+
+
+def _compare(batch: Batch, logits: list[Tensor]) -> Window:
+    labels = batch["input_ids"][0, 1:]
+    sums = torch.zeros(4, dtype=torch.float64)
+    rows = max(1, _CHUNK // logits[0].shape[-1])
+    for start in range(0, len(labels), rows):
+        part = slice(start, min(start + rows, len(labels)))
+        wanted = labels[part, None]
+        dense_SV = logits[0][part].float().log_softmax(-1)
+        sums[0] -= dense_SV.gather(1, wanted).double().sum().item()
+        if len(logits) == 1:
+            continue
+        pruned_SV = logits[1][part].float().log_softmax(-1)
+        sums[1] -= pruned_SV.gather(1, wanted).double().sum().item()
+        sums[3] += (dense_SV.argmax(-1) == pruned_SV.argmax(-1)).sum().item()
+        chance_SV = dense_SV.exp()
+        sums[2] += dense_SV.sub_(pruned_SV).mul_(chance_SV).sum().item()
+    nll_dense, nll, kl, agree = sums.tolist()
+    if len(logits) == 1:
+        return Window(len(labels), nll_dense)
+    return Window(len(labels), nll_dense, nll, kl, agree)
+
+
+def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
+    """Means over tokens, intervals from 10,000 resamples of whole windows (tokens inside one are not independent)."""
+    n = len(windows)
+    pick = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
+    tokens = np.array([w.tokens for w in windows], dtype=np.float64)
+
+    def mean(name: str) -> tuple[float, Any]:
+        values = np.array([getattr(w, name) for w in windows], dtype=np.float64)
+        return float(values.sum() / tokens.sum()), values[pick].sum(1) / tokens[pick].sum(1)
+
+    def estimate(value: float, samples: Any) -> Estimate:
+        low, high = np.quantile(samples, [0.025, 0.975])
+        return Estimate(value, float(low), float(high), n)
+
+    dense, dense_samples = mean("nll_dense")
+    ppl_dense = estimate(float(np.exp(dense)), np.exp(dense_samples))
+    total = int(tokens.sum())
+    if windows[0].nll is None:
+        return Quality(n, total, ppl_dense)
+    nll, samples = mean("nll")
+    return Quality(
+        n,
+        total,
+        ppl_dense,
+        estimate(float(np.exp(nll)), np.exp(samples)),
+        estimate(float(np.exp(nll - dense)), np.exp(samples - dense_samples)),
+        estimate(*mean("kl")),
+        estimate(*mean("agree")),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the gate
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One floor: 'ppl<=+5%' (relative to dense), 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9'."""
+
+    text: str
+    metric: str
+    limit: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Raises ValueError naming what was written and what may be."""
+        found = re.fullmatch(r"\s*(ppl|kl|agree)\s*(<=|>=)\s*(\+?)(\d+(?:\.\d+)?)(%?)\s*", text)
+        if found:
+            metric, sign, plus, number, percent = found.groups()
+            relative = bool(plus or percent)
+            right_way = sign == (">=" if metric == "agree" else "<=")
+            if right_way and (not relative or (metric == "ppl" and plus and percent)):
+                return cls(text.strip(), metric, float(number), relative)
+        raise ValueError(f"cannot read gate '{text}'; write 'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1' or 'agree>=0.9'")
+
+    def missed(self, quality: Quality) -> str | None:
+        """None if the floor holds, else by how much it was missed."""
+        estimate = getattr(quality, self.metric)
+        if estimate is None:
+            return f"gate {self.text}: {self.metric} was not measured"
+        limit = quality.ppl_dense.value * (1 + self.limit / 100) if self.relative else self.limit
+        value = estimate.value
+        holds = value >= limit if self.metric == "agree" else value <= limit
+        if holds:
+            return None
+        return (
+            f"gate {self.text} missed: {self.metric} is {estimate}, the limit is {limit:.4g}, "
+            f"off by {abs(value - limit):.4g} ({abs(value / limit - 1):.1%})"
+            if limit
+            else f"gate {self.text} missed: {self.metric} is {estimate}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit: int | None = None) -> dict[str, Any]:
+    """lm-eval tasks on a model folder: {task: {metric: value, metric_stderr: value}}. Loads the whole model.
+
+    tasks_path: a folder of YAML task files (and the JSONL they name). Raises CalibrationError without lm-eval, or
+    for a task that it does not know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise CalibrationError("tasks need the library lm-eval; pip install 'secateurs[tasks]'") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        where = tasks_path or "lm-eval"
+        raise CalibrationError(f"no task '{unknown[0]}' in {where}; it has {', '.join(sorted(manager.all_tasks)[:12])}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    found = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000)
+    out: dict[str, Any] = {}
+    for task, row in found["results"].items():
+        out[task] = {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, (int, float))}
+    return out

@@ -1,0 +1,55 @@
+"""Writing files so that a kill or a full disk never leaves half of one: temp file, fsync, rename."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateurs.errors import OutputError
+
+
+def replace(file: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `file`, flush it to the disk and give it its name.
+
+    Raises OutputError naming the file and the system's reason; what was there before is still there.
+    """
+    temporary = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    # safetensors reports a full disk as its own exception type
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
+
+
+def write_json(file: Path, data: Any) -> None:
+    """JSON, two spaces, keys in the order given; NaN and infinity are refused (ValueError would hide a bad number)."""
+    replace(file, lambda part: _write_text(part, json.dumps(data, indent=2, allow_nan=False) + "\n"))
+
+
+def write_text(file: Path, text: str) -> None:
+    replace(file, lambda part: _write_text(part, text))
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace(file, lambda part: save_file(held, part, metadata={"format": "pt"}))
+
+
+def _write_text(part: Path, text: str) -> None:
+    part.write_text(text, encoding="utf-8")

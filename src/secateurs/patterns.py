@@ -1,0 +1,201 @@
+"""Which weights may stay: (score_OI, sparsity) -> keep-mask. Knows nothing of where scores come from.
+
+O outputs (rows), I inputs (columns). `sparsity` is the fraction of zeros. Kept counts are exact and ties go to
+the lower index, so a mask depends on the scores alone. A new pattern is a dataclass here and a line in parse().
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# an unstructured or block mask is decided for about this many inputs at a time by solvers that go left to right:
+# on the anchor layer 32 to 64 gives the lowest error, 128 costs 1%, 512 costs 6% (docs/log.md)
+MASK_BLOCK = 64
+
+
+def count_zeros(numel: int, sparsity: float) -> int:
+    """How many of `numel` weights are zero at this sparsity: numel * sparsity, rounded half to even."""
+    return round(numel * sparsity)
+
+
+def top(score: Tensor, kept: int) -> Tensor:
+    """Keep exactly `kept` of the last axis, the highest scores; equal scores keep the lower index.
+
+    score: [..., N], finite or infinite, NaN raises ValueError. Returns bool [..., N].
+    """
+    if score.isnan().any():
+        raise ValueError(f"{int(score.isnan().sum())} of {score.numel()} scores are NaN")
+    size = score.shape[-1]
+    if kept <= 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    if kept >= size:
+        return torch.ones_like(score, dtype=torch.bool)
+    # a threshold alone keeps all tied scores or none; counting the ties keeps exactly as many as are missing
+    threshold = score.kthvalue(size - kept + 1, dim=-1, keepdim=True).values
+    above = score > threshold
+    tied = score == threshold
+    missing = kept - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= missing))
+
+
+class Pattern(Protocol):
+    """What every pattern answers.
+
+    step: neighbouring inputs that must be decided together; a solver that goes left to right asks for a mask this
+    many columns at a time.
+    """
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern implies, or None where it is a choice."""
+
+    def refuses(self, rows: int, columns: int) -> str | None:
+        """Why a weight of this shape cannot take the pattern, or None."""
+
+    def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
+        """Bool mask of the weights that stay, [O, I]."""
+
+    def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
+        """None if the mask keeps no more than the pattern allows, else the first bad place."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any positions; the same count in every row (scope 'row') or one count for the layer (scope 'layer')."""
+
+    scope: str = "row"
+
+    step = MASK_BLOCK
+    fixed_sparsity = None
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def refuses(self, rows: int, columns: int) -> str | None:
+        return None
+
+    def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
+        rows = score_OI if self.scope == "row" else score_OI.reshape(1, -1)
+        mask = top(rows, rows.shape[1] - count_zeros(rows.shape[1], sparsity))
+        return mask.reshape(score_OI.shape)
+
+    def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
+        rows = mask_OI if self.scope == "row" else mask_OI.reshape(1, -1)
+        allowed = rows.shape[1] - count_zeros(rows.shape[1], sparsity)
+        kept_O = rows.sum(1)
+        bad = (kept_O > allowed).nonzero()
+        if not len(bad):
+            return None
+        where = f"row {int(bad[0])}" if self.scope == "row" else "the layer"
+        return f"{where} keeps {int(kept_O[bad[0]])} of {rows.shape[1]} weights, {allowed} are allowed"
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most n *kept* of every m neighbouring inputs of a row (NVIDIA's meaning: 1:4 is 75% zeros)."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def step(self) -> int:
+        return self.m
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        return 1 - self.n / self.m
+
+    def refuses(self, rows: int, columns: int) -> str | None:
+        if columns % self.m:
+            return f"{columns} inputs are not a multiple of {self.m}"
+        return None
+
+    def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
+        if score_OI.isnan().any():
+            raise ValueError(f"{int(score_OI.isnan().sum())} of {score_OI.numel()} scores are NaN")
+        groups = score_OI.reshape(-1, self.m)
+        # a stable sort puts the lower index first among equals
+        order = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+        return mask.reshape(score_OI.shape)
+
+    def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
+        per_row = mask_OI.shape[1] // self.m
+        kept = mask_OI.reshape(-1, self.m).sum(1)
+        bad = (kept > self.n).nonzero()
+        if not len(bad):
+            return None
+        row, group = divmod(int(bad[0]), per_row)
+        return (
+            f"{len(bad)} of {len(kept)} groups keep more than {self.n}; first at row {row}, "
+            f"inputs {group * self.m}..{group * self.m + self.m - 1} keeps {int(kept[bad[0]])}"
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole tiles of `rows` x `columns` weights; the same count in every row of tiles, or one count for the layer."""
+
+    rows: int
+    columns: int
+    scope: str = "layer"
+
+    fixed_sparsity = None
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    @property
+    def step(self) -> int:
+        return self.columns * max(1, MASK_BLOCK // self.columns)
+
+    def refuses(self, rows: int, columns: int) -> str | None:
+        if rows % self.rows or columns % self.columns:
+            return f"{rows}x{columns} is not a whole number of {self.rows}x{self.columns} tiles"
+        return None
+
+    def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
+        tiles = self._tiles(score_OI).sum((1, 3))
+        tile_mask = Unstructured(self.scope).keep(tiles, sparsity)
+        return tile_mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
+    def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
+        found = Unstructured(self.scope).violation(self._tiles(mask_OI).any(3).any(1), sparsity)
+        return found and found.replace("weights", f"{self} tiles").replace("row ", "row of tiles ")
+
+    def _tiles(self, matrix_OI: Tensor) -> Tensor:
+        height, width = matrix_OI.shape
+        return matrix_OI.reshape(height // self.rows, self.rows, width // self.columns, self.columns)
+
+
+def parse(text: str, scope: str | None = None) -> Pattern:
+    """'unstructured', 'N:M' or 'RxC' -> Pattern. scope: 'row' or 'layer', None for the pattern's own default.
+
+    Raises ValueError naming what was written and what may be.
+    """
+    if text == "unstructured":
+        return Unstructured(scope or "row")
+    if (found := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(found[1]) < int(found[2]):
+        return NM(int(found[1]), int(found[2]))
+    if (found := re.fullmatch(r"(\d+)x(\d+)", text)) and int(found[1]) > 0 and int(found[2]) > 0:
+        return Block(int(found[1]), int(found[2]), scope or "layer")
+    raise ValueError(
+        f"unknown pattern '{text}'; write 'unstructured', 'N:M' with 0 < N < M (N kept, e.g. '2:4'), "
+        "or 'RxC' (e.g. '16x16')"
+    )
+
+
+# for `secateurs methods`; parse() is what reads them
+PATTERNS = {
+    "unstructured": "any positions; --scope row, layer or global says where counts are equal",
+    "N:M": "N kept of every M neighbouring inputs, e.g. 2:4 (50% zeros), 1:4 (75%), 4:8, 8:16, 16:32",
+    "RxC": "whole tiles of R outputs by C inputs, e.g. 16x16",
+}

@@ -1,0 +1,569 @@
+"""stream x observe x solve: prune a model folder into a run directory, or a live module in place.
+
+The run directory holds plan.json, model/ (a plain checkpoint), report.json, and work/ while the run is under way. Each
+block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
+moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import calibrate, checkpoint, evaluate, solvers
+from secateurs.allocate import ALLOCATIONS, LayerSummary
+from secateurs.card import model_card
+from secateurs.device import machine, peak_memory
+from secateurs.errors import CalibrationError, LayerError, OutputError, PlanError, SecateursError
+from secateurs.files import write_json, write_tensors, write_text
+from secateurs.plan import Plan
+from secateurs.report import LayerRecord, Report
+from secateurs.stats import Stats
+from secateurs.walk import Activations, Batch, Layer, Loader, OnDisk, Step, matches, stream
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, how much is done, of how much)."""
+
+# windows run together; more fill the cores better and take more memory
+_TOKENS_PER_BATCH = 4096
+# evaluation notes its place after this many windows
+_WINDOWS_PER_GROUP = 8
+# scores of a global threshold are made of this many rows at a time
+_ROWS_PER_CHUNK = 4096
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    pass
+
+
+def prune(
+    model: str | Path | nn.Module,
+    plan: Plan,
+    out: str | Path | None = None,
+    calibration: Sequence[Batch] | Tensor | None = None,
+    progress: Progress = _silent,
+) -> Report:
+    """Prune a Hugging Face folder or hub id into the run directory `out`, or a live module in place.
+
+    A live module takes its calibration as `calibration`: token windows [N, S], or a sequence of keyword-argument
+    dicts it is called with; methods that need no inputs take none. Nothing is written and quality is not measured.
+    With a folder the whole run is done: prune, verify, evaluate, report; rerun after a kill and it goes on.
+    Raises SecateursError; QualityGateError and SkippedLayersError only from the command line, a Report tells here.
+    """
+    if isinstance(model, nn.Module):
+        return _prune_live(model, plan, calibration, progress)
+    if out is None:
+        raise PlanError("pruning a model folder needs a folder for the result: prune(model, plan, out=...)")
+    if calibration is not None:
+        raise PlanError("a model folder takes its calibration from plan.calibration; batches are for a live module")
+    plan = dataclasses.replace(plan, model=str(model))
+    return Run(plan, Path(out).expanduser(), progress).complete()
+
+
+# ------------------------------------------------------------------------------------------------------- one layer
+
+
+def _prune_layer(layer: Layer, stats: Stats | None, plan: Plan, sparsity: float, elsewhere: bool) -> LayerRecord:
+    """Solve one layer and write its weights. elsewhere: its inputs went to other experts only."""
+    began = time.perf_counter()
+    solver, note = plan.solver, None
+    pattern = plan.layer_pattern
+    if elsewhere:
+        solver, stats, note = solvers.find("magnitude"), None, "no calibration token reached it; pruned by magnitude"
+    elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
+        note = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
+    weight_OI = layer.read().float()
+    seed = zlib.crc32(f"{plan.seed} {layer.name}".encode())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            new_OI = solver.solve(weight_OI, stats, pattern, sparsity, plan.damping)
+    except ValueError as error:
+        raise LayerError(f"{layer.name}: {error}") from None
+    relative_error = solvers.relative_error(weight_OI, new_OI, stats)
+    # a weight cut from a shared parameter must not be read again after it is overwritten
+    layer.write(new_OI)
+    written_OI = layer.read()
+    if not torch.isfinite(written_OI).all():
+        raise LayerError(
+            f"{layer.name}: {plan.method} gave weights that {written_OI.dtype} cannot hold; raise --damping"
+        )
+    broken = pattern.violation(written_OI != 0, sparsity)
+    if broken:
+        raise LayerError(f"{layer.name} does not hold {plan.pattern}: {broken}")
+    kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
+    return LayerRecord(
+        layer.name,
+        layer.shape,
+        sparsity,
+        int((written_OI != 0).sum()),
+        relative_error,
+        kind,
+        0 if stats is None else stats.tokens,
+        time.perf_counter() - began,
+        note=note,
+    )
+
+
+def _skip(layer: Layer, plan: Plan) -> LayerRecord | None:
+    """The record of a layer that stays dense, or None."""
+    glob = matches(layer.name, plan.skip)
+    refused = layer.refused or plan.layer_pattern.refuses(*layer.shape)
+    if glob is None and refused is None:
+        return None
+    reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
+    kept = int((layer.read() != 0).sum())
+    return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by)
+
+
+def _prune_step(step: Step, plan: Plan, sparsities: dict[str, float] | None) -> list[LayerRecord]:
+    """Prune every layer of a block in place."""
+    records = {layer.name: record for layer in step.layers if (record := _skip(layer, plan))}
+    todo = [layer for layer in step.layers if layer.name not in records]
+    needs = plan.solver.needs
+    stats: dict[str, Stats] = {}
+    if needs != "weights" or plan.propagate == "dense":
+        # a pass even for magnitude when dense outputs must be passed on
+        stats = step.observe(todo, gram=needs == "gram") if step.batches else {}
+    for layer in todo:
+        sparsity = plan.target if sparsities is None else sparsities[layer.name]
+        found = stats.get(layer.name) if needs != "weights" else None
+        elsewhere = layer.kind == "expert" and found is not None and found.tokens == 0
+        records[layer.name] = _prune_layer(layer, found, plan, sparsity, elsewhere)
+    return [records[layer.name] for layer in step.layers]
+
+
+def _allocate(
+    model: nn.Module, loader: Loader | None, batches: Sequence[Batch], plan: Plan, tick: Callable[[], None]
+) -> dict[str, float] | None:
+    """Each layer's sparsity, or None where all are alike. Scores are those of the dense model."""
+    if plan.allocation == "uniform":
+        return None
+    solver = plan.solver
+    layers: dict[str, Layer] = {}
+    block_of: dict[str, str] = {}
+    norms: dict[str, Stats] = {}
+    ranked_by_inputs = solver.needs != "weights"
+    for step in stream(model, batches if ranked_by_inputs else [], loader, propagate="dense", tick=tick):
+        todo = [layer for layer in step.layers if _skip(layer, plan) is None]
+        layers.update((layer.name, layer) for layer in todo)
+        block_of.update((layer.name, step.name) for layer in todo)
+        if ranked_by_inputs:
+            norms.update(step.observe(todo, gram=False))
+
+    def summary(name: str) -> LayerSummary:
+        def scores() -> Iterator[Tensor]:
+            layer = _loaded(model, loader, block_of[name], layers[name])
+            seed = zlib.crc32(f"{plan.seed} {name}".encode())
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                yield from torch.split(solver.score(layer.read().float(), norms.get(name)), _ROWS_PER_CHUNK)
+            if loader:
+                loader.release(model)
+
+        return LayerSummary(layers[name].shape[0] * layers[name].shape[1], scores)
+
+    summaries = {name: summary(name) for name in layers}
+    try:
+        return ALLOCATIONS[plan.allocation](summaries, plan.target, (plan.min_sparsity, plan.max_sparsity))
+    except ValueError as error:
+        raise PlanError(f"scope global: {error}") from None
+
+
+def _loaded(model: nn.Module, loader: Loader | None, block: str, layer: Layer) -> Layer:
+    """The same layer with its weights in memory: loading puts new parameters into the modules."""
+    if loader is None:
+        return layer
+    loader.load(model, block)
+    parameter = next(
+        p for n, p in layer.module._parameters.items() if f".{n}." in f".{layer.tensor_name}." and p is not None
+    )
+    return dataclasses.replace(layer, parameter=parameter)
+
+
+# ------------------------------------------------------------------------------------------------------ a live module
+
+
+def _prune_live(
+    model: nn.Module, plan: Plan, calibration: Sequence[Batch] | Tensor | None, progress: Progress
+) -> Report:
+    if isinstance(calibration, Tensor):
+        calibration = _batched(calibration)
+    batches = list(calibration or [])
+    solver = plan.solver
+    if solver.needs != "weights" and not batches:
+        raise CalibrationError(
+            f"{plan.method} needs to see the module's inputs: pass calibration=token windows [N, S] or a list of "
+            "keyword-argument dicts; magnitude and random need none"
+        )
+    if plan.gate:
+        raise PlanError(
+            "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
+        )
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if solver.needs != "weights" else []
+    report = Report(plan.as_dict(), machine(), status="complete")
+    sparsities = _allocate(model, None, batches, plan, lambda: None)
+    for step in stream(model, batches, propagate=plan.propagate):
+        report.layers += _prune_step(step, plan, sparsities)
+        progress("pruning", step.index + 1, step.count)
+    if not report.layers:
+        raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
+    report.seconds["prune"] = time.perf_counter() - began
+    report.peak_memory_bytes = peak_memory()
+    return report
+
+
+def _batched(windows: Tensor) -> list[Batch]:
+    per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+    return [{"input_ids": part} for part in torch.split(windows, per_batch)]
+
+
+# -------------------------------------------------------------------------------------------------------- a folder
+
+
+class Run:
+    """One run directory. complete() does what is left to do."""
+
+    def __init__(self, plan: Plan, out: Path, progress: Progress = _silent) -> None:
+        self.plan = plan
+        self.out = out
+        self.progress = progress
+        self.work = out / "work"
+        self.model_folder = out / "model"
+        self.report_file = out / "report.json"
+
+    def complete(self) -> Report:
+        """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
+        # before the folder is made, so that a wrong model name leaves nothing behind
+        source = checkpoint.Checkpoint(self.plan.model)
+        self._claim()
+        with self._lock():
+            if self.report_file.is_file():
+                report = Report.read(self.report_file)
+                if report.status == "complete":
+                    return report
+            else:
+                report = self._prune(source)
+                report.write(self.report_file)
+            self._evaluate(source, report)
+            self._finish(report)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return report
+
+    # ------------------------------------------------------------------------------------------------ the folder
+
+    def _claim(self) -> None:
+        """Make the folder ours: new or empty, or an earlier run of the same plan."""
+        plan_file = self.out / "plan.json"
+        if plan_file.is_file():
+            earlier = Plan.read(plan_file)
+            if earlier != self.plan:
+                new, old = self.plan.as_dict(), earlier.as_dict()
+                name = next(k for k in new if new[k] != old[k])
+                raise OutputError(
+                    f"{self.out} holds a run of another plan ({name} is {old[name]} there, {new[name]} here); "
+                    "choose another --out, or delete the folder"
+                )
+            return
+        try:
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise OutputError(f"{self.out} is not empty and holds no plan.json of ours; choose another --out")
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make {self.out}: {error.strerror}; choose another --out") from None
+        write_json(plan_file, self.plan.as_dict())
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self.work.mkdir(exist_ok=True)
+            handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise OutputError(f"cannot write in {self.out}: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise OutputError(
+                f"another secateurs is at work in {self.out}; wait for it or choose another --out"
+            ) from None
+        finally:
+            os.close(handle)
+
+    # -------------------------------------------------------------------------------------------------- pruning
+
+    def _prune(self, source: checkpoint.Checkpoint) -> Report:
+        plan, began = self.plan, time.perf_counter()
+        state = self._state(source)
+        model = source.skeleton()
+        report = Report(plan.as_dict(), machine())
+        batches = self._calibration(source, model, report)
+        store: Activations = OnDisk(self.work / "activations")
+        start = state["next_block"]
+        records = [LayerRecord.from_dict(r) for r in state["layers"]]
+        sparsities = self._sparsities(source, model, batches)
+
+        names = source.block_names(model)
+        count = len(names) + 1
+        passes = 1 if plan.propagate == "dense" or not batches else 2
+        # the last block's outputs are not needed
+        total = max(1, len(batches) * (passes * len(names) - (passes - 1))) if batches else len(names)
+        done = start * len(batches) * passes if batches else start
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("pruning", done, total)
+
+        self.progress("pruning", done, total)
+        if start == 0:
+            source.copy_small_files(self.model_folder)
+            checkpoint.write_shard(self.model_folder, 0, count, source.read(source.outside_keys(model)))
+        for step in stream(model, batches, source, store, start, plan.propagate, tick=tick):
+            self._save_state(state, step.index, records)
+            found = _prune_step(step, plan, sparsities)
+            edited = {layer.tensor_name for layer in step.layers}
+            shard = source.edited(model, step.name, edited)
+            checkpoint.write_shard(self.model_folder, step.index + 1, count, shard)
+            records += found
+            if not batches:
+                tick()
+        checkpoint.write_index(self.model_folder, count)
+        if not records:
+            raise PlanError(f"{plan.model} has no layers to prune in its blocks")
+        report.layers = records
+        for i in range(count):
+            file = checkpoint.shard_name(i, count)
+            report.shards[file] = checkpoint.checksum(self.model_folder / file)
+        report.bytes = {
+            "dense": sum(f.stat().st_size for f in set(source.file_of.values())),
+            "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
+        }
+        report.seconds["prune"] = time.perf_counter() - began + state["seconds"]
+        report.peak_memory_bytes = peak_memory()
+        return report
+
+    def _state(self, source: checkpoint.Checkpoint) -> dict[str, Any]:
+        """Where an earlier run of this plan stopped, or the beginning."""
+        file = self.work / "state.json"
+        fingerprint = source.fingerprint()
+        self._began = time.perf_counter()
+        if not file.is_file():
+            return {"fingerprint": fingerprint, "next_block": 0, "layers": [], "seconds": 0.0}
+        state: dict[str, Any] = json.loads(file.read_text())
+        if state["fingerprint"] != fingerprint:
+            raise OutputError(
+                f"{self.plan.model} has changed since {self.out} was begun; delete {self.out} and start again"
+            )
+        return state
+
+    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord]) -> None:
+        now = time.perf_counter()
+        seconds = state["seconds"] + now - self._began
+        saved = {**state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": seconds}
+        write_json(self.work / "state.json", saved)
+
+    def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
+        plan = self.plan
+        if plan.solver.needs == "weights":
+            return []
+        seqlen = _seqlen(plan.seqlen, model)
+        file = self.work / "calibration.safetensors"
+        facts_file = self.work / "calibration.json"
+        if facts_file.is_file():
+            from safetensors.torch import load_file
+
+            windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
+        else:
+            text = (
+                self._sample(source, seqlen)
+                if plan.calibration == "self"
+                else calibrate.load(plan.calibration, source.tokenizer(), plan.samples, seqlen, plan.seed)
+            )
+            windows, report.calibration = text.windows, text.facts()
+            write_tensors(file, {"windows": windows})
+            write_json(facts_file, report.calibration)
+        assert report.calibration is not None
+        if len(windows) < plan.samples:
+            report.warnings.append(
+                f"calibration: {report.calibration['source']} has text for {len(windows)} windows of {seqlen} tokens, "
+                f"{plan.samples} were asked for"
+            )
+        self._check_vocabulary(windows, model)
+        return _batched(windows)
+
+    def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> calibrate.Text:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("sampling", done, seqlen - 1)
+
+        return calibrate.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
+
+    @staticmethod
+    def _check_vocabulary(windows: Tensor, model: nn.Module) -> None:
+        config: Any = model.config
+        if int(windows.max()) >= config.vocab_size:
+            raise CalibrationError(
+                f"the tokenizer gives token {int(windows.max())}, the model knows {config.vocab_size}; they do not belong together"
+            )
+
+    def _sparsities(
+        self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch]
+    ) -> dict[str, float] | None:
+        file = self.work / "sparsities.json"
+        if file.is_file():
+            found: dict[str, float] = json.loads(file.read_text())
+            return found
+        total = len(source.block_names(model)) * len(batches)
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("ranking all weights", done, total)
+
+        sparsities = _allocate(model, source, batches, self.plan, tick)
+        if sparsities is not None:
+            write_json(file, sparsities)
+        return sparsities
+
+    # -------------------------------------------------------------------------------------------- quality
+
+    def _evaluate(self, source: checkpoint.Checkpoint, report: Report) -> None:
+        plan, began = self.plan, time.perf_counter()
+        if plan.eval_windows and report.quality is None:
+            result = checkpoint.Checkpoint(self.model_folder)
+            cache = self.work / "windows.json"
+            measured = quality(
+                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
+            )
+            if measured is None:
+                if plan.gate:
+                    raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
+                report.warnings.append("quality was not measured: the model predicts no next token")
+            else:
+                found, text = measured
+                report.evaluation, report.quality = text.facts(), found.as_dict()
+                self._overlap(report, text)
+                for gate in plan.gate:
+                    missed = evaluate.Gate.parse(gate).missed(found)
+                    report.gate.append({"gate": gate, "passed": missed is None, "missed": missed})
+        if plan.tasks and report.tasks is None:
+            report.tasks = {
+                name: evaluate.run_tasks(folder, plan.tasks, plan.tasks_path)
+                for name, folder in (("dense", source.folder), ("pruned", self.model_folder))
+            }
+        report.seconds["evaluate"] = time.perf_counter() - began
+
+    def _overlap(self, report: Report, text: calibrate.Text) -> None:
+        file = self.work / "calibration.safetensors"
+        if not file.is_file():
+            return
+        from safetensors.torch import load_file
+
+        share = calibrate.overlap(load_file(file)["windows"], text.windows)
+        if share:
+            report.warnings.append(
+                f"{share:.0%} of the evaluation windows share a run of 32 tokens with the calibration text, "
+                "so quality looks better than it is"
+            )
+
+    def _finish(self, report: Report) -> None:
+        from secateurs.verify import check_run
+
+        for warning in check_run(self.out, report, self.progress):
+            report.warnings.append(warning)
+        report.status = "complete"
+        report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
+        write_text(self.model_folder / "README.md", model_card(report))
+        report.write(self.report_file)
+
+
+def quality(
+    dense: checkpoint.Checkpoint,
+    pruned: checkpoint.Checkpoint | None,
+    source: str,
+    windows: int,
+    seqlen: int | None,
+    seed: int,
+    progress: Progress = _silent,
+    cache: Path | None = None,
+) -> tuple[evaluate.Quality, calibrate.Text] | None:
+    """Measure one or two model folders on held-out text; None if the model predicts no next token.
+
+    cache: a file that remembers finished windows across a kill.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = dense.raw_config.get("architectures") or [""]
+    if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return None
+    models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
+    length = _seqlen(seqlen, models[0][0])
+    text = calibrate.load(source, dense.tokenizer(), windows, length, None, "held-out")
+    Run._check_vocabulary(text.windows, models[0][0])
+    done: list[evaluate.Window] = []
+    if cache is not None and cache.is_file():
+        done = [evaluate.Window(**w) for w in json.loads(cache.read_text())]
+    blocks = len(dense.block_names(models[0][0]))
+    n = len(text.windows)
+    total = n * (blocks * len(models) + 1)
+    ticks = len(done) * (blocks * len(models) + 1)
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        progress("evaluating", ticks, total)
+
+    while len(done) < n:
+        group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
+        second = models[1] if pruned is not None else None
+        done = evaluate.measure(models[0], second, group, done, tick)
+        if cache is not None:
+            write_json(cache, [dataclasses.asdict(w) for w in done])
+    return evaluate.summarise(done, seed), text
+
+
+def _seqlen(asked: int | None, model: nn.Module) -> int:
+    """The window length: as asked, or 2048 or what the model's positions allow. Raises PlanError if it cannot be."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or 2048
+    if asked is not None and asked > positions:
+        raise PlanError(
+            f"windows of {asked} tokens were asked for, the model has {positions} positions; lower --seqlen"
+        )
+    return asked or min(2048, positions)
+
+
+def failure(report: Report) -> SecateursError | None:
+    """Why a finished run must still exit non-zero: a missed gate, or layers left dense that nobody allowed."""
+    from secateurs.errors import QualityGateError, SkippedLayersError
+
+    missed = [g["missed"] for g in report.gate if not g["passed"]]
+    if missed:
+        return QualityGateError("; ".join(missed) + "; the results are kept")
+    skipped = [r for r in report.layers if r.skipped_by == "shape"]
+    if skipped and not report.plan["allow_skips"]:
+        return SkippedLayersError(
+            f"{len(skipped)} of {len(report.layers)} layers cannot take {report.plan['pattern']} and stay dense, first "
+            f"{skipped[0].name}: {skipped[0].skipped}; the results are kept; pass --allow-skips if that is wanted"
+        )
+    return None

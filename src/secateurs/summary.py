@@ -1,0 +1,223 @@
+"""What a person reads in the terminal: tables made from reports. No numbers are computed here but totals."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from secateurs.allocate import ALLOCATIONS
+from secateurs.families import FAMILIES
+from secateurs.inspection import ModelFacts
+from secateurs.lab import Iterative, Magnitude
+from secateurs.patterns import PATTERNS
+from secateurs.report import LayerRecord, Report
+from secateurs.solvers import SOLVERS
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    return table
+
+
+def megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def _place(name: str) -> tuple[str, str]:
+    """('model.layers.3', 'q_proj'); experts of one parameter share a place."""
+    found = re.match(r"(.*?\.\d+)\.(.*)", name)
+    block, rest = (found[1], found[2]) if found else ("", name)
+    kind = [part for part in rest.split(".") if not part.isdigit()]
+    return block, kind[-1] if kind else rest
+
+
+def _cells(layers: Sequence[Any], cell: Any) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Column names, and {block: {column: text}}, in order of appearance."""
+    places: dict[tuple[str, str], list[Any]] = {}
+    for layer in layers:
+        places.setdefault(_place(layer.name), []).append(layer)
+    columns = list(dict.fromkeys(kind for _, kind in places))
+    rows: dict[str, dict[str, str]] = {}
+    for (block, kind), group in places.items():
+        rows.setdefault(block, {})[kind] = cell(group)
+    return columns, rows
+
+
+def print_report(report: Report, console: Console, out: str) -> None:
+    """The whole of a finished run."""
+    plan, totals = report.plan, report.totals
+
+    def cell(group: list[LayerRecord]) -> str:
+        pruned = [r for r in group if r.skipped is None]
+        if not pruned:
+            return "dense"
+        zeros = 1 - sum(r.kept for r in pruned) / sum(r.numel for r in pruned)
+        error = (sum((r.error or 0) ** 2 for r in pruned) / len(pruned)) ** 0.5
+        return f"{zeros:.1%} {error:.3f}"
+
+    columns, rows = _cells(report.layers, cell)
+    source = {"gram": "measured on calibration inputs", "norms": "from input norms", "weights": "of the weights"}
+    kinds = {r.error_from for r in report.layers if r.error_from}
+    meaning = "; ".join(source[k] for k in sorted(kinds))
+    table = _table("block", *columns, title=f"Zeros and relative output error per layer ({meaning})")
+    for block, row in rows.items():
+        table.add_row(block, *(row.get(column, "") for column in columns))
+    console.print(table)
+    console.print(
+        f"Pruned {totals['layers_pruned']} layers to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
+        f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}."
+    )
+    _print_skips(report, console)
+    notes = [r for r in report.layers if r.note]
+    if notes:
+        console.print(f"Note on {len(notes)} layers, first {notes[0].name}: {notes[0].note}.")
+    if report.quality and report.evaluation:
+        print_quality(report.quality, report.evaluation, console)
+    if report.tasks:
+        print_tasks(report.tasks, console)
+    for gate in report.gate:
+        console.print(f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{gate['missed']}[/]")
+    for warning in report.warnings:
+        console.print(f"[yellow]Warning:[/] {warning}.")
+    if report.bytes:
+        console.print(
+            f"What the zeros are worth so far: nothing. They are stored as zeros, {megabytes(report.bytes['pruned'])} after "
+            f"against {megabytes(report.bytes['dense'])} before, and a dense kernel multiplies them like any other number. "
+            "Bytes and time are saved only once the model is packed and run by a sparse kernel."
+        )
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
+    console.print(f"Time: {spent}. Peak memory: {megabytes(report.peak_memory_bytes)}.")
+    console.print(f"Results: {out}/model (a plain checkpoint), {out}/report.json, {out}/plan.json.", soft_wrap=True)
+
+
+def _print_skips(report: Report, console: Console) -> None:
+    for by, words in (("plan", "left dense as asked"), ("shape", "left dense: cannot take the pattern")):
+        found = [r for r in report.layers if r.skipped_by == by]
+        reasons = list(dict.fromkeys(str(r.skipped) for r in found))
+        if found:
+            console.print(f"[yellow]{len(found)} layers {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}.")
+
+
+def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
+    title = (
+        f"Quality on {evaluation['source']}: {quality['windows']} windows of {evaluation['seqlen']} tokens, stride "
+        f"{evaluation['seqlen']}, 95% intervals over windows"
+    )
+    table = _table("", "value", "interval", "n", title=title)
+    rows = (
+        ("perplexity, dense", "ppl_dense"),
+        ("perplexity, pruned", "ppl"),
+        ("perplexity, pruned / dense", "ppl_ratio"),
+        ("KL to dense, nats a token", "kl"),
+        ("same top token as dense", "agree"),
+    )
+    for words, key in rows:
+        if estimate := quality[key]:
+            interval = f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+            table.add_row(words, f"{estimate['value']:.4g}", interval, str(estimate["n"]))
+    console.print(table)
+
+
+def print_tasks(tasks: dict[str, Any], console: Console) -> None:
+    table = _table("task", "metric", *tasks, title="Tasks (lm-eval), value and standard error")
+    first = next(iter(tasks.values()))
+    for task, metrics in first.items():
+        for metric in (m for m in metrics if not m.endswith("_stderr") and m not in ("sample_len", "samples")):
+            cells = []
+            for results in tasks.values():
+                error = results[task].get(f"{metric}_stderr")
+                cells.append(f"{results[task][metric]:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+            table.add_row(task, metric, *cells)
+    console.print(table)
+
+
+def print_facts(facts: ModelFacts, console: Console) -> None:
+    table = _table("layer", "shape", "zeros", "N:M that hold", "stored as", "bytes", title=facts.folder)
+    for layer in facts.layers:
+        rows, columns = layer.shape
+        table.add_row(
+            layer.name,
+            f"{rows}x{columns}",
+            f"{layer.sparsity:.2%}",
+            " ".join(layer.holds) or "-",
+            f"dense {layer.dtype}",
+            f"{layer.nbytes:,}",
+        )
+    console.print(table)
+    weights = sum(r * c for r, c in (layer.shape for layer in facts.layers))
+    zeros = sum(layer.zeros for layer in facts.layers)
+    console.print(
+        f"{len(facts.layers)} prunable layers, {zeros:,} of {weights:,} weights are zero ({zeros / max(1, weights):.2%}). "
+        f"Files: {megabytes(facts.file_bytes)}, of which {megabytes(facts.other_bytes)} are embeddings, norms, biases and "
+        "headers. Zeros are stored as zeros and save nothing."
+    )
+
+
+def print_methods(console: Console) -> None:
+    methods = _table("method", "needs", "scope", "what it does", title="Methods (--method)")
+    for solver in SOLVERS.values():
+        methods.add_row(solver.name, solver.needs, solver.scope, solver.about)
+    methods.add_row("METHOD+refit", "gram", "its own", "METHOD's mask, survivors refit by least squares")
+    patterns = _table("pattern", "which weights may stay", title="Patterns (--pattern)")
+    for name, about in PATTERNS.items():
+        patterns.add_row(name, about)
+    allocations = _table("allocation", "how zeros are shared out", title="Allocations (--scope)")
+    scopes = {"uniform": "--scope row, layer", "global_threshold": "--scope global"}
+    for name, allocation in ALLOCATIONS.items():
+        allocations.add_row(name, f"{(allocation.__doc__ or '').splitlines()[0]} ({scopes[name]})")
+    families = _table("family", "config.model_type", "blocks", title="Families")
+    for family in FAMILIES.values():
+        blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
+        families.add_row(family.name, " ".join(family.types), blocks)
+    for table in (methods, patterns, allocations, families):
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "left", False
+        console.print(table)
+
+
+def methods_as_dict() -> dict[str, Any]:
+    return {
+        "methods": {s.name: {"needs": s.needs, "scope": s.scope, "about": s.about} for s in SOLVERS.values()},
+        "patterns": PATTERNS,
+        "allocations": {name: (a.__doc__ or "").splitlines()[0] for name, a in ALLOCATIONS.items()},
+        "families": {f.name: {"types": f.types, "blocks": f.blocks} for f in FAMILIES.values()},
+    }
+
+
+def print_magnitude(rows: Sequence[Magnitude], console: Console) -> None:
+    title = "Magnitude pruning of the textbook's layer, relative output error"
+    table = _table(
+        "pattern", "sparsity", "error", "zeros", "textbook's threshold", "zeros", "textbook prints", title=title
+    )
+    for r in rows:
+        threshold = ("-", "-") if r.threshold_error is None else (f"{r.threshold_error:.4f}", str(r.threshold_zeros))
+        printed = "-" if r.textbook is None else f"{r.textbook:.4f}"
+        table.add_row(r.pattern, f"{r.sparsity:.0%}", f"{r.error:.4f}", str(r.zeros), *threshold, printed)
+    console.print(table)
+    console.print(
+        "The textbook keeps |w| > sort(|w|)[k]. That threshold is the (k+1)-th smallest magnitude and is not kept itself, so "
+        "one weight too many goes; at 50% it is enough to move the fourth decimal. Secateurs counts instead of comparing."
+    )
+
+
+def print_iterative(rows: Sequence[Iterative], console: Console) -> None:
+    title = "One-shot against iterative magnitude pruning at 75%, relative output error"
+    table = _table("inputs", "way", "on the inputs refit saw", "held out", title=title)
+    table.columns[1].justify = "left"
+    for r in rows:
+        table.add_row(r.inputs, r.way, f"{r.calibration:.4f}", f"{r.held_out:.4f}")
+    console.print(table)
+    for inputs in dict.fromkeys(r.inputs for r in rows):
+        best = min((r for r in rows if r.inputs == inputs), key=lambda r: r.held_out)
+        console.print(f"{inputs}: [bold]{best.way}[/] wins on held-out inputs ({best.held_out:.4f}).")
+    console.print(
+        "Why: with isotropic inputs no weight can stand in for another, so magnitude is already the right order and refit "
+        "only learns the noise of its sample: better on the inputs it saw, worse on others, the more rounds the worse. With "
+        "correlated inputs survivors take over from the removed, which is most of the gain, and rounds help on top, "
+        "because each round ranks weights that have already made up for the last."
+    )

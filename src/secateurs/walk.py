@@ -1,0 +1,550 @@
+"""Block by block through a model: the only place with hooks and weight layouts.
+
+    for step in stream(model, batches):      # one block in memory, the Hugging Face module untouched
+        stats = step.observe(...)            # what its layers' inputs looked like
+        ...edit step.layers in place...      # the next block's inputs come from the edited block
+
+T tokens, O outputs, I inputs, B sequences, S positions.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from secateurs import families
+from secateurs.errors import CalibrationError, CheckpointError, LayerError
+from secateurs.stats import Stats
+
+Batch = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------- weight layouts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable matrix of a block, seen as weight_OI whatever its storage.
+
+    kind: 'linear' [O, I]; 'conv1d' [I, O] (GPT-2); 'conv2d' [O, C, kh, kw], read as O x (kh kw C) so that neighbours
+    are input channels, as hardware reads N:M; 'expert', slice `index` of a fused [E, O, I] parameter.
+    refused: why the layer cannot be pruned at all, or None.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+    kind: str
+    index: int = 0
+    refused: str | None = None
+
+    @property
+    def tensor_name(self) -> str:
+        """The name of the parameter that holds the weight: experts share one."""
+        return self.name.rsplit(".", 1)[0] if self.kind == "expert" else self.name + ".weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        shape = self.parameter.shape
+        if self.kind == "expert":
+            return shape[1], shape[2]
+        if self.kind == "conv1d":
+            return shape[1], shape[0]
+        return shape[0], self.parameter.numel() // shape[0]
+
+    def read(self) -> Tensor:
+        """weight_OI in its own dtype; may share memory with the parameter."""
+        weight = self.parameter.detach()
+        if self.kind == "expert":
+            return weight[self.index]
+        if self.kind == "conv1d":
+            return weight.T
+        return weight.permute(0, 2, 3, 1).flatten(1) if self.kind == "conv2d" else weight
+
+    def write(self, weight_OI: Tensor) -> None:
+        """Put weight_OI into the parameter, in the parameter's dtype. Survivors that the dtype cannot hold become 0."""
+        weight = self.parameter.detach()
+        if self.kind == "expert":
+            weight[self.index].copy_(weight_OI)
+        elif self.kind == "conv1d":
+            weight.copy_(weight_OI.T)
+        elif self.kind == "conv2d":
+            out, channels, height, width = weight.shape
+            weight.copy_(weight_OI.reshape(out, height, width, channels).permute(0, 3, 1, 2))
+        else:
+            weight.copy_(weight_OI)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The rows that the matrix multiplies, x_TI, from what the module is called with."""
+        if self.kind != "conv2d":
+            return x.reshape(-1, x.shape[-1])
+        conv = self.module
+        assert isinstance(conv, nn.Conv2d)
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            left, right, top, bottom = conv._reversed_padding_repeated_twice
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = nn.functional.pad(x, (left, right, top, bottom), mode=mode)
+            padding: tuple[int, ...] = (0, 0)
+        else:
+            padding = conv.padding
+        batch, channels = x.shape[:2]
+        # unfold gives channels slowest; neighbours must be channels
+        patches = nn.functional.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
+        patches = patches.reshape(batch, channels, -1, patches.shape[-1])
+        return patches.permute(0, 3, 2, 1).reshape(-1, patches.shape[1] * patches.shape[2])
+
+
+def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> list[Layer]:
+    """Every matrix of a block that may be pruned, in module order; a shared parameter once, under its first name.
+
+    Norms, biases, embeddings and routers are not nn.Linear, Conv1D, Conv2d or fused experts, so they never appear.
+    """
+    found: list[Layer] = []
+    seen: set[int] = set()
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}".strip(".")
+        for parameter_name in experts:
+            fused = module._parameters.get(parameter_name)
+            if fused is not None and fused.dim() == 3:
+                found += [Layer(f"{name}.{parameter_name}.{i}", module, fused, "expert", i) for i in range(len(fused))]
+        weight = getattr(module, "weight", None)
+        kind = _kind(module)
+        if kind is None or not isinstance(weight, nn.Parameter) or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+        refused = "grouped convolution: its rows see different inputs" if grouped else None
+        found.append(Layer(name, module, weight, kind, refused=refused))
+    return found
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    # by name, because transformers is optional for a live module
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+
+
+def matches(name: str, globs: Iterable[str]) -> str | None:
+    """The first glob that the layer's name matches, or None."""
+    return next((glob for glob in globs if fnmatch.fnmatchcase(name, glob)), None)
+
+
+# ------------------------------------------------------------------------------------------------------- activations
+
+
+class Activations(Protocol):
+    """The hidden states that enter each block, batch by batch."""
+
+    def read(self, block: int, batch: int) -> Tensor: ...
+    def write(self, block: int, batch: int, hidden: Tensor) -> None: ...
+    def drop(self, block: int) -> None: ...
+
+
+class InMemory:
+    """Activations of a live model: a dict."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, dict[int, Tensor]] = {}
+
+    def read(self, block: int, batch: int) -> Tensor:
+        return self._held[block][batch]
+
+    def write(self, block: int, batch: int, hidden: Tensor) -> None:
+        self._held.setdefault(block, {})[batch] = hidden
+
+    def drop(self, block: int) -> None:
+        self._held.pop(block, None)
+
+
+class OnDisk:
+    """Activations in a folder, so that memory holds one batch and a killed run goes on from the block it was in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, block: int, batch: int) -> Path:
+        return self.folder / f"block-{block:04d}" / f"{batch:05d}.safetensors"
+
+    def read(self, block: int, batch: int) -> Tensor:
+        from safetensors.torch import load_file
+
+        hidden: Tensor = load_file(self._file(block, batch))["hidden"]
+        return hidden
+
+    def write(self, block: int, batch: int, hidden: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        file = self._file(block, batch)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden.contiguous()}, file)
+
+    def drop(self, block: int) -> None:
+        import shutil
+
+        shutil.rmtree(self.folder / f"block-{block:04d}", ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the walk
+
+
+class _Stop(Exception):
+    """Leave a forward pass: what was wanted is known."""
+
+
+class Loader(Protocol):
+    """Brings parameters into a skeleton by the prefix of their names, and takes them away."""
+
+    def load(self, model: nn.Module, prefix: str) -> None: ...
+    def load_outside(self, model: nn.Module) -> None: ...
+    def release(self, model: nn.Module) -> None: ...
+
+
+class AllLoaded:
+    """The loader of a live model: everything is there and stays."""
+
+    def load(self, model: nn.Module, prefix: str) -> None: ...
+    def load_outside(self, model: nn.Module) -> None: ...
+    def release(self, model: nn.Module) -> None: ...
+
+
+def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the model's blocks in order, and of its fused expert parameters.
+
+    A Hugging Face model needs a row in families.py (ValueError otherwise); any other module is one block, named ''.
+    """
+    hugging_face: Any = model
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return [""], ()
+    family = families.find(config.model_type)
+    # a bare base model has no attribute of that name
+    base: nn.Module = getattr(model, hugging_face.base_model_prefix, model)
+    container: Any = base.get_submodule(family.blocks)
+    prefix = next(name for name, module in model.named_modules() if module is container)
+    return [f"{prefix}.{i}" for i in range(len(container))], family.experts
+
+
+@contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    # only the forward of the instance: loops over blocks still find the attributes they read
+    for i, module in enumerate(modules):
+        module.forward = make(i)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    eager = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if eager and before not in (None, "eager"):
+        # the fused kernels hide which expert saw which token
+        eager("eager")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if eager and before not in (None, "eager"):
+            eager(before)
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class _Call:
+    """The arguments of a block besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _same(a: object, b: object) -> bool:
+    leaves_a, leaves_b = tree_flatten(a)[0], tree_flatten(b)[0]
+    if len(leaves_a) != len(leaves_b):
+        return False
+    pairs = zip(leaves_a, leaves_b, strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else isinstance(y, type(x)) for x, y in pairs)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    hugging_face = hasattr(getattr(model, "config", None), "model_type")
+    return model(**batch, use_cache=False) if hugging_face else model(**batch)
+
+
+def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Tensor, list[_Call]]:
+    """Run what comes before the blocks: the hidden states that enter block 0, and how each block is called."""
+    entered: list[Tensor] = []
+    calls: list[_Call] = []
+
+    def make(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden, rest, named = _hidden(args, kwargs)
+            entered.append(hidden)
+            calls.append(_Call(rest, named))
+            if i == len(blocks) - 1:
+                raise _Stop
+            return hidden
+
+        return forward
+
+    with _replaced_forward(blocks, make):
+        try:
+            _run(model, batch)
+        except _Stop:
+            return entered[0], calls
+    raise CheckpointError(f"the last block of {type(model).__name__} was never called; is its family row right?")
+
+
+def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any:
+    """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output."""
+    names, _ = blocks_of(model)
+    blocks = [model.get_submodule(name) for name in names]
+
+    def make(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        return forward
+
+    loader.load_outside(model)
+    with _evaluating(model), _replaced_forward(blocks, make):
+        return _run(model, batch)
+
+
+@dataclass
+class Step:
+    """One block on its way through: its layers to edit, and a pass over its inputs to look at them."""
+
+    index: int
+    count: int
+    name: str
+    block: nn.Module
+    layers: list[Layer]
+    batches: int
+    _model: nn.Module = field(repr=False)
+    _forward: Callable[[int], Tensor] = field(repr=False)
+    _keep_output: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
+    _tick: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    def observe(self, layers: Sequence[Layer], gram: bool) -> dict[str, Stats]:
+        """One pass over all batches: Stats of each layer's inputs, by layer name; layers called on one tensor share
+        one Stats. An expert's Stats hold the tokens routed to it, possibly none.
+
+        Raises LayerError if an input is not finite or a layer was never called.
+        """
+        watch = _Watch(layers, gram, self._keep_output is None)
+        with _evaluating(self._model), watch.hooks():
+            for batch in range(self.batches):
+                try:
+                    output = self._forward(batch)
+                    if self._keep_output:
+                        self._keep_output(batch, output)
+                except _Stop:
+                    pass
+                watch.next_batch()
+                self._tick()
+        return watch.finish()
+
+
+class _Watch:
+    """Sums over the inputs of layers while their block runs."""
+
+    def __init__(self, layers: Sequence[Layer], gram: bool, may_stop: bool) -> None:
+        self.layers = [layer for layer in layers if layer.kind != "expert"]
+        self.experts = [layer for layer in layers if layer.kind == "expert"]
+        self.gram = gram
+        # the last layer's output is not needed to know its input; experts have no last call
+        self.may_stop = may_stop and not self.experts
+        self.leader: dict[str, str] = {}
+        self.sums: dict[str, Stats] = {}
+        self.current: dict[str, Tensor] = {}
+        self.called: set[str] = set()
+        self.first_batch = True
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = [layer.module.register_forward_pre_hook(self._hook(layer)) for layer in self.layers]
+        try:
+            with _ExpertMode(self) if self.experts else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.called.add(layer.name)
+            x = args[0]
+            if self.first_batch and layer.name not in self.leader:
+                shared = (name for name, other in self.current.items() if other is x and layer.kind != "conv2d")
+                self.leader[layer.name] = next(shared, layer.name)
+            leader = self.leader[layer.name]
+            if leader != layer.name and self.current.get(leader) is not x:
+                raise LayerError(f"{layer.name} shared its input with {leader} in one batch and not in the next")
+            if leader == layer.name:
+                self.current[layer.name] = x
+                self.add(layer, layer.inputs(x))
+            if self.may_stop and not self.first_batch and len(self.called) == len(self.layers):
+                raise _Stop
+
+        return hook
+
+    def add(self, layer: Layer, x_TI: Tensor) -> None:
+        if layer.name not in self.sums:
+            self.sums[layer.name] = Stats.zeros(layer.shape[1], self.gram, x_TI.device)
+        self.sums[layer.name].add_(x_TI)
+
+    def next_batch(self) -> None:
+        missing = [layer.name for layer in self.layers if layer.name not in self.leader]
+        if missing:
+            raise LayerError(
+                f"{missing[0]} was never called on calibration inputs; leave it out with --skip '{missing[0]}'"
+            )
+        self.first_batch = False
+        self.current.clear()
+        self.called.clear()
+
+    def finish(self) -> dict[str, Stats]:
+        if self.experts and not any(layer.name in self.sums for layer in self.experts):
+            raise LayerError(
+                f"no expert of {self.experts[0].tensor_name} was seen at work; its forward is not the eager one"
+            )
+        for name, stats in self.sums.items():
+            stats.finish()
+            if not torch.isfinite(stats.sqnorm_I).all():
+                bad = int((~torch.isfinite(stats.sqnorm_I)).sum())
+                raise LayerError(
+                    f"{name}: {bad} of {len(stats.sqnorm_I)} inputs were NaN or infinite on calibration text"
+                )
+        found = {layer.name: self.sums[self.leader[layer.name]] for layer in self.layers}
+        for layer in self.experts:
+            found[layer.name] = self.sums.get(layer.name) or Stats.zeros(layer.shape[1], self.gram)
+        return found
+
+
+class _ExpertMode(TorchFunctionMode):
+    """Watches F.linear for calls on a slice of a fused expert parameter: an eager expert loop has no module to hook."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self.at = {layer.read().data_ptr(): layer for layer in watch.experts}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and isinstance(args[1], Tensor):
+            layer = self.at.get(args[1].data_ptr())
+            if layer is not None and tuple(args[1].shape) == layer.shape:
+                self.watch.add(layer, args[0].reshape(-1, layer.shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def stream(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loader: Loader | None = None,
+    store: Activations | None = None,
+    start: int = 0,
+    propagate: str = "pruned",
+    keep_last: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[Step]:
+    """Yield the model's blocks in order, each with the inputs that the blocks before it give.
+
+    batches: what the model is called with; empty walks without inputs. propagate: 'pruned' sends inputs through each
+    block as the caller left it, 'dense' as it was when observed. start > 0 goes on from the inputs of that block, which
+    `store` holds from an earlier walk: the inputs of a block are dropped only after the next block was yielded and
+    done, so a caller that notes its place before editing a block can always return to it. keep_last also stores what
+    leaves the last block, for leave(). tick is called after every batch of every pass.
+    Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
+    """
+    loader = loader or AllLoaded()
+    store = store or InMemory()
+    try:
+        names, experts = blocks_of(model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    blocks = [model.get_submodule(name) for name in names]
+    whole = names == [""]
+    calls = {} if whole else _enter_all(model, blocks, batches, loader, None if start else store)
+
+    for index in range(start, len(names)):
+        block = blocks[index]
+        loader.load(model, names[index])
+
+        def forward(batch: int, index: int = index, block: nn.Module = block) -> Any:
+            if whole:
+                return _first(_run(model, batches[batch]))
+            call = calls[_shape(batches[batch])][index]
+            return _first(block(store.read(index, batch), *call.args, **call.kwargs))
+
+        def keep_output(batch: int, hidden: Tensor, index: int = index) -> None:
+            store.write(index + 1, batch, hidden)
+
+        wanted = not whole and (keep_last or index < len(names) - 1)
+        early = keep_output if wanted and propagate == "dense" else None
+        layers = layers_of(block, names[index], experts)
+        yield Step(index, len(names), names[index], block, layers, len(batches), model, forward, early, tick)
+        store.drop(index - 1)
+        if wanted and not early:
+            with _evaluating(model):
+                for batch in range(len(batches)):
+                    keep_output(batch, forward(batch))
+                    tick()
+        loader.release(model)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _shape(batch: Batch) -> tuple[int, ...]:
+    return tuple(next(iter(batch.values())).shape)
+
+
+def _enter_all(
+    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, store: Activations | None
+) -> dict[tuple[int, ...], list[_Call]]:
+    """How blocks are called, by the shape of the batch; what enters block 0 goes to the store if one is given."""
+    calls: dict[tuple[int, ...], list[_Call]] = {}
+    if not batches:
+        return calls
+    loader.load_outside(model)
+    with _evaluating(model):
+        for i, batch in enumerate(batches):
+            known = calls.get(_shape(batch))
+            if known and not store:
+                continue
+            hidden, found = _enter(model, blocks, batch)
+            if known and i == 1 and not _same([vars(c) for c in known], [vars(c) for c in found]):
+                raise CalibrationError(
+                    f"the blocks of {type(model).__name__} take arguments that change with the tokens; "
+                    "only hidden states may"
+                )
+            calls.setdefault(_shape(batch), found)
+            if store:
+                store.write(0, i, hidden)
+    loader.release(model)
+    return calls
