@@ -49,7 +49,9 @@ def _forward(
     plain = attention_mask is None and query.dtype == torch.bfloat16 and query.device.type == "cpu"
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    special = kwargs.get("dropout") or kwargs.get("position_bias") is not None
+    special = kwargs.get("dropout") or any(
+        kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")
+    )
     if plain and causal and not special and 1 < query.shape[2] == key.shape[2]:
         scaling = kwargs.get("scaling")
         return tiled(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None

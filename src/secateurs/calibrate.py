@@ -105,7 +105,7 @@ def sample_from(model: Any, tokenizer: Any, windows: int, seqlen: int, seed: int
     return Text("self: sampled from the model", ids, windows, True)
 
 
-def overlap(calibration: Tensor, evaluation: Tensor, length: int = 32) -> float:
+def overlap(calibration: Tensor, evaluation: Tensor, length: int = 50) -> float:
     """The fraction of evaluation windows [N, S] that share a run of `length` tokens with calibration windows."""
     if min(calibration.shape[1], evaluation.shape[1]) < length:
         return 0.0
@@ -126,11 +126,7 @@ def _runs(windows: Tensor, length: int) -> "np.ndarray[Any, np.dtype[np.uint64]]
 
 def _documents(source: str, part: str) -> tuple[list[str], str]:
     if source == "pydoc":
-        from pydoc_data.topics import topics
-
-        names = sorted(topics)
-        held = [n for i, n in enumerate(names) if (i % _HELD_OUT == 0) == (part == "held-out")]
-        return [topics[n] for n in held], f"pydoc ({part} part, Python {platform.python_version()})"
+        return _pydoc(part), f"pydoc ({part} part, Python {platform.python_version()})"
     if source.startswith("hub:"):
         return _hub(source[4:]), source
     path, fields = source, "text"
@@ -145,6 +141,23 @@ def _documents(source: str, part: str) -> tuple[list[str], str]:
         raise CalibrationError(f"{file} cannot be read as UTF-8 text: {error}") from None
     name = file.name if fields == "text" else f"{file.name}:{fields}"
     return ([text], name) if file.suffix != ".jsonl" else (_json_lines(file, text, fields), name)
+
+
+def _pydoc(part: str) -> list[str]:
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held = {name for i, name in enumerate(names) if i % _HELD_OUT == 0}
+    if part == "calibration":
+        return [topics[name] for name in names if name not in held]
+    # topics quote each other: a paragraph that calibration may see is not held out
+    seen = {_plain(p) for name in names if name not in held for p in topics[name].split("\n\n")}
+    kept = ("\n\n".join(p for p in topics[name].split("\n\n") if _plain(p) not in seen) for name in sorted(held))
+    return [text for text in kept if text]
+
+
+def _plain(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def _json_lines(file: Path, text: str, fields: str) -> list[str]:

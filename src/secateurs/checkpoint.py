@@ -145,11 +145,9 @@ class Checkpoint:
             name = next(iter(self.file_of))
             config.dtype = self.read([name])[name].dtype
         with init_empty_weights(include_buffers=False):
-            try:
-                model = cls._from_config(config, attn_implementation=attention.register())
-            except ValueError:
-                # a class without transformers' attention interface keeps its own
-                model = cls._from_config(config)
+            model = cls._from_config(config)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.register())
         # parameters on meta take the dtype they will be loaded in; a float8 or integer tensor keeps its own
         model.to(config.dtype) if config.dtype != torch.float32 else None
         model.eval()

@@ -211,7 +211,7 @@ def _prune_live(
             "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
         )
     began = time.perf_counter()
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if solver.needs != "weights" else []
     report = Report(plan.as_dict(), machine(), status="complete")
     sparsities = _allocate(model, None, batches, plan, lambda: None)
@@ -482,7 +482,7 @@ class Run:
         share = calibrate.overlap(load_file(file)["windows"], text.windows)
         if share:
             report.warnings.append(
-                f"{share:.0%} of the evaluation windows share a run of 32 tokens with the calibration text, "
+                f"{share:.0%} of the evaluation windows share a run of 50 tokens with the calibration text, "
                 "so quality looks better than it is"
             )
 

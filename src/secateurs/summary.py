@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from secateurs.allocate import ALLOCATIONS
@@ -17,8 +18,8 @@ from secateurs.report import LayerRecord, Report
 from secateurs.solvers import SOLVERS
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     return table
@@ -64,7 +65,8 @@ def print_report(report: Report, console: Console, out: str) -> None:
     source = {"gram": "measured on calibration inputs", "norms": "from input norms", "weights": "of the weights"}
     kinds = {r.error_from for r in report.layers if r.error_from}
     meaning = "; ".join(source[k] for k in sorted(kinds))
-    table = _table("block", *columns, title=f"Zeros and relative output error per layer ({meaning})")
+    console.print(f"[bold]Zeros and relative output error per layer[/] ({meaning})")
+    table = _table("block", *columns)
     for block, row in rows.items():
         table.add_row(block, *(row.get(column, "") for column in columns))
     console.print(table)
@@ -81,9 +83,11 @@ def print_report(report: Report, console: Console, out: str) -> None:
     if report.tasks:
         print_tasks(report.tasks, console)
     for gate in report.gate:
-        console.print(f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{gate['missed']}[/]")
+        console.print(
+            f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{escape(gate['missed'])}[/]"
+        )
     for warning in report.warnings:
-        console.print(f"[yellow]Warning:[/] {warning}.")
+        console.print(f"[yellow]Warning:[/] {escape(warning)}.")
     if report.bytes:
         console.print(
             f"What the zeros are worth so far: nothing. They are stored as zeros, {megabytes(report.bytes['pruned'])} after "
@@ -104,11 +108,11 @@ def _print_skips(report: Report, console: Console) -> None:
 
 
 def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
-    title = (
-        f"Quality on {evaluation['source']}: {quality['windows']} windows of {evaluation['seqlen']} tokens, stride "
-        f"{evaluation['seqlen']}, 95% intervals over windows"
+    console.print(
+        f"[bold]Quality[/] on {evaluation['source']}: {quality['windows']} windows of {evaluation['seqlen']} tokens, "
+        f"stride {evaluation['seqlen']}, 95% intervals over windows"
     )
-    table = _table("", "value", "interval", "n", title=title)
+    table = _table("", "value", "interval", "n")
     rows = (
         ("perplexity, dense", "ppl_dense"),
         ("perplexity, pruned", "ppl"),
@@ -124,7 +128,8 @@ def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: 
 
 
 def print_tasks(tasks: dict[str, Any], console: Console) -> None:
-    table = _table("task", "metric", *tasks, title="Tasks (lm-eval), value and standard error")
+    console.print("[bold]Tasks[/] (lm-eval), value and standard error")
+    table = _table("task", "metric", *tasks)
     first = next(iter(tasks.values()))
     for task, metrics in first.items():
         for metric in (m for m in metrics if not m.endswith("_stderr") and m not in ("sample_len", "samples")):
@@ -137,7 +142,8 @@ def print_tasks(tasks: dict[str, Any], console: Console) -> None:
 
 
 def print_facts(facts: ModelFacts, console: Console) -> None:
-    table = _table("layer", "shape", "zeros", "N:M that hold", "stored as", "bytes", title=facts.folder)
+    console.print(f"[bold]{escape(facts.folder)}[/]")
+    table = _table("layer", "shape", "zeros", "N:M that hold", "stored as", "bytes")
     for layer in facts.layers:
         rows, columns = layer.shape
         table.add_row(
@@ -159,22 +165,24 @@ def print_facts(facts: ModelFacts, console: Console) -> None:
 
 
 def print_methods(console: Console) -> None:
-    methods = _table("method", "needs", "scope", "what it does", title="Methods (--method)")
+    methods = _table("method", "needs", "scope", "what it does")
     for solver in SOLVERS.values():
         methods.add_row(solver.name, solver.needs, solver.scope, solver.about)
     methods.add_row("METHOD+refit", "gram", "its own", "METHOD's mask, survivors refit by least squares")
-    patterns = _table("pattern", "which weights may stay", title="Patterns (--pattern)")
+    patterns = _table("pattern", "which weights may stay")
     for name, about in PATTERNS.items():
         patterns.add_row(name, about)
-    allocations = _table("allocation", "how zeros are shared out", title="Allocations (--scope)")
+    allocations = _table("allocation", "how zeros are shared out")
     scopes = {"uniform": "--scope row, layer", "global_threshold": "--scope global"}
     for name, allocation in ALLOCATIONS.items():
         allocations.add_row(name, f"{(allocation.__doc__ or '').splitlines()[0]} ({scopes[name]})")
-    families = _table("family", "config.model_type", "blocks", title="Families")
+    families = _table("family", "config.model_type", "blocks")
     for family in FAMILIES.values():
         blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
         families.add_row(family.name, " ".join(family.types), blocks)
-    for table in (methods, patterns, allocations, families):
+    titled = {"Methods (--method)": methods, "Patterns (--pattern)": patterns, "Allocations (--scope)": allocations}
+    for title, table in {**titled, "Families": families}.items():
+        console.print(f"[bold]{title}[/]")
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "left", False
         console.print(table)
@@ -190,10 +198,8 @@ def methods_as_dict() -> dict[str, Any]:
 
 
 def print_magnitude(rows: Sequence[Magnitude], console: Console) -> None:
-    title = "Magnitude pruning of the textbook's layer, relative output error"
-    table = _table(
-        "pattern", "sparsity", "error", "zeros", "textbook's threshold", "zeros", "textbook prints", title=title
-    )
+    console.print("[bold]Magnitude pruning of the textbook's layer, relative output error[/]")
+    table = _table("pattern", "sparsity", "error", "zeros", "textbook's threshold", "zeros", "textbook prints")
     for r in rows:
         threshold = ("-", "-") if r.threshold_error is None else (f"{r.threshold_error:.4f}", str(r.threshold_zeros))
         printed = "-" if r.textbook is None else f"{r.textbook:.4f}"
@@ -201,13 +207,14 @@ def print_magnitude(rows: Sequence[Magnitude], console: Console) -> None:
     console.print(table)
     console.print(
         "The textbook keeps |w| > sort(|w|)[k]. That threshold is the (k+1)-th smallest magnitude and is not kept itself, so "
-        "one weight too many goes; at 50% it is enough to move the fourth decimal. Secateurs counts instead of comparing."
+        "one weight too many goes; at 50% it is enough to move the fourth decimal. Secateurs counts instead of comparing.",
+        markup=False,
     )
 
 
 def print_iterative(rows: Sequence[Iterative], console: Console) -> None:
-    title = "One-shot against iterative magnitude pruning at 75%, relative output error"
-    table = _table("inputs", "way", "on the inputs refit saw", "held out", title=title)
+    console.print("[bold]One-shot against iterative magnitude pruning at 75%, relative output error[/]")
+    table = _table("inputs", "way", "on the inputs refit saw", "held out")
     table.columns[1].justify = "left"
     for r in rows:
         table.add_row(r.inputs, r.way, f"{r.calibration:.4f}", f"{r.held_out:.4f}")

@@ -1,0 +1,38 @@
+# every target does its own set-up: a virtual environment in .venv with the pins of constraints.txt
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-real check bench clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# prune a real pretrained model to 50% and show what came of it
+demo: $(READY)
+	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 64 --seqlen 512
+
+# the gate: formatting, lint, types, tests
+test: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not real"
+
+# slow checks on trained models and on ../shared/data; what is absent is skipped by name
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real -s
+
+check: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# perplexity, seconds and memory of every method on SmolLM2-135M; see bench/
+bench: $(READY)
+	$(BIN)/python bench/smollm2.py
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache

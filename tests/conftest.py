@@ -1,0 +1,32 @@
+import os
+
+# before transformers is imported: tests never reach for a hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A tiny Llama folder; tests must not write into it."""
+    return tiny.save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A text file."""
+    return tiny.text(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture
+def layer():
+    """weight_OI [24, 32], Stats of 256 correlated tokens whose channels differ in scale, and the tokens."""
+    from secateurs import Stats
+
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(32, 32, generator=generator) * torch.randn(32, generator=generator).exp()
+    x_TI = torch.randn(256, 32, generator=generator) @ mixing
+    return torch.randn(24, 32, generator=generator), Stats.of(x_TI), x_TI

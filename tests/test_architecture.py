@@ -1,0 +1,56 @@
+"""Imports point downwards: docs/design.md draws the layers."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
+# from the bottom; a module may import those on its own level and below
+LEVELS = [
+    {"errors", "families", "device", "files"},
+    {"patterns", "stats", "report"},
+    {"scores", "attention", "card"},
+    {"solvers", "allocate", "walk", "lab"},
+    {"checkpoint", "calibrate", "evaluate"},
+    {"plan", "inspection"},
+    {"prune", "verify"},
+    {"summary", "__init__"},
+    {"cli"},
+]
+TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate"}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "secateurs":
+                yield from (f"secateurs.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_module_has_a_level():
+    assert {f.stem for f in SOURCE.glob("*.py")} == set().union(*LEVELS)
+
+
+def test_no_import_points_up():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    for file in SOURCE.glob("*.py"):
+        for module in imports(file):
+            name = module.removeprefix("secateurs.").split(".")[0]
+            if module.startswith("secateurs.") and name in level:
+                assert level[name] <= level[file.stem], f"{file.stem} imports {name}, which lies above it"
+
+
+def test_the_core_knows_neither_files_nor_transformers():
+    for name in TORCH_ONLY:
+        foreign = {m.split(".")[0] for m in imports(SOURCE / f"{name}.py")}
+        assert not foreign & {"transformers", "pathlib", "os", "time", "safetensors", "typer", "rich"}, name
+
+
+def test_transformers_is_imported_inside_functions():
+    for file in SOURCE.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+                assert not any(n.split(".")[0] == "transformers" for n in names), file.name

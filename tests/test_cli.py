@@ -1,0 +1,241 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from secateurs import cli
+from secateurs.patterns import NM
+
+FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqlen", "32"]
+
+
+def run(*arguments, code=0):
+    """The command line in a process of its own: (stdout, stderr)."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "secateurs.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done.stdout, done.stderr
+
+
+def fails(capsys, code, *arguments):
+    """One sentence on standard error, no traceback, the exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == code, error
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+def test_prune_verify_inspect_eval_end_to_end(tmp_path, llama, words):
+    out = tmp_path / "run"
+    text, bars = run(
+        "prune", llama, "--out", out, "--pattern", "2:4", "--calibration", words, "--eval-text", words, *FAST
+    )
+    assert "Pruned 21 layers to 50.00% zeros (13,824 of 27,648 weights): 2:4, sparsegpt+refit" in text
+    assert "What the zeros are worth so far: nothing" in text
+    assert "perplexity, pruned / dense" in text
+    assert "pruning" in bars
+    report = json.loads((out / "report.json").read_text())
+    assert report["status"] == "complete"
+    assert report["totals"]["sparsity"] == 0.5
+    assert json.loads((out / "plan.json").read_text())["pattern"] == "2:4"
+    card = (out / "model" / "README.md").read_text()
+    assert "| pattern | 2:4 |" in card
+
+    text, _ = run("verify", out)
+    assert "holds what its report says" in " ".join(text.split())
+    text, _ = run("inspect", out)
+    assert "2:4 4:8 8:16 16:32" in text
+    facts = json.loads(run("inspect", out, "--json")[0])
+    assert len(facts["layers"]) == 21
+    assert facts["layers"][0]["holds"] == ["2:4", "4:8", "8:16", "16:32"]
+    quality = json.loads(run("eval", out, "--text", words, "--windows", 2, "--seqlen", 32, "--json")[0])["quality"]
+    assert quality == report["quality"]
+    alone = json.loads(run("eval", llama, "--text", words, "--windows", 2, "--seqlen", 32, "--json")[0])["quality"]
+    assert alone["ppl_dense"] == quality["ppl_dense"]
+    assert alone["ppl"] is None
+
+
+def test_a_plan_file_is_the_same_run(tmp_path, llama, words):
+    options = ["--method", "wanda", "--sparsity", "0.4", "--calibration", words, "--eval-text", words, *FAST]
+    run("prune", llama, "--out", tmp_path / "a", *options, "--quiet")
+    text, bars = run("prune", "--plan", tmp_path / "a" / "plan.json", "--out", tmp_path / "b", "--quiet")
+    assert text == bars == ""
+    a, b = (json.loads((tmp_path / x / "report.json").read_text()) for x in "ab")
+    assert a["shards"] == b["shards"]
+    run("prune", "--plan", tmp_path / "a" / "plan.json", "--sparsity", 0.6, "--out", tmp_path / "c", "--quiet")
+    assert json.loads((tmp_path / "c" / "report.json").read_text())["totals"]["sparsity"] == pytest.approx(
+        0.6, abs=0.01
+    )
+
+
+def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
+    out, _ = run("prune", llama, "--out", tmp_path / "run", "--method", "magnitude", "--eval-windows", 0, "--json")
+    assert json.loads(out)["status"] == "complete"
+    assert set(json.loads(run("methods", "--json")[0])) == {"methods", "patterns", "allocations", "families"}
+    assert len(json.loads(run("lab", "magnitude", "--json")[0])) == 5
+
+
+def test_methods_lists_every_row():
+    text, _ = run("methods")
+    for word in ("random", "magnitude", "wanda", "ria", "sparsegpt", "+refit", "N:M", "RxC", "global", "gemma3_text"):
+        assert word in text
+
+
+def test_lab_prints_and_explains():
+    assert "sort(|w|)[k]" in run("lab", "magnitude")[0]
+    assert "one-shot wins on held-out inputs" in run("lab", "iterative")[0]
+
+
+def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
+    out = tmp_path / "run"
+    prune = ("prune", llama, "--out", out)
+    assert "unknown pattern 'blok_4,4'" in fails(capsys, 2, *prune, "--pattern", "blok_4,4")
+    assert "sparsity 1.5 is not a fraction" in fails(capsys, 2, *prune, "--sparsity", "1.5")
+    assert "keeps 1 of 4, which is sparsity 0.75; sparsity 0.5 was asked" in fails(
+        capsys, 2, *prune, "--pattern", "1:4", "--sparsity", "0.5"
+    )
+    assert "unknown method 'magic'" in fails(capsys, 2, *prune, "--method", "magic")
+    assert "cannot read gate 'ppl<5%'" in fails(capsys, 2, *prune, "--gate", "ppl<5%")
+    assert "unknown scope 'model'" in fails(capsys, 2, *prune, "--scope", "model")
+    assert "fixes every layer's" in fails(capsys, 2, *prune, "--scope", "global", "--pattern", "2:4")
+    assert "cannot propagate 'sideways'" in fails(capsys, 2, *prune, "--propagate", "sideways")
+    assert "a gate needs an evaluation" in fails(capsys, 2, *prune, "--gate", "kl<=1", "--eval-windows", "0")
+    assert "damping 0 is not above 0" in fails(capsys, 2, *prune, "--damping", "0")
+    assert "samples 0 is too small" in fails(capsys, 2, *prune, "--samples", "0")
+    assert "no model: give a folder" in fails(capsys, 2, "prune", "--out", out)
+    assert "no place for the result" in fails(capsys, 2, "prune", llama)
+    assert "windows of 4096 tokens were asked for, the model has 128" in fails(capsys, 2, *prune, "--seqlen", "4096")
+    assert "no text file 'nothing.txt'" in fails(
+        capsys, 1, "prune", llama, "--out", tmp_path / "r2", "--calibration", "nothing.txt"
+    )
+    assert "cannot be a hub id" in fails(capsys, 1, "prune", "./nowhere/at/all", "--out", out)
+    bad = tmp_path / "plan.json"
+    bad.write_text('{"sparsty": 0.5}')
+    assert "unknown key 'sparsty'" in fails(capsys, 2, *prune, "--plan", bad)
+    bad.write_text("{")
+    assert "is not JSON" in fails(capsys, 2, *prune, "--plan", bad)
+    bad.write_text('{"sparsity": "half"}')
+    assert "wrong type" in fails(capsys, 2, *prune, "--plan", bad)
+    assert "is this a run directory?" in fails(capsys, 1, "verify", tmp_path)
+
+
+def test_an_unwritable_folder_is_one_sentence(capsys, llama):
+    error = fails(capsys, 1, "prune", llama, "--out", "/proc/self/none", "--method", "magnitude")
+    assert "cannot make /proc/self/none" in error
+    assert "choose another --out" in error
+
+
+def test_missed_gates_and_skips_have_their_own_codes(tmp_path, llama, words):
+    options = ["--method", "magnitude", "--sparsity", 0.9, "--eval-text", words, *FAST]
+    _, error = run("prune", llama, "--out", tmp_path / "a", *options, "--gate", "kl<=0.0001", code=3)
+    assert "gate kl<=0.0001 missed: kl is" in error
+    assert "the results are kept" in error
+    assert (tmp_path / "a" / "report.json").is_file()
+    _, error = run(
+        "prune",
+        llama,
+        "--out",
+        tmp_path / "b",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "3:64",
+        "--eval-windows",
+        0,
+        code=4,
+    )
+    assert "layers cannot take 3:64 and stay dense" in error
+    run(
+        "prune",
+        llama,
+        "--out",
+        tmp_path / "c",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "3:64",
+        "--eval-windows",
+        0,
+        "--allow-skips",
+    )
+    run("eval", tmp_path / "a", "--text", words, "--windows", 2, "--seqlen", 32, "--gate", "agree>=0.999", code=3)
+
+
+def test_debug_shows_the_traceback(llama):
+    from secateurs.errors import PlanError
+
+    with pytest.raises(PlanError):
+        cli.main(["--debug", "prune", str(llama), "--pattern", "x", "--out", "y"])
+
+
+def test_sampling_from_the_model_itself(tmp_path, llama):
+    run(
+        "prune", llama, "--out", tmp_path / "run", "--calibration", "self", "--samples", 4, "--seqlen", 16,
+        "--eval-windows", 0, "--quiet",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["calibration"]["source"] == "self: sampled from the model"
+    assert report["calibration"]["tokens"] == 64
+
+
+def test_tasks_of_one_s_own_run_offline(tmp_path, llama):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    rows = [
+        {"question": f"{a} plus {b} is", "answers": [" small", " large"], "gold": int(a + b > 9)}
+        for a in range(6)
+        for b in range(6)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path}/sums.jsonl\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{answers}}'\ndoc_to_target: '{{gold}}'\n"
+        "metric_list:\n  - metric: acc\n"
+    )
+    folder = tmp_path / "run"
+    run(
+        "prune",
+        llama,
+        "--out",
+        folder,
+        "--method",
+        "magnitude",
+        "--eval-windows",
+        0,
+        "--tasks",
+        "sums",
+        "--tasks-path",
+        tmp_path / "tasks",
+        "--quiet",
+    )
+    tasks = json.loads((folder / "report.json").read_text())["tasks"]
+    for results in (tasks["dense"], tasks["pruned"]):
+        assert 0 <= results["sums"]["acc"] <= 1
+        assert results["sums"]["acc_stderr"] > 0
+    _, error = run(
+        "eval", llama, "--windows", 1, "--tasks", "none", "--tasks-path", tmp_path / "tasks", "--quiet", code=1
+    )
+    assert "no task 'none' in" in error
+
+
+def test_inspect_finds_the_patterns_that_hold(tmp_path):
+    from secateurs.inspection import inspect
+
+    model = tiny.make("gpt2")
+    with torch.no_grad():
+        weight = model.transformer.h[1].mlp.c_fc.weight
+        weight.copy_((weight.T * NM(4, 8).keep(torch.rand(weight.T.shape), 0.5)).T)
+    model.save_pretrained(tmp_path)
+    facts = {layer.name: layer for layer in inspect(tmp_path).layers}
+    layer = facts["transformer.h.1.mlp.c_fc"]
+    assert layer.holds == ("4:8", "8:16", "16:32")
+    assert (layer.shape, layer.zeros, layer.nbytes) == ((128, 32), 2048, 128 * 32 * 4)
+    assert facts["transformer.h.0.mlp.c_fc"].holds == ()

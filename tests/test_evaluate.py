@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import tiny
+import torch
+
+from secateurs import evaluate
+from secateurs.evaluate import Estimate, Gate, Quality, Window, measure, summarise
+from secateurs.walk import AllLoaded
+
+IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(0))
+
+
+def models():
+    dense, pruned = tiny.make("llama"), tiny.make("llama")
+    with torch.no_grad():
+        for name, parameter in pruned.named_parameters():
+            if "proj" in name:
+                parameter.mul_(parameter.abs() > parameter.abs().median())
+    return dense, pruned
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
+def test_metrics_equal_those_of_whole_logits(chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "_CHUNK", chunk)
+    dense, pruned = models()
+    got = measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS)
+    for window, ids in zip(got, IDS, strict=True):
+        p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (dense, pruned))
+        label = ids[1:, None]
+        assert window.tokens == 19
+        assert window.nll_dense == pytest.approx(-float(p.gather(1, label).sum()), rel=1e-5)
+        assert window.nll == pytest.approx(-float(q.gather(1, label).sum()), rel=1e-5)
+        assert window.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+        assert window.agree == int((p.argmax(-1) == q.argmax(-1)).sum())
+
+
+def test_a_model_against_itself_costs_nothing():
+    dense, _ = models()
+    quality = summarise(measure((dense, AllLoaded()), (dense, AllLoaded()), IDS))
+    assert quality.kl.value == pytest.approx(0, abs=1e-7)
+    assert quality.agree.value == 1
+    assert quality.ppl_ratio == Estimate(1.0, 1.0, 1.0, 5)
+
+
+def test_finished_windows_are_not_measured_again():
+    dense, pruned = models()
+    whole = measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS)
+    marked = [Window(1, 2.0, 3.0, 4.0, 5.0)]
+    assert measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS, done=marked) == marked + whole[1:]
+
+
+def test_one_model_alone_has_only_its_perplexity():
+    dense, _ = models()
+    quality = summarise(measure((dense, AllLoaded()), None, IDS))
+    assert quality.ppl is None
+    assert quality.kl is None
+    assert quality.ppl_dense.n == 5
+
+
+def test_intervals_are_of_windows_and_the_ratio_is_paired():
+    # windows differ by e^1, the ratio by nothing
+    windows = [Window(10, 10.0 * (1 + i), 10.0 * (1.5 + i), 1.0, 5.0) for i in range(2)]
+    quality = summarise(windows)
+    assert quality.ppl_dense.value == pytest.approx(math.exp(1.5))
+    assert quality.ppl_dense.low == pytest.approx(math.e)
+    assert quality.ppl_dense.high == pytest.approx(math.e**2)
+    assert quality.ppl_ratio.low == pytest.approx(quality.ppl_ratio.high) == pytest.approx(math.exp(0.5))
+    assert quality.kl.value == pytest.approx(0.1)
+    assert quality.agree.value == pytest.approx(0.5)
+
+
+def quality(ppl=10.5, kl=0.1, agree=0.9):
+    def of(value):
+        return Estimate(value, value, value, 3)
+
+    return Quality(3, 30, of(10.0), of(ppl), of(ppl / 10), of(kl), of(agree))
+
+
+@pytest.mark.parametrize(
+    ("gate", "holds", "misses"),
+    [
+        ("ppl<=+5%", {"ppl": 10.5}, {"ppl": 10.51}),
+        ("ppl<=12.0", {"ppl": 12.0}, {"ppl": 12.1}),
+        ("kl<=0.1", {"kl": 0.1}, {"kl": 0.11}),
+        ("agree>=0.9", {"agree": 0.9}, {"agree": 0.89}),
+        (" agree >= 0.9 ", {"agree": 0.95}, {"agree": 0.1}),
+        ("kl<=0", {"kl": 0.0}, {"kl": 0.01}),
+    ],
+)
+def test_gates_hold_and_miss(gate, holds, misses):
+    assert Gate.parse(gate).missed(quality(**holds)) is None
+    missed = Gate.parse(gate).missed(quality(**misses))
+    assert missed is not None
+    assert "missed" in missed
+
+
+def test_a_missed_gate_says_by_how_much():
+    assert Gate.parse("ppl<=+5%").missed(quality(ppl=21)) == (
+        "gate ppl<=+5% missed: ppl is 21 [21, 21], the limit is 10.5, off by 10.5 (100.0%)"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["ppl", "ppl>=3", "agree<=0.5", "ppl<=5%", "kl<=+5%", "ppl<=+5", "bleu<=1", "ppl<=-1", "ppl<=nan"]
+)
+def test_unreadable_gates_are_refused(text):
+    with pytest.raises(ValueError, match="cannot read gate"):
+        Gate.parse(text)

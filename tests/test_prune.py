@@ -1,0 +1,496 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import secateurs as sc
+from secateurs import calibrate, walk
+from secateurs.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
+from secateurs.prune import failure
+
+FAST = {"samples": 4, "seqlen": 32, "eval_windows": 2, "eval_seqlen": 32}
+
+
+def weights(folder):
+    return {k: v for shard in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(shard).items()}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type, pattern, tmp_path, words):
+    import transformers
+
+    source = tiny.save(tmp_path / "dense", model_type)
+    plan = sc.Plan(pattern=pattern, method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
+    report = sc.prune(source, plan, out=tmp_path / "run")
+    assert report.totals["layers_skipped_by_shape"] == 0
+    assert report.totals["layers_pruned"] == len(report.layers) >= 12
+    assert report.totals["sparsity"] == 0.5
+    assert (report.quality is None) == (model_type == "bert")
+    assert sc.verify(tmp_path / "run").status == "complete"
+
+    cls = getattr(transformers, tiny.TINY[model_type][0])
+    loaded, info = cls.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    # the same pruning of the live module, in memory, must give the same function
+    live = cls.from_pretrained(source)
+    windows = calibrate.load(str(words), tiny.tokenizer(), 4, 32, 0).windows
+    sc.prune(live, plan, calibration=windows)
+    ids = torch.arange(40)[None]
+    assert torch.equal(loaded(ids).logits, live.eval()(ids).logits)
+    assert set(weights(source)) == set(weights(tmp_path / "run" / "model"))
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "ria", "magnitude+refit", "sparsegpt+refit"])
+def test_every_method_runs_on_a_folder(method, tmp_path, llama, words):
+    plan = sc.Plan(method=method, calibration=str(words), eval_text=str(words), **FAST)
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    assert report.totals["sparsity"] == 0.5
+    assert (report.calibration is None) == (method in ("random", "magnitude"))
+    before, after = weights(llama), weights(tmp_path / "run" / "model")
+    pruned = {r.name + ".weight" for r in report.layers}
+    assert all(torch.equal(before[k], after[k]) for k in before if k not in pruned)
+    for name in pruned:
+        survivors = after[name] != 0
+        assert int(survivors.sum()) == survivors.numel() // 2
+        if "refit" not in method:
+            assert torch.equal(after[name][survivors], before[name][survivors])
+
+
+def test_bf16_stays_bf16(tmp_path, words):
+    source = tiny.save(tmp_path / "dense", dtype=torch.bfloat16)
+    plan = sc.Plan(method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
+    sc.prune(source, plan, out=tmp_path / "run")
+    assert {t.dtype for t in weights(tmp_path / "run" / "model").values()} == {torch.bfloat16}
+
+
+def test_global_scope_is_one_threshold_over_the_model(tmp_path, llama):
+    plan = sc.Plan(method="magnitude", scope="global", sparsity=0.6, eval_windows=0)
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    before = weights(llama)
+    names = [r.name + ".weight" for r in report.layers]
+    sizes = torch.cat([before[n].abs().flatten() for n in names])
+    zeros = round(0.6 * sizes.numel())
+    assert report.totals["zeros"] == zeros
+    threshold = sizes.sort().values[zeros - 1]
+    after = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(after[n] == 0, before[n].abs() <= threshold) for n in names)
+    bounded = dataclasses.replace(plan, min_sparsity=0.59, max_sparsity=0.61)
+    report = sc.prune(llama, bounded, out=tmp_path / "bounded")
+    assert report.totals["zeros"] == zeros
+    assert all(0.589 < 1 - r.kept / r.numel < 0.611 for r in report.layers)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_global_scope_with_calibration(method, tmp_path, llama, words):
+    plan = sc.Plan(method=method, scope="global", calibration=str(words), **{**FAST, "eval_windows": 0})
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-6)
+    assert len({r.kept / r.numel for r in report.layers}) > 5
+    assert sc.verify(tmp_path / "run")
+
+
+def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_reported(tmp_path, words):
+    source = tiny.save(tmp_path / "dense", "qwen3_moe")
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name.endswith("layers.1.mlp.gate.weight"):
+                # expert 2's router row is a copy of expert 1's: ties go to the lower index, so it is never chosen
+                tensor[2:] = 0
+                tensor[:2] = tensor[:2].abs() * 0
+                tensor[0], tensor[1] = 0, 0
+        from safetensors.torch import save_file
+
+        save_file(tensors, shard, metadata={"format": "pt"})
+    plan = sc.Plan(method="sparsegpt", calibration=str(words), **{**FAST, "eval_windows": 0})
+    report = sc.prune(source, plan, out=tmp_path / "run")
+    starved = [r for r in report.layers if r.note and "no calibration token" in r.note]
+    assert len(starved) == 4
+    assert all(".layers.1." in r.name and r.tokens == 0 and r.kept * 2 == r.numel for r in starved)
+
+
+def test_skips_are_recorded_with_who_asked(tmp_path, llama, words):
+    plan = sc.Plan(method="magnitude", pattern="3:64", skip=("*.k_proj", "model.layers.2.*"), eval_windows=0)
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    by = {r.name: r.skipped_by for r in report.layers}
+    assert by["model.layers.0.self_attn.k_proj"] == "plan"
+    assert by["model.layers.2.mlp.down_proj"] == "plan"
+    assert by["model.layers.0.mlp.gate_proj"] == "shape"
+    assert by["model.layers.0.mlp.down_proj"] is None
+    assert report.totals["layers_skipped_by_plan"] == 2 + 7
+    failed = failure(report)
+    assert failed.exit_code == 4
+    assert "cannot take 3:64 and stay dense, first model.layers.0.self_attn.q_proj: 32 inputs" in str(failed)
+    allowed = sc.prune(llama, dataclasses.replace(plan, allow_skips=True), out=tmp_path / "allowed")
+    assert failure(allowed) is None
+
+
+def test_a_missed_gate_keeps_the_results(tmp_path, llama, words):
+    plan = sc.Plan(
+        method="magnitude", sparsity=0.9, eval_text=str(words), gate=("kl<=0.001", "agree>=0"),
+        **FAST,
+    )  # fmt: skip
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    assert [g["passed"] for g in report.gate] == [False, True]
+    assert failure(report).exit_code == 3
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_propagate_dense_calibrates_on_dense_inputs(tmp_path, llama, words):
+    plan = sc.Plan(method="wanda", sparsity=0.8, calibration=str(words), **{**FAST, "eval_windows": 0})
+    reports = {
+        p: sc.prune(llama, dataclasses.replace(plan, propagate=p), out=tmp_path / p) for p in ("pruned", "dense")
+    }
+    first, last = 0, -1
+    assert reports["pruned"].layers[first].error == reports["dense"].layers[first].error
+    assert reports["pruned"].layers[last].error != reports["dense"].layers[last].error
+
+
+def test_overlapping_text_is_warned_about(tmp_path, llama, words):
+    plan = sc.Plan(
+        method="wanda",
+        calibration=str(words),
+        eval_text=str(words),
+        samples=9999,
+        seqlen=64,
+        eval_windows=3,
+        eval_seqlen=64,
+    )
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    assert any("100% of the evaluation windows share" in w for w in report.warnings)
+    assert any("9999 were asked for" in w for w in report.warnings)
+    other = tiny.text(tmp_path, seed=1)
+    report = sc.prune(llama, dataclasses.replace(plan, eval_text=str(other), samples=4), out=tmp_path / "other")
+    assert report.warnings == []
+
+
+# ------------------------------------------------------------------------------------------------------ a live module
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, image):
+        hidden = self.norm(self.depthwise(self.conv(image))).relu()
+        return self.head(hidden.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt+refit"])
+def test_any_module_is_pruned_in_place(method):
+    torch.manual_seed(0)
+    net = Net().eval()
+    images = torch.randn(8, 3, 12, 12)
+    dense = net(images)
+    plan = sc.Plan(method=method, sparsity=0.3, skip=("conv",))
+    report = sc.prune(net, plan, calibration=[{"image": images[:4]}, {"image": images[4:]}])
+    assert [r.name for r in report.layers if r.skipped is None] == ["head"]
+    assert {r.name: r.skipped_by for r in report.layers} == {"conv": "plan", "depthwise": "shape", "head": None}
+    assert int((net.head.weight == 0).sum()) == (10 * round(16 * 0.3) if method == "wanda" else round(160 * 0.3))
+    assert not torch.equal(net(images), dense)
+    assert isinstance(net.head.weight, nn.Parameter)
+    assert net.head.weight.requires_grad
+
+
+def test_convolutions_take_n_of_m_along_input_channels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 6, 3))
+    sc.prune(net, sc.Plan(pattern="2:4", method="magnitude"))
+    groups = net[0].weight.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert bool(((groups != 0).sum(1) == 2).all())
+
+
+def test_live_modules_say_what_they_need():
+    with pytest.raises(CalibrationError, match="pass calibration="):
+        sc.prune(Net(), sc.Plan(method="wanda"))
+    with pytest.raises(PlanError, match="no gate"):
+        sc.prune(Net(), sc.Plan(method="magnitude", gate=("kl<=1",)))
+    with pytest.raises(PlanError, match="has no Linear"):
+        sc.prune(nn.ReLU(), sc.Plan(method="magnitude"))
+    with pytest.raises(PlanError, match="needs a folder for the result"):
+        sc.prune("somewhere", sc.Plan())
+
+
+def test_weights_that_the_dtype_cannot_hold_are_an_error(monkeypatch):
+    net = nn.Linear(8, 8).half()
+    monkeypatch.setattr(sc.solvers, "masked", lambda *a: torch.full((8, 8), 1e6))
+    with pytest.raises(LayerError, match="torch.float16 cannot hold"):
+        sc.prune(net, sc.Plan(method="magnitude", sparsity=0.0))
+
+
+# ------------------------------------------------------------------------------------------------- kill and resume
+
+_RUN = """
+import importlib, sys, secateurs as sc
+prune = importlib.import_module("secateurs.prune")
+source, words, out, method = sys.argv[1:]
+plan = sc.Plan(method=method, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
+slow = prune.write_json
+def write_json(file, data):
+    slow(file, data)
+    print(file.name, data.get("next_block") if isinstance(data, dict) else len(data), flush=True)
+prune.write_json = write_json
+sc.prune(source, plan, out=out)
+print("finished", flush=True)
+"""
+
+
+def _start(source, words, out, method="sparsegpt+refit"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(source), str(words), str(out), method],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sparsegpt+refit", "random"])
+def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, words):
+    undisturbed = _start(llama, words, tmp_path / "whole", method)
+    lines = undisturbed.communicate()[0].splitlines()
+    assert lines[-1] == "finished", lines
+    # die after each thing that is written, in one run directory, then go on
+    kills = 0
+    for wanted in ("state.json 0", "state.json 1", "state.json 2", "windows.json 8"):
+        process = _start(llama, words, tmp_path / "killed", method)
+        for line in process.stdout:
+            if line.strip() == wanted:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.stdout.close()
+        process.wait()
+    assert kills == 4
+    state = json.loads((tmp_path / "killed" / "work" / "windows.json").read_text())
+    assert len(state) == 8
+    assert _start(llama, words, tmp_path / "killed", method).communicate()[0].splitlines()[-1] == "finished"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert sorted(f.name for f in whole.iterdir()) == sorted(f.name for f in killed.iterdir())
+    for file in sorted((whole / "model").iterdir()):
+        if file.name != "README.md":
+            assert file.read_bytes() == (killed / "model" / file.name).read_bytes(), file.name
+    reports = [json.loads((run / "report.json").read_text()) for run in (whole, killed)]
+    for report in reports:
+        for key in ("seconds", "peak_memory_bytes"):
+            report.pop(key)
+        for record in report["layers"]:
+            record.pop("seconds")
+    assert reports[0] == reports[1]
+
+
+def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
+    whole = _start(llama, words, tmp_path / "whole", "wanda")
+    began = time.time()
+    whole.communicate()
+    seconds = time.time() - began
+    for part in (0.55, 0.7, 0.8, 0.9):
+        process = _start(llama, words, tmp_path / "killed", "wanda")
+        time.sleep(seconds * part)
+        process.kill()
+        process.communicate()
+    assert _start(llama, words, tmp_path / "killed", "wanda").communicate()[0].splitlines()[-1] == "finished"
+    for shard in sorted((tmp_path / "whole" / "model").glob("*.safetensors")):
+        assert shard.read_bytes() == (tmp_path / "killed" / "model" / shard.name).read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path, llama):
+    plan = sc.Plan(method="magnitude", eval_windows=0)
+    first = sc.prune(llama, plan, out=tmp_path / "run")
+    again = sc.prune(llama, plan, out=tmp_path / "run")
+    assert again.as_dict() == first.as_dict()
+
+
+# --------------------------------------------------------------------------------------------- the run directory
+
+
+def test_foreign_folders_and_other_plans_are_left_alone(tmp_path, llama):
+    plan = sc.Plan(method="magnitude", eval_windows=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="is not empty and holds no plan.json of ours"):
+        sc.prune(llama, plan, out=tmp_path / "full")
+    assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    sc.prune(llama, plan, out=tmp_path / "run")
+    with pytest.raises(OutputError, match=r"another plan \(sparsity is 0\.5 there, 0\.6 here\)"):
+        sc.prune(llama, dataclasses.replace(plan, sparsity=0.6), out=tmp_path / "run")
+
+
+def test_a_wrong_model_makes_no_folder(tmp_path):
+    with pytest.raises(CheckpointError):
+        sc.prune(tmp_path / "none", sc.Plan(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_in_one_folder_do_not_mix(tmp_path, llama):
+    import fcntl
+
+    plan = sc.Plan(method="magnitude", eval_windows=0)
+    sc.prune(llama, plan, out=tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    (tmp_path / "run" / "work").mkdir()
+    with (tmp_path / "run" / "work" / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another secateurs is at work"):
+            sc.prune(llama, plan, out=tmp_path / "run")
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, llama, words, monkeypatch):
+    from secateurs import files
+
+    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+    real, count = files.replace, 0
+
+    def full(file, write):
+        nonlocal count
+        count += file.suffix == ".safetensors" and "model-0000" in file.name
+        if count == 3:
+
+            def write(part):
+                part.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+
+        real(file, write)
+
+    monkeypatch.setattr(files, "replace", full)
+    with pytest.raises(OutputError, match=r"cannot write .*model-00003-of-00004\.safetensors: No space left on device"):
+        sc.prune(llama, plan, out=tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part"))
+    monkeypatch.undo()
+    resumed = sc.prune(llama, plan, out=tmp_path / "run")
+    fresh = sc.prune(llama, plan, out=tmp_path / "fresh")
+    assert resumed.shards == fresh.shards
+
+
+def test_a_source_that_changed_is_noticed(tmp_path, llama, words, monkeypatch):
+    source = shutil.copytree(llama, tmp_path / "source")
+    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateurs.checkpoint.write_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sc.prune(source, plan, out=tmp_path / "run")
+    monkeypatch.undo()
+    shard = sorted(source.glob("*.safetensors"))[0]
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(OutputError, match="has changed since"):
+        sc.prune(source, plan, out=tmp_path / "run")
+
+
+def test_activations_that_are_nan_stop_the_run_with_the_layer_s_name(tmp_path, llama, words):
+    source = shutil.copytree(llama, tmp_path / "source")
+    from safetensors.torch import save_file
+
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "model.layers.1.input_layernorm.weight" in tensors:
+            tensors["model.layers.1.input_layernorm.weight"][:] = 1e38
+        save_file(tensors, shard, metadata={"format": "pt"})
+    plan = sc.Plan(method="sparsegpt", calibration=str(words), **FAST)
+    with pytest.raises(LayerError, match=r"model\.layers\.1\.self_attn\.q_proj: .* NaN or infinite"):
+        sc.prune(source, plan, out=tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------ verify
+
+
+@pytest.fixture
+def run(tmp_path, llama):
+    sc.prune(llama, sc.Plan(pattern="2:4", method="magnitude", eval_windows=0), out=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def tamper(run, edit, checksums=True):
+    from safetensors.torch import save_file
+
+    from secateurs.checkpoint import checksum
+
+    report = json.loads((run / "report.json").read_text())
+    for shard in (run / "model").glob("*.safetensors"):
+        tensors = load_file(shard)
+        edit(tensors)
+        save_file(tensors, shard, metadata={"format": "pt"})
+        if checksums:
+            report["shards"][shard.name] = checksum(shard)
+    (run / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", 1.0, "up_proj keeps 2048 weights, report.json says 1024"),
+        ("model.norm.weight", 2.0, "model.norm.weight was not to be pruned and differs"),
+        ("model.layers.1.input_layernorm.weight", float("nan"), "NaN or infinite"),
+    ],
+)
+def test_verify_finds_what_was_changed(run, name, value, match):
+    tamper(run, lambda tensors: tensors[name].fill_(value) if name in tensors else None)
+    with pytest.raises((VerifyError, CheckpointError), match=match):
+        sc.verify(run)
+
+
+def test_verify_finds_a_mask_that_moved(run):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def swap(tensors):
+        if name in tensors:
+            row = tensors[name][0]
+            # the count stays, the groups break
+            kept, gone = row[:4].nonzero()[0, 0], (row[4:8] != 0).nonzero()[0, 0] + 4
+            spare = (row[:4] == 0).nonzero()[0, 0]
+            row[spare], row[gone] = row[kept], 0
+
+    tamper(run, swap)
+    with pytest.raises(VerifyError, match=r"up_proj does not hold 2:4: 1 of 512 groups"):
+        sc.verify(run)
+
+
+def test_verify_finds_a_flipped_bit_and_a_lost_shard(run):
+    shard = sorted((run / "model").glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(VerifyError, match="its sha256 differs"):
+        sc.verify(run)
+    shard.unlink()
+    with pytest.raises(VerifyError, match="is missing"):
+        sc.verify(run)
+
+
+def test_verify_without_the_dense_model_says_so(tmp_path, llama):
+    source = shutil.copytree(llama, tmp_path / "source")
+    sc.prune(source, sc.Plan(method="magnitude", eval_windows=0), out=tmp_path / "run")
+    shutil.rmtree(source)
+    assert any("not compared with the dense model" in w for w in sc.verify(tmp_path / "run").warnings)
+
+
+def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, words, monkeypatch):
+    held = []
+    write = walk.OnDisk.write
+
+    def watched(self, block, batch, hidden):
+        write(self, block, batch, hidden)
+        held.append(len(list(self.folder.glob("block-*"))))
+
+    monkeypatch.setattr(walk.OnDisk, "write", watched)
+    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+    sc.prune(llama, plan, out=tmp_path / "run")
+    assert max(held) == 2
+    assert not (tmp_path / "run" / "work").exists()

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from test_patterns import ALL, expected_kept
+from torch.testing import assert_close
+
+from secateurs import Stats, scores, solvers
+from secateurs.patterns import NM, Unstructured
+
+METHODS = [*solvers.SOLVERS, *(f"{name}+refit" for name in solvers.SOLVERS)]
+ROW = Unstructured("row")
+
+
+def loss(weight, new, stats, damping=0.01):
+    hessian, delta = stats.damped(damping).double(), (new - weight).double()
+    return float(((delta @ hessian) * delta).sum())
+
+
+@pytest.mark.parametrize("pattern", ALL, ids=lambda p: f"{p}-{getattr(p, 'scope', '')}")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_holds_every_pattern_exactly(method, pattern):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(32, 64, generator=generator)
+    stats = Stats.of(torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+    sparsity = 0.3 if pattern.fixed_sparsity is None else pattern.fixed_sparsity
+    new = solvers.find(method).solve(weight, stats, pattern, sparsity, 0.01)
+    assert torch.isfinite(new).all()
+    assert pattern.violation(new != 0, sparsity) is None
+    assert int((new != 0).sum()) == expected_kept(pattern, (32, 64), sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 1 / 3, 0.5, 0.77])
+@pytest.mark.parametrize("width", [63, 64, 65, 129])
+def test_obs_counts_are_exact_across_mask_blocks(sparsity, width):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(9, width, generator=generator)
+    stats = Stats.of(torch.randn(400, width, generator=generator))
+    for scope in ("row", "layer"):
+        pattern = Unstructured(scope)
+        new = solvers.obs(weight, stats, pattern, sparsity)
+        assert int((new != 0).sum()) == expected_kept(pattern, (9, width), sparsity)
+        assert pattern.violation(new != 0, sparsity) is None
+
+
+def test_obs_with_a_fixed_mask_is_explicit_elimination(layer):
+    """Row by row in fp64: remove a weight, update those after it with the inverse of the remaining Hessian."""
+    weight, stats, _ = layer
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.5
+    hessian = stats.damped(0.01).double()
+    want = weight.double().clone()
+    for row in range(len(want)):
+        for j in range(want.shape[1]):
+            if not keep[row, j]:
+                inverse = torch.linalg.inv(hessian[j:, j:])
+                want[row, j:] -= want[row, j] / inverse[0, 0] * inverse[0]
+                want[row, j] = 0
+    got = solvers.obs(weight, stats, ROW, 0.5, keep_OI=keep)
+    assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+    assert torch.equal(got != 0, keep)
+
+
+@pytest.mark.parametrize("lazy", [4, 16, 32, 512])
+def test_lazy_block_changes_nothing(layer, lazy):
+    weight, stats, _ = layer
+    want = solvers.obs(weight, stats, NM(2, 4), 0.5)
+    assert_close(solvers.obs(weight, stats, NM(2, 4), 0.5, lazy_block=lazy), want, rtol=1e-4, atol=1e-5)
+
+
+def test_obs_is_exact_refit_if_pruned_columns_come_first(layer):
+    weight, stats, _ = layer
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    keep[:, :10] = False
+    got = solvers.obs(weight, stats, ROW, 0.3, keep_OI=keep)
+    assert_close(got, solvers.refit_exact(weight, weight * keep, stats), rtol=1e-3, atol=1e-4)
+    # and only zeroing if they come last
+    keep = keep.flip(1)
+    keep[:, -10:] = False
+    last = solvers.obs(weight[:, -1:], Stats(5, torch.ones(1), torch.ones(1, 1)), ROW, 1.0, keep_OI=keep[:, -1:])
+    assert torch.equal(last, torch.zeros_like(last))
+
+
+def test_no_sparsity_changes_nothing_and_white_inputs_need_no_update(layer):
+    weight, stats, _ = layer
+    assert_close(solvers.obs(weight, stats, ROW, 0.0), weight)
+    white = Stats(100, torch.ones(32), torch.eye(32))
+    want = solvers.masked(weight, None, ROW, 0.5, scores.magnitude)
+    assert torch.equal(solvers.obs(weight, white, ROW, 0.5), want)
+    assert_close(solvers.refit(weight, want, white), want)
+
+
+def test_dead_inputs_are_pruned_first(layer):
+    weight, _, x_TI = layer
+    x_TI = x_TI.clone()
+    x_TI[:, 3] = 0
+    new = solvers.obs(weight, Stats.of(x_TI), ROW, 0.25)
+    assert not new[:, 3].any()
+    assert torch.isfinite(new).all()
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [ROW, NM(2, 4)], ids=str)
+def test_refit_reaches_the_oracle_and_never_raises_the_loss(layer, name, pattern):
+    weight, stats, _ = layer
+    start = solvers.find(name).solve(weight, stats, pattern, 0.5, 0.01)
+    got = solvers.refit(weight, start, stats, iterations=200, tolerance=1e-6)
+    want = solvers.refit_exact(weight, start, stats)
+    assert torch.equal(got != 0, start != 0)
+    assert loss(weight, want, stats) <= loss(weight, got, stats) * (1 + 1e-6) <= loss(weight, start, stats)
+    assert loss(weight, got, stats) <= loss(weight, want, stats) * 1.001
+    quick = solvers.refit(weight, start, stats)
+    # the losses of few iterations lie between, row by row
+    hessian = stats.damped(0.01)
+    before = ((start - weight) @ hessian * (start - weight)).sum(1)
+    after = ((quick - weight) @ hessian * (quick - weight)).sum(1)
+    assert bool((after <= before).all())
+    # the oracle's gradient vanishes on the support
+    gradient = ((want - weight).double() @ hessian.double()) * (want != 0)
+    assert float(gradient.abs().max()) <= 1e-4 * float((weight @ hessian).abs().max())
+
+
+def test_full_support_refits_to_the_dense_weights(layer):
+    weight, stats, _ = layer
+    assert_close(
+        solvers.refit(weight, weight + 0.1, stats, iterations=300, tolerance=1e-7), weight, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_relative_error_is_that_of_the_outputs(layer):
+    weight, stats, x_TI = layer
+    new = solvers.masked(weight, stats, ROW, 0.5, scores.wanda)
+    want = float((x_TI @ (new - weight).T).norm() / (x_TI @ weight.T).norm())
+    assert solvers.relative_error(weight, new, stats) == pytest.approx(want, rel=1e-4)
+    norms = Stats.of(x_TI, gram=False)
+    scaled = float(((new - weight) * norms.sqnorm_I.sqrt()).norm() / (weight * norms.sqnorm_I.sqrt()).norm())
+    assert solvers.relative_error(weight, new, norms) == pytest.approx(scaled, rel=1e-4)
+    assert solvers.relative_error(weight, weight, None) == 0
+
+
+def test_the_field_s_order_holds_on_a_correlated_layer(layer):
+    weight, stats, _ = layer
+    error = {
+        name: solvers.relative_error(weight, solvers.find(name).solve(weight, stats, ROW, 0.5, 0.01), stats)
+        for name in ("random", "magnitude", "wanda", "sparsegpt", "sparsegpt+refit")
+    }
+    assert error["random"] > error["magnitude"] > error["sparsegpt"] > error["sparsegpt+refit"]
+    assert error["magnitude"] > error["wanda"] > error["sparsegpt"]
+
+
+def test_unknown_methods_are_named():
+    for text in ("wandaa", "wanda+tune", "+refit", ""):
+        with pytest.raises(ValueError, match="unknown method"):
+            solvers.find(text)
+
+
+def test_methods_say_what_they_miss(layer):
+    weight, _, _ = layer
+    for name in ("sparsegpt", "wanda", "magnitude+refit"):
+        with pytest.raises(ValueError, match="needs calibration"):
+            solvers.find(name).solve(weight, None, ROW, 0.5, 0.01)

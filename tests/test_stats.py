@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from secateurs import Stats
+
+
+@pytest.mark.parametrize("width", [1, 7, 96, 97, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_is_the_sum_of_outer_products(width, dtype):
+    x_TI = torch.randn(300, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stats = Stats.of(x_TI)
+    want = x_TI.double().T @ x_TI.double()
+    # any order of n fp32 additions: |error| <= n * eps * sum |terms| (Higham 2002, sec. 4.2)
+    bound = 300 * torch.finfo(torch.float32).eps * (x_TI.double().abs().T @ x_TI.double().abs())
+    assert bool(((stats.gram_II - want).abs() <= bound).all())
+    assert torch.equal(stats.gram_II, stats.gram_II.T)
+    assert torch.equal(stats.sqnorm_I, stats.gram_II.diagonal())
+    norms = Stats.of(x_TI, gram=False)
+    assert bool(((norms.sqnorm_I - want.diagonal()).abs() <= bound.diagonal()).all())
+    assert norms.gram_II is None
+
+
+def test_sixteen_bit_sums_do_not_saturate():
+    # 1 + 1 + ... stops at 256 in bf16
+    stats = Stats.of(torch.ones(5000, 3, dtype=torch.bfloat16))
+    assert stats.gram_II.unique().tolist() == [5000.0]
+
+
+def test_shards_merge_exactly_and_in_any_order():
+    x_TI = torch.randint(-8, 8, (64, 5)).float()
+    whole = Stats.of(x_TI)
+    first, second = Stats.of(x_TI[:20]), Stats.of(x_TI[20:])
+    for merged in (first + second, second + first):
+        assert merged.tokens == 64
+        assert torch.equal(merged.gram_II, whole.gram_II)
+        assert torch.equal(merged.sqnorm_I, whole.sqnorm_I)
+    with pytest.raises(ValueError, match="collect both the same way"):
+        first + Stats.of(x_TI, gram=False)
+
+
+def test_inverse_factor_rows_come_from_trailing_inverses(layer):
+    _, stats, _ = layer
+    upper = stats.inverse_factor(0.01).double()
+    hessian = stats.damped(0.01).double()
+    for j in (0, 5, 31):
+        trailing = torch.linalg.inv(hessian[j:, j:])[0]
+        torch.testing.assert_close(upper[j, j:], trailing / trailing[0].sqrt(), rtol=1e-3, atol=1e-6)
+
+
+def test_dead_inputs_get_one_and_are_named():
+    x_TI = torch.randn(50, 4)
+    x_TI[:, 2] = 0
+    stats = Stats.of(x_TI)
+    assert stats.dead_I.tolist() == [False, False, True, False]
+    assert stats.damped(0.01)[2, 2] > 1
+
+
+def test_singular_and_empty_grams_raise_with_numbers():
+    with pytest.raises(ValueError, match="0 tokens is zero or not finite"):
+        Stats.zeros(3, True).inverse_factor(0.01)
+    bad = Stats(10, torch.ones(2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"10 tokens is singular at damping 0.01.*2x2"):
+        bad.inverse_factor(0.01)
+    with pytest.raises(ValueError, match="only norms"):
+        Stats.of(torch.ones(2, 2), gram=False).damped(0.01)
+
+
+def test_bf16_products_leave_the_global_setting_alone():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    Stats.of(torch.ones(4, 4, dtype=torch.bfloat16))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
