@@ -52,13 +52,16 @@ ANCHOR = {
     ("wanda", "layer"): (".1306/.1293", ".2393/.2371", None),
     ("ria", "layer"): (".1367/.1354", ".2484/.2459", ".2124/.2101"),
     ("wanda+refit", "row"): (".0881/.0950", ".1723/.1810", ".1261/.1362"),
-    ("sparsegpt", "layer"): (".0895/", "/", ".1403/.1474"),
+    ("sparsegpt", "layer"): (".0905/.0947", ".1774/.1828", ".1403/.1474"),
     ("sparsegpt+refit", "layer"): (".0771/.0847", ".1528/.1629", ".1209/.1336"),
 }
 
 
 @pytest.mark.parametrize(("method", "scope"), ANCHOR)
-def test_the_anchor_layer_is_reproduced_within_two_percent(anchor, method, scope):
+def test_the_anchor_layer_is_reproduced_within_two_percent(anchor, method, scope, monkeypatch):
+    if method == "sparsegpt":
+        # the table's mask block; ours is 64 and 1 to 2% better
+        monkeypatch.setattr(sc.patterns.Unstructured, "step", 128)
     weight_OI, stats, held_out = anchor
     for (pattern, sparsity), want in zip(
         (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)), ANCHOR[method, scope], strict=True
@@ -67,8 +70,8 @@ def test_the_anchor_layer_is_reproduced_within_two_percent(anchor, method, scope
         new = sc.solvers.find(method).solve(weight_OI, stats, chosen, sparsity, 0.01)
         got = [sc.solvers.relative_error(weight_OI, new, s) for s in (stats, held_out)]
         print(f"{method} {scope} {pattern} {sparsity}: {got[0]:.4f}/{got[1]:.4f}, table {want}")
-        for value, text in zip(got, (want or "/").split("/"), strict=True):
-            assert not text or value == pytest.approx(float(text), rel=0.02)
+        if want is not None:
+            assert got == pytest.approx([float(text) for text in want.split("/")], rel=0.02)
 
 
 def test_mask_block_and_refit_follow_the_table(anchor, monkeypatch):
@@ -102,7 +105,7 @@ def test_smollm2_wikitext_tokens_and_dense_perplexity(smollm2):
     assert found.ppl_dense.value == pytest.approx(21.08, abs=0.02)
 
 
-def test_smollm2_calibration_text_is_the_issue_s(smollm2):
+def test_smollm2_calibration_text_is_documents_shuffled_and_joined(smollm2):
     from random import Random
 
     from transformers import AutoTokenizer
@@ -147,7 +150,9 @@ def test_a_trained_model_of_a_second(tmp_path):
     model, text = data("stories260K"), data("tinystories_30KB.txt")
     ppl = {}
     for method in ("random", "magnitude", "wanda", "sparsegpt", "sparsegpt+refit"):
-        plan = sc.Plan(method=method, calibration=str(text), samples=16, seqlen=512, eval_text=str(text), eval_windows=8)
+        plan = sc.Plan(
+            method=method, calibration=str(text), samples=16, seqlen=512, eval_text=str(text), eval_windows=8
+        )
         ppl[method] = sc.prune(model, plan, out=tmp_path / method).quality["ppl"]["value"]
     print(ppl)
     assert ppl["random"] > ppl["magnitude"] > ppl["sparsegpt"] > ppl["sparsegpt+refit"]
@@ -159,11 +164,15 @@ def test_pruned_smollm2_loads_and_generates(smollm2, tmp_path):
 
     plan = sc.Plan(method="wanda", sparsity=0.3, samples=16, seqlen=512, eval_windows=0)
     sc.prune(smollm2, plan, out=tmp_path / "run")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", dtype="auto", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    out = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    out = model.generate(
+        **tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=5, do_sample=False
+    )
     assert "Paris" in tokenizer.decode(out[0])
     zeros = [(m.weight == 0).float().mean() for n, m in model.named_modules() if n.endswith("_proj")]
     assert torch.stack(zeros).min() >= 0.299
