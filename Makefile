@@ -32,7 +32,7 @@ check: $(READY)
 
 # perplexity, seconds and memory of every method on SmolLM2-135M; see bench/
 bench: $(READY)
-	$(BIN)/python bench/smollm2.py
+	$(BIN)/python bench/methods.py
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache

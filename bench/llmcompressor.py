@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from smollm2 import ROOT, data, fetch
+from methods import ROOT, data, fetch
 
 # what llm-compressor's users write, with its defaults but for the damping that both sides share
 _PEER = """
@@ -92,7 +92,6 @@ def main() -> None:
             ],
             "secateurs sparsegpt": lambda out: [*ours, "--method", "sparsegpt", "--out", out],
             "secateurs wanda": lambda out: [*ours, "--method", "wanda", "--out", out],
-            "secateurs sparsegpt+refit": lambda out: [*ours, "--method", "sparsegpt+refit", "--out", out],
         }
         samples: dict[str, list[tuple[float, float]]] = {row: [] for row in commands}
         for i in range(arguments.rounds):

@@ -32,6 +32,19 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def return_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    A block's tensors are freed in another order than they were taken, and glibc keeps the holes: 8 MB more a block of
+    SmolLM2-135M, though nothing holds them.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from secateurs import calibrate, checkpoint, evaluate, solvers
 from secateurs.allocate import ALLOCATIONS, LayerSummary
 from secateurs.card import model_card
-from secateurs.device import machine, peak_memory
+from secateurs.device import machine, peak_memory, return_memory
 from secateurs.errors import CalibrationError, LayerError, OutputError, PlanError, SecateursError
 from secateurs.files import write_json, write_tensors, write_text
 from secateurs.plan import Plan
@@ -338,6 +338,9 @@ class Run:
             shard = source.edited(model, step.name, edited)
             checkpoint.write_shard(self.model_folder, step.index + 1, count, shard)
             records += found
+            # the next block must not meet this one's tensors
+            del shard
+            return_memory()
             if not batches:
                 tick()
         checkpoint.write_index(self.model_folder, count)

@@ -1,6 +1,6 @@
 """One-shot pruning of SmolLM2-135M by every method: perplexity against the dense model, seconds, peak memory.
 
-    .venv/bin/python bench/smollm2.py [--rows sparsegpt:unstructured,...] [--out bench/results/smollm2.json]
+    .venv/bin/python bench/methods.py [--rows sparsegpt:unstructured,...] [--out bench/results/methods.json]
 
 Calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl (documents shuffled by random.Random(0)), evaluated on the
 first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt, in bf16. Rows run one after another, each in its
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="METHOD:PATTERN, separated by commas")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "smollm2.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods.json")
     arguments = parser.parse_args()
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     for row in arguments.rows.split(","):
