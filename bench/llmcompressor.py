@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from methods import ROOT, data, fetch
@@ -39,18 +38,25 @@ model.save_pretrained(out)
 """
 
 
+# a small process waits for the measured one: what the kernel calls its peak includes that of whoever started it
+_LAUNCH = """
+import os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9)
+sys.exit(status != 0)
+"""
+
+
 def timed(command: list[str]) -> tuple[float, float]:
     """Seconds and peak gigabytes of a process."""
-    began = time.perf_counter()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command[0]} failed:\n{error.decode()[-3000:]}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+    launch = [sys.executable, "-c", _LAUNCH, *(str(c) for c in command)]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
+    seconds, gigabytes = done.stdout.split()
+    return float(seconds), float(gigabytes)
 
 
 def perplexity(model: Path, wikitext: Path) -> float:

@@ -37,7 +37,7 @@ def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type,
     assert report.totals["layers_skipped_by_shape"] == 0
     assert report.totals["layers_pruned"] == len(report.layers) >= 12
     assert report.totals["sparsity"] == 0.5
-    assert (report.quality is None) == (model_type == "bert")
+    assert (report.quality is None) == ("bert" in model_type)
     assert sc.verify(tmp_path / "run").status == "complete"
 
     cls = getattr(transformers, tiny.TINY[model_type][0])
@@ -49,7 +49,7 @@ def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type,
     windows = calibrate.load(str(words), tiny.tokenizer(), 4, 32, 0).windows
     sc.prune(live, plan, calibration=windows)
     ids = torch.arange(40)[None]
-    assert torch.equal(loaded(ids).logits, live.eval()(ids).logits)
+    assert torch.equal(loaded(ids)[0], live.eval()(ids)[0])
     assert set(weights(source)) == set(weights(tmp_path / "run" / "model"))
 
 

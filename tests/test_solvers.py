@@ -87,6 +87,16 @@ def test_no_sparsity_changes_nothing_and_white_inputs_need_no_update(layer):
     assert_close(solvers.refit(weight, want, white), want)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 24])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_given_weights_are_left_alone(layer, method, rows):
+    # one row transposed is contiguous as it is, so a careless .contiguous() would share its memory
+    weight, stats, _ = layer
+    given = weight[:rows].clone()
+    solvers.find(method).solve(given, stats, ROW, 0.5, 0.01)
+    assert torch.equal(given, weight[:rows])
+
+
 def test_dead_inputs_are_pruned_first(layer):
     weight, _, x_TI = layer
     x_TI = x_TI.clone()

@@ -16,7 +16,7 @@ _LLAMA = {
     "pad_token_id": 257,
 }
 
-# model_type -> (architecture, config arguments); every family has at least one
+# model_type, and a word if there are two of it -> (architecture, config arguments); every type has at least one
 TINY = {
     "llama": ("LlamaForCausalLM", _LLAMA),
     "mistral": ("MistralForCausalLM", {**_LLAMA, "sliding_window": 16}),
@@ -45,6 +45,11 @@ TINY = {
         "Qwen3MoeForCausalLM",
         {**_LLAMA, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
+    # the bare encoder, as sentence embedders are stored
+    "bert base": (
+        "BertModel",
+        {**_COMMON, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
     "bert": (
         "BertForMaskedLM",
         {**_COMMON, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -57,7 +62,7 @@ def make(model_type: str, dtype: torch.dtype = torch.float32):
     import transformers
 
     architecture, arguments = TINY[model_type]
-    config = transformers.AutoConfig.for_model(model_type, **arguments)
+    config = transformers.AutoConfig.for_model(model_type.split()[0], **arguments)
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(config)
     with torch.no_grad():

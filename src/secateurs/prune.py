@@ -8,6 +8,7 @@ moves on to the next block; so a kill at any moment repeats at most one block, f
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -83,10 +84,9 @@ def _prune_layer(layer: Layer, stats: Stats | None, plan: Plan, sparsity: float,
     elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
         note = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
     weight_OI = layer.read().float()
-    seed = zlib.crc32(f"{plan.seed} {layer.name}".encode())
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(_seed(plan, layer.name))
             new_OI = solver.solve(weight_OI, stats, pattern, sparsity, plan.damping)
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
@@ -131,10 +131,7 @@ def _prune_step(step: Step, plan: Plan, sparsities: dict[str, float] | None) -> 
     records = {layer.name: record for layer in step.layers if (record := _skip(layer, plan))}
     todo = [layer for layer in step.layers if layer.name not in records]
     needs = plan.solver.needs
-    stats: dict[str, Stats] = {}
-    if needs != "weights" or plan.propagate == "dense":
-        # a pass even for magnitude when dense outputs must be passed on
-        stats = step.observe(todo, gram=needs == "gram") if step.batches else {}
+    stats = step.observe(todo, gram=needs == "gram") if needs != "weights" else {}
     for layer in todo:
         sparsity = plan.target if sparsities is None else sparsities[layer.name]
         found = stats.get(layer.name) if needs != "weights" else None
@@ -150,45 +147,56 @@ def _allocate(
     if plan.allocation == "uniform":
         return None
     solver = plan.solver
-    layers: dict[str, Layer] = {}
-    block_of: dict[str, str] = {}
+    found: dict[str, tuple[str, Layer]] = {}
     norms: dict[str, Stats] = {}
     ranked_by_inputs = solver.needs != "weights"
     for step in stream(model, batches if ranked_by_inputs else [], loader, propagate="dense", tick=tick):
         todo = [layer for layer in step.layers if _skip(layer, plan) is None]
-        layers.update((layer.name, layer) for layer in todo)
-        block_of.update((layer.name, step.name) for layer in todo)
+        found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
         if ranked_by_inputs:
             norms.update(step.observe(todo, gram=False))
+    loaded = ""
 
-    def summary(name: str) -> LayerSummary:
-        def scores() -> Iterator[Tensor]:
-            layer = _loaded(model, loader, block_of[name], layers[name])
-            seed = zlib.crc32(f"{plan.seed} {name}".encode())
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                yield from torch.split(solver.score(layer.read().float(), norms.get(name)), _ROWS_PER_CHUNK)
-            if loader:
+    def scores(name: str) -> Iterator[Tensor]:
+        nonlocal loaded
+        block, layer = found[name]
+        if loader is not None:
+            if block != loaded:
                 loader.release(model)
+                loader.load(model, block)
+                loaded = block
+            layer = _with_weights(layer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(plan, name))
+            yield from torch.split(solver.score(layer.read().float(), norms.get(name)), _ROWS_PER_CHUNK)
 
-        return LayerSummary(layers[name].shape[0] * layers[name].shape[1], scores)
-
-    summaries = {name: summary(name) for name in layers}
+    summaries = {
+        name: LayerSummary(layer.shape[0] * layer.shape[1], functools.partial(scores, name))
+        for name, (_, layer) in found.items()
+    }
     try:
         return ALLOCATIONS[plan.allocation](summaries, plan.target, (plan.min_sparsity, plan.max_sparsity))
     except ValueError as error:
         raise PlanError(f"scope global: {error}") from None
+    finally:
+        if loader is not None:
+            loader.release(model)
 
 
-def _loaded(model: nn.Module, loader: Loader | None, block: str, layer: Layer) -> Layer:
-    """The same layer with its weights in memory: loading puts new parameters into the modules."""
-    if loader is None:
-        return layer
-    loader.load(model, block)
-    parameter = next(
-        p for n, p in layer.module._parameters.items() if f".{n}." in f".{layer.tensor_name}." and p is not None
-    )
+def _without_weights(layer: Layer) -> Layer:
+    """The layer as a place only: holding its parameter would hold the whole model."""
+    return dataclasses.replace(layer, parameter=nn.Parameter(layer.parameter.detach().to("meta"), requires_grad=False))
+
+
+def _with_weights(layer: Layer) -> Layer:
+    """The same layer after its block was loaded, which puts new parameters into the modules."""
+    parameter = layer.module.get_parameter(layer.tensor_name.rpartition(".")[2])
     return dataclasses.replace(layer, parameter=parameter)
+
+
+def _seed(plan: Plan, layer: str) -> int:
+    """Of a layer's random numbers: the same in a resumed run, another for every layer."""
+    return zlib.crc32(f"{plan.seed} {layer}".encode())
 
 
 # ------------------------------------------------------------------------------------------------------ a live module
@@ -237,7 +245,9 @@ class Run:
     """One run directory. complete() does what is left to do."""
 
     def __init__(self, plan: Plan, out: Path, progress: Progress = _silent) -> None:
-        self.plan = plan
+        folder = Path(plan.model).expanduser()
+        # a run must find its dense model again from any working directory
+        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
         self.out = out
         self.progress = progress
         self.work = out / "work"

@@ -50,7 +50,7 @@ def obs(
     ratio_II = upper_II / diagonal_I[:, None]
     rows, columns = weight_OI.shape
     # transposed, so that a column of weights is contiguous
-    weight_IO = weight_OI.float().T.contiguous()
+    weight_IO = weight_OI.T.float().clone(memory_format=torch.contiguous_format)
     weight_IO[stats.dead_I] = 0
     step = pattern.step
     lazy = max(step, lazy_block // step * step)
