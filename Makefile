@@ -19,7 +19,7 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest
 
 # slow checks on trained models and on ../shared/data; what is absent is skipped by name
 test-real: $(READY)

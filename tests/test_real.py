@@ -141,8 +141,8 @@ def test_smollm2_perplexity_meets_the_script_and_the_field_s_order(smollm2, tmp_
         report = sc.prune(smollm2, plan, out=tmp_path / f"{method}-{pattern}".replace(":", "of"))
         got[method, pattern] = report.quality["ppl"]["value"]
         print(f"{method} {pattern}: {got[method, pattern]:.2f}, script {script}, prune {report.seconds['prune']:.0f} s")
-        # Wanda alone moves by 0.4 with the order of bf16 sums (docs/log.md), so 1% is no difference
-        assert got[method, pattern] <= script * (1.015 if method == "wanda" else 1)
+        # the order of bf16 sums alone moves Wanda by 0.9% and SparseGPT about as much (docs/log.md)
+        assert got[method, pattern] <= script * 1.015
     order = [got[m, "unstructured"] for m in ("magnitude", "wanda", "sparsegpt", "sparsegpt+refit")]
     assert order == sorted(order, reverse=True)
 
