@@ -44,7 +44,7 @@ def _progress(show: bool) -> Iterator[Any]:
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not show, transient=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not show) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:

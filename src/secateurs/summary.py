@@ -30,23 +30,24 @@ def megabytes(nbytes: float) -> str:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """('model.layers.3', 'q_proj'); experts of one parameter share a place."""
+    """('model.layers.3', 'mlp.down_proj'); experts of one parameter share a place."""
     found = re.match(r"(.*?\.\d+)\.(.*)", name)
     block, rest = (found[1], found[2]) if found else ("", name)
-    kind = [part for part in rest.split(".") if not part.isdigit()]
-    return block, kind[-1] if kind else rest
+    return block, ".".join(part for part in rest.split(".") if not part.isdigit()) or rest
 
 
 def _cells(layers: Sequence[Any], cell: Any) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """Column names, and {block: {column: text}}, in order of appearance."""
+    """Column names, and {block: {column: text}}, in order of appearance. Names are as short as they are unambiguous."""
     places: dict[tuple[str, str], list[Any]] = {}
     for layer in layers:
         places.setdefault(_place(layer.name), []).append(layer)
-    columns = list(dict.fromkeys(kind for _, kind in places))
+    paths = list(dict.fromkeys(path for _, path in places))
+    last = {path: path.rpartition(".")[2] for path in paths}
+    short = {path: name if list(last.values()).count(name) == 1 else path for path, name in last.items()}
     rows: dict[str, dict[str, str]] = {}
-    for (block, kind), group in places.items():
-        rows.setdefault(block, {})[kind] = cell(group)
-    return columns, rows
+    for (block, path), group in places.items():
+        rows.setdefault(block, {})[short[path]] = cell(group)
+    return [short[path] for path in paths], rows
 
 
 def print_report(report: Report, console: Console, out: str) -> None:
