@@ -47,6 +47,21 @@ def test_loading_by_blocks_gives_what_from_pretrained_gives(model_type, tmp_path
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
+def test_what_lies_outside_the_blocks_is_written_in_pieces(llama, monkeypatch):
+    checkpoint = Checkpoint(llama)
+    model = checkpoint.skeleton()
+    whole = sorted(checkpoint.outside_keys(model))
+    assert [sorted(group) for group in checkpoint.outside_groups(model)] == [whole]
+    monkeypatch.setattr("secateurs.checkpoint._SHARD_WEIGHTS", 100)
+    pieces = checkpoint.outside_groups(model)
+    assert len(pieces) == 3
+    assert (
+        sorted(key for piece in pieces for key in piece)
+        == whole
+        == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    )
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
 def test_edited_tensors_go_back_under_their_stored_names(model_type, tmp_path):
     tiny.save(tmp_path, model_type)

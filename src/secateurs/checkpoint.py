@@ -6,6 +6,7 @@ keep their name and dtype. Pickled weights are refused.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from secateurs.files import write_json, write_tensors
 from secateurs.walk import blocks_of
 
 INDEX = "model.safetensors.index.json"
+# weights outside the blocks that are written together
+_SHARD_WEIGHTS = 1 << 27
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 
 
@@ -193,6 +196,20 @@ class Checkpoint:
     def outside_keys(self, model: nn.Module) -> list[str]:
         inside = tuple(f"{prefix}." for prefix in self.block_names(model))
         return [key for key, target in self.target_of.items() if not target.startswith(inside)]
+
+    def outside_groups(self, model: nn.Module) -> list[list[str]]:
+        """outside_keys() in shards: an embedding of its own size each, so that two are never in memory together."""
+        groups: list[list[str]] = []
+        room = 0
+        for key in self.outside_keys(model):
+            with _opened(self.file_of[key]) as handle:
+                numel = math.prod(handle.get_slice(key).get_shape())
+            if not groups or numel > room:
+                groups.append([])
+                room = _SHARD_WEIGHTS
+            groups[-1].append(key)
+            room -= numel
+        return groups
 
     def release(self, model: nn.Module) -> None:
         """Send every parameter back to the meta device."""

@@ -326,7 +326,8 @@ class Run:
         sparsities = self._sparsities(source, model, batches)
 
         names = source.block_names(model)
-        count = len(names) + 1
+        outside = source.outside_groups(model)
+        count = len(outside) + len(names)
         passes = 1 if plan.propagate == "dense" or not batches else 2
         # the last block's outputs are not needed
         total = max(1, len(batches) * (passes * len(names) - (passes - 1))) if batches else len(names)
@@ -340,13 +341,14 @@ class Run:
         self.progress("pruning", done, total)
         if start == 0:
             source.copy_small_files(self.model_folder)
-            checkpoint.write_shard(self.model_folder, 0, count, source.read(source.outside_keys(model)))
+            for i, keys in enumerate(outside):
+                checkpoint.write_shard(self.model_folder, i, count, source.read(keys))
         for step in stream(model, batches, source, store, start, plan.propagate, tick=tick):
             self._save_state(state, step.index, records)
             found = _prune_step(step, plan, sparsities)
             edited = {layer.tensor_name for layer in step.layers}
             shard = source.edited(model, step.name, edited)
-            checkpoint.write_shard(self.model_folder, step.index + 1, count, shard)
+            checkpoint.write_shard(self.model_folder, len(outside) + step.index, count, shard)
             records += found
             # the next block must not meet this one's tensors
             del shard
