@@ -64,30 +64,46 @@ def prune(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json; options given beside it win.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC. [unstructured]")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros. [0.5, or what N:M implies]")] = None,
-    method: Annotated[str | None, typer.Option(help="See `secateurs methods`. [sparsegpt+refit]")] = None,
-    scope: Annotated[str | None, typer.Option(help="Equal counts per row, layer or global. [the method's]")] = None,
-    min_sparsity: Annotated[float | None, typer.Option(help="Least of any layer, with --scope global. [0]")] = None,
-    max_sparsity: Annotated[float | None, typer.Option(help="Most of any layer, with --scope global. [1]")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC. Default: unstructured.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros. Default: 0.5, or what N:M implies.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="See `secateurs methods`. Default: sparsegpt+refit.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="Equal counts per row, layer or global. Default: the method's.")
+    ] = None,
+    min_sparsity: Annotated[
+        float | None, typer.Option(help="Least of any layer, with --scope global. Default: 0.")
+    ] = None,
+    max_sparsity: Annotated[
+        float | None, typer.Option(help="Most of any layer, with --scope global. Default: 1.")
+    ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="pydoc, FILE.txt, FILE.jsonl[:FIELD[+FIELD]], hub:NAME or self. [pydoc]")
+        str | None, typer.Option(help="pydoc, FILE.txt, FILE.jsonl:FIELD+FIELD, hub:NAME or self. Default: pydoc.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows. [128]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows. Default: 128.")] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens a calibration window. [2048, or the model's limit]")
+        int | None, typer.Option(help="Tokens a calibration window. Default: 2048, or the model's limit.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Orders the calibration text. [0]")] = None,
-    propagate: Annotated[str | None, typer.Option(help="Blocks see inputs of pruned or dense ones. [pruned]")] = None,
-    damping: Annotated[float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. [0.01]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Orders the calibration text. Default: 0.")] = None,
+    propagate: Annotated[
+        str | None, typer.Option(help="Blocks see inputs of pruned or dense ones. Default: pruned.")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. Default: 0.01.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Glob of layer names to leave dense; repeat it.")] = None,
     allow_skips: Annotated[
         bool | None, typer.Option("--allow-skips", help="Layers that cannot are no failure.")
     ] = None,
     gate: Annotated[list[str] | None, typer.Option(help="ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9; repeat it.")] = None,
-    eval_text: Annotated[str | None, typer.Option(help="Like --calibration. [pydoc, its held-out part]")] = None,
-    eval_windows: Annotated[int | None, typer.Option(help="Evaluation windows; 0 for none. [24]")] = None,
-    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window. [2048]")] = None,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Like --calibration. Default: pydoc, its held-out part.")
+    ] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="Evaluation windows; 0 for none. Default: 24.")] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window. Default: 2048.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
     tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
     as_json: Json = False,
@@ -125,7 +141,7 @@ def evaluate(
     target: Annotated[str, typer.Argument(help="A run directory, a model folder or a hub id.")],
     text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
     windows: Annotated[int, typer.Option(help="At most this many windows.")] = 24,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window. [2048, or the model's limit]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window. Default: 2048, or the model's limit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
