@@ -187,7 +187,8 @@ class Checkpoint:
         if self._outside_loaded:
             return
         inside = tuple(f"{prefix}." for prefix in self.block_names(model))
-        self._fill(model, self.outside_keys(model))
+        for keys in self.outside_groups(model):
+            self._fill(model, keys)
         tie: Any = model
         tie.tie_weights()
         self._check(model, lambda name: not name.startswith(inside))
@@ -252,8 +253,8 @@ class Checkpoint:
             if parameter.device.type == "meta":
                 raise CheckpointError(f"{self.folder} has no tensor for {name}, which its config.json asks for")
             parameter.requires_grad_(False)
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-                bad = int((~torch.isfinite(parameter)).sum())
+            bad = _not_finite(parameter) if parameter.is_floating_point() else 0
+            if bad:
                 raise CheckpointError(
                     f"{self.folder}: {bad} of {parameter.numel()} weights of {name} are NaN or infinite"
                 )
@@ -328,6 +329,13 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{file} is truncated or corrupt ({str(error).strip()}); download or copy it again"
         ) from None
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite, counted in pieces: a whole embedding's masks would be as large as itself."""
+    return sum(
+        piece.numel() - int(torch.isfinite(piece).sum()) for piece in torch.split(tensor.detach().flatten(), 1 << 24)
+    )
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
