@@ -9,6 +9,12 @@ import tiny
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test draws the same numbers in every run, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """A tiny Llama folder; tests must not write into it."""

@@ -45,7 +45,7 @@ def test_global_threshold_equals_one_stable_sort(kind, sparsity):
 
 
 def test_bounds_hold_and_the_rest_makes_up_for_them():
-    layers = summaries(torch.rand(100) * 0.01, torch.rand(100) + 1, torch.rand(200) + 0.5)
+    layers = summaries(torch.linspace(0, 0.01, 100), torch.linspace(2, 3, 100), torch.linspace(0.5, 1.5, 200))
     free = zeros(layers, global_threshold(layers, 0.5, (0.0, 1.0)))
     assert free["layer0"] == 100
     assert free["layer1"] == 0

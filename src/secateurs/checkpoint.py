@@ -199,7 +199,7 @@ class Checkpoint:
         return [key for key, target in self.target_of.items() if not target.startswith(inside)]
 
     def outside_groups(self, model: nn.Module) -> list[list[str]]:
-        """outside_keys() in shards: an embedding of its own size each, so that two are never in memory together."""
+        """outside_keys() in shards; a large embedding has its own, so that two are never read and copied at once."""
         groups: list[list[str]] = []
         room = 0
         for key in self.outside_keys(model):

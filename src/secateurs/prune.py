@@ -91,7 +91,7 @@ def _prune_layer(layer: Layer, stats: Stats | None, plan: Plan, sparsity: float,
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
     relative_error = solvers.relative_error(weight_OI, new_OI, stats)
-    # a weight cut from a shared parameter must not be read again after it is overwritten
+    # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
     layer.write(new_OI)
     written_OI = layer.read()
     if not torch.isfinite(written_OI).all():
@@ -168,7 +168,9 @@ def _allocate(
             layer = _with_weights(layer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(plan, name))
-            yield from torch.split(solver.score(layer.read().float(), norms.get(name)), _ROWS_PER_CHUNK)
+            score_OI = solver.score(layer.read().float(), norms.get(name))
+        # outside the fork: whoever takes the chunks keeps its own random numbers
+        yield from torch.split(score_OI, _ROWS_PER_CHUNK)
 
     summaries = {
         name: LayerSummary(layer.shape[0] * layer.shape[1], functools.partial(scores, name))
