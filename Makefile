@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-real check bench clean
+.PHONY: demo test test-kernels test-real check bench clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -15,11 +15,24 @@ demo: $(READY)
 	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 64 --seqlen 512
 
 # the gate: formatting, lint, types, tests
-test: $(READY)
+test: $(READY) test-kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# the kernels' own tests, plain and under sanitizers; the fuzzer runs for as long as FUZZ_SECONDS says
+FUZZ_SECONDS ?= 10
+test-kernels:
+	mkdir -p build
+	cmake -S . -B build/plain -DSECATEURS_TESTS=ON > build/plain.log 2>&1 || (cat build/plain.log; false)
+	cmake --build build/plain -j2 > build/plain.log 2>&1 || (cat build/plain.log; false)
+	build/plain/kernels_test
+	cmake -S . -B build/sanitized -DSECATEURS_TESTS=ON -DSECATEURS_SANITIZE=address,undefined > build/sanitized.log 2>&1 || (cat build/sanitized.log; false)
+	cmake --build build/sanitized -j2 > build/sanitized.log 2>&1 || (cat build/sanitized.log; false)
+	build/sanitized/kernels_test
+	build/sanitized/fuzz $(FUZZ_SECONDS)
+	csrc/test/neon
 
 # slow checks on trained models and on ../shared/data; what is absent is skipped by name
 test-real: $(READY)

@@ -6,6 +6,8 @@
     ├── CheckpointError (1)     the model's files: missing, truncated, not finite, of an unknown family
     ├── OutputError (1)         the run directory: not ours, not empty, not writable, full
     ├── LayerError (1)          one layer's numbers: not finite, a Gram matrix that does not factor
+    ├── PackError (1)           a packed matrix: weights a format cannot hold, bytes that are not the format
+    ├── DeviceError (1)         this machine lacks what was asked: an instruction set, a GPU, a compiled kernel
     ├── VerifyError (1)         the result on disk is not what the report says
     ├── QualityGateError (3)    a floor was missed; the results are kept
     └── SkippedLayersError (4)  layers could not take the pattern and --allow-skips was not given; the results are kept
@@ -56,3 +58,11 @@ class SkippedLayersError(SecateursError):
     """Layers were left dense because they cannot take the pattern."""
 
     exit_code = 4
+
+
+class PackError(SecateursError):
+    """Weights cannot be stored in a format, or stored ones are not what the format says."""
+
+
+class DeviceError(SecateursError):
+    """This machine lacks something that was asked of it."""

@@ -1,0 +1,255 @@
+/* The table of kernels, which of them this CPU can run, and one product split over threads. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernel.h"
+
+namespace {
+
+struct Row {
+  const char* name;
+  const char* format;
+  const char* dtype;
+  const char* isa;
+  const char* strategy;
+  const KernelBody* body;
+};
+
+#define KERNEL(format, dtype, isa, strategy) \
+  {#format "_" #dtype "_" #isa "_" #strategy, #format, #dtype, #isa, #strategy, &format##_##dtype##_##isa##_##strategy},
+const Row ROWS[] = {
+#include "kernels.inc"
+};
+#undef KERNEL
+constexpr int32_t COUNT = sizeof(ROWS) / sizeof(ROWS[0]);
+
+bool runnable(const char* isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
+  if (!strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+#endif
+  return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
+}
+
+secateurs_parallel_for threads_of_torch = nullptr;
+
+void parallel(int64_t pieces, secateurs_range fn, void* context) {
+  if (pieces > 1 && threads_of_torch && threads_of_torch(0, pieces, 1, fn, context) == 0) return;
+  fn(0, pieces, context);
+}
+
+/* Memory that a thread keeps between calls: a call makes no system call. */
+struct Kept {
+  void* memory = nullptr;
+  int64_t nbytes = 0;
+  ~Kept() { free(memory); }
+  void* get(int64_t wanted) {
+    if (wanted > nbytes) {
+      free(memory);
+      nbytes = (wanted + 4095) / 4096 * 4096;
+      memory = aligned_alloc(4096, static_cast<size_t>(nbytes));
+      if (!memory) nbytes = 0;
+    }
+    return memory;
+  }
+};
+thread_local Kept packed_x, scratch;
+
+struct Work {
+  const KernelBody* body;
+  const secateurs_product* products;
+  int32_t count;
+  int64_t itemsize;
+  Call call;
+  char* y;
+  int64_t pieces; /* of x */
+  int64_t parts;  /* of the outputs */
+  double total;
+  int32_t failed;
+};
+
+int64_t panels(const secateurs_weight& w) { return (w.outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL; }
+
+/* bytes of the panels before `panel`, as a measure of its work */
+double cost(const Work& work, const secateurs_weight& w, int64_t panel) {
+  if (!w.mask) return static_cast<double>(panel * SECATEURS_PANEL * w.inputs * work.itemsize);
+  return static_cast<double>((w.starts[panel] - w.starts[0]) * work.itemsize + panel * work.call.words * SECATEURS_PANEL * 8);
+}
+
+/* the first panel with at least `share` of the bytes before it */
+int64_t boundary(const Work& work, const secateurs_weight& w, double share) {
+  int64_t low = 0, high = panels(w);
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cost(work, w, middle) < share)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+void prepare_part(int64_t begin, int64_t end, void* context) {
+  Work& work = *static_cast<Work*>(context);
+  for (int64_t part = begin; part < end; ++part)
+    work.body->prepare(work.call, work.pieces * part / work.parts, work.pieces * (part + 1) / work.parts);
+}
+
+void run_part(int64_t begin, int64_t end, void* context) {
+  Work& work = *static_cast<Work*>(context);
+  const int64_t nbytes = work.body->scratch_bytes(work.call);
+  void* memory = nbytes ? scratch.get(nbytes) : nullptr;
+  if (nbytes && !memory) {
+    __atomic_store_n(&work.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  for (int64_t part = begin; part < end; ++part) {
+    const double from = work.total * static_cast<double>(part) / static_cast<double>(work.parts);
+    const double to = work.total * static_cast<double>(part + 1) / static_cast<double>(work.parts);
+    double before = 0;
+    char* y = work.y;
+    for (int32_t p = 0; p < work.count; ++p) {
+      const secateurs_weight& w = work.products[p].weight;
+      const int64_t first = boundary(work, w, from - before);
+      const int64_t last = part + 1 == work.parts ? panels(w) : boundary(work, w, to - before);
+      if (first < last) work.body->run(work.call, {w, work.products[p].bias, y}, first, last, memory);
+      before += cost(work, w, panels(w));
+      y += work.call.tokens * w.outputs * work.itemsize;
+    }
+  }
+}
+
+struct Reading {
+  const char* buffer;
+  int64_t nbytes;
+  int64_t parts;
+  uint64_t sum;
+};
+
+void read_part(int64_t begin, int64_t end, void* context) {
+  Reading& reading = *static_cast<Reading*>(context);
+  const int64_t words = reading.nbytes / 8;
+  for (int64_t part = begin; part < end; ++part) {
+    const uint64_t* at = reinterpret_cast<const uint64_t*>(reading.buffer);
+    const int64_t last = words * (part + 1) / reading.parts;
+    uint64_t sums[16] = {};
+    int64_t i = words * part / reading.parts;
+    for (; i + 16 <= last; i += 16)
+      for (int s = 0; s < 16; ++s) sums[s] ^= at[i + s];
+    for (int s = 1; s < 16; ++s) sums[0] ^= sums[s];
+    __atomic_fetch_xor(&reading.sum, sums[0], __ATOMIC_RELAXED);
+  }
+}
+
+struct Spinning {
+  const KernelBody* body;
+  int64_t rounds;
+  double flops[64];
+};
+
+void spin_part(int64_t begin, int64_t end, void* context) {
+  Spinning& spinning = *static_cast<Spinning*>(context);
+  for (int64_t part = begin; part < end; ++part) spinning.flops[part] = spinning.body->spin(spinning.rounds);
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t secateurs_abi(void) { return SECATEURS_ABI; }
+
+int32_t secateurs_kernels(void) { return COUNT; }
+
+int32_t secateurs_kernel_info(int32_t kernel, secateurs_kernel* out) {
+  if (kernel < 0 || kernel >= COUNT) return SECATEURS_BAD_KERNEL;
+  const Row& row = ROWS[kernel];
+  *out = {row.name, row.format, row.dtype, row.isa, row.strategy, runnable(row.isa)};
+  return SECATEURS_OK;
+}
+
+void secateurs_use_threads(secateurs_parallel_for parallel_for) { threads_of_torch = parallel_for; }
+
+int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int32_t count, const void* x, void* y,
+                         int64_t tokens, int32_t threads) {
+  if (kernel < 0 || kernel >= COUNT) return SECATEURS_BAD_KERNEL;
+  if (count < 1 || tokens < 0 || threads < 1) return SECATEURS_BAD_ARGUMENT;
+  if (tokens == 0) return SECATEURS_OK;
+  const int64_t inputs = products[0].weight.inputs;
+  const bool dense = !strcmp(ROWS[kernel].format, "dense");
+  for (int32_t p = 0; p < count; ++p)
+    if (products[p].weight.inputs != inputs || dense != !products[p].weight.mask) return SECATEURS_BAD_ARGUMENT;
+
+  Work work = {};
+  work.body = ROWS[kernel].body;
+  work.products = products;
+  work.count = count;
+  work.itemsize = strcmp(ROWS[kernel].dtype, "fp32") ? 2 : 4;
+  work.y = static_cast<char*>(y);
+  work.call = {x, nullptr, tokens, inputs, (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD};
+  for (int32_t p = 0; p < count; ++p) work.total += cost(work, products[p].weight, panels(products[p].weight));
+
+  /* waking a thread costs as much as reading 64 KiB */
+  const double useful = 1 + work.total * static_cast<double>(tokens) / 65536;
+  work.parts = useful < threads ? static_cast<int64_t>(useful) : threads;
+  const int64_t nbytes = work.body->packed_bytes(work.call);
+  if (nbytes) {
+    work.call.packed = packed_x.get(nbytes);
+    if (!work.call.packed) return SECATEURS_NO_MEMORY;
+    work.pieces = work.body->pieces(work.call);
+    if (nbytes < 65536)
+      work.body->prepare(work.call, 0, work.pieces);
+    else
+      parallel(work.parts, prepare_part, &work);
+  }
+  parallel(work.parts, run_part, &work);
+  return work.failed ? SECATEURS_NO_MEMORY : SECATEURS_OK;
+}
+
+int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int64_t survivors, int64_t* starts,
+                                int64_t* where) {
+  const int64_t words = (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD;
+  const int64_t count = (outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL;
+  const int64_t last = inputs % SECATEURS_WORD;
+  int64_t found = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    starts[p] = found;
+    for (int64_t j = 0; j < words; ++j)
+      for (int64_t r = 0; r < SECATEURS_PANEL; ++r) {
+        const uint64_t bits = *mask++;
+        const int64_t row = p * SECATEURS_PANEL + r;
+        where[0] = row;
+        where[1] = j * SECATEURS_WORD + (bits ? __builtin_ctzll(bits) : 0);
+        if (bits && row >= outputs) return 2;
+        if (last && j == words - 1 && bits >> last) {
+          where[1] = inputs + __builtin_ctzll(bits >> last);
+          return 1;
+        }
+        found += __builtin_popcountll(bits);
+      }
+  }
+  starts[count] = found;
+  where[0] = found;
+  return found == survivors ? 0 : 3;
+}
+
+double secateurs_read(const void* buffer, int64_t nbytes, int32_t threads) {
+  Reading reading = {static_cast<const char*>(buffer), nbytes, threads < 1 ? 1 : threads, 0};
+  parallel(reading.parts, read_part, &reading);
+  return static_cast<double>(reading.sum & 1);
+}
+
+double secateurs_spin(int32_t kernel, int64_t rounds, int32_t threads) {
+  if (kernel < 0 || kernel >= COUNT || threads < 1 || threads > 64) return 0;
+  Spinning spinning = {ROWS[kernel].body, rounds, {}};
+  parallel(threads, spin_part, &spinning);
+  double flops = 0;
+  for (int32_t t = 0; t < threads; ++t) flops += spinning.flops[t];
+  return flops;
+}
+
+}  // extern "C"

@@ -1,0 +1,150 @@
+/* AVX2 with FMA and F16C: eight weights at a time, expanded by a table of permutations. */
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace {
+#include "number.h"
+#include "panel.h"
+
+/* For each byte of mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none. */
+struct Tables {
+  alignas(64) uint8_t bytes[256][16]; /* of 16-bit values */
+  alignas(64) uint8_t lanes[256][8];  /* of 32-bit values */
+  alignas(64) uint8_t places[256][8]; /* the places of the set bits */
+};
+constexpr Tables make_tables() {
+  Tables t = {};
+  for (int m = 0; m < 256; ++m) {
+    int n = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool set = m >> i & 1;
+      t.bytes[m][2 * i] = static_cast<uint8_t>(set ? 2 * n : 0x80);
+      t.bytes[m][2 * i + 1] = static_cast<uint8_t>(set ? 2 * n + 1 : 0x80);
+      t.lanes[m][i] = static_cast<uint8_t>(set ? n : 0);
+      if (set) t.places[m][n++] = static_cast<uint8_t>(i);
+    }
+  }
+  return t;
+}
+constexpr Tables TABLES = make_tables();
+
+inline __m128i expand16(uint8_t bits, const void* from) {
+  const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(from));
+  return _mm_shuffle_epi8(v, _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.bytes[bits])));
+}
+
+struct Floats {
+  using element = float;
+  using Vector = __m256;
+  using Sum = __m256;
+  static constexpr int lanes = 8, sums = 8;
+  static Vector load(const element* from) { return _mm256_loadu_ps(from); }
+  static void store(element* to, Vector v) { _mm256_storeu_ps(to, v); }
+  static Vector splat(const element* from) { return _mm256_broadcast_ss(from); }
+  static Sum madd(Sum sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum load_sum(const float* from) { return _mm256_loadu_ps(from); }
+  static void store_sum(float* to, Sum sum) { _mm256_storeu_ps(to, sum); }
+  static float reduce(Sum sum) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  static Sum plus(Sum a, Sum b) { return _mm256_add_ps(a, b); }
+  static constexpr int columns = 3;
+  /* sums, one row of x and one weight: 12 + 3 + 1 of 16 registers */
+  static constexpr int rows(int c) { return c == 3 ? 4 : c == 2 ? 6 : 8; }
+  static void keep(Sum& sum) { asm volatile("" : "+x"(sum)); }
+  static void positions(uint64_t bits, uint8_t base, uint8_t* out) {
+    for (int b = 0; b < 8; ++b) {
+      const uint8_t part = static_cast<uint8_t>(bits >> 8 * b);
+      const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(TABLES.places[part]));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_add_epi8(places, _mm_set1_epi8(static_cast<char>(base + 8 * b))));
+      out += __builtin_popcount(part);
+    }
+  }
+};
+
+template <class Half>
+struct Halves : Floats {
+  using value = uint16_t;
+  static constexpr bool element_is_value = false;
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      const uint8_t part = static_cast<uint8_t>(bits >> 8 * v);
+      out[v] = Half::wide(expand16(part, values));
+      values += __builtin_popcount(part);
+    }
+  }
+  static void dense(const value* values, Vector* out) {
+    for (int v = 0; v < 8; ++v) out[v] = Half::wide(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8 * v)));
+  }
+  static void widen(const value* values, int n, float* out) {
+    for (int i = 0; i < n; i += 8)
+      _mm256_storeu_ps(out + i, Half::wide(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i))));
+  }
+};
+
+struct Bf16 : Halves<Bf16> {
+  static Vector wide(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+  static element to_element(value v) { return bf16_to_float(v); }
+  static float to_float(value v) { return bf16_to_float(v); }
+  static value from_float(float x) { return bf16_from_float(x); }
+  static void narrow(const float* sums, int64_t n, value* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_float(sums[i]);
+  }
+};
+
+struct Fp16 : Halves<Fp16> {
+  static Vector wide(__m128i v) { return _mm256_cvtph_ps(v); }
+  static element to_element(value v) { return _cvtsh_ss(v); }
+  static float to_float(value v) { return _cvtsh_ss(v); }
+  static value from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static void narrow(const float* sums, int64_t n, value* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_float(sums[i]);
+  }
+};
+
+struct Fp32 : Floats {
+  using value = float;
+  static constexpr bool element_is_value = true;
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+    const __m256i one = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      const uint8_t part = static_cast<uint8_t>(bits >> 8 * v);
+      const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(TABLES.lanes[part])));
+      const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(part), one), one);
+      out[v] = _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(values), from), _mm256_castsi256_ps(set));
+      values += __builtin_popcount(part);
+    }
+  }
+  static void dense(const value* values, Vector* out) {
+    for (int v = 0; v < 8; ++v) out[v] = _mm256_loadu_ps(values + 8 * v);
+  }
+  static void widen(const value* values, int n, float* out) {
+    for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, _mm256_loadu_ps(values + i));
+  }
+  static element to_element(value v) { return v; }
+  static float to_float(value v) { return v; }
+  static value from_float(float x) { return x; }
+  static void narrow(const float* sums, int64_t n, value* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_float(sums[i]);
+  }
+};
+}  // namespace
+
+SECATEURS_STREAM(bitmask_bf16_avx2_stream, Bf16)
+SECATEURS_STREAM(bitmask_fp16_avx2_stream, Fp16)
+SECATEURS_STREAM(bitmask_fp32_avx2_stream, Fp32)
+SECATEURS_TILE(bitmask_bf16_avx2_tile, Bf16)
+SECATEURS_TILE(bitmask_fp16_avx2_tile, Fp16)
+SECATEURS_TILE(bitmask_fp32_avx2_tile, Fp32)
+SECATEURS_SKIP(bitmask_bf16_avx2_skip, Bf16)
+SECATEURS_SKIP(bitmask_fp16_avx2_skip, Fp16)
+SECATEURS_SKIP(bitmask_fp32_avx2_skip, Fp32)
+SECATEURS_DENSE(dense_bf16_avx2_stream, Bf16)
+SECATEURS_DENSE(dense_fp16_avx2_stream, Fp16)
+SECATEURS_DENSE(dense_fp32_avx2_stream, Fp32)

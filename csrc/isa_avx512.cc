@@ -1,0 +1,206 @@
+/* AVX-512 with VBMI2 (expand 16-bit elements) and BF16 (products of pairs). */
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace {
+#include "number.h"
+#include "panel.h"
+
+/* Expanding in place. The instruction waits for what its destination held before, so a compiler's choice of another
+   register would chain independent expansions: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */
+inline __m512i expand16(__mmask32 keep, const void* from) {
+  __m512i v = _mm512_loadu_si512(from);
+  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(keep));
+  return v;
+}
+inline __m256i expand16_half(__mmask16 keep, const void* from) {
+  __m256i v = _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(keep));
+  return v;
+}
+inline __m512i expand32(__mmask16 keep, const void* from) {
+  __m512i v = _mm512_loadu_si512(from);
+  asm("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(keep));
+  return v;
+}
+inline __m512i compress8(__mmask64 keep, __m512i from) {
+  __m512i v = _mm512_setzero_si512();
+  asm("vpcompressb %1, %0%{%2%}" : "+v"(v) : "v"(from), "Yk"(keep));
+  return v;
+}
+
+struct Positions {
+  static void positions(uint64_t bits, uint8_t base, uint8_t* out) {
+    alignas(64) static constexpr uint8_t count[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    const __m512i all = _mm512_or_si512(_mm512_load_si512(count), _mm512_set1_epi8(static_cast<char>(base)));
+    _mm512_storeu_si512(out, compress8(bits, all));
+  }
+};
+
+/* round to nearest, ties to even; NaN stays NaN */
+inline __m256i bf16_from_floats(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet));
+}
+inline void narrow_bf16(const float* sums, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bf16_from_floats(_mm512_loadu_ps(sums + i)));
+  for (; i < n; ++i) out[i] = bf16_from_float(sums[i]);
+}
+
+/* sums of 16 floats */
+struct Sums {
+  using Sum = __m512;
+  static constexpr int sums = 16;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum load_sum(const float* from) { return _mm512_loadu_ps(from); }
+  static void store_sum(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
+  static float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+  static Sum plus(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+  static constexpr int columns = 4;
+  /* sums, one row of x and one weight: 24 + 4 + 1 of 32 registers */
+  static constexpr int rows(int c) { return c == 4 ? 6 : c == 3 ? 8 : c == 2 ? 12 : 24; }
+  static void keep(Sum& sum) { asm volatile("" : "+v"(sum)); }
+};
+
+struct Floats : Sums, Positions {
+  using element = float;
+  using Vector = __m512;
+  static constexpr int lanes = 16;
+  static Vector load(const element* from) { return _mm512_loadu_ps(from); }
+  static void store(element* to, Vector v) { _mm512_storeu_ps(to, v); }
+  static Vector splat(const element* from) { return _mm512_set1_ps(*from); }
+  static Sum madd(Sum sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+};
+
+struct Fp32 : Floats {
+  using value = float;
+  static constexpr bool element_is_value = true;
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const uint16_t part = static_cast<uint16_t>(bits >> 16 * v);
+      out[v] = _mm512_castsi512_ps(expand32(part, values));
+      values += __builtin_popcount(part);
+    }
+  }
+  static void dense(const value* values, Vector* out) {
+    for (int v = 0; v < 4; ++v) out[v] = _mm512_loadu_ps(values + 16 * v);
+  }
+  static void widen(const value* values, int n, float* out) {
+    _mm512_storeu_ps(out, _mm512_loadu_ps(values));
+    for (int i = 16; i < n; i += 16) _mm512_storeu_ps(out + i, _mm512_loadu_ps(values + i));
+  }
+  static element to_element(value v) { return v; }
+  static float to_float(value v) { return v; }
+  static value from_float(float x) { return x; }
+  static void narrow(const float* sums, int64_t n, value* out) { __builtin_memcpy(out, sums, static_cast<size_t>(n) * 4); }
+};
+
+struct Fp16 : Floats {
+  using value = uint16_t;
+  static constexpr bool element_is_value = false;
+  static Vector wide(__m256i v) { return _mm512_cvtph_ps(v); }
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const uint16_t part = static_cast<uint16_t>(bits >> 16 * v);
+      out[v] = wide(expand16_half(part, values));
+      values += __builtin_popcount(part);
+    }
+  }
+  static void dense(const value* values, Vector* out) {
+    for (int v = 0; v < 4; ++v) out[v] = wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 16 * v)));
+  }
+  static void widen(const value* values, int n, float* out) {
+    for (int i = 0; i < n; i += 16)
+      _mm512_storeu_ps(out + i, wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
+  }
+  static element to_element(value v) { return _cvtsh_ss(v); }
+  static float to_float(value v) { return _cvtsh_ss(v); }
+  static value from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static void narrow(const float* sums, int64_t n, value* out) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm512_cvtps_ph(_mm512_loadu_ps(sums + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    for (; i < n; ++i) out[i] = from_float(sums[i]);
+  }
+};
+
+/* bf16 as floats: for work that has no pairs */
+struct Bf16Floats : Floats {
+  using value = uint16_t;
+  static constexpr bool element_is_value = false;
+  static Vector wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+    for (int v = 0; v < 4; ++v) {
+      const uint16_t part = static_cast<uint16_t>(bits >> 16 * v);
+      out[v] = wide(expand16_half(part, values));
+      values += __builtin_popcount(part);
+    }
+  }
+  static void dense(const value* values, Vector* out) {
+    for (int v = 0; v < 4; ++v) out[v] = wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 16 * v)));
+  }
+  static void widen(const value* values, int n, float* out) {
+    for (int i = 0; i < n; i += 16)
+      _mm512_storeu_ps(out + i, wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
+  }
+  static element to_element(value v) { return bf16_to_float(v); }
+  static float to_float(value v) { return bf16_to_float(v); }
+  static value from_float(float x) { return bf16_from_float(x); }
+  static void narrow(const float* sums, int64_t n, value* out) { narrow_bf16(sums, n, out); }
+};
+
+/* pairs of bf16, multiplied exactly and added in fp32; the instruction takes subnormals as zeros */
+struct Bf16 : Sums {
+  using value = uint16_t;
+  using element = uint16_t;
+  using Vector = __m512i;
+  static constexpr int lanes = 32;
+  static constexpr bool element_is_value = true;
+  static void expand(uint64_t bits, const value* values, Vector* out) {
+    out[0] = expand16(static_cast<uint32_t>(bits), values);
+    out[1] = expand16(static_cast<uint32_t>(bits >> 32), values + __builtin_popcount(static_cast<uint32_t>(bits)));
+  }
+  static void dense(const value* values, Vector* out) {
+    out[0] = _mm512_loadu_si512(values);
+    out[1] = _mm512_loadu_si512(values + 32);
+  }
+  static Vector load(const element* from) { return _mm512_loadu_si512(from); }
+  static void store(element* to, Vector v) { _mm512_storeu_si512(to, v); }
+  static Vector splat(const element* from) {
+    int pair;
+    __builtin_memcpy(&pair, from, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static Sum madd(Sum sum, Vector a, Vector b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static element to_element(value v) { return v; }
+  static float to_float(value v) { return bf16_to_float(v); }
+  static value from_float(float x) { return bf16_from_float(x); }
+  static void narrow(const float* sums, int64_t n, value* out) { narrow_bf16(sums, n, out); }
+};
+}  // namespace
+
+SECATEURS_STREAM(bitmask_bf16_avx512_stream, Bf16)
+SECATEURS_STREAM(bitmask_fp16_avx512_stream, Fp16)
+SECATEURS_STREAM(bitmask_fp32_avx512_stream, Fp32)
+SECATEURS_TILE(bitmask_bf16_avx512_tile, Bf16)
+SECATEURS_TILE(bitmask_fp16_avx512_tile, Fp16)
+SECATEURS_TILE(bitmask_fp32_avx512_tile, Fp32)
+SECATEURS_SKIP(bitmask_bf16_avx512_skip, Bf16Floats)
+SECATEURS_SKIP(bitmask_fp16_avx512_skip, Fp16)
+SECATEURS_SKIP(bitmask_fp32_avx512_skip, Fp32)
+SECATEURS_DENSE(dense_bf16_avx512_stream, Bf16)
+SECATEURS_DENSE(dense_fp16_avx512_stream, Fp16)
+SECATEURS_DENSE(dense_fp32_avx512_stream, Fp32)

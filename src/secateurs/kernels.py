@@ -1,0 +1,224 @@
+"""Which kernel multiplies a packed matrix, and the call: y = x W' + b for T tokens.
+
+A Kernel is a row: of csrc/kernels.inc for CPUs, of GPU_ROWS for GPUs. It says why it cannot take a problem, and select()
+chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row. The torch.library operator secateurs::linear is the
+only way in, so torch.compile traces through it.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.errors import DeviceError
+from secateurs.formats import DTYPES, Packed, pack_dense, read_bitmask
+from secateurs.library import Info, Product, Weight, library
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row. index: of the compiled table, -1 for a GPU row. lacks: why it cannot run on this machine, or None."""
+
+    name: str
+    format: str
+    dtype: str
+    isa: str
+    strategy: str
+    index: int
+    lacks: str | None
+
+    def accepts(self, packed: Packed, tokens: int) -> str | None:
+        """None, or why this kernel cannot multiply `tokens` tokens with this matrix."""
+        if self.lacks:
+            return self.lacks
+        if self.format != packed.format:
+            return f"{self.name} takes {self.format} weights, these are {packed.format}"
+        if self.dtype != DTYPES[packed.dtype]:
+            return f"{self.name} takes {self.dtype}, these are {DTYPES[packed.dtype]}"
+        return None
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """All rows, fastest first; those this machine lacks something for as well."""
+    rows = []
+    for index in range(library().secateurs_kernels()):
+        info = Info()
+        library().secateurs_kernel_info(index, ctypes.byref(info))
+        name, format, dtype, isa, strategy = (
+            getattr(info, f).decode() for f in ("name", "format", "dtype", "isa", "strategy")
+        )
+        lacks = None if info.runnable else f"{name} needs {ISA_NEEDS[isa]}, which this CPU lacks"
+        rows.append(Kernel(name, format, dtype, isa, strategy, index, lacks))
+    return tuple(rows)
+
+
+ISA_NEEDS = {
+    "avx512": "AVX-512 with VBMI2 and BF16",
+    "avx2": "AVX2 with FMA, F16C and BMI2",
+    "neon": "NEON",
+    "scalar": "nothing",
+}
+
+
+def named(name: str) -> Kernel:
+    """The row of that name. Raises DeviceError, with the rows that can run, if there is none or it cannot."""
+    row = next((k for k in kernels() if k.name == name), None)
+    if row is None or row.lacks:
+        found = row.lacks if row else f"no kernel is named '{name}'"
+        raise DeviceError(f"{found}; these run here: {', '.join(k.name for k in kernels() if not k.lacks)}")
+    return row
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Measured crossings (docs/log.md): stream up to so many tokens; beyond, skip from this sparsity on, else tile."""
+
+    stream_tokens: int
+    skip_sparsity: float
+
+
+# by (dtype, isa); a probe's profile replaces them for the machine that it was measured on
+CHOICES = {
+    ("bf16", "avx512"): Choice(8, 0.85),
+    ("fp16", "avx512"): Choice(8, 0.70),
+    ("fp32", "avx512"): Choice(8, 0.70),
+    ("bf16", "avx2"): Choice(8, 0.70),
+    ("fp16", "avx2"): Choice(8, 0.70),
+    ("fp32", "avx2"): Choice(8, 0.70),
+}
+
+
+@functools.cache
+def _best(format: str, dtype: str) -> dict[str, Kernel]:
+    """strategy -> the kernel of the fastest instruction set that has one and runs here."""
+    found: dict[str, Kernel] = {}
+    for k in kernels():
+        if k.format == format and k.dtype == dtype and not k.lacks:
+            found.setdefault(k.strategy, k)
+    return found
+
+
+@functools.cache
+def forced() -> Kernel | None:
+    """The row that SECATEURS_KERNEL names, if it names one. Raises DeviceError if it cannot run."""
+    name = os.environ.get("SECATEURS_KERNEL")
+    return named(name) if name else None
+
+
+def select(packed: Packed, tokens: int) -> Kernel:
+    """The kernel for so many tokens. Raises DeviceError if SECATEURS_KERNEL names one that cannot take the matrix."""
+    row = forced()
+    if row:
+        if reason := row.accepts(packed, tokens):
+            raise DeviceError(f"SECATEURS_KERNEL={row.name}: {reason}")
+        return row
+    best = _best(packed.format, DTYPES[packed.dtype])
+    choice = CHOICES.get((DTYPES[packed.dtype], best["stream"].isa), Choice(4, 1.0))
+    strategy = "stream"
+    if tokens > choice.stream_tokens:
+        strategy = "skip" if packed.sparsity >= choice.skip_sparsity else "tile"
+    return best.get(strategy, best.get("tile", best["stream"]))
+
+
+class Call:
+    """Matrices that share their input, ready for the kernels: the addresses that do not change between calls."""
+
+    def __init__(self, packed: Sequence[Packed], biases: Sequence[Tensor | None]) -> None:
+        self.packed = tuple(packed)
+        self.biases = tuple(biases)
+        self.outputs = [p.shape[0] for p in packed]
+        self.inputs = packed[0].shape[1]
+        self.width = sum(self.outputs)
+        self._products = (Product * len(packed))()
+        for product, p, bias in zip(self._products, packed, biases, strict=True):
+            mask = p.mask_PJ4.data_ptr() if p.mask_PJ4 is not None else None
+            starts = p.starts.data_ptr() if p.starts is not None else None
+            product.weight = Weight(*p.shape, mask, p.values.data_ptr(), starts)
+            product.bias = bias.data_ptr() if bias is not None else None
+        self._address = ctypes.addressof(self._products)
+        self._linear = library().secateurs_linear
+        self._kernels: dict[int, int] = {}
+
+    def kernel(self, tokens: int) -> int:
+        """The index of the kernel for so many tokens; the largest matrix decides for all."""
+        index = self._kernels.get(tokens)
+        if index is None:
+            largest = max(self.packed, key=lambda p: p.shape[0])
+            index = self._kernels[tokens] = select(largest, tokens).index
+        return index
+
+    def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
+        """Flat y: for each matrix in turn, tokens x outputs."""
+        if not x_TI.is_contiguous():
+            x_TI = x_TI.contiguous()
+        tokens = x_TI.numel() // self.inputs
+        y = x_TI.new_empty(tokens * self.width)
+        wrong = self._linear(
+            self.kernel(tokens) if kernel is None else kernel, self._address, len(self.packed),
+            x_TI.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong:
+            raise DeviceError(f"kernel refused {tokens} tokens of {self.inputs} inputs: code {wrong} of csrc/secateurs.h")
+        return y
+
+
+def _call_of(
+    values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
+) -> Call:
+    """The Call of these tensors, checked once; kept on the first of them until one of them changes."""
+    state = [v.data_ptr() for v in values]
+    state += [m.data_ptr() + m._version for m in masks if m is not None]
+    state += [b.data_ptr() for b in biases if b is not None]
+    kept = getattr(values[0], "_secateurs_call", None)
+    if kept is not None and kept[0] == state:
+        call: Call = kept[1]
+        return call
+    packed = []
+    for i, (v, mask) in enumerate(zip(values, masks, strict=True)):
+        shape = (shapes[2 * i], shapes[2 * i + 1])
+        packed.append(pack_dense(v.view(shape)) if mask is None else read_bitmask(v, mask, shape))
+    for p, bias in zip(packed, biases, strict=True):
+        if bias is not None and (tuple(bias.shape) != (p.shape[0],) or bias.dtype != p.dtype):
+            raise DeviceError(f"the bias of {p.shape[0]} {p.dtype} outputs is {bias.dtype} of shape {list(bias.shape)}")
+    call = Call(packed, biases)
+    values[0]._secateurs_call = (state, call)  # type: ignore[attr-defined]
+    return call
+
+
+_library = torch.library.Library("secateurs", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] biases, int[] shapes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _linear_cpu(
+    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
+) -> Tensor:
+    call = _call_of(values, masks, biases, shapes)
+    if x.dtype != values[0].dtype or x.shape[-1] != call.inputs:
+        raise DeviceError(
+            f"a packed layer of {call.inputs} {values[0].dtype} inputs was given {x.dtype} of shape {list(x.shape)}"
+        )
+    return call(x)
+
+
+@torch.library.register_fake("secateurs::linear", lib=_library)
+def _linear_fake(
+    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
+) -> Tensor:
+    return x.new_empty(x.numel() // shapes[1] * sum(shapes[::2]))
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y = x W' + b: x (..., I), y (..., O), all of the matrix's dtype; sums in fp32. Raises DeviceError."""
+    operator: Any = torch.ops.secateurs.linear
+    y: Tensor = operator(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
+    return y.view(*x.shape[:-1], packed.shape[0])
