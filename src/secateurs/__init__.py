@@ -1,11 +1,27 @@
 """Secateurs prunes neural networks to the sparsity that their hardware can cash in, and proves it."""
 
-from secateurs import patterns, scores, solvers
+# importing hf registers the packed format with transformers
+from secateurs import formats, hf, kernels, patterns, scores, solvers
 from secateurs.errors import SecateursError
+from secateurs.linear import accelerate
 from secateurs.plan import Plan
 from secateurs.prune import prune
 from secateurs.report import Report
 from secateurs.stats import Stats
 from secateurs.verify import verify
 
-__all__ = ["Plan", "Report", "SecateursError", "Stats", "patterns", "prune", "scores", "solvers", "verify"]
+__all__ = [
+    "Plan",
+    "Report",
+    "SecateursError",
+    "Stats",
+    "accelerate",
+    "formats",
+    "hf",
+    "kernels",
+    "patterns",
+    "prune",
+    "scores",
+    "solvers",
+    "verify",
+]

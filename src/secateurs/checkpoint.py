@@ -26,6 +26,8 @@ from secateurs.walk import blocks_of
 INDEX = "model.safetensors.index.json"
 # weights outside the blocks that are written together
 _SHARD_WEIGHTS = 1 << 27
+# bytes of a safetensors dtype; those not listed take 8 at most
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "F64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 
 
@@ -54,7 +56,8 @@ def resolve(model: str | Path) -> Path:
 class Checkpoint:
     """One Hugging Face folder: its config, where each tensor lies, and a loader for walk.stream()."""
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, packed: bool = False) -> None:
+        """packed: the folder may be one of `secateurs pack`, whose skeleton is that of the dense model."""
         self.folder = resolve(model)
         config = self.folder / "config.json"
         if not config.is_file():
@@ -63,7 +66,10 @@ class Checkpoint:
             self.raw_config: dict[str, Any] = json.loads(config.read_text())
         except ValueError as error:
             raise CheckpointError(f"{config} is not JSON: {error}") from None
-        if "quantization_config" in self.raw_config:
+        method = self.raw_config.get("quantization_config", {}).get("quant_method")
+        if method == "secateurs" and not packed:
+            raise CheckpointError(f"{self.folder} is packed; `secateurs pack --dense` gives the plain model back")
+        if "quantization_config" in self.raw_config and method != "secateurs":
             raise CheckpointError(f"{self.folder} is already quantized; prune the model that it was made from")
         self.file_of = self._find_tensors()
         self.target_of: dict[str, str] = {}
@@ -108,6 +114,16 @@ class Checkpoint:
             with _opened(file) as handle:
                 out.update((name, handle.get_tensor(name)) for name in wanted)
         return out
+
+    def ordered_keys(self) -> list[str]:
+        """All stored names in natural order."""
+        return sorted(self.file_of, key=_natural)
+
+    def nbytes_of(self, key: str) -> int:
+        """Bytes of one tensor as stored, from its file's header."""
+        with _opened(self.file_of[key]) as handle:
+            part = handle.get_slice(key)
+            return math.prod(part.get_shape()) * _ITEMSIZE.get(part.get_dtype(), 8)
 
     def fingerprint(self) -> str:
         """Changes when any weight file or the config does: names, sizes and times, not contents."""

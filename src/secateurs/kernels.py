@@ -94,6 +94,16 @@ CHOICES = {
 }
 
 
+# the most tokens for which our dense kernel beats torch's, by dtype (docs/log.md)
+DENSE_STREAM_TOKENS = {torch.bfloat16: 8, torch.float32: 8}
+
+
+def streams_dense(weight_OI: Tensor, x: Tensor) -> bool:
+    """Is our dense kernel the faster one for this product?"""
+    few = x.numel() <= DENSE_STREAM_TOKENS.get(weight_OI.dtype, 0) * weight_OI.shape[1]
+    return few and x.dtype == weight_OI.dtype and x.device.type == "cpu" and not x.requires_grad
+
+
 @functools.cache
 def _best(format: str, dtype: str) -> dict[str, Kernel]:
     """strategy -> the kernel of the fastest instruction set that has one and runs here."""
