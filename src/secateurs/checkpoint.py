@@ -123,7 +123,7 @@ class Checkpoint:
         """Bytes of one tensor as stored, from its file's header."""
         with _opened(self.file_of[key]) as handle:
             part = handle.get_slice(key)
-            return math.prod(part.get_shape()) * _ITEMSIZE.get(part.get_dtype(), 8)
+            return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
 
     def fingerprint(self) -> str:
         """Changes when any weight file or the config does: names, sizes and times, not contents."""

@@ -212,6 +212,120 @@ def verify(
 
 
 @app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="A run directory, a model folder with zeros, or a hub id.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to make. Default for a run: its folder packed.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The other way: packed to plain, bit for bit.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="A profile of `secateurs probe`. Default: the one of this machine, if any.")
+    ] = None,
+    merge_zeros: Annotated[
+        bool, typer.Option("--merge-zeros", help="Store no negative zeros, which weight * mask leaves behind.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Store a pruned model without its zeros, for the sparse kernels; or turn it back."""
+    from secateurs import pack as stage
+    from secateurs.errors import PlanError
+    from secateurs.profile import DeviceProfile
+    from secateurs.summary import print_packed
+
+    run = (Path(source).expanduser() / "plan.json").is_file()
+    if out is None and not (run and not dense):
+        raise PlanError("no place for the result: give --out DIR")
+    with _progress(not quiet and not as_json) as progress:
+        if dense:
+            assert out is not None
+            folder = Path(source).expanduser() / "packed" if run else source
+            result = stage.unpack(folder, out.expanduser(), progress)
+        else:
+            chosen = DeviceProfile.read(profile) if profile else DeviceProfile.at_hand()
+            if run:
+                result = stage.pack_run(Path(source).expanduser(), out, chosen, progress, merge_zeros)
+                out = out or Path(source).expanduser() / "packed"
+            else:
+                assert out is not None
+                result = stage.pack(source, out.expanduser(), chosen, progress, merge_zeros)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        print_packed(result, str(out), _console())
+
+
+@app.command()
+def probe(
+    model: Annotated[
+        str | None, typer.Argument(help="Measure the shapes of this model. Default: a 7B's widest.")
+    ] = None,
+    shapes: Annotated[str | None, typer.Option(help="Outputs x inputs, e.g. 11008x4096,4096x4096.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Fractions of zeros. Default: 0.5,0.7,0.9.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Patterns. Default: unstructured,2:4.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens at once. Default: 1,16,256.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32. Default: bf16.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the profile goes. Default: the cache, where `pack` looks.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what zeros are worth on this machine, before pruning: seconds, bytes, speedup over the best dense."""
+    from secateurs.probe import Question, read_list, read_shapes, shapes_of
+    from secateurs.probe import probe as measure
+    from secateurs.profile import default_file
+    from secateurs.summary import print_profile
+
+    given: dict[str, Any] = {}
+    if model:
+        given["shapes"] = shapes_of(model)
+    if shapes:
+        given["shapes"] = read_shapes(shapes)
+    if sparsity:
+        given["sparsities"] = read_list(sparsity, float, "sparsity")
+    if pattern:
+        given["patterns"] = tuple(pattern.split(","))
+    if tokens:
+        given["tokens"] = read_list(tokens, int, "tokens")
+    if dtype:
+        given["dtypes"] = tuple(dtype.split(","))
+    with _progress(not quiet and not as_json) as progress:
+        profile = measure(Question(**given), progress)
+    file = (out or default_file()).expanduser()
+    profile.write(file)
+    if as_json:
+        _print_json(profile.as_dict())
+    elif not quiet:
+        print_profile(profile, str(file), _console())
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A run directory with a packed model, or a packed folder.")],
+    against: Annotated[Path | None, typer.Option(help="Another folder. Default: the dense model.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    new: Annotated[int, typer.Option(help="New tokens to generate.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each model, in turn.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compiled", help="The dense model under torch.compile, as well.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure tokens per second through generate, dense against packed: prefill, decode, peak memory."""
+    from secateurs.bench import Variant, variants_of
+    from secateurs.bench import bench as measure
+    from secateurs.summary import print_bench
+
+    variants = variants_of(folder.expanduser(), against)
+    if compiled:
+        variants.insert(1, Variant("dense, compiled", variants[0].folder, "compiled"))
+    with _progress(not quiet and not as_json) as progress:
+        result = measure(variants, prompt, new, repeats, progress)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        print_bench(result, _console())
+
+
+@app.command()
 def inspect(
     target: Annotated[str, typer.Argument(help="A run directory, a model folder or a hub id.")],
     as_json: Json = False,

@@ -20,8 +20,8 @@ from secateurs.library import library
 VERSION = 1
 PANEL = 4
 WORD = 64
-# a kernel's last load may reach this far past the last survivor
-PADDING_BYTES = 64
+# zeros after the last survivor: a kernel's last load may reach 64 bytes past it, and a cast to a narrower dtype keeps enough
+PADDING = 32
 # the dtypes that kernels know, by the name that a kernel's row has
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -30,7 +30,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Packed:
     """One matrix as stored. values: bf16, fp16 or fp32; mask_PJ4: int64, or None if dense.
 
-    bitmask: values holds the survivors, panel by panel, word by word, row by row, input by input, then 64 bytes of zeros.
+    bitmask: values holds the survivors, panel by panel, word by word, row by row, input by input, then 32 zeros.
     dense: values is the matrix itself. starts: where each panel's survivors begin, counted from the mask, not stored.
     """
 
@@ -55,16 +55,11 @@ class Packed:
 
     @property
     def survivors(self) -> int:
-        return self.values.numel() - (padding(self.dtype) if self.format == "bitmask" else 0)
+        return self.values.numel() - (PADDING if self.format == "bitmask" else 0)
 
     @property
     def sparsity(self) -> float:
         return 1 - self.survivors / math.prod(self.shape) if self.format == "bitmask" else 0.0
-
-
-def padding(dtype: torch.dtype) -> int:
-    """Elements after the last survivor."""
-    return PADDING_BYTES // dtype.itemsize
 
 
 def mask_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
@@ -74,7 +69,7 @@ def mask_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
 
 def bitmask_nbytes(shape: tuple[int, int], survivors: int, dtype: torch.dtype) -> int:
     """What pack() would take, without packing."""
-    return (survivors + padding(dtype)) * dtype.itemsize + math.prod(mask_shape(shape)) * 8
+    return (survivors + PADDING) * dtype.itemsize + math.prod(mask_shape(shape)) * 8
 
 
 def count_stored(weight_OI: Tensor) -> int:
@@ -95,7 +90,7 @@ def _check_matrix(weight_OI: Tensor) -> None:
 
 
 def pack_bitmask(weight_OI: Tensor) -> Packed:
-    """A bit per weight and the survivors: itemsize * survivors + I/8 bytes a row, rounded up to words, + 64."""
+    """A bit per weight and the survivors: itemsize * survivors + I/8 bytes a row, rounded up to words, + 32 zeros."""
     _check_matrix(weight_OI)
     weight_OI = weight_OI.detach().cpu().contiguous()
     outputs, inputs = weight_OI.shape
@@ -107,7 +102,7 @@ def pack_bitmask(weight_OI: Tensor) -> Packed:
     kept = ordered != 0
     survivors = ordered[kept]
     mask = np.packbits(kept.numpy(), axis=-1, bitorder="little").view("<i8").reshape(panels, words, PANEL)
-    values = torch.cat([survivors, survivors.new_zeros(padding(weight_OI.dtype))]).view(weight_OI.dtype)
+    values = torch.cat([survivors, survivors.new_zeros(PADDING)]).view(weight_OI.dtype)
     return read_bitmask(values, torch.from_numpy(mask), (outputs, inputs))
 
 
@@ -126,9 +121,9 @@ def read_bitmask(values: Tensor, mask_PJ4: Tensor, shape: tuple[int, int]) -> Pa
         raise PackError(
             f"the mask of a {outputs}x{inputs} matrix is int64 of shape {list(mask_shape(shape))}, found {_is(mask_PJ4)}"
         )
-    survivors = values.numel() - padding(values.dtype)
+    survivors = values.numel() - PADDING
     if survivors < 0:
-        raise PackError(f"packed values end with {PADDING_BYTES} bytes of padding, found {values.nbytes} bytes in all")
+        raise PackError(f"packed values end with {PADDING} zeros, found {values.numel()} elements in all")
     if values.device.type != "cpu" or mask_PJ4.device.type != "cpu":
         raise PackError(f"packed matrices are read on the CPU, found {values.device} and {mask_PJ4.device}")
     values, mask_PJ4 = values.detach().contiguous(), mask_PJ4.contiguous()

@@ -41,19 +41,27 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, layer in self.quantization_config.layers.items():
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        for name, layer in layers.items():
             if layer.get("format") != "bitmask":
-                raise CheckpointError(f"{name} is packed as {layer.get('format')!r}, which this secateurs does not know")
+                raise CheckpointError(
+                    f"{name} is packed as {layer.get('format')!r}, which this secateurs does not know"
+                )
             found = self._find(model, name)
             if found is None:
                 continue
+            survivors = layer.get("survivors")
+            if type(survivors) is not int or survivors < 0:
+                raise CheckpointError(
+                    f"config.json: {name} has survivors {survivors!r}, which is no count; pack it again"
+                )
             transposed = bool(layer.get("transposed"))
             module = model.get_submodule(found)
             shape = tuple(module.weight.shape)
             packed = PackedLinear.empty(
                 (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
-                int(layer["survivors"]), module.weight.dtype, module.bias is not None, transposed,
+                survivors, module.weight.dtype, module.bias is not None, transposed,
             )  # fmt: skip
             parent, _, child = found.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
@@ -67,12 +75,14 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in model.named_modules():
+        for place, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 try:
                     module.packed()
                 except PackError as error:
-                    raise CheckpointError(f"{model.config._name_or_path}: {name}: {error}; copy or pack it again") from None
+                    raise CheckpointError(
+                        f"{model.config._name_or_path}: {place}: {error}; copy or pack it again"
+                    ) from None
             elif type(module) is nn.Linear and module.weight.device.type == "cpu":
                 module.__class__ = DenseLinear
         group_shared_inputs(model)

@@ -8,6 +8,7 @@ only way in, so torch.compile traces through it.
 import ctypes
 import functools
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,21 +175,28 @@ class Call:
             x_TI.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(),
         )  # fmt: skip
         if wrong:
-            raise DeviceError(f"kernel refused {tokens} tokens of {self.inputs} inputs: code {wrong} of csrc/secateurs.h")
+            raise DeviceError(
+                f"kernel refused {tokens} tokens of {self.inputs} inputs: code {wrong} of csrc/secateurs.h"
+            )
         return y
 
 
 def _call_of(
     values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
 ) -> Call:
-    """The Call of these tensors, checked once; kept on the first of them until one of them changes."""
-    state = [v.data_ptr() for v in values]
-    state += [m.data_ptr() + m._version for m in masks if m is not None]
-    state += [b.data_ptr() for b in biases if b is not None]
-    kept = getattr(values[0], "_secateurs_call", None)
-    if kept is not None and kept[0] == state:
-        call: Call = kept[1]
-        return call
+    """The Call of these tensors, checked once; kept until one of them changes or the first is gone."""
+    state: list[int] = []
+    for v, mask, bias in zip(values, masks, biases, strict=True):
+        # a mask that was written to has another version, and is checked again
+        state += (
+            v.data_ptr(),
+            0 if mask is None else mask.data_ptr() + mask._version,
+            0 if bias is None else bias.data_ptr(),
+        )
+    key = id(values[0])
+    kept = _calls.get(key)
+    if kept is not None and kept[0]() is values[0] and kept[1] == state:
+        return kept[2]
     packed = []
     for i, (v, mask) in enumerate(zip(values, masks, strict=True)):
         shape = (shapes[2 * i], shapes[2 * i + 1])
@@ -197,11 +205,15 @@ def _call_of(
         if bias is not None and (tuple(bias.shape) != (p.shape[0],) or bias.dtype != p.dtype):
             raise DeviceError(f"the bias of {p.shape[0]} {p.dtype} outputs is {bias.dtype} of shape {list(bias.shape)}")
     call = Call(packed, biases)
-    values[0]._secateurs_call = (state, call)  # type: ignore[attr-defined]
+    _calls[key] = (weakref.ref(values[0], lambda _: _calls.pop(key, None)), state, call)
     return call
 
 
-_library = torch.library.Library("secateurs", "DEF")
+# by the identity of the first tensor, while it lives
+_calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
+
+
+_library: Any = torch.library.Library("secateurs", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "linear(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] biases, int[] shapes) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -220,7 +232,7 @@ def _linear_cpu(
     return call(x)
 
 
-@torch.library.register_fake("secateurs::linear", lib=_library)
+@torch.library.register_fake("secateurs::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _linear_fake(
     x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
 ) -> Tensor:
@@ -229,6 +241,6 @@ def _linear_fake(
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y = x W' + b: x (..., I), y (..., O), all of the matrix's dtype; sums in fp32. Raises DeviceError."""
-    operator: Any = torch.ops.secateurs.linear
+    operator: Any = torch.ops.secateurs.linear.default
     y: Tensor = operator(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
     return y.view(*x.shape[:-1], packed.shape[0])

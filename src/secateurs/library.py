@@ -59,7 +59,9 @@ def library() -> Any:
         raise DeviceError(f"no libsecateurs_kernels.so in {looked}; install secateurs with a C++ compiler at hand")
     loaded = ctypes.CDLL(str(found))
     if loaded.secateurs_abi() != ABI:
-        raise DeviceError(f"{found} has interface {loaded.secateurs_abi()}, this Python code wants {ABI}; install again")
+        raise DeviceError(
+            f"{found} has interface {loaded.secateurs_abi()}, this Python code wants {ABI}; install again"
+        )
     loaded.secateurs_kernel_info.argtypes = [ctypes.c_int32, ctypes.POINTER(Info)]
     loaded.secateurs_linear.argtypes = [
         ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,

@@ -14,11 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import PackError
-from secateurs.formats import DTYPES, Packed, bitmask_nbytes, count_stored, mask_shape, pack, padding, read_bitmask, unpack
+from secateurs.formats import (
+    DTYPES,
+    PADDING,
+    Packed,
+    bitmask_nbytes,
+    count_stored,
+    mask_shape,
+    pack,
+    read_bitmask,
+    unpack,
+)
 from secateurs.kernels import streams_dense
 
 # siblings that transformers models call one after the other on the same input
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+_operator: Any = torch.ops.secateurs.linear.default
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +44,7 @@ class PackedLinear(nn.Module):
         self, shape: tuple[int, int], values: Tensor, mask_PJ4: Tensor, bias: Tensor | None, transposed: bool = False
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = shape
+        self.shape = self.out_features, self.in_features = shape
         self.transposed = transposed
         self.weight = nn.Parameter(values, requires_grad=False)
         self.register_buffer("weight_mask", mask_PJ4)
@@ -48,7 +61,7 @@ class PackedLinear(nn.Module):
         cls, shape: tuple[int, int], survivors: int, dtype: torch.dtype, bias: bool, transposed: bool = False
     ) -> "PackedLinear":
         """On the meta device, for a loader to fill."""
-        values = torch.empty(survivors + padding(dtype), dtype=dtype, device="meta")
+        values = torch.empty(survivors + PADDING, dtype=dtype, device="meta")
         mask = torch.empty(mask_shape(shape), dtype=torch.int64, device="meta")
         return cls(shape, values, mask, torch.empty(shape[0], dtype=dtype, device="meta") if bias else None, transposed)
 
@@ -63,14 +76,16 @@ class PackedLinear(nn.Module):
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
 
-            conv = Conv1D(0, 0)
-            conv.nf, conv.nx = self.out_features, self.in_features
+            conv: nn.Module = Conv1D(0, 0)
+            conv.__dict__.update(nf=self.out_features, nx=self.in_features)
             conv.weight, conv.bias = nn.Parameter(weight.T.contiguous(), requires_grad=False), self.bias
             return conv
-        linear = nn.Linear(0, 0, bias=False)
+        # made without storage: nn.Linear would fill a matrix with random numbers first
+        linear: Any = nn.Linear(0, 0, bias=False, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
-        return linear
+        dense: nn.Module = linear
+        return dense
 
     def forward(self, x: Tensor) -> Tensor:
         group: SharedInput | None = self.__dict__["group"]
@@ -81,20 +96,27 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def _multiply(layers: "list[PackedLinear]", x: Tensor) -> list[Tensor]:
-        shapes = [n for layer in layers for n in (layer.out_features, layer.in_features)]
-        operator: Any = torch.ops.secateurs.linear
-        flat: Tensor = operator(
-            x, [m.weight for m in layers], [m.weight_mask for m in layers], [m.bias for m in layers], shapes
-        )
+        values, masks, biases = [], [], []
+        shapes: list[int] = []
+        for layer in layers:
+            # attribute access of a module costs more than the rest of this loop
+            values.append(layer._parameters["weight"])
+            masks.append(layer._buffers["weight_mask"])
+            biases.append(layer._parameters["bias"])
+            shapes += layer.shape
+        flat: Any = _operator(x, values, masks, biases, shapes)
+        outer = x.shape[:-1]
         if len(layers) == 1:
-            return [flat.view(*x.shape[:-1], shapes[0])]
-        tokens = x.numel() // shapes[1]
+            return [flat.view(*outer, shapes[0])]
+        tokens = outer.numel()
         parts = flat.split([tokens * outputs for outputs in shapes[::2]])
-        return [part.view(*x.shape[:-1], outputs) for part, outputs in zip(parts, shapes[::2], strict=True)]
+        return [part.view(*outer, outputs) for part, outputs in zip(parts, shapes[::2], strict=True)]
 
     def extra_repr(self) -> str:
-        kept = (self.weight.numel() - padding(self.weight.dtype)) / (self.out_features * self.in_features)
-        return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, format=bitmask"
+        kept = (self.weight.numel() - PADDING) / (self.out_features * self.in_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, format=bitmask"
+        )
 
 
 class SharedInput:
@@ -125,13 +147,9 @@ class SharedInput:
         self.waiting[thread] = (x, x._version, ready)
         return y
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput":
-        import copy
-
-        return SharedInput([copy.deepcopy(layer, memo) for layer in self.layers])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SharedInput, (self.layers,)
+    def __getstate__(self) -> dict[str, Any]:
+        # copies have nothing waiting
+        return {"layers": self.layers, "waiting": {}}
 
 
 class DenseLinear(nn.Linear):
@@ -140,8 +158,7 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not streams_dense(self.weight, x):
             return nn.functional.linear(x, self.weight, self.bias)
-        operator: Any = torch.ops.secateurs.linear
-        flat: Tensor = operator(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
+        flat: Tensor = _operator(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
         return flat.view(*x.shape[:-1], self.out_features)
 
 
@@ -253,5 +270,5 @@ def make_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             _replace(model, name, module.dense())
         elif type(module) is DenseLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     return model

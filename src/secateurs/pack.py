@@ -17,6 +17,7 @@ from secateurs.checkpoint import Checkpoint, shard_name, write_index, write_shar
 from secateurs.errors import CheckpointError, OutputError, PackError
 from secateurs.files import write_json, write_text
 from secateurs.linear import LayerChoice, choose, linears
+from secateurs.report import Report
 
 Progress = Callable[[str, int, int], None]
 # dense bytes that are read for one shard
@@ -26,10 +27,13 @@ SHARD_BYTES = 1 << 29
 def _silent(_: str, __: int, ___: int) -> None: ...
 
 
-def pack(source: str | Path, out: Path, profile: Any = None, progress: Progress = _silent) -> dict[str, Any]:
+def pack(
+    source: str | Path, out: Path, profile: Any = None, progress: Progress = _silent, merge_zeros: bool = False
+) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
-    Each Linear (and Conv1D) takes the format of linear.choose(); all other tensors are copied as they are. Raises
+    Each Linear (and Conv1D) takes the format of linear.choose(); all other tensors are copied as they are. Negative zeros,
+    which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops them. Raises
     CheckpointError for a source that cannot be read, OutputError for a place that cannot be written.
     """
     checkpoint = Checkpoint(source)
@@ -45,21 +49,31 @@ def pack(source: str | Path, out: Path, profile: Any = None, progress: Progress 
         if target in modules and key not in checkpoint.converted and uses[id(skeleton.get_parameter(target))] == 1
     }
     packable = {name for name, _ in layer_of.values()}
-    settings = {"source": checkpoint.fingerprint(), "profile": profile.name if profile is not None else None}
+    settings = {
+        "source": checkpoint.fingerprint(),
+        "profile": profile.name if profile is not None else None,
+        "merge_zeros": merge_zeros,
+    }
 
     def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         name, transposed = layer_of.get(key, (None, False))
         if name is None:
             return {key: tensor}, None
         weight_OI = tensor.T.contiguous() if transposed else tensor
+        negative_zeros = int(((weight_OI == 0) & weight_OI.signbit()).sum())
+        if merge_zeros and negative_zeros:
+            weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
+            tensor = weight_OI.T.contiguous() if transposed else weight_OI
         choice = choose(name, weight_OI, profile)
-        record = {**_record(choice), "transposed": transposed}
+        record = {**_record(choice), "transposed": transposed, "negative_zeros": 0 if merge_zeros else negative_zeros}
         if choice.format == "dense":
             return {key: tensor}, record
         packed = formats.pack(weight_OI)
         assert packed.mask_PJ4 is not None
         if not torch.equal(_bits(formats.unpack(packed)), _bits(weight_OI)):
-            raise PackError(f"{name}: unpacking does not give the weights back; this is a bug, keep the model and report it")
+            raise PackError(
+                f"{name}: unpacking does not give the weights back; this is a bug, keep the model and report it"
+            )
         return {key: packed.values, f"{key}_mask": packed.mask_PJ4}, record
 
     notes = _rewrite(checkpoint, out, settings, convert, progress)
@@ -71,8 +85,15 @@ def pack(source: str | Path, out: Path, profile: Any = None, progress: Progress 
         if r["format"] != "dense"
     }
     if layers:
-        config["quantization_config"] = {"quant_method": "secateurs", "format_version": formats.VERSION, "layers": layers}
-    left = [f"{n}: its weight is shared or fused with others" for n in sorted({name for name, _ in modules.values()} - packable)]
+        config["quantization_config"] = {
+            "quant_method": "secateurs",
+            "format_version": formats.VERSION,
+            "layers": layers,
+        }
+    left = [
+        f"{n}: its weight is shared or fused with others"
+        for n in sorted({name for name, _ in modules.values()} - packable)
+    ]
     result = {
         "format_version": formats.VERSION,
         "status": "complete",
@@ -84,6 +105,7 @@ def pack(source: str | Path, out: Path, profile: Any = None, progress: Progress 
             "dense_nbytes": sum(r["dense_nbytes"] for r in records),
             "packed_layers_nbytes": sum(r["nbytes"] for r in records if r["format"] != "dense"),
             "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in records if r["format"] != "dense"),
+            "negative_zeros": sum(r["negative_zeros"] for r in records),
             "folder_nbytes": _weights_nbytes(out),
             "source_folder_nbytes": sum(f.stat().st_size for f in set(checkpoint.file_of.values())),
         },
@@ -93,6 +115,22 @@ def pack(source: str | Path, out: Path, profile: Any = None, progress: Progress 
     write_text(out / "README.md", _card(result))
     write_json(out / "pack.json", result)
     write_json(out / "config.json", config)
+    return result
+
+
+def pack_run(
+    run: Path, out: Path | None = None, profile: Any = None, progress: Progress = _silent, merge_zeros: bool = False
+) -> dict[str, Any]:
+    """pack() for a run directory: its model to `out`, or to its folder `packed`, and the choices into its report."""
+    report = Report.read(run / "report.json")
+    folder = out or run / "packed"
+    result = pack(run / "model", folder, profile, progress, merge_zeros)
+    report.packed = {
+        "folder": str(folder if out else "packed"),
+        **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
+    }
+    report.bytes["packed"] = result["totals"]["folder_nbytes"]
+    report.write(run / "report.json")
     return result
 
 
@@ -128,7 +166,7 @@ def unpack(source: str | Path, out: Path, progress: Progress = _silent) -> dict[
         weight_OI = formats.unpack(packed)
         return {key: weight_OI.T.contiguous() if transposed else weight_OI}, None
 
-    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "profile": None}, convert, progress)
+    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
     config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
     (out / "pack.json").unlink(missing_ok=True)
     (out / "README.md").unlink(missing_ok=True)

@@ -44,7 +44,9 @@ class LayerRecord:
 
 @dataclass
 class Report:
-    """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name."""
+    """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
+    packed: what `secateurs pack` chose for each layer, or None.
+    """
 
     plan: dict[str, Any]
     machine: dict[str, Any]
@@ -60,6 +62,7 @@ class Report:
     peak_memory_bytes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -89,11 +89,11 @@ def print_report(report: Report, console: Console, out: str) -> None:
         )
     for warning in report.warnings:
         console.print(f"[yellow]Warning:[/] {escape(warning)}.")
-    if report.bytes:
+    if report.bytes and not report.packed:
         console.print(
-            f"What the zeros are worth so far: nothing. They are stored as zeros, {megabytes(report.bytes['pruned'])} after "
-            f"against {megabytes(report.bytes['dense'])} before, and a dense kernel multiplies them like any other number. "
-            "Bytes and time are saved only once the model is packed and run by a sparse kernel."
+            f"The zeros are still stored as zeros: {megabytes(report.bytes['pruned'])} after against "
+            f"{megabytes(report.bytes['dense'])} before, and a dense kernel multiplies them like any other number. "
+            f"`secateurs pack {out}` stores the model without them, `secateurs bench {out}` measures what that is worth."
         )
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
     console.print(f"Time: {spent}. Peak memory: {megabytes(report.peak_memory_bytes)}.")
@@ -229,3 +229,73 @@ def print_iterative(rows: Sequence[Iterative], console: Console) -> None:
         "correlated inputs survivors take over from the removed, which is most of the gain, and rounds help on top, "
         "because each round ranks weights that have already made up for the last."
     )
+
+
+def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
+    """What pack() or unpack() made."""
+    if "totals" not in result:
+        console.print(f"[green]{out}[/] is a plain checkpoint again: {megabytes(result['folder_nbytes'])}.")
+        return
+    totals = result["totals"]
+    ratio = totals["packed_layers_nbytes"] / max(1, totals["packed_layers_dense_nbytes"])
+    console.print(
+        f"[green]{out}[/]: {totals['layers_packed']} layers packed, {megabytes(totals['packed_layers_nbytes'])} instead of "
+        f"{megabytes(totals['packed_layers_dense_nbytes'])} ({ratio:.3f}x); whole folder {megabytes(totals['folder_nbytes'])} "
+        f"instead of {megabytes(totals['source_folder_nbytes'])}."
+    )
+    dense = [r for r in result["layers"] if r["format"] == "dense"]
+    if dense:
+        reasons = list(dict.fromkeys(r["reason"] for r in dense))
+        console.print(f"[yellow]{len(dense)} layers stay dense[/], first {dense[0]['name']}: {escape(reasons[0])}.")
+    if result["left_out"]:
+        console.print(f"Not looked at: {escape(result['left_out'][0])} ({len(result['left_out'])} in all).")
+    if totals["negative_zeros"] * 100 > sum(r["shape"][0] * r["shape"][1] for r in result["layers"]):
+        console.print(
+            f"[yellow]{totals['negative_zeros']} zeros are negative[/] and were kept as weights, bit for bit; weight * mask "
+            "leaves such. --merge-zeros stores none of them."
+        )
+    console.print("It loads after `import secateurs`, with from_pretrained.")
+
+
+def print_profile(profile: Any, file: str, console: Console) -> None:
+    """The roofs of a machine and the table of cells."""
+    here, gpu = profile.machine, profile.accelerator
+    sizes = ", ".join(f"{name} {size >> 10} KiB" for name, size in here["caches"].items())
+    console.print(f"[bold]{here['processor']}[/], {here['cores']} cores, {here['threads']} threads; {sizes}")
+    flops = ", ".join(f"{dtype} {rate / 1e9:.0f} Gflop/s" for dtype, rate in profile.flops_per_second.items())
+    isa = next(iter(here["kernels"])).split("_")[2]
+    console.print(f"Reads {profile.bytes_per_second / 1e9:.1f} GB/s from memory; {flops}; kernels: {isa}")
+    if gpu["device"]:
+        console.print(f"GPU: {gpu['device']}, capability {gpu['compute_capability']}; 2:4: {gpu['why_not'] or 'yes'}")
+    else:
+        console.print(f"GPU: none ({gpu['why_not']})")
+    table = _table("shape", "dtype", "pattern", "zeros", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth")
+    for row in profile.rows:
+        table.add_row(
+            "x".join(map(str, row["shape"])), row["dtype"], row["pattern"], f"{row['sparsity']:.0%}", str(row["tokens"]),
+            row["kernel"], f"{row['seconds'] * 1e3:.2f}", row["dense"], f"{row['dense_seconds'] * 1e3:.2f}",
+            f"{row['nbytes'] / row['dense_nbytes']:.2f}x", "no gain" if "needs" in row["verdict"] else row["verdict"],
+        )  # fmt: skip
+    console.print(table)
+    for verdict in dict.fromkeys(r["verdict"] for r in profile.rows if "needs" in r["verdict"]):
+        rows = [r for r in profile.rows if r["verdict"] == verdict]
+        console.print(f"{rows[0]['sparsity']:.0%} {rows[0]['pattern']} stored densely: {escape(verdict)}.")
+    console.print(f"Saved to {file}.", soft_wrap=True)
+
+
+def print_bench(result: dict[str, Any], console: Console) -> None:
+    """Tokens per second of every variant."""
+    console.print(
+        f"Prompt of {result['prompt']} tokens, {result['new']} new ones, {result['repeats']} runs in turn, "
+        f"{result['machine']['threads']} threads; median, and 10th to 90th percentile"
+    )
+    table = _table("", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
+    for row in result["variants"]:
+        cells = []
+        for stage in ("prefill", "decode"):
+            found = row[stage]
+            cells += [
+                f"{found['tokens_per_second']:.1f} [{found['low']:.1f}, {found['high']:.1f}]", f"{found['speedup']:.2f}x"
+            ]  # fmt: skip
+        table.add_row(escape(row["name"]), *cells, megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"]))
+    console.print(table)

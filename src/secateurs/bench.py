@@ -1,0 +1,197 @@
+"""Tokens per second of whole models through generate(): each in a process of its own, run in turn, medians and spreads.
+
+prefill: a prompt of so many tokens to the first new one. decode: the new tokens after that. A variant is a folder and how to
+run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'compiled' (the plain model under torch.compile).
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from secateurs.device import machine, peak_memory
+from secateurs.errors import CheckpointError, PlanError
+from secateurs.measure import Timing
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(_: str, __: int, ___: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run one folder."""
+
+    name: str
+    folder: str
+    how: str
+    dtype: str | None = None
+
+
+def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
+    """What `secateurs bench` compares: a run's dense model with its packed one; a packed folder with itself made dense;
+    or any two folders."""
+    main, dense = folder, None
+    if (folder / "plan.json").is_file():
+        from secateurs.plan import Plan
+
+        main, dense = folder / "packed", Plan.read(folder / "plan.json").model
+        if not (main / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no packed model; make one with `secateurs pack {folder}`")
+    if against is not None:
+        return [Variant(str(against), str(against), _how(against)), Variant(str(main), str(main), _how(main))]
+    if _how(main) != "packed":
+        raise PlanError(f"{main} is not packed: give a run, a packed folder, or a second folder with --against")
+    other = Variant("dense", str(dense or main), "dense")
+    return [other, Variant("packed", str(main), "packed")]
+
+
+def _how(folder: Path) -> str:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model")
+    method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
+    return "packed" if method == "secateurs" else "dense"
+
+
+def bench(
+    variants: list[Variant], prompt: int = 64, new: int = 64, repeats: int = 5, progress: Progress = _silent
+) -> dict[str, Any]:
+    """Run all variants in turn; the first variant is the one that speedups are against. Raises CheckpointError."""
+    if min(prompt, repeats) < 1 or new < 2:
+        raise PlanError(f"prompt {prompt}, new {new}, repeats {repeats}: give at least 1, 2 and 1")
+    workers = []
+    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in variants]
+    total, done = len(variants) * (repeats + 1), 0
+    progress("runs", 0, total)
+    try:
+        for variant in variants:
+            workers.append(_Worker(variant, prompt, new))
+            workers[-1].ready()
+        for number in range(repeats + 1):
+            for worker, kept in zip(workers, samples, strict=True):
+                run = worker.run()
+                # the first run warms up: allocator, threads, compiler
+                if number:
+                    kept["prefill"].append(prompt / run["first"])
+                    kept["decode"].append((new - 1) / (run["all"] - run["first"]))
+                done += 1
+                progress("runs", done, total)
+        peaks = [worker.finish() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+    rows = []
+    for variant, kept, peak in zip(variants, samples, peaks, strict=True):
+        row: dict[str, Any] = {
+            "name": variant.name,
+            "folder": variant.folder,
+            "how": variant.how,
+            "peak_memory_bytes": peak,
+        }
+        row["weights_bytes"] = sum(f.stat().st_size for f in Path(variant.folder).glob("*.safetensors"))
+        for stage, values in kept.items():
+            timing = Timing.of(values)
+            row[stage] = {
+                "tokens_per_second": timing.seconds,
+                "low": timing.low,
+                "high": timing.high,
+                "samples": values,
+            }
+            base = samples[0][stage]
+            row[stage]["speedup"] = median(a / b for a, b in zip(values, base, strict=True))
+        rows.append(row)
+    return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+
+
+class _Worker:
+    """A process with one model, which runs when told to and sleeps otherwise."""
+
+    def __init__(self, variant: Variant, prompt: int, new: int) -> None:
+        self.variant = variant
+        request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "secateurs.bench", request],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        assert self.process.stderr
+        if word:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        said = self.process.stderr.read().strip().splitlines()
+        raise CheckpointError(
+            f"{self.variant.folder} ({self.variant.how}) does not run: {said[-1] if said else 'it died'}"
+        )
+
+    def ready(self) -> None:
+        self._ask("")
+
+    def run(self) -> dict[str, float]:
+        return self._ask("run")
+
+    def finish(self) -> int:
+        return int(self._ask("finish")["peak"])
+
+
+def load(folder: str, how: str, dtype: str | None = None) -> Any:
+    """The model as a variant asks for it, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import secateurs
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": getattr(torch, dtype)} if dtype else {}))
+    packed = hasattr(model, "hf_quantizer")
+    if how in ("dense", "compiled", "accelerated") and packed:
+        model = model.dequantize()
+    if how == "accelerated":
+        secateurs.accelerate(model)
+    if how in ("compiled", "packed compiled"):
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        model.forward = torch.compile(model.forward, dynamic=False)
+    return model.eval()
+
+
+def _work(request: dict[str, Any]) -> None:
+    import torch
+
+    model = load(request["folder"], request["how"], request["dtype"])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (1, request["prompt"]), generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    if "compiled" in request["how"]:
+        settings["cache_implementation"] = "static"
+
+    def seconds(new: int) -> float:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, **settings)
+        return time.perf_counter() - begin
+
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            print(json.dumps({"peak": peak_memory()}), flush=True)
+            return
+        print(json.dumps({"first": seconds(1), "all": seconds(request["new"])}), flush=True)
+
+
+if __name__ == "__main__":
+    _work(json.loads(sys.argv[1]))

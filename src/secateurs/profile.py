@@ -1,0 +1,85 @@
+"""A DeviceProfile: what one machine was measured to do, as a JSON file that other commands read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from secateurs.device import machine
+from secateurs.errors import DeviceError
+from secateurs.files import write_json
+
+FORMAT = 1
+
+
+def default_file() -> Path:
+    """Where `secateurs probe` leaves the profile of this machine."""
+    return Path.home() / ".cache" / "secateurs" / "profile.json"
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """rows: one measured product each: shape, dtype, pattern, sparsity, tokens, kernel, seconds, nbytes, dense, dense_seconds,
+    speedup (dense seconds / seconds), verdict. bytes_per_second: streaming reads. flops_per_second: by dtype, multiply-adds as two.
+    """
+
+    name: str
+    machine: dict[str, Any]
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+    rows: list[dict[str, Any]]
+    accelerator: dict[str, Any]
+
+    def speedup(self, dtype: str, sparsity: float, tokens: int) -> float | None:
+        """Measured speedup of packed over the best dense, between the nearest sparsities; None if none was measured.
+
+        Of several shapes the median; of several token counts the nearest.
+        """
+        rows = [r for r in self.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")]
+        if not rows:
+            return None
+        nearest = min({r["tokens"] for r in rows}, key=lambda t: abs(t - tokens))
+        by_sparsity: dict[float, list[float]] = {}
+        for r in rows:
+            if r["tokens"] == nearest:
+                by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
+        points = sorted((s, median(v)) for s, v in by_sparsity.items())
+        below = [p for p in points if p[0] <= sparsity]
+        above = [p for p in points if p[0] >= sparsity]
+        if not below:
+            return points[0][1]
+        if not above:
+            return points[-1][1]
+        (s0, v0), (s1, v1) = below[-1], above[0]
+        return v0 if s1 == s0 else v0 + (v1 - v0) * (sparsity - s0) / (s1 - s0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.as_dict())
+
+    @classmethod
+    def read(cls, file: Path) -> "DeviceProfile":
+        """Raises DeviceError if the file is missing or no profile."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise DeviceError(f"{file} is of another profile format than {FORMAT}; run `secateurs probe` again")
+            return cls(**data)
+        except OSError as error:
+            raise DeviceError(
+                f"{file} cannot be read: {error.strerror}; `secateurs probe --out {file}` makes it"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DeviceError(f"{file} is not a profile of `secateurs probe`: {error}") from None
+
+    @classmethod
+    def at_hand(cls) -> "DeviceProfile | None":
+        """The profile that probe left, if it is of this processor and thread count."""
+        if not default_file().is_file():
+            return None
+        profile, here = cls.read(default_file()), machine()
+        same = all(profile.machine.get(k) == here[k] for k in ("processor", "isa", "threads"))
+        return profile if same else None
