@@ -10,9 +10,11 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# prune a real pretrained model to 50% and show what came of it
+# prune a real pretrained model to 50%, pack it, and show what came of it: quality, bytes, tokens per second
 demo: $(READY)
 	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 64 --seqlen 512
+	$(BIN)/secateurs pack runs/demo
+	$(BIN)/secateurs bench runs/demo
 
 # the gate: formatting, lint, types, tests
 test: $(READY) test-kernels
@@ -43,9 +45,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# perplexity, seconds and memory of every method on SmolLM2-135M; see bench/
+# perplexity, seconds and memory of every method on SmolLM2-135M; one packed layer; a 1B-shaped model's decoding
 bench: $(READY)
 	$(BIN)/python bench/methods.py
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/decode.py
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,8 @@
 """Tokens per second of whole models through generate(): each in a process of its own, run in turn, medians and spreads.
 
 prefill: a prompt of so many tokens to the first new one. decode: the new tokens after that. A variant is a folder and how to
-run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'compiled' (the plain model under torch.compile).
+run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerated dense' (our dense kernel for few tokens),
+'compiled' and 'packed compiled' (under torch.compile, with a static cache).
 """
 
 import json
@@ -153,14 +154,16 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import secateurs
+    from secateurs.linear import DenseLinear
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": getattr(torch, dtype)} if dtype else {}))
     packed = hasattr(model, "hf_quantizer")
-    if how in ("dense", "compiled", "accelerated") and packed:
+    if not how.startswith("packed") and packed:
         model = model.dequantize()
-    if how == "accelerated":
-        secateurs.accelerate(model)
+    if how == "accelerated dense":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = DenseLinear
     if how in ("compiled", "packed compiled"):
         import torch._inductor.config as inductor
 

@@ -87,11 +87,11 @@ class Choice:
 # by (dtype, isa); a probe's profile replaces them for the machine that it was measured on
 CHOICES = {
     ("bf16", "avx512"): Choice(8, 0.85),
-    ("fp16", "avx512"): Choice(8, 0.70),
-    ("fp32", "avx512"): Choice(8, 0.70),
-    ("bf16", "avx2"): Choice(8, 0.70),
-    ("fp16", "avx2"): Choice(8, 0.70),
-    ("fp32", "avx2"): Choice(8, 0.70),
+    ("fp16", "avx512"): Choice(8, 0.60),
+    ("fp32", "avx512"): Choice(8, 0.60),
+    ("bf16", "avx2"): Choice(4, 0.65),
+    ("fp16", "avx2"): Choice(4, 0.65),
+    ("fp32", "avx2"): Choice(4, 0.65),
 }
 
 

@@ -94,12 +94,17 @@ def read_list(text: str, kind: type, what: str) -> tuple[Any, ...]:
 
 
 def shapes_of(model: str, most: int = 3) -> tuple[tuple[int, int], ...]:
-    """The Linear shapes of a model that hold most of its weights. Raises CheckpointError."""
+    """The Linear shapes that hold most weights of a model's blocks. Raises CheckpointError."""
     from secateurs.checkpoint import Checkpoint
     from secateurs.linear import linears
 
     weights: dict[tuple[int, int], int] = {}
-    for _, module, transposed in linears(Checkpoint(model, packed=True).skeleton()):
+    checkpoint = Checkpoint(model, packed=True)
+    skeleton = checkpoint.skeleton()
+    inside = tuple(f"{name}." for name in checkpoint.block_names(skeleton))
+    for name, module, transposed in linears(skeleton):
+        if not name.startswith(inside):
+            continue
         shape: Any = tuple(module.weight.shape)  # type: ignore[arg-type]
         shape = shape[::-1] if transposed else shape
         weights[shape] = weights.get(shape, 0) + math.prod(shape)

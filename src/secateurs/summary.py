@@ -269,14 +269,18 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
         console.print(f"GPU: {gpu['device']}, capability {gpu['compute_capability']}; 2:4: {gpu['why_not'] or 'yes'}")
     else:
         console.print(f"GPU: none ({gpu['why_not']})")
-    table = _table("shape", "dtype", "pattern", "zeros", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth")
-    for row in profile.rows:
-        table.add_row(
-            "x".join(map(str, row["shape"])), row["dtype"], row["pattern"], f"{row['sparsity']:.0%}", str(row["tokens"]),
-            row["kernel"], f"{row['seconds'] * 1e3:.2f}", row["dense"], f"{row['dense_seconds'] * 1e3:.2f}",
-            f"{row['nbytes'] / row['dense_nbytes']:.2f}x", "no gain" if "needs" in row["verdict"] else row["verdict"],
-        )  # fmt: skip
-    console.print(table)
+    for shape, dtype in dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in profile.rows):
+        console.print(f"[bold]{shape[0]}x{shape[1]}, {dtype}[/]")
+        table = _table("zeros", "pattern", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth")
+        for row in profile.rows:
+            if (tuple(row["shape"]), row["dtype"]) != (shape, dtype):
+                continue
+            table.add_row(
+                f"{row['sparsity']:.0%}", row["pattern"], str(row["tokens"]), row["kernel"], f"{row['seconds'] * 1e3:.2f}",
+                row["dense"], f"{row['dense_seconds'] * 1e3:.2f}", f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
+                "no gain" if "needs" in row["verdict"] else row["verdict"],
+            )  # fmt: skip
+        console.print(table)
     for verdict in dict.fromkeys(r["verdict"] for r in profile.rows if "needs" in r["verdict"]):
         rows = [r for r in profile.rows if r["verdict"] == verdict]
         console.print(f"{rows[0]['sparsity']:.0%} {rows[0]['pattern']} stored densely: {escape(verdict)}.")

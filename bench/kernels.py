@@ -1,0 +1,144 @@
+"""One layer, 11008 x 4096: packed products against the best dense ones, and against peers where they are installed.
+
+    .venv/bin/python bench/kernels.py [--rounds 15]
+
+Weights are rotated past the last cache and all ways are interleaved. Peers (openvino, onnxruntime) are timed if they can be
+imported. Writes results/kernels.json.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from secateurs.device import machine
+from secateurs.formats import pack
+from secateurs.kernels import Call, kernels, select
+from secateurs.measure import dense_runs, interleaved
+from secateurs.patterns import parse
+from secateurs.probe import bandwidth
+
+SHAPE = (11008, 4096)
+# dtype, tokens, [(pattern, sparsity)], the least speedup over the best dense that we ask of ourselves
+TABLE = [
+    (torch.bfloat16, 1, [("unstructured", 0.5), ("2:4", 0.5), ("unstructured", 0.7), ("unstructured", 0.8), ("unstructured", 0.9)]),
+    (torch.bfloat16, 16, [("unstructured", 0.5)]),
+    (torch.bfloat16, 64, [("unstructured", 0.5)]),
+    (torch.bfloat16, 256, [("unstructured", 0.5)]),
+    (torch.float32, 1, [("unstructured", 0.5)]),
+    (torch.float32, 16, [("unstructured", 0.5)]),
+    (torch.float32, 64, [("unstructured", 0.5), ("unstructured", 0.8), ("unstructured", 0.9)]),
+    (torch.float16, 1, [("unstructured", 0.5)]),
+]  # fmt: skip
+MARKS = {
+    ("bf16", 1, "unstructured", 0.5): 1.65, ("bf16", 1, "2:4", 0.5): 1.65, ("bf16", 1, "unstructured", 0.7): 2.4,
+    ("bf16", 1, "unstructured", 0.8): 3.0, ("bf16", 1, "unstructured", 0.9): 4.5,
+    ("fp32", 64, "unstructured", 0.8): 2.5, ("fp32", 64, "unstructured", 0.9): 4.3,
+    ("bf16", 16, "unstructured", 0.5): 1.0, ("bf16", 64, "unstructured", 0.5): 1.0, ("bf16", 256, "unstructured", 0.5): 1.0,
+}  # fmt: skip
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def peers(weights, x, sparsity):
+    """fp32 products of other runtimes on the same pruned weights: OpenVINO, dense and with its sparse decompression, and
+    ONNX Runtime."""
+    runs = {}
+    threads = torch.get_num_threads()
+    try:
+        import numpy as np
+        import openvino as ov
+        from openvino import opset13 as ops
+
+        for name, rate in (("OpenVINO", None), (f"OpenVINO sparse {sparsity - 0.05:.2f}", sparsity - 0.05)):
+            copies = []
+            for w in weights:
+                given = ops.parameter(list(x.shape), np.float32)
+                model = ov.Model([ops.matmul(given, ops.constant(w.numpy()), False, True)], [given])
+                settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+                if rate is not None:
+                    settings["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = rate
+                request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+                request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
+                copies.append(request.infer)
+            runs[name] = copies
+    except Exception as error:
+        print(f"not timed: OpenVINO ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+    try:
+        import numpy as np
+        import onnx
+        import onnxruntime as ort
+
+        copies = []
+        for w in weights:
+            node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+            graph = onnx.helper.make_graph(
+                [node], "g", [onnx.helper.make_tensor_value_info("x", 1, list(x.shape))],
+                [onnx.helper.make_tensor_value_info("y", 1, [x.shape[0], w.shape[0]])],
+                [onnx.numpy_helper.from_array(np.ascontiguousarray(w.numpy().T), "w")],
+            )  # fmt: skip
+            model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            copies.append(lambda s=session: s.run(None, {"x": x.numpy()}))
+        runs["ONNX Runtime"] = copies
+    except Exception as error:
+        print(f"not timed: ONNX Runtime ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+    return runs
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--no-peers", action="store_true")
+    given = arguments.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for dtype, tokens, cases in TABLE:
+        name = NAMES[dtype]
+        base = torch.randn(SHAPE).to(dtype)
+        weights = [base, base.roll(1, 0)]
+        for pattern, sparsity in cases:
+            pruned = [w.masked_fill(~parse(pattern).keep(torch.rand(SHAPE), sparsity), 0) for w in weights]
+            packed = [pack(w) for w in pruned]
+            x = torch.randn(tokens, SHAPE[1]).to(dtype)
+            runs = dense_runs(weights, x)
+            dense = set(runs)
+            if dtype == torch.float32 and tokens == 64 and not given.no_peers:
+                runs.update(peers(pruned, x, sparsity))
+            chosen = select(packed[0], tokens).name
+            for k in kernels():
+                if k.format == "bitmask" and k.dtype == name and not k.lacks and k.isa == chosen.split("_")[2]:
+                    runs[k.name] = [partial(Call([p], [None]), x, k.index) for p in packed]
+            streaming = bandwidth(0.3)
+            found = interleaved(runs, given.rounds)
+            streaming = (streaming + bandwidth(0.3)) / 2
+            best = min(dense, key=lambda n: found[n].seconds)
+            row = {
+                "dtype": name, "tokens": tokens, "pattern": pattern, "sparsity": sparsity, "kernel": chosen,
+                "nbytes": packed[0].nbytes, "dense_nbytes": packed[0].dense_nbytes, "best_dense": best,
+                "speedup": found[best].seconds / found[chosen].seconds,
+                "speedup_over_torch": found[f"torch {str(dtype).removeprefix('torch.')}"].seconds / found[chosen].seconds,
+                "bandwidth_share": packed[0].nbytes / found[chosen].seconds / streaming,
+                "streaming_bytes_per_second": streaming, "mark": MARKS.get((name, tokens, pattern, sparsity)),
+                "seconds": {n: [t.seconds, t.low, t.high] for n, t in found.items()},
+            }  # fmt: skip
+            rows.append(row)
+            mark = f", mark {row['mark']}x" if row["mark"] else ""
+            print(
+                f"{name} {tokens:3d} tokens, {sparsity:.0%} {pattern}: {found[chosen].seconds * 1e3:.2f} ms, "
+                f"{row['speedup']:.2f}x {best}{mark}; {row['speedup_over_torch']:.2f}x torch; "
+                f"{row['bandwidth_share']:.0%} of {streaming / 1e9:.0f} GB/s",
+                flush=True,
+            )
+            for other, t in found.items():
+                print(f"    {other:34s} {t.seconds * 1e3:8.2f} ms [{t.low * 1e3:.2f}-{t.high * 1e3:.2f}]")
+    file = Path(__file__).parent / "results" / "kernels.json"
+    file.write_text(json.dumps({"machine": machine(), "shape": SHAPE, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

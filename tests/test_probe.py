@@ -1,0 +1,123 @@
+import json
+
+import pytest
+from test_cli import fails, run
+
+from secateurs import semi_structured
+from secateurs.errors import DeviceError, PlanError
+from secateurs.measure import Timing, interleaved
+from secateurs.probe import Question, probe, read_shapes
+from secateurs.profile import DeviceProfile
+
+SMALL = ["--shapes", "64x128", "--tokens", "1,20", "--sparsity", "0.5", "--dtype", "fp32"]
+
+
+def test_probe_answers_every_cell_and_the_textbook(tmp_path):
+    file = tmp_path / "profile.json"
+    data = json.loads(run("probe", *SMALL, "--out", file, "--json")[0])
+    assert json.loads(file.read_text()) == data
+    profile = DeviceProfile.read(file)
+    packed = [r for r in profile.rows if r["kernel"].startswith("bitmask_fp32")]
+    assert {(r["pattern"], r["sparsity"], r["tokens"]) for r in packed} == {
+        (p, 0.5, t) for p in ("unstructured", "2:4") for t in (1, 20)
+    }
+    for row in packed:
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["dense_seconds"] == min(row["all_dense_seconds"].values())
+        assert ("no gain" in row["verdict"]) == (row["speedup"] < 1.05)
+    stored = {r["pattern"]: r for r in profile.rows if r["kernel"] == "stored densely"}
+    assert stored["unstructured"]["sparsity"] == 0.95
+    assert "needs a packed format" in stored["unstructured"]["verdict"]
+    assert "sparse tensor cores" in stored["2:4"]["verdict"]
+    assert profile.bytes_per_second > 1e8
+    assert set(profile.flops_per_second) == {"bf16", "fp16", "fp32"}
+    assert profile.machine["kernels"]
+
+
+def test_probe_prints_a_table(tmp_path):
+    text, _ = run("probe", *SMALL, "--out", tmp_path / "p.json")
+    assert "GB/s from memory" in text
+    assert "64x128" in text
+    assert "stored densely: no gain: stored as zeros and multiplied as numbers" in " ".join(text.split())
+    assert "GPU: " in text
+
+
+def test_probe_takes_the_shapes_of_a_model(tmp_path, llama):
+    found = json.loads(
+        run("probe", llama, "--tokens", "1", "--pattern", "2:4", "--out", tmp_path / "p.json", "--json")[0]
+    )
+    assert {tuple(r["shape"]) for r in found["rows"]} == {(64, 32), (32, 64), (32, 32)}
+
+
+def test_bad_questions_are_one_sentence(tmp_path, capsys, llama):
+    out = ["--out", tmp_path / "p.json"]
+    for arguments, words in (
+        (["--shapes", "11008"], "shapes '11008' cannot be read"),
+        (["--shapes", "0x12"], "shape 0x12 cannot be measured"),
+        (["--sparsity", "1.5"], "sparsity 1.5 is not a fraction"),
+        (["--sparsity", "half"], "sparsity 'half' cannot be read"),
+        (["--tokens", "0"], "0 tokens cannot be measured"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; known: bf16, fp16, fp32"),
+        (["--pattern", "4:2"], "unknown pattern '4:2'"),
+        (["--pattern", "2:4", "--shapes", "8x9"], "pattern 2:4 on 8x9"),
+    ):
+        assert words in fails(capsys, 2, "probe", *arguments, *out)
+    assert "no folder" in fails(capsys, 1, "probe", tmp_path / "none", *out)
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_speedups_between_sparsities_by_hand():
+    rows = [
+        {"dtype": "bf16", "sparsity": s, "tokens": t, "kernel": k, "speedup": v}
+        for s, t, k, v in (
+            (0.5, 1, "bitmask_a", 1.6), (0.5, 1, "bitmask_a", 1.8), (0.9, 1, "bitmask_a", 4.7),
+            (0.5, 256, "bitmask_b", 0.9), (0.95, 1, "stored densely", 1.0),
+        )
+    ]  # fmt: skip
+    profile = DeviceProfile("m", {}, 1.0, {}, rows, {})
+    assert profile.speedup("bf16", 0.5, 1) == pytest.approx(1.7)
+    assert profile.speedup("bf16", 0.7, 1) == pytest.approx(3.2)
+    assert profile.speedup("bf16", 0.99, 1) == pytest.approx(4.7)
+    assert profile.speedup("bf16", 0.1, 2) == pytest.approx(1.7)
+    assert profile.speedup("bf16", 0.6, 500) == pytest.approx(0.9)
+    assert profile.speedup("fp32", 0.5, 1) is None
+
+
+def test_a_bad_profile_is_one_sentence(tmp_path):
+    file = tmp_path / "p.json"
+    for text, words in (
+        ("{", "is not a profile"),
+        ("[]", "is not a profile"),
+        ('{"format": 7}', "another profile format"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DeviceError, match=words):
+            DeviceProfile.read(file)
+
+
+def test_interleaved_takes_turns():
+    order = []
+    found = interleaved({"a": [lambda: order.append("a")] * 2, "b": [lambda: order.append("b")]}, rounds=3)
+    assert order == ["a", "a", "b"] * 4
+    assert (found["a"].samples, found["b"].samples) == (6, 3)
+    assert Timing.of([3, 1, 2]).seconds == 2
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    from secateurs import kernels
+
+    call = kernels.Call.__call__
+    monkeypatch.setattr(kernels.Call, "__call__", lambda self, x, kernel=None: call(self, x, kernel) * 1.1)
+    with pytest.raises(DeviceError, match="is wrong on 8x64, 1 tokens"):
+        probe(Question(shapes=((8, 64),), tokens=(1,), patterns=("2:4",)))
+
+
+def test_gpus_say_why_not():
+    reason = semi_structured.lacks()
+    assert reason is None or "CUDA" in reason or "2:4" in reason
+
+
+def test_shapes_are_read():
+    assert read_shapes("2x3, 11008x4096") == ((2, 3), (11008, 4096))
+    with pytest.raises(PlanError):
+        read_shapes("2x")
