@@ -90,6 +90,33 @@ def peers(weights, x, sparsity):
     return runs
 
 
+def overhead():
+    """Seconds that a call of a 64x64 PackedLinear takes above its kernel, called from Python with ready arguments."""
+    import time
+    from statistics import median
+
+    from secateurs.kernels import _call_of
+    from secateurs.library import library
+    from secateurs.linear import PackedLinear
+
+    layer = PackedLinear.of(pack(torch.eye(64, dtype=torch.bfloat16)))
+    x, y = torch.randn(1, 64).bfloat16(), torch.empty(64, dtype=torch.bfloat16)
+    call = _call_of([layer.weight], [layer.weight_mask], [None], [64, 64])
+    arguments = (call.kernel(1), call._address, 1, x.data_ptr(), y.data_ptr(), 1, 1)
+    function = library().secateurs_linear
+
+    def seconds(run):
+        samples = []
+        for _ in range(30):
+            begin = time.perf_counter()
+            for _ in range(500):
+                run()
+            samples.append((time.perf_counter() - begin) / 500)
+        return median(samples)
+
+    return seconds(lambda: layer(x)) - seconds(lambda: function(*arguments))
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=15)
@@ -136,8 +163,14 @@ def main():
             )
             for other, t in found.items():
                 print(f"    {other:34s} {t.seconds * 1e3:8.2f} ms [{t.low * 1e3:.2f}-{t.high * 1e3:.2f}]")
+    with torch.no_grad():
+        above = overhead()
+    print(f"a call through Python takes {above * 1e6:.1f} us above its kernel")
     file = Path(__file__).parent / "results" / "kernels.json"
-    file.write_text(json.dumps({"machine": machine(), "shape": SHAPE, "rows": rows}, indent=2) + "\n")
+    file.write_text(
+        json.dumps({"machine": machine(), "shape": SHAPE, "rows": rows, "call_overhead_seconds": above}, indent=2)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_profile_of_this_machine(request, monkeypatch, tmp_path_factory):
+    """`pack` must not choose by what somebody measured here; trained models are found in the real cache."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """A tiny Llama folder; tests must not write into it."""

@@ -7,10 +7,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a module may import those on its own level and below
 LEVELS = [
     {"errors", "families", "device", "files"},
-    {"patterns", "stats", "report", "library"},
+    {"patterns", "stats", "report", "library", "semi_structured"},
     {"formats"},
     {"scores", "attention", "card", "kernels"},
-    {"measure", "semi_structured", "linear", "profile"},
+    {"measure", "linear", "profile"},
     {"solvers", "allocate", "walk", "lab"},
     {"checkpoint", "calibrate", "evaluate"},
     {"plan", "inspection"},

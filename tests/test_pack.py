@@ -221,6 +221,13 @@ def test_a_run_is_pruned_packed_and_measured(tmp_path, llama, words):
     assert {r["name"] for r in report.packed["layers"]} >= {r.name for r in report.layers}
     assert report.bytes["packed"] < report.bytes["pruned"]
     run("verify", out)
+    shard = next((out / "packed").glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight"][3] += 1
+    intact = shard.read_bytes()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert "is not what" in run("verify", out, code=1)[1]
+    shard.write_bytes(intact)
     found = json.loads(run("bench", out, "--prompt", 4, "--new", 3, "--repeats", 2, "--json")[0])
     assert [v["name"] for v in found["variants"]] == ["dense", "packed"]
     assert all(v[s]["tokens_per_second"] > 0 for v in found["variants"] for s in ("prefill", "decode"))

@@ -3,11 +3,11 @@ import json
 import pytest
 from test_cli import fails, run
 
-from secateurs import semi_structured
+from secateurs import kernels, semi_structured
 from secateurs.errors import DeviceError, PlanError
 from secateurs.measure import Timing, interleaved
 from secateurs.probe import Question, probe, read_shapes
-from secateurs.profile import DeviceProfile
+from secateurs.profile import DeviceProfile, default_file
 
 SMALL = ["--shapes", "64x128", "--tokens", "1,20", "--sparsity", "0.5", "--dtype", "fp32"]
 
@@ -47,6 +47,18 @@ def test_probe_takes_the_shapes_of_a_model(tmp_path, llama):
         run("probe", llama, "--tokens", "1", "--pattern", "2:4", "--out", tmp_path / "p.json", "--json")[0]
     )
     assert {tuple(r["shape"]) for r in found["rows"]} == {(64, 32), (32, 64), (32, 32)}
+
+
+def test_pack_reads_the_profile_that_probe_left(tmp_path, monkeypatch, llama):
+    monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
+    assert DeviceProfile.at_hand() is None
+    run("probe", *SMALL)
+    profile = DeviceProfile.at_hand()
+    assert profile is not None
+    assert run("pack", llama, "--out", tmp_path / "packed", "--json")[0].count(profile.name) >= 1
+    # of another machine
+    DeviceProfile(**{**vars(profile), "machine": {**profile.machine, "processor": "Z80"}}).write(default_file())
+    assert DeviceProfile.at_hand() is None
 
 
 def test_bad_questions_are_one_sentence(tmp_path, capsys, llama):
@@ -104,8 +116,6 @@ def test_interleaved_takes_turns():
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    from secateurs import kernels
-
     call = kernels.Call.__call__
     monkeypatch.setattr(kernels.Call, "__call__", lambda self, x, kernel=None: call(self, x, kernel) * 1.1)
     with pytest.raises(DeviceError, match="is wrong on 8x64, 1 tokens"):
@@ -115,6 +125,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 def test_gpus_say_why_not():
     reason = semi_structured.lacks()
     assert reason is None or "CUDA" in reason or "2:4" in reason
+    row = next(k for k in kernels.kernels() if k.isa == "cuda")
+    assert reason is None or row.accepts(None, 1) == reason
 
 
 def test_shapes_are_read():

@@ -41,7 +41,8 @@ def model_card(report: Report) -> str:
         ]
     lines += [
         "",
-        "The zeros are stored as zeros: this folder is as large as the dense one and a dense kernel runs it no faster.",
+        "The zeros are stored as zeros: this folder is as large as the dense one and a dense kernel runs it no faster. "
+        "`secateurs pack` stores it without them.",
         "It loads with `AutoModelForCausalLM.from_pretrained` and needs no code of secateurs.",
         "",
     ]

@@ -1,6 +1,6 @@
 """Which kernel multiplies a packed matrix, and the call: y = x W' + b for T tokens.
 
-A Kernel is a row: of csrc/kernels.inc for CPUs, of GPU_ROWS for GPUs. It says why it cannot take a problem, and select()
+A Kernel is a row: of csrc/kernels.inc for CPUs, and PyTorch's 2:4 for GPUs. It says why it cannot take a problem, and select()
 chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row. The torch.library operator secateurs::linear is the
 only way in, so torch.compile traces through it.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateurs import semi_structured
 from secateurs.errors import DeviceError
 from secateurs.formats import DTYPES, Packed, pack_dense, read_bitmask
 from secateurs.library import Info, Product, Weight, library
@@ -56,6 +57,8 @@ def kernels() -> tuple[Kernel, ...]:
         )
         lacks = None if info.runnable else f"{name} needs {ISA_NEEDS[isa]}, which this CPU lacks"
         rows.append(Kernel(name, format, dtype, isa, strategy, index, lacks))
+    gpu = semi_structured.lacks() or "it takes tensors on the GPU: `secateurs probe` measures it"
+    rows.append(Kernel(semi_structured.NAME, "2:4", "bf16", "cuda", "semi_structured", -1, gpu))
     return tuple(rows)
 
 

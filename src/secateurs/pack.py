@@ -137,6 +137,25 @@ def pack_run(
 def unpack(source: str | Path, out: Path, progress: Progress = _silent) -> dict[str, Any]:
     """The inverse of pack(): a plain folder, every weight bit for bit. Raises as pack() does, and for damaged tensors."""
     checkpoint = Checkpoint(source, packed=True)
+    plain = plain_reader(checkpoint)
+
+    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        is_mask = key.endswith("_mask") and key.removesuffix("_mask") in checkpoint.file_of
+        return {} if is_mask else {key: plain(key)}, None
+
+    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
+    config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
+    (out / "pack.json").unlink(missing_ok=True)
+    (out / "README.md").unlink(missing_ok=True)
+    write_json(out / "config.json", config)
+    return {"folder_nbytes": _weights_nbytes(out)}
+
+
+def plain_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    """A function from the stored name of a packed folder's tensor to that tensor as the plain folder has it.
+
+    Raises CheckpointError if the folder is not packed, of another version, or damaged.
+    """
     quantization = checkpoint.raw_config.get("quantization_config")
     if not quantization:
         raise CheckpointError(f"{checkpoint.folder} is not packed: its config.json has no quantization_config")
@@ -146,17 +165,16 @@ def unpack(source: str | Path, out: Path, progress: Progress = _silent) -> dict[
             f"version {formats.VERSION}"
         )
     skeleton = checkpoint.skeleton()
-    shapes = {f"{name}.weight": (m, transposed) for name, m, transposed in linears(skeleton)}
+    modules = {f"{name}.weight": (module, transposed) for name, module, transposed in linears(skeleton)}
 
-    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        if key.endswith("_mask") and key.removesuffix("_mask") in checkpoint.file_of:
-            return {}, None
+    def plain(key: str) -> Tensor:
+        tensor = checkpoint.read([key])[key]
         if f"{key}_mask" not in checkpoint.file_of:
-            return {key: tensor}, None
+            return tensor
         target = checkpoint.target_of[key]
-        if target not in shapes:
+        if target not in modules:
             raise CheckpointError(f"{checkpoint.folder}: {key} is packed, and the model has no such layer")
-        module, transposed = shapes[target]
+        module, transposed = modules[target]
         weight: Any = module.weight
         shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
         try:
@@ -164,14 +182,9 @@ def unpack(source: str | Path, out: Path, progress: Progress = _silent) -> dict[
         except PackError as error:
             raise CheckpointError(f"{checkpoint.folder}: {key}: {error}; copy or pack it again") from None
         weight_OI = formats.unpack(packed)
-        return {key: weight_OI.T.contiguous() if transposed else weight_OI}, None
+        return weight_OI.T.contiguous() if transposed else weight_OI
 
-    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
-    config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
-    (out / "pack.json").unlink(missing_ok=True)
-    (out / "README.md").unlink(missing_ok=True)
-    write_json(out / "config.json", config)
-    return {"folder_nbytes": _weights_nbytes(out)}
+    return plain
 
 
 def _rewrite(

@@ -1,6 +1,7 @@
 """A DeviceProfile: what one machine was measured to do, as a JSON file that other commands read."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,8 +15,9 @@ FORMAT = 1
 
 
 def default_file() -> Path:
-    """Where `secateurs probe` leaves the profile of this machine."""
-    return Path.home() / ".cache" / "secateurs" / "profile.json"
+    """Where `secateurs probe` leaves the profile of this machine: $SECATEURS_CACHE, else ~/.cache/secateurs."""
+    cache = os.environ.get("SECATEURS_CACHE")
+    return (Path(cache) if cache else Path.home() / ".cache" / "secateurs") / "profile.json"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 
 from secateurs.checkpoint import Checkpoint, checksum
 from secateurs.errors import CheckpointError, VerifyError
+from secateurs.pack import plain_reader
 from secateurs.plan import Plan
 from secateurs.report import LayerRecord, Report
 from secateurs.walk import Layer, layers_of
@@ -17,7 +18,7 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] = lambd
 
     Checked: the checksum of every shard; the names, shapes and dtypes of all tensors against the source, and that
     nothing but pruned layers differs from it (where the source is still there, else a warning); every layer's count and
-    pattern; that no weight is NaN or infinite.
+    pattern; that no weight is NaN or infinite; that a packed model unpacks to the same weights.
     """
     folder = Path(folder).expanduser()
     report = Report.read(folder / "report.json")
@@ -57,6 +58,8 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
     missing = sorted(set(records) - seen)
     if missing:
         raise VerifyError(f"{missing[0]} is in report.json and not in the model")
+    if report.packed:
+        _check_packed(folder / report.packed["folder"], result)
     return _check_source(plan, result, pruned)
 
 
@@ -71,6 +74,15 @@ def _check_layer(layer: Layer, record: LayerRecord, plan: Plan) -> None:
         broken = plan.layer_pattern.violation(weight_OI != 0, record.sparsity)
         if broken:
             raise VerifyError(f"{layer.name} does not hold {plan.pattern}: {broken}")
+
+
+def _check_packed(folder: Path, result: Checkpoint) -> None:
+    """The packed model holds the pruned one's weights, bit for bit but for the sign of zeros."""
+    plain = plain_reader(Checkpoint(folder, packed=True))
+    for name in result.file_of:
+        before, after = result.read([name])[name], plain(name)
+        if before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after):
+            raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
 
 
 def _check_source(plan: Plan, result: Checkpoint, pruned: set[str]) -> list[str]:
