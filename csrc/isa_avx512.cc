@@ -168,8 +168,12 @@ struct Bf16 : Sums {
   static constexpr int lanes = 32;
   static constexpr bool element_is_value = true;
   static void expand(uint64_t bits, const value* values, Vector* out) {
-    out[0] = expand16(static_cast<uint32_t>(bits), values);
-    out[1] = expand16(static_cast<uint32_t>(bits >> 32), values + __builtin_popcount(static_cast<uint32_t>(bits)));
+    const uint32_t low = static_cast<uint32_t>(bits);
+    uint32_t high = static_cast<uint32_t>(bits >> 32);
+    /* else the shift is made in a mask register, on the unit that expands */
+    asm("" : "+r"(high));
+    out[0] = expand16(low, values);
+    out[1] = expand16(high, values + __builtin_popcount(low));
   }
   static void dense(const value* values, Vector* out) {
     out[0] = _mm512_loadu_si512(values);

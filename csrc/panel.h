@@ -72,6 +72,11 @@ struct Kernels {
       for (int t = 0; t < TOKENS; ++t)
         for (int s = 0; s < SUMS; ++s) sum[r][t][s] = Math::zero();
     for (int64_t j = 0; j < words; ++j) {
+      /* asked for a page ahead, what half of the weights take: the hardware's own prefetching stops at a page's end */
+#pragma GCC unroll 8
+      for (int line = 0; line < 2 * static_cast<int>(sizeof(value)); ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + 4096 + 64 * line);
+      __builtin_prefetch(reinterpret_cast<const char*>(mask) + 1024);
 #pragma GCC unroll 4
       for (int r = 0; r < P; ++r) {
         Vector row[VECTORS];
@@ -87,12 +92,15 @@ struct Kernels {
           }
       }
     }
+    /* all rows, used or not: a loop of unknown length would put the sums into memory */
+    float total[P][TOKENS];
+#pragma GCC unroll 4
+    for (int r = 0; r < P; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t)
+        total[r][t] = Math::reduce(SUMS == 2 ? Math::plus(sum[r][t][0], sum[r][t][SUMS - 1]) : sum[r][t][0]);
     for (int r = 0; r < P && panel * P + r < w.outputs; ++r)
-      for (int t = 0; t < TOKENS; ++t) {
-        float total = Math::reduce(sum[r][t][0]);
-        if (SUMS == 2) total += Math::reduce(sum[r][t][SUMS - 1]);
-        finish(product, token + t, panel * P + r, total);
-      }
+      for (int t = 0; t < TOKENS; ++t) finish(product, token + t, panel * P + r, total[r][t]);
   }
 
   static void stream(const Call& call, const Product& product, int64_t begin, int64_t end, void*) {
@@ -135,12 +143,12 @@ struct Kernels {
           }
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t) {
-        float total = Math::reduce(sum[r][t][0]);
-        if (SUMS == 2) total += Math::reduce(sum[r][t][SUMS - 1]);
-        finish(product, token + t, output + r, total);
-      }
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t)
+        finish(product, token + t, output + r,
+               Math::reduce(SUMS == 2 ? Math::plus(sum[r][t][0], sum[r][t][SUMS - 1]) : sum[r][t][0]));
   }
 
   template <int ROWS>
