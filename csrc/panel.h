@@ -27,6 +27,8 @@ struct Kernels {
   static constexpr int BLOCK = Math::columns * Math::sums; /* tokens of a tile */
   static constexpr int GROUP = 6;                          /* panels that share a pass over x */
   static constexpr int SIZE = sizeof(element);
+  /* between expanded rows: a constant, for a variable one would take a register a row */
+  static constexpr int STRIDE = 8 * WORD;
     static constexpr int SLICE = 256;     /* inputs, at most, whose positions fit a byte */
   static constexpr int SKIP_GROUP = 16; /* panels that share a slice of x */
 
@@ -203,13 +205,13 @@ struct Kernels {
   /* words of a tile: x of these and of one block of tokens takes 32 KiB of the first cache */
   static int64_t tile_depth(const Call& call) {
     const int64_t depth = 32768 / (WORD * SIZE * width(call));
-    return depth < 1 ? 1 : least(depth, 8);
+    return depth < 1 ? 1 : least(depth, STRIDE / WORD);
   }
 
   /* scratch: sums of GROUP panels x all tokens, then the expanded rows of GROUP panels x one tile */
   static int64_t sums_stride(const Call& call) { return blocks(call) * width(call); }
   static int64_t tile_scratch(const Call& call) {
-    return GROUP * P * (sums_stride(call) * static_cast<int64_t>(sizeof(float)) + tile_depth(call) * WORD * SIZE);
+    return GROUP * P * (sums_stride(call) * static_cast<int64_t>(sizeof(float)) + STRIDE * SIZE);
   }
 
   /* What the next group of panels will read, asked for a line at a time between products: else the memory would rest while
@@ -252,7 +254,7 @@ struct Kernels {
       for (int c = 0; c < COLUMNS; ++c) column[c] = Math::load(x + i * wide + c * Math::lanes);
 #pragma GCC unroll 32
       for (int r = 0; r < ROWS; ++r) {
-        const Vector one = Math::splat(weight + r * inputs + i);
+        const Vector one = Math::splat(weight + r * STRIDE + i);
 #pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Math::madd(sum[r][c], one, column[c]);
       }
@@ -266,8 +268,8 @@ struct Kernels {
                             int64_t stride, Ahead& ahead) {
     constexpr int R = Math::rows(COLUMNS);
     int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply<R, COLUMNS>(weight + r * inputs, inputs, x, wide, sums + r * stride, stride, ahead);
-    for (; r < rows; r += 2) multiply<2, COLUMNS>(weight + r * inputs, inputs, x, wide, sums + r * stride, stride, ahead);
+    for (; r + R <= rows; r += R) multiply<R, COLUMNS>(weight + r * STRIDE, inputs, x, wide, sums + r * stride, stride, ahead);
+    for (; r < rows; r += 2) multiply<2, COLUMNS>(weight + r * STRIDE, inputs, x, wide, sums + r * stride, stride, ahead);
   }
 
   static void multiply_block(const element* weight, int64_t rows, int64_t inputs, const element* x, int64_t wide, float* sums,
@@ -319,7 +321,7 @@ struct Kernels {
               values[p] += __builtin_popcountll(bits);
 #pragma GCC unroll 8
               for (int v = 0; v < VECTORS; ++v)
-                Math::store(expanded + ((p * P + r) * depth + j) * WORD + v * Math::lanes, row[v]);
+                Math::store(expanded + (p * P + r) * STRIDE + j * WORD + v * Math::lanes, row[v]);
             }
         }
         for (int64_t block = 0; block < blocks(call); ++block) {
