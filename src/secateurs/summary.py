@@ -276,8 +276,10 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
             if (tuple(row["shape"]), row["dtype"]) != (shape, dtype):
                 continue
             table.add_row(
-                f"{row['sparsity']:.0%}", row["pattern"], str(row["tokens"]), _short(row["kernel"], dtype, isa), f"{row['seconds'] * 1e3:.2f}",
-                _short(row["dense"], dtype, isa), f"{row['dense_seconds'] * 1e3:.2f}", f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
+                f"{row['sparsity']:.0%}", row["pattern"], str(row["tokens"]),
+                _short(row["kernel"], dtype, isa), f"{row['seconds'] * 1e3:.2f}",
+                _short(row["dense"], dtype, isa), f"{row['dense_seconds'] * 1e3:.2f}",
+                f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
                 "no gain" if "needs" in row["verdict"] else row["verdict"],
             )  # fmt: skip
         console.print(table)
