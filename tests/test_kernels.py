@@ -131,6 +131,15 @@ def test_a_mask_that_was_written_to_is_checked_again():
         linear(x, packed)
 
 
+def test_the_same_tensors_in_another_shape_are_checked_again():
+    dense = torch.randn(6, 64)
+    operator = torch.ops.secateurs.linear.default
+    y = operator(torch.ones(1, 64), [dense], [None], [None], [6, 64])
+    z = operator(torch.ones(1, 96), [dense], [None], [None], [4, 96])
+    assert torch.allclose(y, dense.sum(1), atol=1e-5)
+    assert torch.allclose(z, dense.view(4, 96).sum(1), atol=1e-5)
+
+
 def test_threads_are_those_of_torch():
     from secateurs.library import threads_note
 

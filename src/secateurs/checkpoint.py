@@ -300,11 +300,11 @@ class Checkpoint:
             stored[key] = tensor.detach().to(stored[key].dtype).reshape(stored[key].shape)
         return stored
 
-    def copy_small_files(self, to: Path) -> None:
-        """Config, tokenizer, templates: everything but weights and the old model card."""
+    def copy_small_files(self, to: Path, but: tuple[str, ...] = ()) -> None:
+        """Config, tokenizer, templates: everything but weights, the old model card and what `but` names."""
         to.mkdir(parents=True, exist_ok=True)
         for file in sorted(self.folder.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "README.md":
+            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ("README.md", *but):
                 shutil.copyfile(file, to / file.name)
 
 

@@ -188,12 +188,12 @@ def _call_of(
     values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
 ) -> Call:
     """The Call of these tensors, checked once; kept until one of them changes or the first is gone."""
-    state: list[int] = []
+    state: list[int] = [*shapes]
     for v, mask, bias in zip(values, masks, biases, strict=True):
         # a mask that was written to has another version, and is checked again
         state += (
             v.data_ptr(),
-            0 if mask is None else mask.data_ptr() + mask._version,
+            *((0, 0) if mask is None else (mask.data_ptr(), mask._version)),
             0 if bias is None else bias.data_ptr(),
         )
     key = id(values[0])

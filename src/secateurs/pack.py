@@ -210,8 +210,7 @@ def _rewrite(
         raise OutputError(f"{out} exists and is not a packed folder; give an empty place with --out")
     # until config.json is back, no loader takes the folder for a model
     (out / "config.json").unlink(missing_ok=True)
-    checkpoint.copy_small_files(out)
-    (out / "config.json").unlink(missing_ok=True)
+    checkpoint.copy_small_files(out, but=("config.json", "pack.json"))
     groups = _groups(checkpoint)
     for index, keys in enumerate(groups):
         progress("tensors", sum(map(len, groups[:index])), len(checkpoint.file_of))
