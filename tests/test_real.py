@@ -177,3 +177,37 @@ def test_pruned_smollm2_loads_and_generates(smollm2, tmp_path):
     assert "Paris" in tokenizer.decode(out[0])
     zeros = [(m.weight == 0).float().mean() for n, m in model.named_modules() if n.endswith("_proj")]
     assert torch.stack(zeros).min() >= 0.299
+
+
+def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from secateurs import pack
+
+    plain = tmp_path / "plain"
+    sc.checkpoint.Checkpoint(smollm2).copy_small_files(plain)
+    for file in Path(smollm2).glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, weight in tensors.items():
+            if "_proj" in name:
+                keep = sc.patterns.parse("unstructured").keep(sc.scores.magnitude(weight.float(), None), 0.5)
+                tensors[name] = weight.masked_fill(~keep, 0)
+        save_file(tensors, plain / file.name, metadata={"format": "pt"})
+    totals = pack.pack(plain, tmp_path / "packed")["totals"]
+    ratio = totals["packed_layers_nbytes"] / totals["packed_layers_dense_nbytes"]
+    print(f"packed layers take {ratio:.4f}x the bytes")
+    assert totals["layers_packed"] == 210
+    assert ratio <= 0.57
+    dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    ids = torch.randint(0, 40000, (2, 50))
+    with torch.no_grad():
+        want, got = dense(ids).logits, packed(ids).logits
+    assert (got - want).norm() / want.norm() < 1e-5
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+    pack.unpack(tmp_path / "packed", tmp_path / "back")
+    a = {k: t for f in plain.glob("*.safetensors") for k, t in load_file(f).items()}
+    b = {k: t for f in (tmp_path / "back").glob("*.safetensors") for k, t in load_file(f).items()}
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
