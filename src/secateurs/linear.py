@@ -76,12 +76,12 @@ class PackedLinear(nn.Module):
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
 
-            conv: nn.Module = Conv1D(0, 0)
+            conv: nn.Module = Conv1D(1, 1)
             conv.__dict__.update(nf=self.out_features, nx=self.in_features)
             conv.weight, conv.bias = nn.Parameter(weight.T.contiguous(), requires_grad=False), self.bias
             return conv
         # made without storage: nn.Linear would fill a matrix with random numbers first
-        linear: Any = nn.Linear(0, 0, bias=False, device="meta")
+        linear: Any = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         dense: nn.Module = linear
