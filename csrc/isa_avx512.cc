@@ -104,25 +104,30 @@ struct Fp32 : Floats {
   static void narrow(const float* sums, int64_t n, value* out) { __builtin_memcpy(out, sums, static_cast<size_t>(n) * 4); }
 };
 
-struct Fp16 : Floats {
+/* 16-bit values as floats; Half widens 16 of them */
+template <class Half>
+struct Halves : Floats {
   using value = uint16_t;
   static constexpr bool element_is_value = false;
-  static Vector wide(__m256i v) { return _mm512_cvtph_ps(v); }
+  static Vector widened(const value* from) { return Half::wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
   static void expand(uint64_t bits, const value* values, Vector* out) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const uint16_t part = static_cast<uint16_t>(bits >> 16 * v);
-      out[v] = wide(expand16_half(part, values));
+      out[v] = Half::wide(expand16_half(part, values));
       values += __builtin_popcount(part);
     }
   }
   static void dense(const value* values, Vector* out) {
-    for (int v = 0; v < 4; ++v) out[v] = wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 16 * v)));
+    for (int v = 0; v < 4; ++v) out[v] = widened(values + 16 * v);
   }
   static void widen(const value* values, int n, float* out) {
-    for (int i = 0; i < n; i += 16)
-      _mm512_storeu_ps(out + i, wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
+    for (int i = 0; i < n; i += 16) _mm512_storeu_ps(out + i, widened(values + i));
   }
+};
+
+struct Fp16 : Halves<Fp16> {
+  static Vector wide(__m256i v) { return _mm512_cvtph_ps(v); }
   static element to_element(value v) { return _cvtsh_ss(v); }
   static float to_float(value v) { return _cvtsh_ss(v); }
   static value from_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
@@ -136,24 +141,8 @@ struct Fp16 : Floats {
 };
 
 /* bf16 as floats: for work that has no pairs */
-struct Bf16Floats : Floats {
-  using value = uint16_t;
-  static constexpr bool element_is_value = false;
+struct Bf16Floats : Halves<Bf16Floats> {
   static Vector wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-  static void expand(uint64_t bits, const value* values, Vector* out) {
-    for (int v = 0; v < 4; ++v) {
-      const uint16_t part = static_cast<uint16_t>(bits >> 16 * v);
-      out[v] = wide(expand16_half(part, values));
-      values += __builtin_popcount(part);
-    }
-  }
-  static void dense(const value* values, Vector* out) {
-    for (int v = 0; v < 4; ++v) out[v] = wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 16 * v)));
-  }
-  static void widen(const value* values, int n, float* out) {
-    for (int i = 0; i < n; i += 16)
-      _mm512_storeu_ps(out + i, wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
-  }
   static element to_element(value v) { return bf16_to_float(v); }
   static float to_float(value v) { return bf16_to_float(v); }
   static value from_float(float x) { return bf16_from_float(x); }
