@@ -29,7 +29,7 @@ struct Kernels {
   static constexpr int SIZE = sizeof(element);
   /* between expanded rows: a constant, for a variable one would take a register a row */
   static constexpr int STRIDE = 8 * WORD;
-    static constexpr int SLICE = 256;     /* inputs, at most, whose positions fit a byte */
+  static constexpr int SLICE = 256;     /* inputs, at most, whose positions fit a byte */
   static constexpr int SKIP_GROUP = 16; /* panels that share a slice of x */
 
   static void finish(const Product& product, int64_t token, int64_t output, float sum) {

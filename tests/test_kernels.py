@@ -87,6 +87,10 @@ def test_a_row_can_be_forced():
     assert unknown.returncode
     assert "no kernel is named 'bitmask_bf16_abacus'; these run here: " in unknown.stderr
     assert "bitmask_bf16_scalar_stream" in unknown.stderr
+    # a layer that stays dense is torch's then
+    dense = "import torch; from secateurs.kernels import streams_dense as s; w = torch.ones(4, 64); print(s(w, w[:1]))"
+    assert run("bitmask_fp32_scalar_tile", dense).stdout.strip() == "False"
+    assert run("dense_fp32_scalar_stream", dense).stdout.strip() == "True"
     wrong = run("bitmask_fp32_scalar_tile")
     assert "SECATEURS_KERNEL=bitmask_fp32_scalar_tile: " in wrong.stderr
     assert "these are bf16" in wrong.stderr

@@ -8,6 +8,7 @@ run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerat
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,15 +119,16 @@ class _Worker:
     def __init__(self, variant: Variant, prompt: int, new: int) -> None:
         self.variant = variant
         request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
+        # a file: nobody reads while the model runs, and a full pipe would stop it
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "secateurs.bench", request],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
         )  # fmt: skip
 
     def _ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin
         assert self.process.stdout
-        assert self.process.stderr
         if word:
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
@@ -134,7 +136,9 @@ class _Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        said = self.process.stderr.read().strip().splitlines()
+        self.process.wait()
+        self.said.seek(0)
+        said = self.said.read().strip().splitlines()
         raise CheckpointError(
             f"{self.variant.folder} ({self.variant.how}) does not run: {said[-1] if said else 'it died'}"
         )

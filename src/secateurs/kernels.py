@@ -87,7 +87,7 @@ class Choice:
     skip_sparsity: float
 
 
-# by (dtype, isa); a probe's profile replaces them for the machine that it was measured on
+# by (dtype, isa), measured on one machine of each; SECATEURS_KERNEL overrules them
 CHOICES = {
     ("bf16", "avx512"): Choice(8, 0.85),
     ("fp16", "avx512"): Choice(8, 0.60),
@@ -104,6 +104,9 @@ DENSE_STREAM_TOKENS = {torch.bfloat16: 8, torch.float32: 8}
 
 def streams_dense(weight_OI: Tensor, x: Tensor) -> bool:
     """Is our dense kernel the faster one for this product?"""
+    row = forced()
+    if row is not None and row.format != "dense":
+        return False
     few = x.numel() <= DENSE_STREAM_TOKENS.get(weight_OI.dtype, 0) * weight_OI.shape[1]
     return few and x.dtype == weight_OI.dtype and x.device.type == "cpu" and not x.requires_grad
 
