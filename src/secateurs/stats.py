@@ -31,7 +31,8 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Stats:
-    """tokens; sqnorm_I = sum_t x_ti^2; gram_II = sum_t x_t x_t' (None where only norms were asked for).
+    """tokens; sqnorm_I = sum_t x_ti^2; gram_II = sum_t x_t x_t' (None where only norms were asked for);
+    drift_II = sum_t (d_t - x_t) x_t', where d is what the dense model would have at x's place (None where nobody asked).
 
     Both in fp32. A 16-bit accumulator would stop growing after a few hundred tokens (2048 + 1 = 2048 in fp16,
     256 + 1 = 256 in bf16), and an indefinite Gram matrix has no Cholesky factor.
@@ -40,7 +41,9 @@ class Stats:
     tokens: int
     sqnorm_I: Tensor
     gram_II: Tensor | None = None
+    drift_II: Tensor | None = None
     _factors: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    _eigen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, x_TI: Tensor, gram: bool = True) -> "Stats":
@@ -55,8 +58,11 @@ class Stats:
         sqnorm_I = torch.zeros(width, device=device)
         return cls(0, sqnorm_I, torch.zeros(width, width, device=device) if gram else None)
 
-    def add_(self, x_TI: Tensor) -> None:
-        """Add a batch in place. Only the upper half of the Gram matrix grows: call finish() after the last batch."""
+    def add_(self, x_TI: Tensor, dense_TI: Tensor | None = None) -> None:
+        """Add a batch in place, and its products with the dense model's inputs for the same tokens if they are given.
+
+        Only the upper half of the Gram matrix grows: call finish() after the last batch.
+        """
         x_TI = x_TI.reshape(-1, x_TI.shape[-1])
         self.tokens += x_TI.shape[0]
         full_TI = x_TI.float()
@@ -70,6 +76,11 @@ class Stats:
             for start in range(0, width, panel):
                 stop = min(start + panel, width)
                 self.gram_II[start:stop, start:].addmm_(full_TI[:, start:stop].T, full_TI[:, start:])
+            if dense_TI is not None:
+                if self.drift_II is None:
+                    self.drift_II = torch.zeros_like(self.gram_II)
+                # a product in the inputs' dtype: a small sum may be rounded to 8 bits, H and sum d x' whose difference it is not
+                self.drift_II += (dense_TI.reshape(x_TI.shape) - x_TI).T @ x_TI
 
     def finish(self) -> "Stats":
         """Mirror the upper half of the Gram matrix into the lower and read the norms off its diagonal; returns self."""
@@ -82,8 +93,16 @@ class Stats:
         """The sums of both: what one pass over all tokens would have given."""
         if (self.gram_II is None) != (other.gram_II is None):
             raise ValueError("one of the two Stats has a Gram matrix and the other has not; collect both the same way")
+        if (self.drift_II is None) != (other.drift_II is None):
+            raise ValueError("one of the two Stats has products with dense inputs and the other has not")
         gram_II = None if self.gram_II is None or other.gram_II is None else self.gram_II + other.gram_II
-        return Stats(self.tokens + other.tokens, self.sqnorm_I + other.sqnorm_I, gram_II)
+        drift_II = None if self.drift_II is None or other.drift_II is None else self.drift_II + other.drift_II
+        return Stats(self.tokens + other.tokens, self.sqnorm_I + other.sqnorm_I, gram_II, drift_II)
+
+    def reordered(self, order_I: Tensor) -> "Stats":
+        """The sums of the same inputs in another order: x[order_I] in x's place."""
+        gram_II, drift_II = (None if m is None else m[order_I][:, order_I] for m in (self.gram_II, self.drift_II))
+        return Stats(self.tokens, self.sqnorm_I[order_I], gram_II, drift_II)
 
     @property
     def dead_I(self) -> Tensor:
@@ -127,3 +146,12 @@ class Stats:
                 )
             self._factors[damping] = upper_II
         return self._factors[damping]
+
+    def eigen(self, damping: float) -> tuple[Tensor, Tensor]:
+        """(values [I], vectors [I, I]) of damped(damping) scaled to ones on its diagonal; kept, like inverse_factor()."""
+        key = -damping
+        if key not in self._eigen:
+            hessian_II = self.damped(damping)
+            scale_I = hessian_II.diagonal().rsqrt()
+            self._eigen[key] = torch.linalg.eigh(hessian_II * scale_I[:, None] * scale_I)
+        return self._eigen[key]
