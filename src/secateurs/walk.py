@@ -9,7 +9,7 @@ T tokens, O outputs, I inputs, B sequences, S positions.
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs import families
 from secateurs.errors import CalibrationError, CheckpointError, LayerError
@@ -273,6 +273,14 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def of(self, windows: int, whole: int) -> "_Call":
+        """The same for fewer windows than the whole batch: tensors that have one entry a window are cut."""
+        if windows == whole:
+            return self
+        leaves, spec = tree_flatten((self.args, self.kwargs))
+        cut = [x[:windows] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == whole else x for x in leaves]
+        return _Call(*tree_unflatten(cut, spec))
+
 
 def _same(a: object, b: object) -> bool:
     leaves_a, leaves_b = tree_flatten(a)[0], tree_flatten(b)[0]
@@ -319,7 +327,10 @@ def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Ten
 
 
 def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any:
-    """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output."""
+    """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output.
+
+    Gradients flow to `hidden` if it requires them.
+    """
     names, _ = blocks_of(model)
     blocks = [model.get_submodule(name) for name in names]
 
@@ -330,34 +341,84 @@ def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any
         return forward
 
     loader.load_outside(model)
-    with _evaluating(model), _replaced_forward(blocks, make):
+    with _evaluating(model), _replaced_forward(blocks, make), torch.set_grad_enabled(hidden.requires_grad):
         return _run(model, batch)
 
 
 @dataclass
 class Step:
-    """One block on its way through: its layers to edit, and a pass over its inputs to look at them."""
+    """One block on its way through: its layers to edit, and a pass over its inputs to look at them. windows: of each batch."""
 
     index: int
     count: int
     name: str
     block: nn.Module
     layers: list[Layer]
-    batches: int
+    windows: list[int]
     _model: nn.Module = field(repr=False)
     _forward: Callable[[int], Tensor] = field(repr=False)
     _keep_output: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
     _tick: Callable[[], None] = field(default=lambda: None, repr=False)
+    _call: Callable[[Tensor, int], Tensor] | None = field(default=None, repr=False)
+    _teacher: Activations | None = field(default=None, repr=False)
+    _store: Activations | None = field(default=None, repr=False)
+    _seen: set[int] = field(default_factory=set, repr=False)
 
-    def observe(self, layers: Sequence[Layer], gram: bool) -> dict[str, Stats]:
+    @property
+    def can_tune(self) -> bool:
+        """Whether targets() has what the dense model would give."""
+        return self._teacher is not None and self._call is not None
+
+    @property
+    def batches(self) -> int:
+        return len(self.windows)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The model in evaluation mode and without gradients, as calls of the block expect it."""
+        return _evaluating(self._model)
+
+    def call(self, hidden: Tensor, batch: int) -> Tensor:
+        """The block, as it now is, on some windows of a batch: hidden states in, hidden states out."""
+        assert self._call
+        return self._call(hidden, batch)
+
+    def inputs(self, batch: int) -> Tensor:
+        """The hidden states that enter the block, from the blocks before it as they now are."""
+        assert self._store
+        return self._store.read(self.index, batch)
+
+    def see_targets(self, batch: int) -> None:
+        """Run the block, which must still be dense, on the dense model's inputs, and keep what it gives for targets()."""
+        assert self._teacher
+        self._teacher.write(self.index + 1, batch, self.call(self._teacher.read(self.index, batch), batch))
+        self._seen.add(batch)
+        self._tick()
+
+    def see_all_targets(self) -> None:
+        """see_targets() for the batches that were not seen yet; before the first edit."""
+        with self.evaluating():
+            for batch in range(self.batches):
+                if batch not in self._seen:
+                    self.see_targets(batch)
+
+    def targets(self, batch: int) -> Tensor:
+        """What the dense block makes of what the dense blocks before it give; needs stream(teacher=...)."""
+        assert self._teacher
+        return self._teacher.read(self.index + 1, batch)
+
+    def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
         """One pass over all batches: Stats of each layer's inputs, by layer name; layers called on one tensor share
-        one Stats. An expert's Stats hold the tokens routed to it, possibly none.
+        one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also how far the inputs
+        have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out.
 
         Raises LayerError if an input is not finite or a layer was never called.
         """
         watch = _Watch(layers, gram, self._keep_output is None)
         with _evaluating(self._model), watch.hooks():
             for batch in range(self.batches):
+                if drift:
+                    with watch.looking_at_dense():
+                        self.see_targets(batch)
                 try:
                     output = self._forward(batch)
                     if self._keep_output:
@@ -383,6 +444,17 @@ class _Watch:
         self.current: dict[str, Tensor] = {}
         self.called: set[str] = set()
         self.first_batch = True
+        self.dense: dict[str, Tensor] | None = None
+        self.at_dense = False
+
+    @contextmanager
+    def looking_at_dense(self) -> Iterator[None]:
+        """Inputs are those of the dense model: kept until the same batch of the pruned one comes by."""
+        self.dense, self.at_dense = {}, True
+        try:
+            yield
+        finally:
+            self.at_dense = False
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -396,8 +468,12 @@ class _Watch:
 
     def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.called.add(layer.name)
             x = args[0]
+            if self.at_dense:
+                assert self.dense is not None
+                self.dense[layer.name] = x
+                return
+            self.called.add(layer.name)
             if self.first_batch and layer.name not in self.leader:
                 shared = (name for name, other in self.current.items() if other is x and layer.kind != "conv2d")
                 self.leader[layer.name] = next(shared, layer.name)
@@ -413,9 +489,12 @@ class _Watch:
         return hook
 
     def add(self, layer: Layer, x_TI: Tensor) -> None:
+        if self.at_dense:
+            return
         if layer.name not in self.sums:
             self.sums[layer.name] = Stats.zeros(layer.shape[1], self.gram, x_TI.device)
-        self.sums[layer.name].add_(x_TI)
+        dense = None if self.dense is None else self.dense.get(layer.name)
+        self.sums[layer.name].add_(x_TI, None if dense is None else layer.inputs(dense))
 
     def next_batch(self) -> None:
         missing = [layer.name for layer in self.layers if layer.name not in self.leader]
@@ -470,6 +549,9 @@ def stream(
     propagate: str = "pruned",
     keep_last: bool = False,
     tick: Callable[[], None] = lambda: None,
+    teacher: Activations | None = None,
+    keep_all: bool = False,
+    backwards: bool = False,
 ) -> Iterator[Step]:
     """Yield the model's blocks in order, each with the inputs that the blocks before it give.
 
@@ -477,7 +559,10 @@ def stream(
     block as the caller left it, 'dense' as it was when observed. start > 0 goes on from the inputs of that block, which
     `store` holds from an earlier walk: the inputs of a block are dropped only after the next block was yielded and
     done, so a caller that notes its place before editing a block can always return to it. keep_last also stores what
-    leaves the last block, for leave(). tick is called after every batch of every pass.
+    leaves the last block, for leave(). tick is called after every batch of every pass. teacher: where the inputs of the
+    dense blocks are kept beside those of the edited ones; the caller must have Step.see_all_targets() done before it edits a
+    block, one pass more, and Step.targets() then reads them. keep_all drops
+    no block's inputs; backwards then goes through the same blocks from the last to the first.
     Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
     """
     loader = loader or AllLoaded()
@@ -488,26 +573,36 @@ def stream(
         raise CheckpointError(str(error)) from None
     blocks = [model.get_submodule(name) for name in names]
     whole = names == [""]
-    calls = {} if whole else _enter_all(model, blocks, batches, loader, None if start else store)
+    stores = [] if start or backwards else [store] if teacher is None else [store, teacher]
+    calls = {} if whole else _enter_all(model, blocks, batches, loader, stores)
 
-    for index in range(start, len(names)):
+    indices = range(start, len(names))
+    for index in reversed(indices) if backwards else indices:
         block = blocks[index]
         loader.load(model, names[index])
 
-        def forward(batch: int, index: int = index, block: nn.Module = block) -> Any:
-            if whole:
-                return _first(_run(model, batches[batch]))
-            call = calls[_shape(batches[batch])][index]
-            return _first(block(store.read(index, batch), *call.args, **call.kwargs))
+        def call(hidden: Tensor, batch: int, index: int = index, block: nn.Module = block) -> Any:
+            shape = _shape(batches[batch])
+            arguments = calls[shape][index].of(hidden.shape[0], shape[0])
+            return _first(block(hidden, *arguments.args, **arguments.kwargs))
+
+        def forward(batch: int, index: int = index, call: Callable[[Tensor, int], Any] = call) -> Any:
+            return _first(_run(model, batches[batch])) if whole else call(store.read(index, batch), batch)
 
         def keep_output(batch: int, hidden: Tensor, index: int = index) -> None:
             store.write(index + 1, batch, hidden)
 
-        wanted = not whole and (keep_last or index < len(names) - 1)
+        wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
         early = keep_output if wanted and propagate == "dense" else None
         layers = layers_of(block, names[index], experts)
-        yield Step(index, len(names), names[index], block, layers, len(batches), model, forward, early, tick)
-        store.drop(index - 1)
+        yield Step(
+            index, len(names), names[index], block, layers, [_shape(b)[0] for b in batches], model, forward, early, tick,
+            None if whole else call, teacher, store,
+        )  # fmt: skip
+        if not keep_all and not backwards:
+            store.drop(index - 1)
+        if teacher is not None:
+            teacher.drop(index - 1)
         if wanted and not early:
             with _evaluating(model):
                 for batch in range(len(batches)):
@@ -525,9 +620,9 @@ def _shape(batch: Batch) -> tuple[int, ...]:
 
 
 def _enter_all(
-    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, store: Activations | None
+    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
 ) -> dict[tuple[int, ...], list[_Call]]:
-    """How blocks are called, by the shape of the batch; what enters block 0 goes to the store if one is given."""
+    """How blocks are called, by the shape of the batch; what enters block 0 goes to the stores."""
     calls: dict[tuple[int, ...], list[_Call]] = {}
     if not batches:
         return calls
@@ -535,7 +630,7 @@ def _enter_all(
     with _evaluating(model):
         for i, batch in enumerate(batches):
             known = calls.get(_shape(batch))
-            if known and not store:
+            if known and not stores:
                 continue
             hidden, found = _enter(model, blocks, batch)
             if known and i == 1 and not _same([vars(c) for c in known], [vars(c) for c in found]):
@@ -544,7 +639,7 @@ def _enter_all(
                     "only hidden states may"
                 )
             calls.setdefault(_shape(batch), found)
-            if store:
+            for store in stores:
                 store.write(0, i, hidden)
     loader.release(model)
     return calls

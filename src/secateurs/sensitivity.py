@@ -1,0 +1,136 @@
+"""How much the model's loss depends on every output of every layer: E[g^2], the diagonal of the Fisher information.
+
+g is the gradient of -log p(y) by an output, y drawn from the model's own next-token distribution. An error d in output o
+then costs about g_o^2 d^2 / 2 nats (Fisher information as the Hessian of the KL divergence: Amari 1998; one factor of
+K-FAC, Martens and Grosse 2015, arXiv 1503.05671). Layer errors in these units can be compared: between the rows of a
+layer, and between layers.
+
+The pass goes forward block by block and then back block by block, each run again with gradients, so memory holds one
+block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, C channels, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateurs.walk import Activations, Batch, Layer, Loader, leave, stream
+
+Tick = Callable[[], None]
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loader: Loader,
+    store: Activations,
+    seed: int = 0,
+    tick: Tick = lambda: None,
+) -> dict[str, Tensor]:
+    """{layer name: E[g_o^2] over its tokens, [O]}, and {block name: the same of what leaves the block, [C]}.
+
+    Empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
+    for the head, a batch and block backward.
+    """
+    last = 0
+    for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
+        last = step.index + 1
+    generator = torch.Generator().manual_seed(seed)
+    gradients: dict[int, Tensor] = {}
+    for i, batch in enumerate(batches):
+        hidden = store.read(last, i).detach().requires_grad_(True)
+        logits = getattr(leave(model, loader, hidden, batch), "logits", None)
+        if logits is None:
+            loader.release(model)
+            return {}
+        gradients[i] = _head(hidden, logits, generator)
+        tick()
+    loader.release(model)
+    found: dict[str, Tensor] = {}
+    for step in stream(model, batches, loader, store, backwards=True):
+        sums = _Sums()
+        for i in range(len(batches)):
+            sums.add(step.name, gradients[i])
+            hidden = step.inputs(i).detach().requires_grad_(True)
+            with step.evaluating(), torch.enable_grad(), sums.watch(step.layers):
+                out = step.call(hidden, i)
+            (gradients[i],) = torch.autograd.grad(out, hidden, gradients[i])
+            tick()
+        found.update(sums.means())
+        store.drop(step.index + 1)
+    return found
+
+
+def _head(hidden: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient by the hidden states of the summed -log p(y) of drawn tokens y; its gradient by a logit is p - 1[y]."""
+    with torch.no_grad():
+        rows = logits.detach().reshape(-1, logits.shape[-1])
+        by_logits = torch.empty_like(rows)
+        for start in range(0, len(rows), _ROWS):
+            chance_TV = rows[start : start + _ROWS].float().softmax(-1)
+            drawn = torch.multinomial(chance_TV.cpu(), 1, generator=generator).to(chance_TV.device)
+            chance_TV.scatter_add_(1, drawn, torch.full_like(chance_TV[:, :1], -1.0).expand_as(drawn))
+            by_logits[start : start + _ROWS] = chance_TV
+    (gradient,) = torch.autograd.grad(logits, hidden, by_logits.reshape(logits.shape))
+    return gradient
+
+
+_ROWS = 128
+
+
+class _Sums:
+    """Squared gradients by what layers give, summed while a block is run backwards."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        gradient_TO = gradient.detach().float().reshape(-1, gradient.shape[-1])
+        self.sums[name] = self.sums.get(name, 0) + gradient_TO.square().sum(0)
+        self.tokens[name] = self.tokens.get(name, 0) + len(gradient_TO)
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self.tokens[name] for name, total in self.sums.items()}
+
+    def watch(self, layers: Sequence[Layer]) -> "_Outputs":
+        return _Outputs(self, layers)
+
+
+class _Outputs(TorchFunctionMode):
+    """Hooks the gradient of every product with a layer's matrix: modules by hook, slices of fused experts by F.linear."""
+
+    def __init__(self, sums: _Sums, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.sums = sums
+        self.modules = [layer for layer in layers if layer.kind != "expert"]
+        self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind == "expert"}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "_Outputs":
+        self.handles = [layer.module.register_forward_hook(self._hook(layer.name)) for layer in self.modules]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            if out.requires_grad:
+                hooked: Any = out
+                hooked.register_hook(lambda gradient: self.sums.add(name, gradient))
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.experts and func is nn.functional.linear and isinstance(args[1], Tensor):
+            layer = self.experts.get(args[1].data_ptr())
+            if layer is not None and tuple(args[1].shape) == layer.shape and out.requires_grad:
+                self._hook(layer.name)(layer.module, args, out)
+        return out

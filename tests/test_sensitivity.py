@@ -1,0 +1,94 @@
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from secateurs.sensitivity import sensitivity
+from secateurs.walk import AllLoaded, InMemory, layers_of
+
+BATCHES = [{"input_ids": torch.arange(24).reshape(2, 12) * 7}, {"input_ids": torch.arange(12)[None] * 3}]
+
+
+def by_one_backward(model, seed):
+    """The same sums from one backward pass through the whole model, with the same drawn tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    sums, tokens, handles = {}, {}, []
+
+    def watch(name):
+        def hook(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
+
+            def add(gradient):
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                sums[name] = sums.get(name, 0) + rows.square().sum(0)
+                tokens[name] = tokens.get(name, 0) + len(rows)
+
+            out.register_hook(add)
+
+        return hook
+
+    for i, block in enumerate(model.model.layers):
+        handles.append(block.register_forward_hook(watch(f"model.layers.{i}")))
+        for layer in layers_of(block, f"model.layers.{i}"):
+            handles.append(layer.module.register_forward_hook(watch(layer.name)))
+    for batch in BATCHES:
+        logits = model(**batch, use_cache=False).logits
+        flat = logits.reshape(-1, logits.shape[-1])
+        drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
+        (-flat.log_softmax(-1).gather(1, drawn).sum()).backward()
+    for handle in handles:
+        handle.remove()
+    return {name: total / tokens[name] for name, total in sums.items()}
+
+
+def test_the_walk_back_equals_one_backward_pass():
+    model = tiny.make("llama")
+    got = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)
+    want = by_one_backward(model, 3)
+    assert got.keys() == want.keys()
+    assert len(got) == 3 * (7 + 1)
+    for name in want:
+        assert_close(got[name], want[name], rtol=1e-3, atol=1e-9)
+    assert all(p.grad is None or name for name, p in model.named_parameters())
+
+
+def test_it_is_the_curvature_of_the_kl_divergence():
+    """An error d in one output raises KL(dense || perturbed) by about E[g^2] d^2 / 2 a token."""
+    model = tiny.make("llama")
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 250, (64, 16), generator=generator)} for _ in range(4)]
+    found = sensitivity(model, batches, AllLoaded(), InMemory())
+    last = model.model.layers[2].mlp.down_proj
+    output, size = 5, 0.02
+    with torch.no_grad():
+        dense = [model(**b).logits.log_softmax(-1) for b in batches]
+        sign = torch.randint(0, 2, (64, 16), generator=generator) * 2.0 - 1
+        handle = last.register_forward_hook(
+            lambda m, a, out: out + size * sign[..., None] * torch.eye(out.shape[-1])[output]
+        )
+        perturbed = [model(**b).logits.log_softmax(-1) for b in batches]
+        handle.remove()
+    kl = torch.stack([(d.exp() * (d - p)).sum(-1).mean() for d, p in zip(dense, perturbed, strict=True)]).mean()
+    # after the last attention only a token's own prediction sees the error
+    want = float(found["model.layers.2.mlp.down_proj"][output]) * size**2 / 2
+    assert float(kl) == pytest.approx(want, rel=0.25)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt2", "opt", "gemma2", "bert"])
+def test_every_layer_that_is_used_has_one(model_type):
+    model = tiny.make(model_type)
+    found = sensitivity(model, BATCHES, AllLoaded(), InMemory())
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    seen = {name for name in layers if name in found}
+    assert len(found) > 3 * 4
+    assert all(torch.isfinite(v).all() and bool((v >= 0).all()) for v in found.values())
+    if model_type == "qwen3_moe":
+        experts = [name for name in found if ".experts." in name]
+        assert len(experts) > 3 * 2
+    else:
+        assert len(seen) > 0 or model_type == "gpt2"
+
+
+def test_a_model_without_logits_has_none():
+    assert sensitivity(tiny.make("bert base"), BATCHES, AllLoaded(), InMemory()) == {}
