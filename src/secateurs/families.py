@@ -1,8 +1,9 @@
 """Where each model family keeps its blocks. Data only; walk.py is what reads it.
 
 `types` are values of config.model_type. `blocks` is the path of the block list inside the base model. `experts` names
-the fused 3-D parameters [experts, outputs, inputs] of the modules that hold them. A new family is a row, and a tiny
-config in tests/families.py.
+the fused 3-D parameters [experts, outputs, inputs] of the modules that hold them. `mlp` and `attention` say whose outputs
+are whose inputs inside a block, so that both can be reordered alike. A new family is a row, and a tiny config in
+tests/tiny.py.
 """
 
 from dataclasses import dataclass
@@ -14,24 +15,38 @@ class Family:
     types: tuple[str, ...]
     blocks: str
     experts: tuple[str, ...] = ()
+    # (layers whose outputs enter, the layer they enter); a layer that stacks gate and up has two outputs an input
+    mlp: tuple[tuple[str, ...], str] | None = None
+    # (layer that makes the values, layer they enter), by heads
+    attention: tuple[str, str] | None = None
 
 
 _FUSED = ("gate_up_proj", "down_proj")
+_GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_SELF = ("self_attn.v_proj", "self_attn.o_proj")
 
 _ROWS = (
-    Family("llama", ("llama",), "layers"),
-    Family("mistral", ("mistral",), "layers"),
-    Family("qwen2", ("qwen2",), "layers"),
-    Family("qwen3", ("qwen3",), "layers"),
-    Family("gemma2", ("gemma2",), "layers"),
-    Family("gemma3", ("gemma3_text",), "layers"),
-    Family("phi3", ("phi3",), "layers"),
-    Family("opt", ("opt",), "decoder.layers"),
-    Family("gpt2", ("gpt2",), "h"),
-    Family("gpt_neox", ("gpt_neox",), "layers"),
-    Family("mixtral", ("mixtral",), "layers", _FUSED),
-    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED),
-    Family("bert", ("bert",), "encoder.layer"),
+    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF),
+    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF),
+    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF),
+    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF),
+    Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF),
+    Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF),
+    Family("phi3", ("phi3",), "layers", mlp=(("mlp.gate_up_proj",), "mlp.down_proj")),
+    Family(
+        "opt", ("opt",), "decoder.layers", mlp=(("fc1",), "fc2"), attention=("self_attn.v_proj", "self_attn.out_proj")
+    ),
+    Family("gpt2", ("gpt2",), "h", mlp=(("mlp.c_fc",), "mlp.c_proj")),
+    Family("gpt_neox", ("gpt_neox",), "layers", mlp=(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
+    Family("mixtral", ("mixtral",), "layers", _FUSED, attention=_SELF),
+    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED, attention=_SELF),
+    Family(
+        "bert",
+        ("bert",),
+        "encoder.layer",
+        mlp=(("intermediate.dense",), "output.dense"),
+        attention=("attention.self.value", "attention.output.dense"),
+    ),
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
