@@ -1,0 +1,125 @@
+import pytest
+import torch
+from torch import nn
+
+from secateurs.reconstruct import reconstruct
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+        self.router = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.fixture
+def problem():
+    """A block with half its weights gone, its inputs [40 windows], and what the dense block made of them."""
+    torch.manual_seed(0)
+    dense, block = Block(), Block()
+    block.load_state_dict(dense.state_dict())
+    x = torch.randn(40, 6, 16)
+    with torch.no_grad():
+        target = dense(x)
+        for layer in (block.up, block.down):
+            layer.weight[torch.rand(layer.weight.shape) < 0.5] = 0
+    return block, x, target
+
+
+def run(block, x, target, **options):
+    options = {"steps": 60, "rate": 5e-2, **options}
+    return reconstruct(
+        block, [block.up.weight, block.down.weight],
+        lambda b, i, part: b(x[i * 8 : i * 8 + 8][part]), lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, **options,
+    )  # fmt: skip
+
+
+def test_the_error_falls_and_zeros_stay_zero(problem):
+    block, x, target = problem
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    ticks = []
+    found = run(block, x, target, tick=lambda: ticks.append(1))
+    assert found.accepted
+    assert found.after < 0.6 * found.before
+    assert len(ticks) == found.steps
+    for name in ("up.weight", "down.weight"):
+        after = dict(block.named_parameters())[name]
+        assert torch.equal(after == 0, before[name] == 0)
+        assert not torch.equal(after, before[name])
+    assert not torch.equal(block.norm.weight, before["norm.weight"])
+    # not pruned, no vector: left alone
+    assert torch.equal(block.router.weight, before["router.weight"])
+    assert all(p.requires_grad and p.grad is None for p in block.parameters())
+
+
+def test_the_held_out_loss_is_what_is_reported(problem):
+    """before and after are relative errors of windows that the tuning never saw."""
+    block, x, target = problem
+    seen = set()
+
+    def forward(b, i, part):
+        if torch.is_grad_enabled():
+            seen.update(range(i * 8 + part.start, i * 8 + part.stop))
+        return b(x[i * 8 : i * 8 + 8][part])
+
+    found = reconstruct(
+        block, [block.up.weight, block.down.weight], forward, lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, 60, 1e-2
+    )  # fmt: skip
+    held = [i for i in range(40) if i not in seen]
+    assert len(held) == 4
+    with torch.no_grad():
+        error = (block(x[held]) - target[held]).square().mean() / target[held].square().mean()
+    assert float(error) == pytest.approx(found.after, rel=1e-4)
+
+
+def test_worse_is_never_accepted(problem):
+    block, x, target = problem
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    found = run(block, x, target, rate=50.0)
+    assert not found.accepted
+    assert found.after == found.before
+    # two looks without a gain end it
+    assert found.steps == 30
+    assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
+
+
+def test_weighted_channels_count(problem):
+    block, x, target = problem
+    weight = torch.full((16,), 1e-4)
+    weight[3] = 1.0
+
+    def error(channel):
+        with torch.no_grad():
+            return float((block(x) - target)[..., channel].square().mean())
+
+    given = {name: p.detach().clone() for name, p in block.named_parameters()}
+    run(block, x, target)
+    evenly = error(3)
+    block.load_state_dict(given)
+    run(block, x, target, weight_C=weight)
+    assert error(3) < 0.8 * evenly
+
+
+def test_the_same_seed_gives_the_same_bits(problem):
+    block, x, target = problem
+    other = Block()
+    other.load_state_dict(block.state_dict())
+    run(block, x, target, seed=5)
+    run(other, x, target, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
+
+
+def test_too_few_windows_or_no_steps_change_nothing(problem):
+    block, x, target = problem
+    before = block.up.weight.clone()
+    assert run(block, x, target, steps=0).steps == 0
+    one = reconstruct(
+        block, [block.up.weight], lambda b, i, part: b(x[:1][part]), lambda i, part: target[:1][part], [1], 10, 1e-2
+    )
+    assert one.steps == 0
+    assert torch.equal(block.up.weight, before)
