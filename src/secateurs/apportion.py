@@ -1,0 +1,188 @@
+"""What an allocation wants to know of a model, found by walking the dense one; and what it then gives each layer.
+
+    shares = apportion(model, loader, batches, plan, sensitivity, cost, tick)     # {layer: (pattern, sparsity)}
+
+O outputs, I inputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import solvers
+from secateurs.allocate import LayerSummary, Option, cheapest_loss
+from secateurs.block import seed_of, skip
+from secateurs.errors import LayerError, PlanError
+from secateurs.patterns import count_zeros, parse
+from secateurs.plan import Plan
+from secateurs.stats import Stats
+from secateurs.walk import Batch, Layer, Loader, stream
+
+Shares = dict[str, tuple[str, float]]
+Cost = Callable[[tuple[int, int], torch.dtype, float], float]
+"""(shape, dtype, sparsity) -> what a layer costs."""
+
+# scores are made of this many rows at a time
+_ROWS_PER_CHUNK = 4096
+# sparsities whose losses are measured, from the target
+_LEVELS = (-0.4, -0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+    """The cost that makes a budget a count of zeros."""
+    numel = shape[0] * shape[1]
+    return numel - count_zeros(numel, sparsity)
+
+
+def apportion(
+    model: nn.Module,
+    loader: Loader | None,
+    batches: Sequence[Batch],
+    plan: Plan,
+    sensitivity: dict[str, Tensor],
+    cost: Cost = kept_weights,
+    tick: Callable[[], None] = lambda: None,
+) -> Shares | None:
+    """Each layer's pattern and sparsity, or None where all are alike. Scores and losses are those of the dense model.
+
+    sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
+    between layers. cost: what the plan's budget is in.
+    """
+    needs = plan.allocator.needs
+    if plan.allocation == "uniform":
+        return None
+    if needs == "curves":
+        return _measured(model, loader, batches, plan, sensitivity, cost, tick)
+    solver = plan.solver
+    found: dict[str, tuple[str, Layer]] = {}
+    norms: dict[str, Stats] = {}
+    looks = needs == "scores" and solver.needs != "weights"
+    for step in stream(model, batches if looks else [], loader, propagate="dense", tick=tick):
+        todo = [layer for layer in step.layers if skip(layer, plan) is None]
+        found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
+        if looks:
+            norms.update(step.observe(todo, gram=False))
+    loaded = ""
+
+    def weight(name: str) -> Tensor:
+        nonlocal loaded
+        block, layer = found[name]
+        if loader is not None:
+            if block != loaded:
+                loader.release(model)
+                loader.load(model, block)
+                loaded = block
+            layer = _with_weights(layer)
+        return layer.read().float()
+
+    def scores(name: str) -> Iterator[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(plan, name))
+            score_OI = solver.score(weight(name), norms.get(name))
+        if name in sensitivity:
+            score_OI = score_OI * sensitivity[name].sqrt()[:, None]
+        # outside the fork: whoever takes the chunks keeps its own random numbers
+        yield from torch.split(score_OI, _ROWS_PER_CHUNK)
+
+    summaries = {
+        name: LayerSummary(layer.shape, block, functools.partial(scores, name), functools.partial(weight, name))
+        for name, (block, layer) in found.items()
+    }
+    share = plan.allocator.share
+    assert share
+    try:
+        shares = share(summaries, plan.target, plan.bounds)
+    except ValueError as error:
+        raise PlanError(f"allocation {plan.allocation}: {error}") from None
+    finally:
+        if loader is not None:
+            loader.release(model)
+    return {name: (plan.pattern, sparsity) for name, sparsity in shares.items()}
+
+
+def _measured(
+    model: nn.Module,
+    loader: Loader | None,
+    batches: Sequence[Batch],
+    plan: Plan,
+    sensitivity: dict[str, Tensor],
+    cost: Cost,
+    tick: Callable[[], None],
+) -> Shares:
+    """Losses of every layer at several sparsities by SparseGPT, and the choice that a budget allows."""
+    options: dict[str, list[Option]] = {}
+    numels: dict[str, int] = {}
+    whole, dense = 0.0, 0.0
+    for step in stream(model, batches, loader, propagate="dense", tick=tick):
+        todo = [layer for layer in step.layers if skip(layer, plan) is None]
+        stats = step.observe(todo, gram=True)
+        for layer in todo:
+            try:
+                options[layer.name] = list(_options(layer, stats[layer.name], plan, sensitivity.get(layer.name), cost))
+            except ValueError as error:
+                raise LayerError(f"{layer.name}: {error}") from None
+            dtype = layer.parameter.dtype
+            numels[layer.name] = layer.shape[0] * layer.shape[1]
+            whole += cost(layer.shape, dtype, plan.target)
+            dense += cost(layer.shape, dtype, 0.0)
+    if not options:
+        raise PlanError(f"{plan.model} has no layers to prune in its blocks")
+    budget = float(plan.budget.partition("=")[2]) * dense if plan.budget else whole
+    try:
+        chosen = cheapest_loss(options, budget)
+    except ValueError as error:
+        raise PlanError(f"allocation measured: {error}; raise the budget or --max-sparsity") from None
+    shares = {name: (option.pattern, option.sparsity) for name, option in chosen.items()}
+    return shares if plan.budget else _exactly(shares, chosen, numels, plan)
+
+
+def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], plan: Plan) -> Shares:
+    """Zeros beyond those asked for, which levels leave over, are given back where a zero costs most."""
+    zeros = {name: count_zeros(numels[name], sparsity) for name, (_, sparsity) in shares.items()}
+    over = sum(zeros.values()) - sum(count_zeros(numel, plan.target) for numel in numels.values())
+    for name in sorted(shares, key=lambda name: chosen[name].loss / max(1, zeros[name]), reverse=True):
+        pattern, _ = shares[name]
+        if parse(pattern).fixed_sparsity is None:
+            back = max(0, min(over, zeros[name] - count_zeros(numels[name], plan.bounds[0])))
+            over -= back
+            shares[name] = (pattern, (zeros[name] - back) / numels[name])
+    return shares
+
+
+def _options(layer: Layer, stats: Stats, plan: Plan, sensitivity_O: Tensor | None, cost: Cost) -> Iterator[Option]:
+    weight_OI = layer.read().float()
+    importance_O = torch.ones(layer.shape[0]) if sensitivity_O is None else sensitivity_O
+    low, high = plan.bounds
+    dtype = layer.parameter.dtype
+    if low == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
+        yield Option("unstructured", 0.0, cost(layer.shape, dtype, 0.0), 0.0)
+    for pattern in plan.layer_patterns:
+        if pattern.refuses(*layer.shape):
+            continue
+        if pattern.fixed_sparsity is None:
+            levels = sorted({min(high, max(low, round(plan.target + d, 4))) for d in _LEVELS})
+        else:
+            levels = [pattern.fixed_sparsity]
+        for sparsity in levels:
+            loss = 0.0
+            # an expert that no token reached loses nothing
+            if stats.tokens and stats.gram_II is not None:
+                new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping)
+                delta_OI = new_OI - weight_OI
+                error_O = ((delta_OI @ stats.gram_II) * delta_OI).sum(1)
+                loss = float((error_O * importance_O).sum()) / stats.tokens
+            yield Option(str(pattern), sparsity, cost(layer.shape, dtype, sparsity), loss)
+
+
+def _without_weights(layer: Layer) -> Layer:
+    """The layer as a place only: holding its parameter would hold the whole model."""
+    return dataclasses.replace(layer, parameter=nn.Parameter(layer.parameter.detach().to("meta"), requires_grad=False))
+
+
+def _with_weights(layer: Layer) -> Layer:
+    """The same layer after its block was loaded, which puts new parameters into the modules."""
+    parameter = layer.module.get_parameter(layer.tensor_name.rpartition(".")[2])
+    return dataclasses.replace(layer, parameter=parameter)
