@@ -6,20 +6,22 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a module may import those on its own level and below
 LEVELS = [
-    {"errors", "families", "device", "files"},
+    {"errors", "families", "device", "files", "effort"},
     {"patterns", "stats", "report", "library", "semi_structured"},
     {"formats"},
     {"scores", "attention", "card", "kernels"},
     {"measure", "linear", "profile"},
-    {"solvers", "allocate", "walk", "lab"},
-    {"checkpoint", "calibrate", "evaluate"},
+    {"solvers", "allocate", "walk", "lab", "reconstruct"},
+    {"checkpoint", "calibrate", "evaluate", "sensitivity", "permute"},
     {"plan", "inspection"},
+    {"block"},
+    {"apportion"},
     {"prune", "verify", "pack", "probe", "bench"},
     {"summary", "hf"},
     {"__init__"},
     {"cli"},
 ]
-TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate"}
+TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate", "reconstruct"}
 
 
 def imports(file):

@@ -37,7 +37,8 @@ def test_prune_verify_inspect_eval_end_to_end(tmp_path, llama, words):
     text, bars = run(
         "prune", llama, "--out", out, "--pattern", "2:4", "--calibration", words, "--eval-text", words, *FAST
     )
-    assert "Pruned 21 layers to 50.00% zeros (13,824 of 27,648 weights): 2:4, sparsegpt+refit" in text
+    assert "Pruned 21 layers to 50.00% zeros (13,824 of 27,648 weights): 2:4, admm" in text
+    assert "allocation uniform, effort balanced" in " ".join(text.split())
     assert "The zeros are still stored as zeros" in text
     assert "perplexity, pruned / dense" in text
     assert "pruning" in bars
@@ -75,16 +76,54 @@ def test_a_plan_file_is_the_same_run(tmp_path, llama, words):
     )
 
 
+def test_a_choice_beside_a_plan_undoes_what_followed_from_the_old_one(tmp_path, llama, words):
+    texts = ["--calibration", words, "--eval-text", words, *FAST]
+    run("prune", llama, "--out", tmp_path / "a", *texts, "--quiet")
+    again = ["prune", "--plan", tmp_path / "a" / "plan.json", "--quiet", "--out"]
+    run(*again, tmp_path / "b", "--method", "wanda")
+    run(*again, tmp_path / "c", "--pattern", "2:4")
+    run(*again, tmp_path / "d", "--effort", "fast", "--sparsity", 0.9)
+    a, b, c, d = (json.loads((tmp_path / x / "plan.json").read_text()) for x in "abcd")
+    chosen = ("effort", "method", "sensitivity", "reconstruct", "allocation", "scope")
+    assert [a[k] for k in chosen] == ["balanced", "admm", 8192, 0, "global", "layer"]
+    assert [b[k] for k in chosen] == ["plain", "wanda", 0, 0, "uniform", "row"]
+    assert [d[k] for k in chosen] == ["fast", "wanda+refit", 0, 0, "uniform", "row"]
+    assert (c["pattern"], c["sparsity"], c["allocation"]) == ("2:4", 0.5, "uniform")
+    assert (a["max_sparsity"], d["max_sparsity"]) == (0.7, 1.0)
+
+
 def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
     out, _ = run("prune", llama, "--out", tmp_path / "run", "--method", "magnitude", "--eval-windows", 0, "--json")
     assert json.loads(out)["status"] == "complete"
-    assert set(json.loads(run("methods", "--json")[0])) == {"methods", "patterns", "allocations", "families"}
+    found = json.loads(run("methods", "--json")[0])
+    assert set(found) == {"efforts", "methods", "patterns", "allocations", "families"}
     assert len(json.loads(run("lab", "magnitude", "--json")[0])) == 5
 
 
 def test_methods_lists_every_row():
     text, _ = run("methods")
-    for word in ("random", "magnitude", "wanda", "ria", "sparsegpt", "+refit", "N:M", "RxC", "global", "gemma3_text"):
+    for word in (
+        "random",
+        "magnitude",
+        "wanda",
+        "ria",
+        "sparsegpt",
+        "admm",
+        "alps",
+        "+refit",
+        "+swaps",
+        "N:M",
+        "RxC",
+        "global",
+        "erk",
+        "owl",
+        "alpha",
+        "measured",
+        "fast",
+        "balanced",
+        "best",
+        "gemma3_text",
+    ):
         assert word in text
 
 
@@ -104,7 +143,18 @@ def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
     assert "unknown method 'magic'" in fails(capsys, 2, *prune, "--method", "magic")
     assert "cannot read gate 'ppl<5%'" in fails(capsys, 2, *prune, "--gate", "ppl<5%")
     assert "unknown scope 'model'" in fails(capsys, 2, *prune, "--scope", "model")
-    assert "fixes every layer's" in fails(capsys, 2, *prune, "--scope", "global", "--pattern", "2:4")
+    assert "fixes every layer's" in fails(capsys, 2, *prune, "--allocation", "global", "--pattern", "2:4")
+    assert "unknown effort 'heroic'; write fast, balanced, best" in fails(capsys, 2, *prune, "--effort", "heroic")
+    assert "unknown allocation 'fair'" in fails(capsys, 2, *prune, "--allocation", "fair")
+    assert "leave a choice for every layer" in fails(capsys, 2, *prune, "--pattern", "2:4,unstructured")
+    assert "cannot read budget 'bytes=2'" in fails(capsys, 2, *prune, "--budget", "bytes=2")
+    assert "a budget is kept by --allocation measured" in fails(
+        capsys, 2, *prune, "--budget", "bytes=0.5", "--allocation", "owl"
+    )
+    assert "blend 1.5 is not between 0" in fails(capsys, 2, *prune, "--blend", "1.5")
+    assert "reconstruct -1 is too small" in fails(capsys, 2, *prune, "--reconstruct", "-1")
+    assert "bounds 0.3..0.4 of a layer's sparsity do not hold 0.5" in fails(capsys, 2, *prune, "--max-sparsity", "0.4")
+    assert "propagate dense hides them" in fails(capsys, 2, *prune, "--propagate", "dense", "--reconstruct", "8")
     assert "cannot propagate 'sideways'" in fails(capsys, 2, *prune, "--propagate", "sideways")
     assert "a gate needs an evaluation" in fails(capsys, 2, *prune, "--gate", "kl<=1", "--eval-windows", "0")
     assert "damping 0 is not above 0" in fails(capsys, 2, *prune, "--damping", "0")

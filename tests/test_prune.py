@@ -53,6 +53,93 @@ def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type,
     assert set(weights(source)) == set(weights(tmp_path / "run" / "model"))
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words):
+    """Sensitivity, reordering, targets that see the error already made, tuning: pruned, verified, and still a plain model."""
+    import transformers
+
+    source = tiny.save(tmp_path / "dense", model_type)
+    plan = sc.Plan(
+        effort="best", pattern=pattern, blend=0.5, reconstruct=8, calibration=str(words), eval_text=str(words),
+        samples=16, seqlen=32, eval_windows=2, eval_seqlen=32,
+    )  # fmt: skip
+    report = sc.prune(source, plan, out=tmp_path / "run")
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert sc.verify(tmp_path / "run").status == "complete"
+    assert len(report.reconstruction) == 3
+    assert all(0 < r["after"] <= r["before"] for r in report.reconstruction)
+    if pattern == "2:4":
+        assert any(r.note == "inputs reordered" for r in report.layers)
+        assert any(r.note and "residual stream" in r.note for r in report.layers)
+    elif model_type != "bert base":
+        assert len({r.sparsity for r in report.layers}) > 3
+    cls = getattr(transformers, tiny.TINY[model_type][0])
+    loaded, info = cls.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    live = cls.from_pretrained(source)
+    flags = {name: p.requires_grad for name, p in live.named_parameters()}
+    sc.prune(live, plan, calibration=calibrate.load(str(words), tiny.tokenizer(), 16, 32, 0).windows)
+    assert {name: p.requires_grad for name, p in live.named_parameters()} == flags
+    ids = torch.arange(40)[None]
+    assert torch.equal(loaded(ids)[0], live.eval()(ids)[0])
+
+
+@pytest.mark.parametrize("allocation", ["erk", "owl", "alpha", "global", "measured"])
+def test_every_allocation_gives_the_whole_its_zeros(allocation, tmp_path, llama, words):
+    plan = sc.Plan(
+        method="sparsegpt", allocation=allocation, sensitivity=64, calibration=str(words), **{**FAST, "eval_windows": 0}
+    )
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert len({r.sparsity for r in report.layers}) > 1
+    assert all(0.29 < r.sparsity < 0.71 for r in report.layers)
+    assert sc.verify(tmp_path / "run")
+
+
+def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, words):
+    from secateurs.formats import bitmask_nbytes
+
+    plan = sc.Plan(
+        method="sparsegpt", pattern="unstructured,2:4,1:4", budget="bytes=0.5", min_sparsity=0.0, max_sparsity=0.9,
+        calibration=str(words), **{**FAST, "eval_windows": 0},
+    )  # fmt: skip
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    spent = sum(min(r.numel * 4, bitmask_nbytes(r.shape, r.kept, torch.float32)) for r in report.layers)
+    whole = sum(r.numel * 4 for r in report.layers)
+    assert 0.45 * whole < spent <= 0.5 * whole
+    assert sc.verify(tmp_path / "run")
+    # where nothing but N:M is offered, layers are left dense until the budget fits
+    plan = dataclasses.replace(plan, pattern="2:4,1:4", budget="bytes=0.6", scope=None)
+    report = sc.prune(llama, plan, out=tmp_path / "nm")
+    assert {r.pattern for r in report.layers} <= {"2:4", "1:4", "unstructured"}
+    assert "2:4" in {r.pattern for r in report.layers}
+    assert sc.verify(tmp_path / "nm")
+
+
+def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, words, monkeypatch):
+    from secateurs import profile
+
+    plan = sc.Plan(
+        method="sparsegpt", budget="seconds=0.6", min_sparsity=0.0, max_sparsity=0.9, calibration=str(words),
+        **{**FAST, "eval_windows": 0},
+    )  # fmt: skip
+    with pytest.raises(PlanError, match="needs a profile of this machine, and there is none; run `secateurs probe`"):
+        sc.prune(llama, plan, out=tmp_path / "none")
+    rows = [
+        {"shape": [64, 32], "dtype": "fp32", "pattern": "unstructured", "sparsity": s, "tokens": 1, "kernel": "bitmask_x",
+         "seconds": 1.0, "nbytes": 1, "dense": "d", "dense_seconds": v, "speedup": v, "verdict": ""}
+        for s, v in ((0.5, 1.5), (0.7, 2.5), (0.9, 5.0))
+    ]  # fmt: skip
+    made = profile.DeviceProfile("test", {}, 1e9, {}, rows, {})
+    monkeypatch.setattr(profile.DeviceProfile, "at_hand", classmethod(lambda cls: made))
+    report = sc.prune(llama, plan, out=tmp_path / "run")
+    seconds = sum(
+        r.numel / (max(1.0, made.speedup("fp32", r.sparsity, 1)) if r.sparsity else 1.0) for r in report.layers
+    )
+    assert 0.5 < seconds / sum(r.numel for r in report.layers) <= 0.6
+
+
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "ria", "magnitude+refit", "sparsegpt+refit"])
 def test_every_method_runs_on_a_folder(method, tmp_path, llama, words):
     plan = sc.Plan(method=method, calibration=str(words), eval_text=str(words), **FAST)
@@ -76,8 +163,10 @@ def test_bf16_stays_bf16(tmp_path, words):
     assert {t.dtype for t in weights(tmp_path / "run" / "model").values()} == {torch.bfloat16}
 
 
-def test_global_scope_is_one_threshold_over_the_model(tmp_path, llama):
-    plan = sc.Plan(method="magnitude", scope="global", sparsity=0.6, eval_windows=0)
+def test_global_allocation_is_one_threshold_over_the_model(tmp_path, llama):
+    plan = sc.Plan(
+        method="magnitude", allocation="global", sparsity=0.6, min_sparsity=0, max_sparsity=1, eval_windows=0
+    )
     report = sc.prune(llama, plan, out=tmp_path / "run")
     before = weights(llama)
     names = [r.name + ".weight" for r in report.layers]
@@ -94,8 +183,8 @@ def test_global_scope_is_one_threshold_over_the_model(tmp_path, llama):
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_global_scope_with_calibration(method, tmp_path, llama, words):
-    plan = sc.Plan(method=method, scope="global", calibration=str(words), **{**FAST, "eval_windows": 0})
+def test_global_allocation_with_calibration(method, tmp_path, llama, words):
+    plan = sc.Plan(method=method, allocation="global", calibration=str(words), **{**FAST, "eval_windows": 0})
     report = sc.prune(llama, plan, out=tmp_path / "run")
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-6)
     assert len({r.kept / r.numel for r in report.layers}) > 5
@@ -241,7 +330,8 @@ _RUN = """
 import importlib, sys, secateurs as sc
 prune = importlib.import_module("secateurs.prune")
 source, words, out, method = sys.argv[1:]
-plan = sc.Plan(method=method, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
+how = {"effort": "best"} if method == "best" else {"method": method}
+plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
     slow(file, data)
@@ -260,14 +350,16 @@ def _start(source, words, out, method="sparsegpt+refit"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["sparsegpt+refit", "random"])
+@pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best"])
 def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, words):
     undisturbed = _start(llama, words, tmp_path / "whole", method)
     lines = undisturbed.communicate()[0].splitlines()
     assert lines[-1] == "finished", lines
     # die after each thing that is written, in one run directory, then go on
     kills = 0
-    for wanted in ("state.json 0", "state.json 1", "state.json 2", "windows.json 8"):
+    # what `best` finds out beforehand is kept, too
+    early = ["shares.json None"] if method == "best" else []
+    for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", "windows.json 8"):
         process = _start(llama, words, tmp_path / "killed", method)
         for line in process.stdout:
             if line.strip() == wanted:
@@ -276,7 +368,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
                 break
         process.stdout.close()
         process.wait()
-    assert kills == 4
+    assert kills == 4 + len(early)
     state = json.loads((tmp_path / "killed" / "work" / "windows.json").read_text())
     assert len(state) == 8
     assert _start(llama, words, tmp_path / "killed", method).communicate()[0].splitlines()[-1] == "finished"

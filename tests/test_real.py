@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import secateurs as sc
-from secateurs import calibrate
+from secateurs import calibrate, permute
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -54,7 +54,10 @@ ANCHOR = {
     ("wanda+refit", "row"): (".0881/.0950", ".1723/.1810", ".1261/.1362"),
     ("sparsegpt", "layer"): (".0905/.0947", ".1774/.1828", ".1403/.1474"),
     ("sparsegpt+refit", "layer"): (".0771/.0847", ".1528/.1629", ".1209/.1336"),
+    ("alps", "layer"): (".0716/.0810", ".1381/.1526", ".1150/.1294"),
 }
+# what alps must reach, and with inputs reordered at 2:4
+ALPS, REORDERED = (0.0716, 0.1381, 0.1150), 0.1065
 
 
 @pytest.mark.parametrize(("method", "scope"), ANCHOR)
@@ -72,6 +75,21 @@ def test_the_anchor_layer_is_reproduced_within_two_percent(anchor, method, scope
         print(f"{method} {scope} {pattern} {sparsity}: {got[0]:.4f}/{got[1]:.4f}, table {want}")
         if want is not None:
             assert got == pytest.approx([float(text) for text in want.split("/")], rel=0.02)
+
+
+def test_alps_reaches_the_field_s_best_on_the_anchor_layer(anchor):
+    weight_OI, stats, held_out = anchor
+    solve = sc.solvers.find("alps").solve
+    for pattern, sparsity, want in zip(("unstructured", "unstructured", "2:4"), (0.5, 0.7, 0.5), ALPS, strict=True):
+        new = solve(weight_OI, stats, sc.patterns.parse(pattern, "layer"), sparsity, 0.01)
+        assert sc.solvers.relative_error(weight_OI, new, stats) <= want
+    pattern = sc.patterns.NM(2, 4)
+    order = permute.order_of(weight_OI.square() * stats.sqnorm_I, pattern)
+    seen, other = stats.reordered(order), held_out.reordered(order)
+    new = solve(weight_OI[:, order], seen, pattern, 0.5, 0.01)
+    got = [sc.solvers.relative_error(weight_OI[:, order], new, s) for s in (seen, other)]
+    print(f"2:4 with inputs reordered: {got[0]:.4f}/{got[1]:.4f}, mark {REORDERED}")
+    assert got[0] <= REORDERED
 
 
 def test_mask_block_and_refit_follow_the_table(anchor, monkeypatch):

@@ -70,15 +70,36 @@ def prune(
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros. Default: 0.5, or what N:M implies.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="See `secateurs methods`. Default: sparsegpt+refit.")] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Equal counts per row, layer or global. Default: the method's.")
+    effort: Annotated[
+        str | None, typer.Option(help="fast, balanced or best; fills what is not given below. Default: balanced.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See `secateurs methods`; without --effort, this and nothing else is done.")
+    ] = None,
+    sensitivity: Annotated[
+        int | None, typer.Option(help="Tokens on which the loss's dependence on every output is measured; 0: none.")
+    ] = None,
+    blend: Annotated[
+        float | None, typer.Option(help="How far layers aim at the dense model's outputs, 0 to 1.")
+    ] = None,
+    permute: Annotated[
+        bool | None, typer.Option("--permute/--no-permute", help="Reorder inputs for N:M where that folds away.")
+    ] = None,
+    reconstruct: Annotated[
+        int | None, typer.Option(help="Steps of tuning each block's survivors against the dense block; 0: none.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="Equal counts per row or layer. Default: the method's.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="How zeros are shared out: uniform, global, measured, owl, alpha or erk.")
     ] = None,
     min_sparsity: Annotated[
-        float | None, typer.Option(help="Least of any layer, with --scope global. Default: 0.")
+        float | None, typer.Option(help="Least of any layer when zeros are shared out. Default: 0.2 below the target.")
     ] = None,
     max_sparsity: Annotated[
-        float | None, typer.Option(help="Most of any layer, with --scope global. Default: 1.")
+        float | None, typer.Option(help="Most of any layer. Default: 0.2 above the target.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="bytes=F or seconds=F of the dense layers', instead of --sparsity.")
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="pydoc, FILE.txt, FILE.jsonl:FIELD+FIELD, hub:NAME or self. Default: pydoc.")
@@ -117,9 +138,10 @@ def prune(
     from secateurs.summary import print_report
 
     base = Plan.read(plan).as_dict() if plan else {}
-    if plan and given.get("pattern"):
-        # resolved for the old pattern
-        base.pop("sparsity"), base.pop("scope")
+    # what was resolved from a choice does not outlive it
+    for choice, resolved in _RESOLVED.items():
+        if choice in given:
+            base = {key: value for key, value in base.items() if key not in resolved}
     chosen = Plan.from_dict({**base, **given})
     if not chosen.model:
         raise PlanError("no model: give a folder or hub id, or a --plan that names one")
@@ -134,6 +156,17 @@ def prune(
     failed = failure(report)
     if failed:
         raise failed
+
+
+_EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "allocation", "scope")
+# choices of a plan, and what follows from each unless it is given
+_RESOLVED = {
+    "pattern": ("sparsity", "min_sparsity", "max_sparsity", "sensitivity", "reconstruct", "allocation", "scope"),
+    "sparsity": ("min_sparsity", "max_sparsity"),
+    "effort": ("method", *_EXTRAS),
+    "method": ("effort", *_EXTRAS),
+    "budget": ("allocation",),
+}
 
 
 @app.command("eval")

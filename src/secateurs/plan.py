@@ -3,26 +3,37 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateurs import patterns, solvers
-from secateurs.allocate import ALLOCATIONS
+from secateurs.allocate import ALLOCATIONS, Allocation
+from secateurs.effort import EFFORTS, PLAIN
 from secateurs.errors import PlanError
 from secateurs.evaluate import Gate
 
-SCOPES = ("row", "layer", "global")
+SCOPES = ("row", "layer")
+# how far a layer's sparsity may lie from the target when zeros are shared out
+SPREAD = 0.2
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to prune, how, on which text, and what the result must be worth. Raises PlanError for what cannot be.
 
-    model: folder or hub id ('' for a live module). pattern: 'unstructured', 'N:M' (N kept of M) or 'RxC'.
-    sparsity: fraction of zeros; None for 0.5, or what N:M implies. method: a row of SOLVERS, '+refit' allowed.
-    scope: where counts are equal ('row', 'layer', 'global'); None for the method's own.
-    min_sparsity, max_sparsity: bounds of a layer under scope 'global'.
+    model: folder or hub id ('' for a live module). pattern: 'unstructured', 'N:M' (N kept of M) or 'RxC'; several with
+    commas between them where allocation 'measured' is to choose for each layer.
+    sparsity: fraction of zeros; None for 0.5, or what N:M implies.
+    effort: a row of EFFORTS, which fills what is None below: method, sensitivity, blend, permute, reconstruct, allocation.
+    None for 'balanced', or for nothing but the method where that is given. method: a row of SOLVERS, '+refit' allowed.
+    sensitivity: calibration tokens on which the loss's dependence on every output is measured; 0 for none. blend: how far
+    layers aim at the dense model's outputs instead of their own (0 to 1). permute: reorder inputs for N:M where that
+    can be folded away. reconstruct: steps of tuning a block's survivors against the dense block.
+    scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
+    min_sparsity, max_sparsity: bounds of a layer when zeros are shared out; None for 0.2 below and above the target.
+    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured'; else zeros count.
     calibration, samples, seqlen, seed: the text, how many windows of how many tokens, their order. seqlen None: 2048 or
     what the model's positions allow. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal.
@@ -34,10 +45,17 @@ class Plan:
     model: str = ""
     pattern: str = "unstructured"
     sparsity: float | None = None
-    method: str = "sparsegpt+refit"
+    effort: str | None = None
+    method: str | None = None
+    sensitivity: int | None = None
+    blend: float | None = None
+    permute: bool | None = None
+    reconstruct: int | None = None
     scope: str | None = None
-    min_sparsity: float = 0.0
-    max_sparsity: float = 1.0
+    allocation: str | None = None
+    min_sparsity: float | None = None
+    max_sparsity: float | None = None
+    budget: str | None = None
     calibration: str = "pydoc"
     samples: int = 128
     seqlen: int | None = None
@@ -56,18 +74,73 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("skip", "gate", "tasks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._resolve_effort()
         try:
-            pattern = patterns.parse(self.pattern)
-            solver = solvers.find(self.method)
+            parsed = [patterns.parse(text) for text in self.pattern.split(",")]
+            solver = solvers.find(self.method or "")
             for text in self.gate:
                 Gate.parse(text)
         except ValueError as error:
             raise PlanError(str(error)) from None
+        self._check_allocation(parsed)
+        pattern = parsed[0]
         self._resolve_sparsity(pattern)
         if self.scope is None:
-            scope = solver.scope if isinstance(pattern, patterns.Unstructured) else "layer"
+            # a count of its own for each layer is kept by the layer as a whole
+            own = isinstance(pattern, patterns.Unstructured) and self.allocation == "uniform"
+            scope = solver.scope if own else "layer"
             object.__setattr__(self, "scope", scope)
-        self._check(pattern)
+        for name, value in (("min_sparsity", self.target - SPREAD), ("max_sparsity", self.target + SPREAD)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, min(1.0, max(0.0, value)))
+        self._check()
+
+    def _resolve_effort(self) -> None:
+        if self.effort is None:
+            object.__setattr__(self, "effort", "balanced" if self.method is None else PLAIN.name)
+        efforts = {**EFFORTS, PLAIN.name: PLAIN}
+        if self.effort not in efforts:
+            raise PlanError(f"unknown effort '{self.effort}'; write {', '.join(EFFORTS)}")
+        effort = efforts[self.effort]
+        if self.method is None and not effort.method:
+            raise PlanError(f"effort {effort.name} has no method of its own; give --method")
+        fixed = re.fullmatch(r"\d+:\d+", self.pattern) is not None
+        even = fixed or self.scope == "row"
+        filled = {
+            "method": effort.method,
+            "sensitivity": effort.fixed_sensitivity if even else effort.sensitivity,
+            "blend": effort.blend,
+            "permute": effort.permute,
+            "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,
+            "allocation": "measured" if self.budget else "uniform" if even else effort.allocation,
+        }
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _check_allocation(self, parsed: list[patterns.Pattern]) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise PlanError(f"unknown allocation '{self.allocation}'; write {', '.join(ALLOCATIONS)}")
+        if len(parsed) > 1 and self.allocation != "measured":
+            raise PlanError(
+                f"patterns {self.pattern} leave a choice for every layer, which only --allocation measured makes; "
+                "name one pattern or add that"
+            )
+        fixed = len(parsed) == 1 and parsed[0].fixed_sparsity is not None
+        if fixed and self.allocation != "uniform" and not self.budget:
+            raise PlanError(
+                f"allocation {self.allocation} moves zeros between layers, and {self.pattern} fixes every layer's; "
+                "use unstructured"
+            )
+        if self.budget is None:
+            return
+        if self.allocation != "measured":
+            raise PlanError(f"a budget is kept by --allocation measured, and {self.allocation} was asked; leave it out")
+        found = re.fullmatch(r"(bytes|seconds)=(0?\.\d+|1(\.0*)?)", self.budget)
+        if not found or not 0 < float(found[2]) <= 1:
+            raise PlanError(
+                f"cannot read budget '{self.budget}'; write bytes=F or seconds=F with 0 < F <= 1, a fraction of the dense layers'"
+            )
 
     def _resolve_sparsity(self, pattern: patterns.Pattern) -> None:
         fixed = pattern.fixed_sparsity
@@ -84,27 +157,34 @@ class Plan:
         elif fixed is not None:
             object.__setattr__(self, "sparsity", fixed)
 
-    def _check(self, pattern: patterns.Pattern) -> None:
+    def _check(self) -> None:
         if self.scope not in SCOPES:
-            raise PlanError(f"unknown scope '{self.scope}'; write row, layer or global")
-        if self.scope == "global" and pattern.fixed_sparsity is not None:
-            raise PlanError(
-                f"scope global moves zeros between layers, and {self.pattern} fixes every layer's; use unstructured"
-            )
-        if not 0 <= self.min_sparsity <= self.target <= self.max_sparsity <= 1:
+            raise PlanError(f"unknown scope '{self.scope}'; write row or layer")
+        if (
+            self.min_sparsity is None
+            or self.max_sparsity is None
+            or not (0 <= self.min_sparsity <= self.target <= self.max_sparsity <= 1)
+        ):
             raise PlanError(
                 f"bounds {self.min_sparsity:g}..{self.max_sparsity:g} of a layer's sparsity do not hold {self.target:g}"
             )
         if self.propagate not in ("pruned", "dense"):
             raise PlanError(f"cannot propagate '{self.propagate}'; write pruned or dense")
-        for name, least in (("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2)):
+        limits = (
+            ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0)
+        )  # fmt: skip
+        for name, least in limits:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise PlanError(f"{name.replace('_', '-')} {value} is too small; give {least} or more")
+        if self.blend is None or not 0 <= self.blend <= 1:
+            raise PlanError(f"blend {self.blend} is not between 0 (a layer's own outputs) and 1 (the dense model's)")
         if not (self.damping > 0 and math.isfinite(self.damping)):
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
         if self.gate and not self.eval_windows:
             raise PlanError("a gate needs an evaluation, and eval-windows is 0")
+        if self.propagate == "dense" and (self.blend or self.reconstruct):
+            raise PlanError("blend and reconstruct make up for the errors of blocks before; propagate dense hides them")
 
     @property
     def target(self) -> float:
@@ -113,20 +193,31 @@ class Plan:
         return self.sparsity
 
     @property
-    def layer_pattern(self) -> patterns.Pattern:
-        """The pattern inside one layer: scope 'global' is 'layer' with a count of its own for each."""
-        return patterns.parse(self.pattern, "row" if self.scope == "row" else "layer")
+    def bounds(self) -> tuple[float, float]:
+        """Least and most sparsity of a layer."""
+        assert self.min_sparsity is not None
+        assert self.max_sparsity is not None
+        return self.min_sparsity, self.max_sparsity
+
+    @property
+    def layer_patterns(self) -> list[patterns.Pattern]:
+        """The pattern, or those that an allocation may choose from."""
+        scope = "row" if self.scope == "row" else "layer"
+        return [patterns.parse(text, scope) for text in self.pattern.split(",")]
 
     @property
     def solver(self) -> solvers.Solver:
-        return solvers.find(self.method)
+        return solvers.find(self.method or "")
 
     @property
-    def allocation(self) -> str:
-        """The row of ALLOCATIONS that gives each layer its sparsity."""
-        name = "global_threshold" if self.scope == "global" else "uniform"
-        assert name in ALLOCATIONS
-        return name
+    def allocator(self) -> Allocation:
+        return ALLOCATIONS[self.allocation or "uniform"]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything in the plan looks at calibration text."""
+        asks = (self.sensitivity, self.blend, self.permute, self.reconstruct)
+        return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

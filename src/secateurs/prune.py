@@ -8,12 +8,10 @@ moves on to the next block; so a kill at any moment repeats at most one block, f
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs import calibrate, checkpoint, evaluate, solvers
-from secateurs.allocate import ALLOCATIONS, LayerSummary
+from secateurs import calibrate, checkpoint, evaluate, families
+from secateurs.apportion import Cost, Shares, apportion, kept_weights
+from secateurs.block import Guide, prune_block
 from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
-from secateurs.errors import CalibrationError, LayerError, OutputError, PlanError, SecateursError
+from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
 from secateurs.files import write_json, write_tensors, write_text
+from secateurs.formats import bitmask_nbytes
+from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
+from secateurs.profile import DeviceProfile
 from secateurs.report import LayerRecord, Report
-from secateurs.stats import Stats
-from secateurs.walk import Activations, Batch, Layer, Loader, OnDisk, Step, matches, stream
+from secateurs.sensitivity import sensitivity
+from secateurs.walk import Activations, AllLoaded, Batch, InMemory, OnDisk, blocks_of, stream
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much is done, of how much)."""
@@ -39,8 +41,6 @@ Progress = Callable[[str, int, int], None]
 _TOKENS_PER_BATCH = 4096
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
-# scores of a global threshold are made of this many rows at a time
-_ROWS_PER_CHUNK = 4096
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -71,136 +71,6 @@ def prune(
     return Run(plan, Path(out).expanduser(), progress).complete()
 
 
-# ------------------------------------------------------------------------------------------------------- one layer
-
-
-def _prune_layer(layer: Layer, stats: Stats | None, plan: Plan, sparsity: float, elsewhere: bool) -> LayerRecord:
-    """Solve one layer and write its weights. elsewhere: its inputs went to other experts only."""
-    began = time.perf_counter()
-    solver, note = plan.solver, None
-    pattern = plan.layer_pattern
-    if elsewhere:
-        solver, stats, note = solvers.find("magnitude"), None, "no calibration token reached it; pruned by magnitude"
-    elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
-        note = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
-    weight_OI = layer.read().float()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(plan, layer.name))
-            new_OI = solver.solve(weight_OI, stats, pattern, sparsity, plan.damping)
-    except ValueError as error:
-        raise LayerError(f"{layer.name}: {error}") from None
-    relative_error = solvers.relative_error(weight_OI, new_OI, stats)
-    # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
-    layer.write(new_OI)
-    written_OI = layer.read()
-    if not torch.isfinite(written_OI).all():
-        raise LayerError(
-            f"{layer.name}: {plan.method} gave weights that {written_OI.dtype} cannot hold; raise --damping"
-        )
-    broken = pattern.violation(written_OI != 0, sparsity)
-    if broken:
-        raise LayerError(f"{layer.name} does not hold {plan.pattern}: {broken}")
-    kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
-    return LayerRecord(
-        layer.name,
-        layer.shape,
-        sparsity,
-        int((written_OI != 0).sum()),
-        relative_error,
-        kind,
-        0 if stats is None else stats.tokens,
-        time.perf_counter() - began,
-        note=note,
-    )
-
-
-def _skip(layer: Layer, plan: Plan) -> LayerRecord | None:
-    """The record of a layer that stays dense, or None."""
-    glob = matches(layer.name, plan.skip)
-    refused = layer.refused or plan.layer_pattern.refuses(*layer.shape)
-    if glob is None and refused is None:
-        return None
-    reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
-    kept = int((layer.read() != 0).sum())
-    return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by)
-
-
-def _prune_step(step: Step, plan: Plan, sparsities: dict[str, float] | None) -> list[LayerRecord]:
-    """Prune every layer of a block in place."""
-    records = {layer.name: record for layer in step.layers if (record := _skip(layer, plan))}
-    todo = [layer for layer in step.layers if layer.name not in records]
-    needs = plan.solver.needs
-    stats = step.observe(todo, gram=needs == "gram") if needs != "weights" else {}
-    for layer in todo:
-        sparsity = plan.target if sparsities is None else sparsities[layer.name]
-        found = stats.get(layer.name) if needs != "weights" else None
-        elsewhere = layer.kind == "expert" and found is not None and found.tokens == 0
-        records[layer.name] = _prune_layer(layer, found, plan, sparsity, elsewhere)
-    return [records[layer.name] for layer in step.layers]
-
-
-def _allocate(
-    model: nn.Module, loader: Loader | None, batches: Sequence[Batch], plan: Plan, tick: Callable[[], None]
-) -> dict[str, float] | None:
-    """Each layer's sparsity, or None where all are alike. Scores are those of the dense model."""
-    if plan.allocation == "uniform":
-        return None
-    solver = plan.solver
-    found: dict[str, tuple[str, Layer]] = {}
-    norms: dict[str, Stats] = {}
-    ranked_by_inputs = solver.needs != "weights"
-    for step in stream(model, batches if ranked_by_inputs else [], loader, propagate="dense", tick=tick):
-        todo = [layer for layer in step.layers if _skip(layer, plan) is None]
-        found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
-        if ranked_by_inputs:
-            norms.update(step.observe(todo, gram=False))
-    loaded = ""
-
-    def scores(name: str) -> Iterator[Tensor]:
-        nonlocal loaded
-        block, layer = found[name]
-        if loader is not None:
-            if block != loaded:
-                loader.release(model)
-                loader.load(model, block)
-                loaded = block
-            layer = _with_weights(layer)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(plan, name))
-            score_OI = solver.score(layer.read().float(), norms.get(name))
-        # outside the fork: whoever takes the chunks keeps its own random numbers
-        yield from torch.split(score_OI, _ROWS_PER_CHUNK)
-
-    summaries = {
-        name: LayerSummary(layer.shape[0] * layer.shape[1], functools.partial(scores, name))
-        for name, (_, layer) in found.items()
-    }
-    try:
-        return ALLOCATIONS[plan.allocation](summaries, plan.target, (plan.min_sparsity, plan.max_sparsity))
-    except ValueError as error:
-        raise PlanError(f"scope global: {error}") from None
-    finally:
-        if loader is not None:
-            loader.release(model)
-
-
-def _without_weights(layer: Layer) -> Layer:
-    """The layer as a place only: holding its parameter would hold the whole model."""
-    return dataclasses.replace(layer, parameter=nn.Parameter(layer.parameter.detach().to("meta"), requires_grad=False))
-
-
-def _with_weights(layer: Layer) -> Layer:
-    """The same layer after its block was loaded, which puts new parameters into the modules."""
-    parameter = layer.module.get_parameter(layer.tensor_name.rpartition(".")[2])
-    return dataclasses.replace(layer, parameter=parameter)
-
-
-def _seed(plan: Plan, layer: str) -> int:
-    """Of a layer's random numbers: the same in a resumed run, another for every layer."""
-    return zlib.crc32(f"{plan.seed} {layer}".encode())
-
-
 # ------------------------------------------------------------------------------------------------------ a live module
 
 
@@ -210,8 +80,7 @@ def _prune_live(
     if isinstance(calibration, Tensor):
         calibration = _batched(calibration)
     batches = list(calibration or [])
-    solver = plan.solver
-    if solver.needs != "weights" and not batches:
+    if plan.calibrated and not batches:
         raise CalibrationError(
             f"{plan.method} needs to see the module's inputs: pass calibration=token windows [N, S] or a list of "
             "keyword-argument dicts; magnitude and random need none"
@@ -222,17 +91,78 @@ def _prune_live(
         )
     began = time.perf_counter()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if solver.needs != "weights" else []
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
     report = Report(plan.as_dict(), machine(), status="complete")
-    sparsities = _allocate(model, None, batches, plan, lambda: None)
-    for step in stream(model, batches, propagate=plan.propagate):
-        report.layers += _prune_step(step, plan, sparsities)
+    found: dict[str, Tensor] = {}
+    # a module that is one block has no loss to be sensitive to
+    if plan.sensitivity and blocks_of(model)[0] != [""]:
+        found = sensitivity(model, _first(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+    guide = _guide(model, plan, apportion(model, None, batches, plan, found, _cost(plan)), found)
+    teacher = InMemory() if _needs_teacher(plan) else None
+    for step in stream(model, batches, propagate=plan.propagate, teacher=teacher):
+        outcome = prune_block(step, plan, guide)
+        report.layers += outcome.records
+        report.tuned += outcome.tuned
+        report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
         progress("pruning", step.index + 1, step.count)
     if not report.layers:
         raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()
     return report
+
+
+def _guide(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str, Tensor]) -> Guide:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return Guide(shares, found)
+    return Guide(shares, found, families.find(config.model_type), config)
+
+
+def _needs_teacher(plan: Plan) -> bool:
+    return bool(plan.reconstruct or plan.blend)
+
+
+def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first batches that hold at least this many tokens, the last one cut to what is needed."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if tokens <= 0:
+            break
+        windows, each = next(iter(batch.values())).shape[:2]
+        wanted = min(windows, -(-tokens // each))
+        taken.append({key: value[:wanted] for key, value in batch.items()})
+        tokens -= wanted * each
+    return taken
+
+
+def _packed_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+    numel = shape[0] * shape[1]
+    return min(numel * dtype.itemsize, bitmask_nbytes(shape, numel - count_zeros(numel, sparsity), dtype))
+
+
+def _cost(plan: Plan) -> Cost:
+    """What the plan's budget is in: kept weights, bytes as packed, or seconds of decoding one token on this machine."""
+    if plan.budget is None:
+        return kept_weights
+    if plan.budget.startswith("bytes"):
+        return _packed_bytes
+    profile = DeviceProfile.at_hand()
+    if profile is None:
+        raise PlanError(
+            f"budget {plan.budget} needs a profile of this machine, and there is none; run `secateurs probe` first"
+        )
+
+    def seconds(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+        speedup = profile.speedup(name, sparsity, 1)
+        if speedup is None:
+            raise PlanError(f"the profile of this machine has no row for {name}; run `secateurs probe --dtype {name}`")
+        dense = shape[0] * shape[1] * dtype.itemsize / profile.bytes_per_second
+        # a layer is packed only where that is faster
+        return dense / max(1.0, speedup if sparsity else 1.0)
+
+    return seconds
 
 
 def _batched(windows: Tensor) -> list[Batch]:
@@ -325,15 +255,16 @@ class Run:
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
-        sparsities = self._sparsities(source, model, batches)
+        guide = self._guide(source, model, batches)
+        report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
+        teacher = OnDisk(self.work / "dense") if batches and _needs_teacher(plan) else None
 
         names = source.block_names(model)
         outside = source.outside_groups(model)
         count = len(outside) + len(names)
-        passes = 1 if plan.propagate == "dense" or not batches else 2
-        # the last block's outputs are not needed
-        total = max(1, len(batches) * (passes * len(names) - (passes - 1))) if batches else len(names)
-        done = start * len(batches) * passes if batches else start
+        passes = (1 if plan.propagate == "dense" else 2) + (teacher is not None)
+        each = len(batches) * passes + (plan.reconstruct or 0 if teacher else 0) if batches else 1
+        total, done = each * len(names), each * start
 
         def tick() -> None:
             nonlocal done
@@ -345,13 +276,17 @@ class Run:
             source.copy_small_files(self.model_folder)
             for i, keys in enumerate(outside):
                 checkpoint.write_shard(self.model_folder, i, count, source.read(keys))
-        for step in stream(model, batches, source, store, start, plan.propagate, tick=tick):
-            self._save_state(state, step.index, records)
-            found = _prune_step(step, plan, sparsities)
-            edited = {layer.tensor_name for layer in step.layers}
+        for step in stream(model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher):
+            # what a pass left out is made up for here
+            done = each * step.index
+            self._save_state(state, step.index, records, report)
+            outcome = prune_block(step, plan, guide, tick)
+            report.tuned += outcome.tuned
+            report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
+            edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
             shard = source.edited(model, step.name, edited)
             checkpoint.write_shard(self.model_folder, len(outside) + step.index, count, shard)
-            records += found
+            records += outcome.records
             # the next block must not meet this one's tensors
             del shard
             return_memory()
@@ -378,7 +313,8 @@ class Run:
         fingerprint = source.fingerprint()
         self._began = time.perf_counter()
         if not file.is_file():
-            return {"fingerprint": fingerprint, "next_block": 0, "layers": [], "seconds": 0.0}
+            empty: dict[str, Any] = {"layers": [], "tuned": [], "reconstruction": []}
+            return {"fingerprint": fingerprint, "next_block": 0, "seconds": 0.0, **empty}
         state: dict[str, Any] = json.loads(file.read_text())
         if state["fingerprint"] != fingerprint:
             raise OutputError(
@@ -386,15 +322,18 @@ class Run:
             )
         return state
 
-    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord]) -> None:
+    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
         now = time.perf_counter()
         seconds = state["seconds"] + now - self._began
-        saved = {**state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": seconds}
+        saved = {
+            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": seconds,
+            "tuned": report.tuned, "reconstruction": report.reconstruction,
+        }  # fmt: skip
         write_json(self.work / "state.json", saved)
 
     def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
         plan = self.plan
-        if plan.solver.needs == "weights":
+        if not plan.calibrated:
             return []
         seqlen = _seqlen(plan.seqlen, model)
         file = self.work / "calibration.safetensors"
@@ -425,13 +364,7 @@ class Run:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress("sampling", done, seqlen - 1)
-
+        tick = self._ticker("sampling", seqlen - 1)
         return calibrate.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
 
     @staticmethod
@@ -442,25 +375,43 @@ class Run:
                 f"the tokenizer gives token {int(windows.max())}, the model knows {config.vocab_size}; they do not belong together"
             )
 
-    def _sparsities(
-        self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch]
-    ) -> dict[str, float] | None:
-        file = self.work / "sparsities.json"
-        if file.is_file():
-            found: dict[str, float] = json.loads(file.read_text())
-            return found
-        total = len(source.block_names(model)) * len(batches)
+    def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch]) -> Guide:
+        """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
+        from safetensors.torch import load_file
+
+        plan = self.plan
+        file = self.work / "sensitivity.safetensors"
+        found: dict[str, Tensor] = {}
+        if plan.sensitivity and batches:
+            if not file.is_file():
+                part = _first(batches, plan.sensitivity)
+                blocks = len(source.block_names(model))
+                store = OnDisk(self.work / "gradients")
+                tick = self._ticker("measuring sensitivity", len(part) * (2 * blocks + 1))
+                write_tensors(file, sensitivity(model, part, source, store, plan.seed, tick))
+                shutil.rmtree(store.folder, ignore_errors=True)
+                return_memory()
+            found = load_file(file)
+        shares_file = self.work / "shares.json"
+        if shares_file.is_file():
+            shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
+        else:
+            tick = self._ticker("sharing out zeros", len(source.block_names(model)) * len(batches))
+            shares = apportion(model, source, batches, plan, found, _cost(plan), tick)
+            if shares is not None:
+                write_json(shares_file, shares)
+                return_memory()
+        return _guide(model, plan, shares, found)
+
+    def _ticker(self, label: str, total: int) -> Callable[[], None]:
         done = 0
 
         def tick() -> None:
             nonlocal done
             done += 1
-            self.progress("ranking all weights", done, total)
+            self.progress(label, done, total)
 
-        sparsities = _allocate(model, source, batches, self.plan, tick)
-        if sparsities is not None:
-            write_json(file, sparsities)
-        return sparsities
+        return tick
 
     # -------------------------------------------------------------------------------------------- quality
 

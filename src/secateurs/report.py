@@ -18,7 +18,7 @@ class LayerRecord:
 
     error_from: 'gram' (exact), 'norms' (as if inputs were uncorrelated) or 'weights' (of the weights themselves).
     skipped: why it is dense, or None; skipped_by: 'plan' (asked for) or 'shape' (it cannot take the pattern).
-    note: what else a reader should know, or None. tokens: calibration tokens it saw.
+    note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
     """
 
     name: str
@@ -32,6 +32,7 @@ class LayerRecord:
     skipped: str | None = None
     skipped_by: str | None = None
     note: str | None = None
+    pattern: str | None = None
 
     @property
     def numel(self) -> int:
@@ -45,7 +46,9 @@ class LayerRecord:
 @dataclass
 class Report:
     """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
-    packed: what `secateurs pack` chose for each layer, or None.
+    tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
+    reordered). reconstruction: a record a block: held-out loss before and after, steps. packed: what `secateurs pack`
+    chose for each layer, or None.
     """
 
     plan: dict[str, Any]
@@ -62,6 +65,8 @@ class Report:
     peak_memory_bytes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    tuned: list[str] = field(default_factory=list)
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
     packed: dict[str, Any] | None = None
 
     @property

@@ -1,5 +1,6 @@
 """What a person reads in the terminal: tables made from reports. No numbers are computed here but totals."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateurs.allocate import ALLOCATIONS
+from secateurs.effort import EFFORTS
 from secateurs.families import FAMILIES
 from secateurs.inspection import ModelFacts
 from secateurs.lab import Iterative, Magnitude
 from secateurs.patterns import PATTERNS
 from secateurs.report import LayerRecord, Report
-from secateurs.solvers import SOLVERS
+from secateurs.solvers import EXTRAS, SOLVERS
 
 
 def _table(*columns: str) -> Table:
@@ -73,8 +75,16 @@ def print_report(report: Report, console: Console, out: str) -> None:
     console.print(table)
     console.print(
         f"Pruned {totals['layers_pruned']} layers to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
-        f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}."
+        f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}, "
+        f"allocation {plan['allocation']}, effort {plan['effort']}."
     )
+    if report.reconstruction:
+        ratios = [r["after"] / r["before"] for r in report.reconstruction if r["before"] > 0]
+        better = [ratio for ratio in ratios if ratio < 1]
+        console.print(
+            f"Tuned {len(better)} of {len(ratios)} blocks: their held-out error fell to {sum(ratios) / max(1, len(ratios)):.1%} "
+            "of what it was, on average; the table's errors are from before."
+        )
     _print_skips(report, console)
     notes = [r for r in report.layers if r.note]
     if notes:
@@ -169,20 +179,30 @@ def print_methods(console: Console) -> None:
     methods = _table("method", "needs", "scope", "what it does")
     for solver in SOLVERS.values():
         methods.add_row(solver.name, solver.needs, solver.scope, solver.about)
-    methods.add_row("METHOD+refit", "gram", "its own", "METHOD's mask, survivors refit by least squares")
+    for name, (_, about) in EXTRAS.items():
+        methods.add_row(f"METHOD+{name}", "gram", "its own", f"METHOD, then {about}")
     patterns = _table("pattern", "which weights may stay")
     for name, about in PATTERNS.items():
         patterns.add_row(name, about)
     allocations = _table("allocation", "how zeros are shared out")
-    scopes = {"uniform": "--scope row, layer", "global_threshold": "--scope global"}
-    for name, allocation in ALLOCATIONS.items():
-        allocations.add_row(name, f"{(allocation.__doc__ or '').splitlines()[0]} ({scopes[name]})")
+    for allocation in ALLOCATIONS.values():
+        allocations.add_row(allocation.name, allocation.about)
+    efforts = _table("effort", "pattern", "method", "allocation", "tuning steps", "time", "what it does")
+    for e in EFFORTS.values():
+        efforts.add_row(e.name, "unstructured", e.method, e.allocation, str(e.reconstruct), e.cost, e.about)
+        efforts.add_row("", "N:M", e.method, "uniform", str(e.fixed_reconstruct), e.fixed_cost)
     families = _table("family", "config.model_type", "blocks")
     for family in FAMILIES.values():
         blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
         families.add_row(family.name, " ".join(family.types), blocks)
-    titled = {"Methods (--method)": methods, "Patterns (--pattern)": patterns, "Allocations (--scope)": allocations}
-    for title, table in {**titled, "Families": families}.items():
+    titled = {
+        "Efforts (--effort); time is that of pruning over plain SparseGPT's": efforts,
+        "Methods (--method)": methods,
+        "Patterns (--pattern)": patterns,
+        "Allocations (--allocation)": allocations,
+        "Families": families,
+    }
+    for title, table in titled.items():
         console.print(f"[bold]{title}[/]")
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "left", False
@@ -191,9 +211,10 @@ def print_methods(console: Console) -> None:
 
 def methods_as_dict() -> dict[str, Any]:
     return {
+        "efforts": {e.name: dataclasses.asdict(e) for e in EFFORTS.values()},
         "methods": {s.name: {"needs": s.needs, "scope": s.scope, "about": s.about} for s in SOLVERS.values()},
         "patterns": PATTERNS,
-        "allocations": {name: (a.__doc__ or "").splitlines()[0] for name, a in ALLOCATIONS.items()},
+        "allocations": {a.name: a.about for a in ALLOCATIONS.values()},
         "families": {f.name: {"types": f.types, "blocks": f.blocks} for f in FAMILIES.values()},
     }
 

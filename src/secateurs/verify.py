@@ -8,6 +8,7 @@ import torch
 from secateurs.checkpoint import Checkpoint, checksum
 from secateurs.errors import CheckpointError, VerifyError
 from secateurs.pack import plain_reader
+from secateurs.patterns import parse
 from secateurs.plan import Plan
 from secateurs.report import LayerRecord, Report
 from secateurs.walk import Layer, layers_of
@@ -17,8 +18,9 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] = lambd
     """Check a finished run directory; returns its report. Raises VerifyError with the first thing that is wrong.
 
     Checked: the checksum of every shard; the names, shapes and dtypes of all tensors against the source, and that
-    nothing but pruned layers differs from it (where the source is still there, else a warning); every layer's count and
-    pattern; that no weight is NaN or infinite; that a packed model unpacks to the same weights.
+    nothing but pruned layers and what the report lists as tuned differs from it (where the source is still there, else a
+    warning); every layer's count and pattern; that no weight is NaN or infinite; that a packed model unpacks to the same
+    weights.
     """
     folder = Path(folder).expanduser()
     report = Report.read(folder / "report.json")
@@ -49,7 +51,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
         for layer in layers_of(model.get_submodule(name), name, experts):
             if layer.name not in records:
                 raise VerifyError(f"{layer.name} is in the model and not in report.json")
-            _check_layer(layer, records[layer.name], plan)
+            _check_layer(layer, records[layer.name], plan.scope)
             seen.add(layer.name)
             if records[layer.name].skipped is None:
                 pruned.add(layer.tensor_name)
@@ -60,20 +62,20 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
         raise VerifyError(f"{missing[0]} is in report.json and not in the model")
     if report.packed:
         _check_packed(folder / report.packed["folder"], result)
-    return _check_source(plan, result, pruned)
+    return _check_source(plan, result, pruned | set(report.tuned))
 
 
-def _check_layer(layer: Layer, record: LayerRecord, plan: Plan) -> None:
+def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
     weight_OI = layer.read()
     if layer.shape != record.shape:
         raise VerifyError(f"{layer.name} has shape {layer.shape}, report.json says {record.shape}")
     kept = int((weight_OI != 0).sum())
     if kept != record.kept:
         raise VerifyError(f"{layer.name} keeps {kept} weights, report.json says {record.kept}")
-    if record.skipped is None:
-        broken = plan.layer_pattern.violation(weight_OI != 0, record.sparsity)
+    if record.skipped is None and record.pattern is not None:
+        broken = parse(record.pattern, scope).violation(weight_OI != 0, record.sparsity)
         if broken:
-            raise VerifyError(f"{layer.name} does not hold {plan.pattern}: {broken}")
+            raise VerifyError(f"{layer.name} does not hold {record.pattern}: {broken}")
 
 
 def _check_packed(folder: Path, result: Checkpoint) -> None:
@@ -85,8 +87,8 @@ def _check_packed(folder: Path, result: Checkpoint) -> None:
             raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
 
 
-def _check_source(plan: Plan, result: Checkpoint, pruned: set[str]) -> list[str]:
-    """Nothing but pruned layers may differ from the dense model."""
+def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str]:
+    """Nothing but what is named may differ from the dense model."""
     try:
         source = Checkpoint(plan.model)
     except CheckpointError as error:
@@ -100,7 +102,7 @@ def _check_source(plan: Plan, result: Checkpoint, pruned: set[str]) -> list[str]
             raise VerifyError(
                 f"{name} was {before.dtype} {list(before.shape)} and is {after.dtype} {list(after.shape)}"
             )
-        if result.target_of[name] not in pruned and not torch.equal(_bits(before), _bits(after)):
+        if result.target_of[name] not in changed and not torch.equal(_bits(before), _bits(after)):
             raise VerifyError(f"{name} was not to be pruned and differs from {source.folder}")
     return []
 

@@ -1,0 +1,47 @@
+"""How much work one-shot pruning does for accuracy: presets, as data. `secateurs methods` prints this table.
+
+A plan's own choices win over its effort's. Costs are times of the pruning stage over plain SparseGPT's, measured on
+SmolLM2-135M with 64 x 512 tokens (docs/log.md).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """method, sensitivity, blend, permute, reconstruct, allocation: as in Plan; fixed_*: the same where the pattern fixes every
+    layer's zeros (N:M), so that there is nothing to share out. cost, fixed_cost: as measured, in words.
+    """
+
+    name: str
+    method: str
+    about: str
+    sensitivity: int = 0
+    fixed_sensitivity: int = 0
+    blend: float = 0.0
+    permute: bool = False
+    reconstruct: int = 0
+    fixed_reconstruct: int = 0
+    allocation: str = "uniform"
+    cost: str = ""
+    fixed_cost: str = ""
+
+
+# what a plan that names its method gets: that, and nothing else
+PLAIN = Effort("plain", "", "the method that was named and nothing else")
+
+EFFORTS: dict[str, Effort] = {
+    e.name: e
+    for e in (
+        Effort("fast", "wanda+refit", "Wanda's mask, survivors refit", cost="1.1x", fixed_cost="1.1x"),
+        Effort(
+            "balanced", "admm", "ADMM; zeros where the model's loss depends least on them; N:M: inputs reordered, blocks tuned",
+            sensitivity=8192, permute=True, fixed_reconstruct=8, allocation="global", cost="2x", fixed_cost="2x",
+        ),
+        Effort(
+            "best", "alps", "ALPS, and every block tuned at length against the dense one",
+            sensitivity=8192, fixed_sensitivity=8192, permute=True, reconstruct=64, fixed_reconstruct=64, allocation="global",
+            cost="6x", fixed_cost="6x",
+        ),
+    )
+}  # fmt: skip
