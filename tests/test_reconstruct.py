@@ -73,8 +73,8 @@ def test_the_held_out_loss_is_what_is_reported(problem):
     held = [i for i in range(40) if i not in seen]
     assert len(held) == 4
     with torch.no_grad():
-        error = (block(x[held]) - target[held]).square().mean() / target[held].square().mean()
-    assert float(error) == pytest.approx(found.after, rel=1e-4)
+        error = (block(x[held]) - target[held]).square().mean(-1) / target[held].square().mean(-1)
+    assert float(error.mean()) == pytest.approx(found.after, rel=1e-4)
 
 
 def test_worse_is_never_accepted(problem):
@@ -88,21 +88,19 @@ def test_worse_is_never_accepted(problem):
     assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
 
 
-def test_weighted_channels_count(problem):
+def test_large_tokens_count_no_more_than_others(problem):
+    """Tokens a thousand times as large, which language models have, must not be all that is looked at."""
     block, x, target = problem
-    weight = torch.full((16,), 1e-4)
-    weight[3] = 1.0
 
-    def error(channel):
+    def small_error():
         with torch.no_grad():
-            return float((block(x) - target)[..., channel].square().mean())
+            return float((block(x) - target)[:, 1:].square().mean())
 
-    given = {name: p.detach().clone() for name, p in block.named_parameters()}
-    run(block, x, target)
-    evenly = error(3)
-    block.load_state_dict(given)
-    run(block, x, target, weight_C=weight)
-    assert error(3) < 0.8 * evenly
+    huge = target.clone()
+    huge[:, 0] *= 1000
+    before = small_error()
+    run(block, x, huge)
+    assert small_error() < 0.9 * before
 
 
 def test_the_same_seed_gives_the_same_bits(problem):

@@ -1,11 +1,10 @@
 import pytest
 import tiny
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from secateurs.sensitivity import sensitivity
-from secateurs.walk import AllLoaded, InMemory, layers_of
+from secateurs.walk import AllLoaded, InMemory, blocks_of, layers_of
 
 BATCHES = [{"input_ids": torch.arange(24).reshape(2, 12) * 7}, {"input_ids": torch.arange(12)[None] * 3}]
 
@@ -29,7 +28,6 @@ def by_one_backward(model, seed):
         return hook
 
     for i, block in enumerate(model.model.layers):
-        handles.append(block.register_forward_hook(watch(f"model.layers.{i}")))
         for layer in layers_of(block, f"model.layers.{i}"):
             handles.append(layer.module.register_forward_hook(watch(layer.name)))
     for batch in BATCHES:
@@ -47,7 +45,7 @@ def test_the_walk_back_equals_one_backward_pass():
     got = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)
     want = by_one_backward(model, 3)
     assert got.keys() == want.keys()
-    assert len(got) == 3 * (7 + 1)
+    assert len(got) == 3 * 7
     for name in want:
         assert_close(got[name], want[name], rtol=1e-3, atol=1e-9)
     assert all(p.grad is None or name for name, p in model.named_parameters())
@@ -79,15 +77,13 @@ def test_it_is_the_curvature_of_the_kl_divergence():
 def test_every_layer_that_is_used_has_one(model_type):
     model = tiny.make(model_type)
     found = sensitivity(model, BATCHES, AllLoaded(), InMemory())
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    seen = {name for name in layers if name in found}
-    assert len(found) > 3 * 4
+    names, experts = blocks_of(model)
+    wanted = {layer.name for name in names for layer in layers_of(model.get_submodule(name), name, experts)}
+    assert set(found) <= wanted
+    # an expert that no token reached has none
+    assert all(".experts." in name for name in wanted - set(found))
+    assert len(found) > len(wanted) / 2
     assert all(torch.isfinite(v).all() and bool((v >= 0).all()) for v in found.values())
-    if model_type == "qwen3_moe":
-        experts = [name for name in found if ".experts." in name]
-        assert len(experts) > 3 * 2
-    else:
-        assert len(seen) > 0 or model_type == "gpt2"
 
 
 def test_a_model_without_logits_has_none():

@@ -1,6 +1,6 @@
 """One block on its way through the walk: reorder inputs, prune every layer, tune what is left. In place.
 
-O outputs, I inputs, C channels of the hidden state.
+O outputs, I inputs.
 """
 
 import time
@@ -26,14 +26,14 @@ from secateurs.walk import Layer, Step, matches
 # plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
 _POWER = 0.5
 # Adam's rate when a block is tuned, times the size of each tensor's weights
-_RATE = 1.5e-2
+_RATE = 8e-3
 
 
 @dataclass(frozen=True)
 class Guide:
     """What was found out about the model before its first layer is pruned.
 
-    shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer or block: E[g^2], [O] or [C]}.
+    shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
     family, config: of a Hugging Face model, for what can be reordered.
     """
 
@@ -81,7 +81,7 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
         records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
     outcome = Outcome([records[layer.name] for layer in step.layers], tuned)
     if plan.reconstruct and todo and step.can_tune:
-        _tune(step, todo, plan, guide, outcome, tick)
+        _tune(step, todo, plan, outcome, tick)
     return outcome
 
 
@@ -203,13 +203,8 @@ def _reorder(
     return notes, tuned, replace(guide, sensitivity=sensitivity)
 
 
-def _tune(
-    step: Step, pruned: list[Layer], plan: Plan, guide: Guide, outcome: Outcome, tick: Callable[[], None]
-) -> None:
+def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: Callable[[], None]) -> None:
     """Tune the block against the dense one and bring the records up to date."""
-    weight_C = guide.sensitivity.get(step.name)
-    if weight_C is not None:
-        weight_C = (weight_C / weight_C.mean()).clamp(min=1e-6).pow(_POWER)
     with step.evaluating():
         found = reconstruct(
             step.block,
@@ -219,7 +214,6 @@ def _tune(
             step.windows,
             plan.reconstruct or 0,
             _RATE,
-            weight_C=weight_C,
             seed=seed_of(plan, step.name),
             tick=tick,
         )

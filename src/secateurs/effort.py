@@ -17,7 +17,6 @@ class Effort:
     method: str
     about: str
     sensitivity: int = 0
-    fixed_sensitivity: int = 0
     blend: float = 0.0
     permute: bool = False
     reconstruct: int = 0
@@ -40,7 +39,7 @@ EFFORTS: dict[str, Effort] = {
         ),
         Effort(
             "best", "alps", "ALPS, and every block tuned at length against the dense one",
-            sensitivity=8192, fixed_sensitivity=8192, permute=True, reconstruct=64, fixed_reconstruct=64, allocation="global",
+            sensitivity=8192, permute=True, reconstruct=64, fixed_reconstruct=64, allocation="global",
             cost="6x", fixed_cost="6x",
         ),
     )

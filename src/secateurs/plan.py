@@ -108,7 +108,7 @@ class Plan:
         even = fixed or self.scope == "row"
         filled = {
             "method": effort.method,
-            "sensitivity": effort.fixed_sensitivity if even else effort.sensitivity,
+            "sensitivity": 0 if even else effort.sensitivity,
             "blend": effort.blend,
             "permute": effort.permute,
             "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,

@@ -1,8 +1,8 @@
 """Tune what pruning left of a block against the dense block's output: masks frozen, a few dozen steps of Adam.
 
-The loss is ||block(x) - target||^2 over the channels of the hidden state, each weighted by how much the model's loss
-depends on it where that is known. x comes from the pruned blocks before, target from the dense model, so a block also
-makes up for the errors of those before it. Surviving weights, norms and biases move; everything else stands still.
+The loss is ||block(x) - target||^2 / ||target||^2, token by token. x comes from the pruned blocks before, target from the dense
+model, so a block also makes up for the errors of those before it. Surviving weights, norms and biases move; everything
+else stands still.
 A tenth of the windows is held out: the weights with the lowest held-out loss are kept, the given ones if none is lower.
 Blockwise fine-tuning with frozen masks: Guo et al. 2024, EBFT, arXiv 2402.12419.
 
@@ -48,7 +48,6 @@ def reconstruct(
     steps: int,
     rate: float,
     per_step: int = 2,
-    weight_C: Tensor | None = None,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -57,7 +56,7 @@ def reconstruct(
     forward(block, batch, part) runs windows `part` of a batch through the block, target gives what should come out;
     windows: how many windows each batch has. Trained are `pruned` and the block's vectors (norms, biases), in fp32
     copies whose products run in the block's dtype. rate: Adam's learning rate, times the root mean square of each tensor.
-    Never raises the held-out loss, which is relative to the size of the targets. tick: after every step.
+    Never raises the held-out loss. tick: after every step.
     """
     places = [(b, slice(i, min(i + per_step, n))) for b, n in enumerate(windows) for i in range(0, n, per_step)]
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +77,7 @@ def reconstruct(
         error = forward(block, *place).float() - wanted
         # the next norm divides by a token's size, so an error counts relative to that: a few tokens are a thousand times as large
         error = error * wanted.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-        return (error.square() if weight_C is None else error.square() * weight_C).mean()
+        return error.square().mean()
 
     def held_out_loss() -> float:
         with torch.no_grad():

@@ -6,7 +6,7 @@ K-FAC, Martens and Grosse 2015, arXiv 1503.05671). Layer errors in these units c
 layer, and between layers.
 
 The pass goes forward block by block and then back block by block, each run again with gradients, so memory holds one
-block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, C channels, V vocabulary.
+block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def sensitivity(
     seed: int = 0,
     tick: Tick = lambda: None,
 ) -> dict[str, Tensor]:
-    """{layer name: E[g_o^2] over its tokens, [O]}, and {block name: the same of what leaves the block, [C]}.
+    """{layer name: E[g_o^2] over its tokens, [O]}.
 
     Empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
     for the head, a batch and block backward.
@@ -52,7 +52,6 @@ def sensitivity(
     for step in stream(model, batches, loader, store, backwards=True):
         sums = _Sums()
         for i in range(len(batches)):
-            sums.add(step.name, gradients[i])
             hidden = step.inputs(i).detach().requires_grad_(True)
             with step.evaluating(), torch.enable_grad(), sums.watch(step.layers):
                 out = step.call(hidden, i)
