@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from secateurs.sensitivity import sensitivity
-from secateurs.walk import AllLoaded, InMemory, blocks_of, layers_of
+from secateurs.walk import AllLoaded, InMemory, blocks_of, layers_of, stream
 
 BATCHES = [{"input_ids": torch.arange(24).reshape(2, 12) * 7}, {"input_ids": torch.arange(12)[None] * 3}]
 
@@ -42,13 +42,17 @@ def by_one_backward(model, seed):
 
 def test_the_walk_back_equals_one_backward_pass():
     model = tiny.make("llama")
-    got = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)
+    got, norms = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)
     want = by_one_backward(model, 3)
     assert got.keys() == want.keys()
     assert len(got) == 3 * 7
     for name in want:
         assert_close(got[name], want[name], rtol=1e-3, atol=1e-9)
-    assert all(p.grad is None or name for name, p in model.named_parameters())
+    # norms are what a plain pass sees
+    for step in stream(model, BATCHES):
+        for name, stats in step.observe(step.layers, gram=False).items():
+            assert_close(norms[name].sqnorm_I, stats.sqnorm_I)
+            assert norms[name].tokens == stats.tokens
 
 
 def test_it_is_the_curvature_of_the_kl_divergence():
@@ -56,7 +60,7 @@ def test_it_is_the_curvature_of_the_kl_divergence():
     model = tiny.make("llama")
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 250, (64, 16), generator=generator)} for _ in range(4)]
-    found = sensitivity(model, batches, AllLoaded(), InMemory())
+    found, _ = sensitivity(model, batches, AllLoaded(), InMemory())
     last = model.model.layers[2].mlp.down_proj
     output, size = 5, 0.02
     with torch.no_grad():
@@ -76,7 +80,7 @@ def test_it_is_the_curvature_of_the_kl_divergence():
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt2", "opt", "gemma2", "bert"])
 def test_every_layer_that_is_used_has_one(model_type):
     model = tiny.make(model_type)
-    found = sensitivity(model, BATCHES, AllLoaded(), InMemory())
+    found, _ = sensitivity(model, BATCHES, AllLoaded(), InMemory())
     names, experts = blocks_of(model)
     wanted = {layer.name for name in names for layer in layers_of(model.get_submodule(name), name, experts)}
     assert set(found) <= wanted
@@ -87,4 +91,4 @@ def test_every_layer_that_is_used_has_one(model_type):
 
 
 def test_a_model_without_logits_has_none():
-    assert sensitivity(tiny.make("bert base"), BATCHES, AllLoaded(), InMemory()) == {}
+    assert sensitivity(tiny.make("bert base"), BATCHES, AllLoaded(), InMemory()) == ({}, {})

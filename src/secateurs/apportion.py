@@ -1,6 +1,6 @@
 """What an allocation wants to know of a model, found by walking the dense one; and what it then gives each layer.
 
-    shares = apportion(model, loader, batches, plan, sensitivity, cost, tick)     # {layer: (pattern, sparsity)}
+    shares = apportion(model, loader, batches, plan, sensitivity, norms, cost, tick)     # {layer: (pattern, sparsity)}
 
 O outputs, I inputs.
 """
@@ -43,13 +43,15 @@ def apportion(
     batches: Sequence[Batch],
     plan: Plan,
     sensitivity: dict[str, Tensor],
+    norms: dict[str, Stats],
     cost: Cost = kept_weights,
     tick: Callable[[], None] = lambda: None,
 ) -> Shares | None:
     """Each layer's pattern and sparsity, or None where all are alike. Scores and losses are those of the dense model.
 
     sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
-    between layers. cost: what the plan's budget is in.
+    between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
+    cost: what the plan's budget is in.
     """
     needs = plan.allocator.needs
     if plan.allocation == "uniform":
@@ -58,8 +60,8 @@ def apportion(
         return _measured(model, loader, batches, plan, sensitivity, cost, tick)
     solver = plan.solver
     found: dict[str, tuple[str, Layer]] = {}
-    norms: dict[str, Stats] = {}
-    looks = needs == "scores" and solver.needs != "weights"
+    norms = dict(norms)
+    looks = needs == "scores" and solver.needs != "weights" and not norms
     for step in stream(model, batches if looks else [], loader, propagate="dense", tick=tick):
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
@@ -81,7 +83,9 @@ def apportion(
     def scores(name: str) -> Iterator[Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(plan, name))
-            score_OI = solver.score(weight(name), norms.get(name))
+            # an expert that no token reached has inputs of size 0
+            stats = norms.get(name) or Stats.zeros(found[name][1].shape[1], gram=False) if norms else None
+            score_OI = solver.score(weight(name), stats)
         if name in sensitivity:
             score_OI = score_OI * sensitivity[name].sqrt()[:, None]
         # outside the fork: whoever takes the chunks keeps its own random numbers

@@ -32,6 +32,7 @@ from secateurs.plan import Plan
 from secateurs.profile import DeviceProfile
 from secateurs.report import LayerRecord, Report
 from secateurs.sensitivity import sensitivity
+from secateurs.stats import Stats
 from secateurs.walk import Activations, AllLoaded, Batch, InMemory, OnDisk, blocks_of, stream
 
 Progress = Callable[[str, int, int], None]
@@ -94,10 +95,11 @@ def _prune_live(
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
     report = Report(plan.as_dict(), machine(), status="complete")
     found: dict[str, Tensor] = {}
+    norms: dict[str, Stats] = {}
     # a module that is one block has no loss to be sensitive to
     if plan.sensitivity and blocks_of(model)[0] != [""]:
-        found = sensitivity(model, _first(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
-    guide = _guide(model, plan, apportion(model, None, batches, plan, found, _cost(plan)), found)
+        found, norms = sensitivity(model, _first(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+    guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
     teacher = InMemory() if _needs_teacher(plan) else None
     for step in stream(model, batches, propagate=plan.propagate, teacher=teacher):
         outcome = prune_block(step, plan, guide)
@@ -382,22 +384,30 @@ class Run:
         plan = self.plan
         file = self.work / "sensitivity.safetensors"
         found: dict[str, Tensor] = {}
+        norms: dict[str, Stats] = {}
         if plan.sensitivity and batches:
             if not file.is_file():
                 part = _first(batches, plan.sensitivity)
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = self._ticker("measuring sensitivity", len(part) * (2 * blocks + 1))
-                write_tensors(file, sensitivity(model, part, source, store, plan.seed, tick))
+                found, norms = sensitivity(model, part, source, store, plan.seed, tick)
+                tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
+                squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
+                write_tensors(file, {**found, **squares, "tokens": tokens})
                 shutil.rmtree(store.folder, ignore_errors=True)
                 return_memory()
-            found = load_file(file)
+            stored = load_file(file)
+            names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
+            tokens = stored.pop("tokens").tolist()
+            norms = {n: Stats(t, stored.pop(f"inputs {n}")) for n, t in zip(names, tokens, strict=True)}
+            found = stored
         shares_file = self.work / "shares.json"
         if shares_file.is_file():
             shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
         else:
             tick = self._ticker("sharing out zeros", len(source.block_names(model)) * len(batches))
-            shares = apportion(model, source, batches, plan, found, _cost(plan), tick)
+            shares = apportion(model, source, batches, plan, found, norms, _cost(plan), tick)
             if shares is not None:
                 write_json(shares_file, shares)
                 return_memory()

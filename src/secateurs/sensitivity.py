@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateurs.stats import Stats
 from secateurs.walk import Activations, Batch, Layer, Loader, leave, stream
 
 Tick = Callable[[], None]
@@ -28,10 +29,10 @@ def sensitivity(
     store: Activations,
     seed: int = 0,
     tick: Tick = lambda: None,
-) -> dict[str, Tensor]:
-    """{layer name: E[g_o^2] over its tokens, [O]}.
+) -> tuple[dict[str, Tensor], dict[str, Stats]]:
+    """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens.
 
-    Empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
+    Both empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
     for the head, a batch and block backward.
     """
     last = 0
@@ -44,11 +45,12 @@ def sensitivity(
         logits = getattr(leave(model, loader, hidden, batch), "logits", None)
         if logits is None:
             loader.release(model)
-            return {}
+            return {}, {}
         gradients[i] = _head(hidden, logits, generator)
         tick()
     loader.release(model)
     found: dict[str, Tensor] = {}
+    norms: dict[str, Stats] = {}
     for step in stream(model, batches, loader, store, backwards=True):
         sums = _Sums()
         for i in range(len(batches)):
@@ -58,8 +60,9 @@ def sensitivity(
             (gradients[i],) = torch.autograd.grad(out, hidden, gradients[i])
             tick()
         found.update(sums.means())
+        norms.update(sums.norms)
         store.drop(step.index + 1)
-    return found
+    return found, norms
 
 
 def _head(hidden: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,9 +83,10 @@ _ROWS = 128
 
 
 class _Sums:
-    """Squared gradients by what layers give, summed while a block is run backwards."""
+    """Squared gradients by what layers give, and squared inputs, summed while a block is run and run back."""
 
     def __init__(self) -> None:
+        self.norms: dict[str, Stats] = {}
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
 
@@ -90,6 +94,11 @@ class _Sums:
         gradient_TO = gradient.detach().float().reshape(-1, gradient.shape[-1])
         self.sums[name] = self.sums.get(name, 0) + gradient_TO.square().sum(0)
         self.tokens[name] = self.tokens.get(name, 0) + len(gradient_TO)
+
+    def see(self, layer: Layer, x: Tensor) -> None:
+        if layer.name not in self.norms:
+            self.norms[layer.name] = Stats.zeros(layer.shape[1], False, x.device)
+        self.norms[layer.name].add_(layer.inputs(x.detach()))
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / self.tokens[name] for name, total in self.sums.items()}
@@ -109,7 +118,7 @@ class _Outputs(TorchFunctionMode):
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_Outputs":
-        self.handles = [layer.module.register_forward_hook(self._hook(layer.name)) for layer in self.modules]
+        self.handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in self.modules]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -118,11 +127,12 @@ class _Outputs(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            self.sums.see(layer, args[0])
             if out.requires_grad:
                 hooked: Any = out
-                hooked.register_hook(lambda gradient: self.sums.add(name, gradient))
+                hooked.register_hook(lambda gradient: self.sums.add(layer.name, gradient))
 
         return hook
 
@@ -131,5 +141,5 @@ class _Outputs(TorchFunctionMode):
         if self.experts and func is nn.functional.linear and isinstance(args[1], Tensor):
             layer = self.experts.get(args[1].data_ptr())
             if layer is not None and tuple(args[1].shape) == layer.shape and out.requires_grad:
-                self._hook(layer.name)(layer.module, args, out)
+                self._hook(layer)(layer.module, args, out)
         return out
