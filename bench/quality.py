@@ -3,7 +3,7 @@
     .venv/bin/python bench/quality.py [MODEL] [--rows 0.5:balanced,2:4:best,...] [--limit 200] [--pages-only]
 
 MODEL: default SmolLM2-135M. Calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl (documents shuffled by
-random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 12 of
+random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 6 of
 the C4 documents that come last in that order; LAMBADA, PIQA and ARC-easy by lm-eval on their first --limit questions. A row is
 SPARSITY:METHOD or N:M:METHOD; rows run one after another, each stage in a process of its own. Finished rows of
 bench/results/quality.json are not run again. Seconds and memory are of the pruning stage.
@@ -93,7 +93,7 @@ def run(row: str, model: str, shared: Path, limit: int, samples: int) -> dict:
             "--samples", samples, "--seqlen", 512, "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048,
         )  # fmt: skip
         c4_quality = secateurs(
-            "eval", work / "run", "--text", held_out(c4, work), "--windows", 12, "--seqlen", 2048
+            "eval", work / "run", "--text", held_out(c4, work), "--windows", 6, "--seqlen", 2048
         )["quality"]  # fmt: skip
         result = {
             "samples": samples,

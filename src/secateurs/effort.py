@@ -35,11 +35,11 @@ EFFORTS: dict[str, Effort] = {
         Effort("fast", "wanda+refit", "Wanda's mask, survivors refit", cost="1.1x", fixed_cost="1.1x"),
         Effort(
             "balanced", "admm", "ADMM; zeros where the model's loss depends least on them; N:M: inputs reordered, blocks tuned",
-            sensitivity=8192, permute=True, fixed_reconstruct=8, allocation="global", cost="2x", fixed_cost="2x",
+            sensitivity=8192, permute=True, fixed_reconstruct=16, allocation="global", cost="2x", fixed_cost="2x",
         ),
         Effort(
             "best", "alps", "ALPS, and every block tuned at length against the dense one",
-            sensitivity=8192, permute=True, reconstruct=64, fixed_reconstruct=64, allocation="global",
+            sensitivity=8192, permute=True, reconstruct=128, fixed_reconstruct=128, allocation="global",
             cost="6x", fixed_cost="6x",
         ),
     )

@@ -40,6 +40,8 @@ Progress = Callable[[str, int, int], None]
 
 # windows run together; more fill the cores better and take more memory
 _TOKENS_PER_BATCH = 4096
+# windows run back together: their logits and the gradients of these are in memory at once
+_TOKENS_BACK = 1024
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
 
@@ -126,15 +128,18 @@ def _needs_teacher(plan: Plan) -> bool:
 
 
 def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """The first batches that hold at least this many tokens, the last one cut to what is needed."""
+    """The first windows that hold at least this many tokens, in batches small enough for their logits and gradients."""
     taken: list[Batch] = []
     for batch in batches:
-        if tokens <= 0:
-            break
         windows, each = next(iter(batch.values())).shape[:2]
         wanted = min(windows, -(-tokens // each))
-        taken.append({key: value[:wanted] for key, value in batch.items()})
         tokens -= wanted * each
+        step = max(1, _TOKENS_BACK // each)
+        for start in range(0, wanted, step):
+            part = slice(start, min(start + step, wanted))
+            taken.append({key: value[part] for key, value in batch.items()})
+        if tokens <= 0:
+            break
     return taken
 
 

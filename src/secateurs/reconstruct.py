@@ -47,7 +47,7 @@ def reconstruct(
     windows: Sequence[int],
     steps: int,
     rate: float,
-    per_step: int = 2,
+    per_step: int = 1,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
