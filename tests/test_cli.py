@@ -152,6 +152,7 @@ def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
         capsys, 2, *prune, "--budget", "bytes=0.5", "--allocation", "owl"
     )
     assert "blend 1.5 is not between 0" in fails(capsys, 2, *prune, "--blend", "1.5")
+    assert "wanda does not; leave it out" in fails(capsys, 2, *prune, "--blend", "0.5", "--method", "wanda")
     assert "reconstruct -1 is too small" in fails(capsys, 2, *prune, "--reconstruct", "-1")
     assert "bounds 0.3..0.4 of a layer's sparsity do not hold 0.5" in fails(capsys, 2, *prune, "--max-sparsity", "0.4")
     assert "propagate dense hides them" in fails(capsys, 2, *prune, "--propagate", "dense", "--reconstruct", "8")

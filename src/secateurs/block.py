@@ -75,7 +75,7 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     if needs != "weights" or plan.permute:
         stats = step.observe(todo, gram=needs == "gram", drift=bool(plan.blend)) if step.batches else {}
     if step.can_tune:
-        step.see_all_targets()
+        step.see_targets()
     notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
     for layer in todo:
         records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))

@@ -179,12 +179,16 @@ class Plan:
                 raise PlanError(f"{name.replace('_', '-')} {value} is too small; give {least} or more")
         if self.blend is None or not 0 <= self.blend <= 1:
             raise PlanError(f"blend {self.blend} is not between 0 (a layer's own outputs) and 1 (the dense model's)")
+        if self.blend and self.solver.needs != "gram":
+            raise PlanError(
+                f"a blend is for methods that solve on Gram matrices, and {self.method} does not; leave it out"
+            )
         if not (self.damping > 0 and math.isfinite(self.damping)):
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
         if self.gate and not self.eval_windows:
             raise PlanError("a gate needs an evaluation, and eval-windows is 0")
         if self.propagate == "dense" and (self.blend or self.reconstruct):
-            raise PlanError("blend and reconstruct make up for the errors of blocks before; propagate dense hides them")
+            raise PlanError("blend and reconstruct need the inputs that pruned blocks give; propagate dense hides them")
 
     @property
     def target(self) -> float:

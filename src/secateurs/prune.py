@@ -102,8 +102,9 @@ def _prune_live(
     if plan.sensitivity and blocks_of(model)[0] != [""]:
         found, norms = sensitivity(model, _first(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
     guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
-    teacher = InMemory() if _needs_teacher(plan) else None
-    for step in stream(model, batches, propagate=plan.propagate, teacher=teacher):
+    teacher = InMemory() if plan.blend else None
+    targets = InMemory() if plan.reconstruct else None
+    for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):
         outcome = prune_block(step, plan, guide)
         report.layers += outcome.records
         report.tuned += outcome.tuned
@@ -121,10 +122,6 @@ def _guide(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str,
     if not hasattr(config, "model_type"):
         return Guide(shares, found)
     return Guide(shares, found, families.find(config.model_type), config)
-
-
-def _needs_teacher(plan: Plan) -> bool:
-    return bool(plan.reconstruct or plan.blend)
 
 
 def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
@@ -264,13 +261,14 @@ class Run:
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
         guide = self._guide(source, model, batches)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
-        teacher = OnDisk(self.work / "dense") if batches and _needs_teacher(plan) else None
+        teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
+        targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None
 
         names = source.block_names(model)
         outside = source.outside_groups(model)
         count = len(outside) + len(names)
         passes = (1 if plan.propagate == "dense" else 2) + (teacher is not None)
-        each = len(batches) * passes + (plan.reconstruct or 0 if teacher else 0) if batches else 1
+        each = len(batches) * passes + (plan.reconstruct or 0 if targets else 0) if batches else 1
         total, done = each * len(names), each * start
 
         def tick() -> None:
@@ -283,7 +281,10 @@ class Run:
             source.copy_small_files(self.model_folder)
             for i, keys in enumerate(outside):
                 checkpoint.write_shard(self.model_folder, i, count, source.read(keys))
-        for step in stream(model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher):
+        walk = stream(
+            model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher, targets=targets
+        )  # fmt: skip
+        for step in walk:
             # what a pass left out is made up for here
             done = each * step.index
             self._save_state(state, step.index, records, report)

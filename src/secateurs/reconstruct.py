@@ -1,8 +1,9 @@
 """Tune what pruning left of a block against the dense block's output: masks frozen, a few dozen steps of Adam.
 
-The loss is ||block(x) - target||^2 / ||target||^2, token by token. x comes from the pruned blocks before, target from the dense
-model, so a block also makes up for the errors of those before it. Surviving weights, norms and biases move; everything
-else stands still.
+The loss is ||block(x) - target||^2 / ||target||^2, token by token. x comes from the pruned blocks before, and the target is what
+the dense block makes of the same x. (What the dense model had there is no better: it cannot be known from x, so the
+least error is a mean over what it may have been, and blocks that give means are worth less the deeper they lie:
+docs/log.md.) Surviving weights, norms and biases move; everything else stands still.
 A tenth of the windows is held out: the weights with the lowest held-out loss are kept, the given ones if none is lower.
 Blockwise fine-tuning with frozen masks: Guo et al. 2024, EBFT, arXiv 2402.12419.
 

@@ -362,12 +362,13 @@ class Step:
     _call: Callable[[Tensor, int], Tensor] | None = field(default=None, repr=False)
     _teacher: Activations | None = field(default=None, repr=False)
     _store: Activations | None = field(default=None, repr=False)
+    _targets: Activations | None = field(default=None, repr=False)
     _seen: set[int] = field(default_factory=set, repr=False)
 
     @property
     def can_tune(self) -> bool:
-        """Whether targets() has what the dense model would give."""
-        return self._teacher is not None and self._call is not None
+        """Whether there is a place for targets()."""
+        return self._targets is not None and self._call is not None
 
     @property
     def batches(self) -> int:
@@ -387,42 +388,44 @@ class Step:
         assert self._store
         return self._store.read(self.index, batch)
 
-    def see_targets(self, batch: int) -> None:
-        """Run the block, which must still be dense, on the dense model's inputs, and keep what it gives for targets()."""
-        assert self._teacher
-        self._teacher.write(self.index + 1, batch, self.call(self._teacher.read(self.index, batch), batch))
-        self._seen.add(batch)
-        self._tick()
-
-    def see_all_targets(self) -> None:
-        """see_targets() for the batches that were not seen yet; before the first edit."""
+    def see_targets(self) -> None:
+        """Keep what the block, which must still be dense, makes of its inputs; nothing to do if observe() has seen it."""
+        assert self._targets
         with self.evaluating():
             for batch in range(self.batches):
                 if batch not in self._seen:
-                    self.see_targets(batch)
+                    self._targets.write(self.index, batch, self._forward(batch))
+                    self._seen.add(batch)
 
     def targets(self, batch: int) -> Tensor:
-        """What the dense block makes of what the dense blocks before it give; needs stream(teacher=...)."""
-        assert self._teacher
-        return self._teacher.read(self.index + 1, batch)
+        """What the dense block makes of the inputs that it now gets; needs stream(targets=...)."""
+        assert self._targets
+        return self._targets.read(self.index, batch)
 
     def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
         """One pass over all batches: Stats of each layer's inputs, by layer name; layers called on one tensor share
         one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also how far the inputs
-        have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out.
+        have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out. What leaves the
+        block is kept for targets() where stream() was given a place for it.
 
         Raises LayerError if an input is not finite or a layer was never called.
         """
-        watch = _Watch(layers, gram, self._keep_output is None)
+        watch = _Watch(layers, gram, self._keep_output is None and self._targets is None)
         with _evaluating(self._model), watch.hooks():
             for batch in range(self.batches):
                 if drift:
+                    assert self._teacher
                     with watch.looking_at_dense():
-                        self.see_targets(batch)
+                        dense = self.call(self._teacher.read(self.index, batch), batch)
+                    self._teacher.write(self.index + 1, batch, dense)
+                    self._tick()
                 try:
                     output = self._forward(batch)
                     if self._keep_output:
                         self._keep_output(batch, output)
+                    if self._targets:
+                        self._targets.write(self.index, batch, output)
+                        self._seen.add(batch)
                 except _Stop:
                     pass
                 watch.next_batch()
@@ -550,6 +553,7 @@ def stream(
     keep_last: bool = False,
     tick: Callable[[], None] = lambda: None,
     teacher: Activations | None = None,
+    targets: Activations | None = None,
     keep_all: bool = False,
     backwards: bool = False,
 ) -> Iterator[Step]:
@@ -559,9 +563,9 @@ def stream(
     block as the caller left it, 'dense' as it was when observed. start > 0 goes on from the inputs of that block, which
     `store` holds from an earlier walk: the inputs of a block are dropped only after the next block was yielded and
     done, so a caller that notes its place before editing a block can always return to it. keep_last also stores what
-    leaves the last block, for leave(). tick is called after every batch of every pass. teacher: where the inputs of the
-    dense blocks are kept beside those of the edited ones; the caller must have Step.see_all_targets() done before it edits a
-    block, one pass more, and Step.targets() then reads them. keep_all drops
+    leaves the last block, for leave(). tick is called after every batch of every pass. teacher: where the inputs that
+    the dense blocks would have are kept beside those of the edited ones; observe(drift=True) of every block sees to it.
+    targets: where a block's dense outputs are kept until the next block. keep_all drops
     no block's inputs; backwards then goes through the same blocks from the last to the first.
     Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
     """
@@ -597,12 +601,14 @@ def stream(
         layers = layers_of(block, names[index], experts)
         yield Step(
             index, len(names), names[index], block, layers, [_shape(b)[0] for b in batches], model, forward, early, tick,
-            None if whole else call, teacher, store,
+            None if whole else call, teacher, store, targets,
         )  # fmt: skip
         if not keep_all and not backwards:
             store.drop(index - 1)
         if teacher is not None:
             teacher.drop(index - 1)
+        if targets is not None:
+            targets.drop(index)
         if wanted and not early:
             with _evaluating(model):
                 for batch in range(len(batches)):
