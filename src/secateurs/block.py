@@ -25,8 +25,8 @@ from secateurs.walk import Layer, Step, matches
 # A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
 # plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
 _POWER = 0.5
-# Adam's rate when a block is tuned, times the size of each tensor's weights; half of it gains less (docs/log.md)
-_RATE = 1.6e-2
+# Adam's rate when a block is tuned, times the size of each tensor's weights (docs/log.md)
+_RATE = 8e-3
 
 
 @dataclass(frozen=True)
