@@ -3,10 +3,11 @@
     .venv/bin/python bench/quality.py [MODEL] [--rows 0.5:balanced,2:4:best,...] [--limit 200] [--pages-only]
 
 MODEL: default SmolLM2-135M. Calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl (documents shuffled by
-random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 6 of
-the C4 documents that come last in that order; LAMBADA, PIQA and ARC-easy by lm-eval on their first --limit questions. A row is
+random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 6 such
+windows of the C4 documents that come last in that order; LAMBADA, PIQA and ARC-easy by lm-eval on their first --limit
+questions. A row is
 SPARSITY:METHOD or N:M:METHOD; rows run one after another, each stage in a process of its own. Finished rows of
-bench/results/quality.json are not run again. Seconds and memory are of the pruning stage.
+bench/results/quality.json are not run again. Seconds are of the pruning stage, memory is of the run with its evaluation.
 """
 
 import argparse
