@@ -103,3 +103,28 @@ def test_refusal_names_the_width():
     assert NM(2, 4).refuses(8, 30) == "30 inputs are not a multiple of 4"
     assert Block(16, 16).refuses(24, 32) == "24x32 is not a whole number of 16x16 tiles"
     assert NM(2, 4).refuses(7, 32) is None
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "sorted", "one value", "infinite", "few above"])
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.3, 0.5, 0.9, 0.9999, 1.0])
+def test_long_vectors_keep_what_one_stable_sort_keeps(kind, share):
+    """Above 8192 scores a sample brackets the threshold; it must not show."""
+    size = 50_021
+    score = torch.rand(size, generator=torch.Generator().manual_seed(3))
+    if kind == "tied":
+        score = (score * 7).round()
+    if kind == "sorted":
+        score = score.sort().values
+    if kind == "one value":
+        score = torch.ones(size)
+    if kind == "infinite":
+        score[::3] = float("inf")
+        score[1::3] = -float("inf")
+    if kind == "few above":
+        # the sample cannot know of them
+        score = torch.zeros(size)
+        score[1:40] = torch.arange(39.0) + 1
+    kept = round(size * share)
+    want = torch.zeros(size, dtype=torch.bool)
+    want[score.argsort(descending=True, stable=True)[:kept]] = True
+    assert torch.equal(top(score, kept), want)
