@@ -34,7 +34,8 @@ EFFORTS: dict[str, Effort] = {
     for e in (
         Effort("fast", "wanda+refit", "Wanda's mask, survivors refit"),
         Effort(
-            "balanced", "admm", "ADMM; zeros where the model's loss depends least on them; N:M: inputs reordered, blocks tuned",
+            "balanced", "admm",
+            "ADMM; zeros go where the model's loss depends least on them; with N:M inputs are reordered, blocks tuned",
             sensitivity=8192, permute=True, fixed_reconstruct=32, allocation="global", cost="1.9x", fixed_cost="2.4x",
         ),
         Effort(

@@ -259,7 +259,7 @@ def parse(text: str, scope: str | None = None) -> Pattern:
 
 # for `secateurs methods`; parse() is what reads them
 PATTERNS = {
-    "unstructured": "any positions; --scope row, layer or global says where counts are equal",
+    "unstructured": "any positions; --scope row or layer says where counts are equal",
     "N:M": "N kept of every M neighbouring inputs, e.g. 2:4 (50% zeros), 1:4 (75%), 4:8, 8:16, 16:32",
     "RxC": "whole tiles of R outputs by C inputs, e.g. 16x16",
 }
