@@ -135,7 +135,7 @@ def test_lab_prints_and_explains():
 def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
     out = tmp_path / "run"
     prune = ("prune", llama, "--out", out)
-    assert "unknown pattern 'blok_4,4'" in fails(capsys, 2, *prune, "--pattern", "blok_4,4")
+    assert "unknown pattern 'blok_4x4'" in fails(capsys, 2, *prune, "--pattern", "blok_4x4")
     assert "sparsity 1.5 is not a fraction" in fails(capsys, 2, *prune, "--sparsity", "1.5")
     assert "keeps 1 of 4, which is sparsity 0.75; sparsity 0.5 was asked" in fails(
         capsys, 2, *prune, "--pattern", "1:4", "--sparsity", "0.5"
