@@ -30,24 +30,20 @@ TASKS = {
     "piqa": ("raw_piqa.jsonl", "acc"),
     "arc_easy": ("raw_arc_easy.jsonl", "acc"),
 }
-CHOICES = """task: {name}
+LOCAL = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: choices
-doc_to_target: gold
 metric_list: [{{metric: acc}}]
 """
-LAST_WORD = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
-doc_to_target: "{{{{' '+text.split(' ')[-1]}}}}"
-metric_list: [{{metric: acc}}]
+CHOICES = """output_type: multiple_choice
+doc_to_text: "{{query}}"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+LAST_WORD = """output_type: loglikelihood
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+text.split(' ')[-1]}}"
 """
 
 
@@ -61,8 +57,8 @@ def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
     definitions = work / "tasks"
     definitions.mkdir(exist_ok=True)
     for name, (file, _) in TASKS.items():
-        text = LAST_WORD if name == "lambada" else CHOICES
-        (definitions / f"{name}.yaml").write_text(text.format(name=name, file=shared / "data" / file))
+        text = LOCAL.format(name=name, file=shared / "data" / file)
+        (definitions / f"{name}.yaml").write_text(text + (LAST_WORD if name == "lambada" else CHOICES))
     code = (
         "import json, sys; from secateurs.evaluate import run_tasks; "
         f"print(json.dumps(run_tasks({str(folder)!r}, {list(TASKS)!r}, {str(definitions)!r}, {limit})))"

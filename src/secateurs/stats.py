@@ -149,9 +149,8 @@ class Stats:
 
     def eigen(self, damping: float) -> tuple[Tensor, Tensor]:
         """(values [I], vectors [I, I]) of damped(damping) scaled to ones on its diagonal; kept, like inverse_factor()."""
-        key = -damping
-        if key not in self._eigen:
+        if damping not in self._eigen:
             hessian_II = self.damped(damping)
             scale_I = hessian_II.diagonal().rsqrt()
-            self._eigen[key] = torch.linalg.eigh(hessian_II * scale_I[:, None] * scale_I)
-        return self._eigen[key]
+            self._eigen[damping] = torch.linalg.eigh(hessian_II * scale_I[:, None] * scale_I)
+        return self._eigen[damping]
