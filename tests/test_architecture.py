@@ -11,8 +11,8 @@ LEVELS = [
     {"formats"},
     {"scores", "attention", "card", "kernels"},
     {"measure", "linear", "profile"},
-    {"solvers", "allocate", "walk", "lab", "reconstruct"},
-    {"checkpoint", "calibrate", "evaluate", "sensitivity", "permute"},
+    {"solvers", "allocate", "walk", "lab", "tuning", "reconstruct"},
+    {"checkpoint", "calibrate", "evaluate", "sensitivity", "permute", "distill"},
     {"plan", "inspection"},
     {"block"},
     {"apportion"},
@@ -21,7 +21,7 @@ LEVELS = [
     {"__init__"},
     {"cli"},
 ]
-TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate", "reconstruct"}
+TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate", "tuning", "reconstruct"}
 
 
 def imports(file):

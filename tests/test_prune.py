@@ -61,7 +61,7 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
 
     source = tiny.save(tmp_path / "dense", model_type)
     plan = sc.Plan(
-        effort="best", pattern=pattern, blend=0.5, reconstruct=8, calibration=str(words), eval_text=str(words),
+        effort="best", pattern=pattern, blend=0.5, reconstruct=8, distill=8, calibration=str(words), eval_text=str(words),
         samples=16, seqlen=32, eval_windows=2, eval_seqlen=32,
     )  # fmt: skip
     report = sc.prune(source, plan, out=tmp_path / "run")
@@ -69,6 +69,11 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
     assert sc.verify(tmp_path / "run").status == "complete"
     assert len(report.reconstruction) == 3
     assert all(0 < r["after"] <= r["before"] for r in report.reconstruction)
+    if "bert base" in model_type:
+        assert report.distillation is None
+        assert any("predicts no next token" in warning for warning in report.warnings)
+    else:
+        assert 0 < report.distillation["after"] <= report.distillation["before"]
     if pattern == "2:4":
         assert any(r.note == "inputs reordered" for r in report.layers)
         assert any(r.note and "residual stream" in r.note for r in report.layers)
@@ -330,13 +335,23 @@ _RUN = """
 import importlib, sys, secateurs as sc
 prune = importlib.import_module("secateurs.prune")
 source, words, out, method = sys.argv[1:]
-how = {"effort": "best"} if method == "best" else {"method": method}
+how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 24} if method == "best" else {"method": method}
 plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
     slow(file, data)
     print(file.name, data.get("next_block") if isinstance(data, dict) else len(data), flush=True)
 prune.write_json = write_json
+slow_tensors = prune.write_tensors
+def write_tensors(file, tensors):
+    slow_tensors(file, tensors)
+    print(file.name, int(tensors["step"]) if "step" in tensors else None, flush=True)
+prune.write_tensors = write_tensors
+slow_shard = prune.checkpoint.write_shard
+def write_shard(folder, index, count, tensors):
+    slow_shard(folder, index, count, tensors)
+    print("shard", index, flush=True)
+prune.checkpoint.write_shard = write_shard
 sc.prune(source, plan, out=out)
 print("finished", flush=True)
 """
@@ -359,16 +374,20 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
     kills = 0
     # what `best` finds out beforehand is kept, too
     early = ["shares.json None"] if method == "best" else []
-    for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", "windows.json 8"):
+    # and what it has tuned of the whole, also while that is being written
+    late = ["distill.safetensors 6", "distill.safetensors 12", "state.json 3, shard 2"] if method == "best" else []
+    for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
         process = _start(llama, words, tmp_path / "killed", method)
-        for line in process.stdout:
-            if line.strip() == wanted:
+        state = ""
+        for line in map(str.strip, process.stdout):
+            state = line if line.startswith("state.json") else state
+            if wanted in (line, f"{state}, {line}"):
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
         process.stdout.close()
         process.wait()
-    assert kills == 4 + len(early)
+    assert kills == 4 + len(early) + len(late)
     state = json.loads((tmp_path / "killed" / "work" / "windows.json").read_text())
     assert len(state) == 8
     assert _start(llama, words, tmp_path / "killed", method).communicate()[0].splitlines()[-1] == "finished"

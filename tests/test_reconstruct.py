@@ -35,7 +35,7 @@ def run(block, x, target, **options):
     options = {"steps": 60, "rate": 5e-2, **options}
     return reconstruct(
         block, [block.up.weight, block.down.weight],
-        lambda b, i, part: b(x[i * 8 : i * 8 + 8][part]), lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, **options,
+        lambda i, part: block(x[i * 8 : i * 8 + 8][part]), lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, **options,
     )  # fmt: skip
 
 
@@ -62,10 +62,10 @@ def test_the_held_out_loss_is_what_is_reported(problem):
     block, x, target = problem
     seen = set()
 
-    def forward(b, i, part):
+    def forward(i, part):
         if torch.is_grad_enabled():
             seen.update(range(i * 8 + part.start, i * 8 + part.stop))
-        return b(x[i * 8 : i * 8 + 8][part])
+        return block(x[i * 8 : i * 8 + 8][part])
 
     found = reconstruct(
         block, [block.up.weight, block.down.weight], forward, lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, 60, 1e-2
@@ -117,7 +117,7 @@ def test_too_few_windows_or_no_steps_change_nothing(problem):
     before = block.up.weight.clone()
     assert run(block, x, target, steps=0).steps == 0
     one = reconstruct(
-        block, [block.up.weight], lambda b, i, part: b(x[:1][part]), lambda i, part: target[:1][part], [1], 10, 1e-2
+        block, [block.up.weight], lambda i, part: block(x[:1][part]), lambda i, part: target[:1][part], [1], 10, 1e-2
     )
     assert one.steps == 0
     assert torch.equal(block.up.weight, before)

@@ -5,12 +5,12 @@ O outputs, I inputs.
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateurs import permute, solvers
 from secateurs.errors import LayerError
@@ -20,12 +20,12 @@ from secateurs.plan import Plan
 from secateurs.reconstruct import reconstruct
 from secateurs.report import LayerRecord
 from secateurs.stats import Stats
-from secateurs.walk import Layer, Step, matches
+from secateurs.walk import Layer, Step, blocks_of, layers_of, matches
 
 # A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
 # plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
 _POWER = 0.5
-# Adam's rate when a block is tuned, times the size of each tensor's weights (docs/log.md)
+# Adam's rate when a block is tuned, times the size of each tensor's survivors (docs/log.md)
 _RATE = 8e-3
 
 
@@ -105,7 +105,8 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     if layer.kind == "expert" and stats is not None and stats.tokens == 0:
         solver, stats, note = solvers.find("magnitude"), None, "no calibration token reached it; pruned by magnitude"
     elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
-        note = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
+        few = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
+        note = f"{note}; {few}" if note else few
     if solver.needs == "weights":
         stats = None
     weight_OI = layer.read().float()
@@ -118,7 +119,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     relative_error = solvers.relative_error(weight_OI, new_OI, stats)
     # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
     layer.write(new_OI)
-    kept = _check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
+    kept = check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
     kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
     return LayerRecord(
         layer.name,
@@ -152,7 +153,7 @@ def _solve(
     return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, plan.damping) / scale_O1
 
 
-def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
+def check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
     """How many weights a layer keeps. Raises LayerError if they are not finite or break the pattern."""
     written_OI = layer.read()
     if not torch.isfinite(written_OI).all():
@@ -203,13 +204,34 @@ def _reorder(
     return notes, tuned, replace(guide, sensitivity=sensitivity)
 
 
+def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[str]]:
+    """The records and the names of what else moved, after all blocks of a model were tuned."""
+    names, experts = blocks_of(model)
+    by_name = {record.name: record for record in records}
+    vectors: list[str] = []
+    for name in names:
+        block = model.get_submodule(name)
+        for layer in layers_of(block, name, experts):
+            record = by_name[layer.name]
+            if record.skipped is None:
+                pattern = parse(record.pattern or "", plan.scope)
+                kept = check(layer, pattern, record.sparsity, "tuning gave {} overflow")
+                by_name[layer.name] = replace(record, kept=kept)
+        vectors += _vectors(name, block)
+    return list(by_name.values()), vectors
+
+
+def _vectors(name: str, block: nn.Module) -> list[str]:
+    return [f"{name}.{n}" for n, p in block.named_parameters() if p.dim() == 1]
+
+
 def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: Callable[[], None]) -> None:
     """Tune the block against the dense one and bring the records up to date."""
     with step.evaluating():
         found = reconstruct(
             step.block,
             [layer.parameter for layer in pruned],
-            lambda _, batch, part: step.call(step.inputs(batch)[part], batch),
+            lambda batch, part: step.call(step.inputs(batch)[part], batch),
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
@@ -224,9 +246,9 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
     for layer in pruned:
         record = records[layer.name]
         pattern = parse(record.pattern or "", plan.scope)
-        records[layer.name] = replace(record, kept=_check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
+        records[layer.name] = replace(record, kept=check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
     outcome.records = list(records.values())
-    outcome.tuned += [f"{step.name}.{n}" for n, p in step.block.named_parameters() if p.dim() == 1]
+    outcome.tuned += _vectors(step.name, step.block)
 
 
 def seed_of(plan: Plan, name: str) -> int:

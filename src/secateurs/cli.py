@@ -88,6 +88,9 @@ def prune(
     reconstruct: Annotated[
         int | None, typer.Option(help="Steps of tuning each block's survivors against the dense block; 0: none.")
     ] = None,
+    distill: Annotated[
+        int | None, typer.Option(help="Steps of tuning all blocks against the dense model's predictions; 0: none.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="Equal counts per row or layer. Default: the method's.")] = None,
     allocation: Annotated[
         str | None, typer.Option(help="How zeros are shared out: uniform, global, measured, owl, alpha or erk.")
@@ -158,7 +161,7 @@ def prune(
         raise failed
 
 
-_EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "allocation", "scope")
+_EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "distill", "allocation", "scope")
 # choices of a plan, and what follows from each unless it is given
 _RESOLVED = {
     "pattern": ("sparsity", "min_sparsity", "max_sparsity", "sensitivity", "reconstruct", "allocation", "scope"),

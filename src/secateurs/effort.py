@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Effort:
-    """method, sensitivity, blend, permute, reconstruct, allocation: as in Plan; fixed_*: the same where the pattern fixes every
+    """method, sensitivity, blend, permute, reconstruct, distill, allocation: as in Plan; fixed_*: where the pattern fixes every
     layer's zeros (N:M), so that there is nothing to share out. cost, fixed_cost: as measured; empty where nobody did.
     """
 
@@ -21,6 +21,7 @@ class Effort:
     permute: bool = False
     reconstruct: int = 0
     fixed_reconstruct: int = 0
+    distill: int = 0
     allocation: str = "uniform"
     cost: str = ""
     fixed_cost: str = ""
@@ -39,8 +40,10 @@ EFFORTS: dict[str, Effort] = {
             sensitivity=8192, permute=True, fixed_reconstruct=32, allocation="global", cost="1.9x", fixed_cost="2.4x",
         ),
         Effort(
-            "best", "alps", "ALPS, and every block tuned at length against the dense one",
-            sensitivity=8192, permute=True, reconstruct=128, fixed_reconstruct=128, allocation="global",
+            "best", "alps",
+            "ALPS; every block tuned at length against the dense one, then all blocks together against its predictions",
+            sensitivity=8192, permute=True, reconstruct=128, fixed_reconstruct=128, distill=256,
+            allocation="global",
         ),
     )
 }  # fmt: skip

@@ -26,11 +26,13 @@ class Plan:
     model: folder or hub id ('' for a live module). pattern: 'unstructured', 'N:M' (N kept of M) or 'RxC'; several with
     commas between them where allocation 'measured' is to choose for each layer.
     sparsity: fraction of zeros; None for 0.5, or what N:M implies.
-    effort: a row of EFFORTS, which fills what is None below: method, sensitivity, blend, permute, reconstruct, allocation.
+    effort: a row of EFFORTS, which fills what is None below: method, sensitivity, blend, permute, reconstruct, distill,
+    allocation.
     None for 'balanced', or for nothing but the method where that is given. method: a row of SOLVERS, '+refit' allowed.
     sensitivity: calibration tokens on which the loss's dependence on every output is measured; 0 for none. blend: how far
     layers aim at the dense model's outputs instead of their own (0 to 1). permute: reorder inputs for N:M where that
-    can be folded away. reconstruct: steps of tuning a block's survivors against the dense block.
+    can be folded away. reconstruct: steps of tuning a block's survivors against the dense block. distill: steps of tuning
+    all blocks' survivors together against the dense model's predictions, which takes the whole model in memory.
     scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
     min_sparsity, max_sparsity: bounds of a layer when zeros are shared out; None for 0.2 below and above the target.
     budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured'; else zeros count.
@@ -51,6 +53,7 @@ class Plan:
     blend: float | None = None
     permute: bool | None = None
     reconstruct: int | None = None
+    distill: int | None = None
     scope: str | None = None
     allocation: str | None = None
     min_sparsity: float | None = None
@@ -112,6 +115,7 @@ class Plan:
             "blend": effort.blend,
             "permute": effort.permute,
             "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,
+            "distill": effort.distill,
             "allocation": "measured" if self.budget else "uniform" if even else effort.allocation,
         }
         for name, value in filled.items():
@@ -171,7 +175,8 @@ class Plan:
         if self.propagate not in ("pruned", "dense"):
             raise PlanError(f"cannot propagate '{self.propagate}'; write pruned or dense")
         limits = (
-            ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0)
+            ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0),
+            ("distill", 0),
         )  # fmt: skip
         for name, least in limits:
             value = getattr(self, name)
@@ -220,7 +225,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether anything in the plan looks at calibration text."""
-        asks = (self.sensitivity, self.blend, self.permute, self.reconstruct)
+        asks = (self.sensitivity, self.blend, self.permute, self.reconstruct, self.distill)
         return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
 
     def as_dict(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from secateurs import calibrate, checkpoint, evaluate, families
 from secateurs.apportion import Cost, Shares, apportion, kept_weights
-from secateurs.block import Guide, prune_block
+from secateurs.block import Guide, prune_block, seed_of, take_up
 from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
+from secateurs.distill import dense_ends, distill, pruned_parameters
 from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
 from secateurs.files import write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
@@ -33,6 +34,7 @@ from secateurs.profile import DeviceProfile
 from secateurs.report import LayerRecord, Report
 from secateurs.sensitivity import sensitivity
 from secateurs.stats import Stats
+from secateurs.tuning import Outcome
 from secateurs.walk import Activations, AllLoaded, Batch, InMemory, OnDisk, blocks_of, stream
 
 Progress = Callable[[str, int, int], None]
@@ -44,6 +46,8 @@ _TOKENS_PER_BATCH = 4096
 _TOKENS_BACK = 1024
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
+# Adam's rate when all blocks are tuned together, times the size of each tensor's survivors (docs/log.md)
+_RATE = 4e-3
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -104,6 +108,9 @@ def _prune_live(
     guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
+    ends = None
+    if plan.distill and blocks_of(model)[0] != [""]:
+        ends = dense_ends(model, batches, AllLoaded(), InMemory(), lambda: None)
     for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):
         outcome = prune_block(step, plan, guide)
         report.layers += outcome.records
@@ -112,9 +119,35 @@ def _prune_live(
         progress("pruning", step.index + 1, step.count)
     if not report.layers:
         raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
+    if ends:
+        tick = _ticker(progress, "tuning the whole model", plan.distill or 0)
+        found_out = distill(
+            model, pruned_parameters(model), (model, AllLoaded()), ends, batches, plan.distill or 0, _RATE,
+            seed_of(plan, "distill"), tick,
+        )  # fmt: skip
+        _note_distillation(model, plan, report, found_out)
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()
     return report
+
+
+def _note_distillation(model: nn.Module, plan: Plan, report: Report, outcome: Outcome | None) -> None:
+    if outcome is None:
+        report.warnings.append("the whole model was not tuned: it predicts no next token")
+        return
+    report.distillation = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps}
+    if outcome.accepted:
+        report.layers, vectors = take_up(model, plan, report.layers)
+        report.tuned = sorted({*report.tuned, *vectors})
+
+
+def _ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(label, done, total)
+
+    return tick
 
 
 def _guide(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str, Tensor]) -> Guide:
@@ -175,6 +208,25 @@ def _batched(windows: Tensor) -> list[Batch]:
 
 
 # -------------------------------------------------------------------------------------------------------- a folder
+
+
+class _Noted:
+    """A file in which tuning notes its place (tuning.Memory)."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> dict[str, Tensor] | None:
+        from safetensors.torch import load_file
+
+        return load_file(self.file) if self.file.is_file() else None
+
+    def write(self, state: dict[str, Tensor]) -> None:
+        write_tensors(self.file, state)
+
+    def step(self) -> int:
+        state = self.read()
+        return 0 if state is None else int(state["step"])
 
 
 class Run:
@@ -304,6 +356,9 @@ class Run:
         if not records:
             raise PlanError(f"{plan.model} has no layers to prune in its blocks")
         report.layers = records
+        if plan.distill and batches:
+            self._save_state(state, len(names), records, report)
+            self._distill(source, model, batches, report, count)
         for i in range(count):
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
@@ -419,15 +474,35 @@ class Run:
                 return_memory()
         return _guide(model, plan, shares, found)
 
-    def _ticker(self, label: str, total: int) -> Callable[[], None]:
-        done = 0
+    def _distill(
+        self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
+    ) -> None:
+        """Tune the pruned model as a whole and write its blocks' shards again; `count` shards in all."""
+        plan, memory = self.plan, _Noted(self.work / "distill.safetensors")
+        names = source.block_names(dense)
+        store = OnDisk(self.work / "ends")
+        tick = self._ticker("looking at the dense model", len(names) * len(batches))
+        ends = dense_ends(dense, batches, source, store, tick)
+        pruned = checkpoint.Checkpoint(self.model_folder)
+        model = pruned.skeleton()
+        pruned.load_outside(model)
+        for name in names:
+            pruned.load(model, name)
+        tick = self._ticker("tuning the whole model", plan.distill or 0, memory.step())
+        outcome = distill(
+            model, pruned_parameters(model), (dense, source), ends, batches, plan.distill or 0, _RATE,
+            seed_of(plan, "distill"), tick, memory,
+        )  # fmt: skip
+        source.release(dense)
+        _note_distillation(model, plan, report, outcome)
+        if outcome is None or not outcome.accepted:
+            return
+        edited = {name for name, _ in model.named_parameters()}
+        for i, name in enumerate(names, count - len(names)):
+            checkpoint.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
 
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            self.progress(label, done, total)
-
-        return tick
+    def _ticker(self, label: str, total: int, done: int = 0) -> Callable[[], None]:
+        return _ticker(self.progress, label, total, done)
 
     # -------------------------------------------------------------------------------------------- quality
 

@@ -47,7 +47,8 @@ class LayerRecord:
 class Report:
     """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
     tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
-    reordered). reconstruction: a record a block: held-out loss before and after, steps. packed: what `secateurs pack`
+    reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
+    model, or None. packed: what `secateurs pack`
     chose for each layer, or None.
     """
 
@@ -67,6 +68,7 @@ class Report:
     shards: dict[str, str] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    distillation: dict[str, Any] | None = None
     packed: dict[str, Any] | None = None
 
     @property

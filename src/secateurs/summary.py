@@ -85,6 +85,11 @@ def print_report(report: Report, console: Console, out: str) -> None:
             f"Tuned {len(better)} of {len(ratios)} blocks: their held-out error fell to {sum(ratios) / max(1, len(ratios)):.1%} "
             "of what it was, on average; the table's errors are from before."
         )
+    if report.distillation:
+        console.print(
+            f"Tuned all blocks together for {report.distillation['steps']} steps: KL to the dense model on held-out calibration "
+            f"windows {report.distillation['before']:.4f}, then {report.distillation['after']:.4f} nats a token."
+        )
     _print_skips(report, console)
     notes = [r for r in report.layers if r.note]
     if notes:
@@ -187,16 +192,18 @@ def print_methods(console: Console) -> None:
     allocations = _table("allocation", "how zeros are shared out")
     for allocation in ALLOCATIONS.values():
         allocations.add_row(allocation.name, allocation.about)
-    efforts = _table("effort", "pattern", "method", "allocation", "tuning steps", "time", "what it does")
+    efforts = _table("effort", "pattern", "method", "allocation", "block tuning", "whole model", "time", "what it does")
     for e in EFFORTS.values():
-        efforts.add_row(e.name, "unstructured", e.method, e.allocation, str(e.reconstruct), e.cost, e.about)
-        efforts.add_row("", "N:M", e.method, "uniform", str(e.fixed_reconstruct), e.fixed_cost)
+        efforts.add_row(
+            e.name, "unstructured", e.method, e.allocation, str(e.reconstruct), str(e.distill), e.cost, e.about
+        )
+        efforts.add_row("", "N:M", e.method, "uniform", str(e.fixed_reconstruct), str(e.distill), e.fixed_cost)
     families = _table("family", "config.model_type", "blocks")
     for family in FAMILIES.values():
         blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
         families.add_row(family.name, " ".join(family.types), blocks)
     titled = {
-        "Efforts (--effort); time is that of pruning over plain SparseGPT's": efforts,
+        "Efforts (--effort); tuning in steps; time is that of pruning over plain SparseGPT's": efforts,
         "Methods (--method)": methods,
         "Patterns (--pattern)": patterns,
         "Allocations (--allocation)": allocations,

@@ -345,6 +345,13 @@ def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any
         return _run(model, batch)
 
 
+def whole(model: nn.Module, batch: Batch) -> Any:
+    """Run a whole model in evaluation mode: its output. Gradients flow where they are enabled."""
+    grad = torch.is_grad_enabled()
+    with _evaluating(model), torch.set_grad_enabled(grad):
+        return _run(model, batch)
+
+
 @dataclass
 class Step:
     """One block on its way through: its layers to edit, and a pass over its inputs to look at them. windows: of each batch."""

@@ -1,0 +1,97 @@
+"""Tune what pruning left of all blocks together, against what the dense model predicts: masks frozen.
+
+The loss is the mean over tokens of KL(dense || pruned) of the next-token distributions (Hinton et al. 2015, arXiv 1503.02531,
+at temperature 1). Embeddings, the last norm and the head are not pruned and not tuned, so the dense logits are the
+same head on what left the last dense block: that is kept, and the dense blocks are not. Memory holds the whole pruned
+model, and for every weight that moves 12 bytes of Adam's, 4 of gradients and a copy of the best. T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.tuning import Memory, Outcome, movable, tune
+from secateurs.walk import Activations, Batch, Loader, blocks_of, layers_of, leave, stream, whole
+
+# logits compared at a time
+_ROWS = 128
+
+
+def dense_ends(
+    model: nn.Module, batches: Sequence[Batch], loader: Loader, store: Activations, tick: Callable[[], None]
+) -> Callable[[int], Tensor]:
+    """Walk a dense model and keep what leaves its last block: a function of the batch."""
+    last = 0
+    for step in stream(model, batches, loader, store, keep_last=True, tick=tick):
+        last = step.index + 1
+    return lambda batch: store.read(last, batch)
+
+
+def distill(
+    model: nn.Module,
+    pruned: Sequence[nn.Parameter],
+    head: tuple[nn.Module, Loader],
+    ends: Callable[[int], Tensor],
+    batches: Sequence[Batch],
+    steps: int,
+    rate: float,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+    memory: Memory | None = None,
+) -> Outcome | None:
+    """Tune a whole model in place; None if it gives no logits. `pruned`: parameters whose zeros stay.
+
+    head: a model with the same embeddings and head, and their loader, for the dense logits; `model` itself will do. ends:
+    dense_ends(). Losses are in nats a token.
+    """
+    trained = [p for name in blocks_of(model)[0] for p in movable(model.get_submodule(name), pruned)]
+    places = [(b, i) for b, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
+
+    def logits(place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        b, i = place
+        window = {name: value[i : i + 1] for name, value in batches[b].items()}
+        with torch.no_grad():
+            dense = leave(*head, ends(b)[i : i + 1], window).logits
+        found: Tensor = whole(model, window).logits
+        return found, dense
+
+    def loss(place: tuple[int, int]) -> float:
+        return _divergence(*logits(place))[0]
+
+    def gradients(place: tuple[int, int]) -> Sequence[Tensor | None]:
+        found, dense = logits(place)
+        _, by_logits = _divergence(found, dense)
+        return torch.autograd.grad(found, trained, by_logits, allow_unused=True)
+
+    # nothing moves before this is known
+    with torch.no_grad():
+        if getattr(whole(model, {name: value[:1] for name, value in batches[0].items()}), "logits", None) is None:
+            return None
+    return tune(trained, loss, gradients, places, steps, rate, seed, tick, memory)
+
+
+def pruned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter of a layer with zeros, once."""
+    names, experts = blocks_of(model)
+    found = {
+        id(layer.parameter): layer.parameter
+        for name in names
+        for layer in layers_of(model.get_submodule(name), name, experts)
+        if bool((layer.parameter == 0).any())
+    }
+    return list(found.values())
+
+
+def _divergence(logits: Tensor, dense: Tensor) -> tuple[float, Tensor]:
+    """Mean KL(dense || logits) over tokens, and its gradient by the logits, (p - q) / T with q the dense chances."""
+    rows_TV, dense_TV = (x.detach().reshape(-1, x.shape[-1]) for x in (logits, dense))
+    total = 0.0
+    by_logits_TV = torch.empty_like(rows_TV)
+    for start in range(0, len(rows_TV), _ROWS):
+        part = slice(start, start + _ROWS)
+        log_p_TV, log_q_TV = rows_TV[part].float().log_softmax(-1), dense_TV[part].float().log_softmax(-1)
+        q_TV = log_q_TV.exp()
+        total += float(log_q_TV.sub_(log_p_TV).mul_(q_TV).sum())
+        by_logits_TV[part] = log_p_TV.exp_().sub_(q_TV).div_(len(rows_TV))
+    return total / len(rows_TV), by_logits_TV.reshape(logits.shape)

@@ -1,0 +1,182 @@
+"""Adam on what pruning left: masks frozen, a fixed number of steps, the weights that did best on held-out places kept.
+
+What a place is (some windows of a batch), its loss and its gradients are the caller's: reconstruct.py has a block's,
+distill.py the whole model's. A tenth of the places, 16 at most, is held out.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
+# of the steps, in which the learning rate climbs; after that it falls along a cosine to 0
+_WARM = 0.1
+_HELD_OUT = 0.1
+_MOST_HELD_OUT = 16
+# at most this many looks at the held-out places, spread over the steps, and no more than one in four steps
+_LOOKS = 4
+# looks without a lower loss before it stops
+_PATIENCE = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out loss before and after, steps taken of those planned."""
+
+    before: float
+    after: float
+    steps: int
+
+    @property
+    def accepted(self) -> bool:
+        return self.after < self.before
+
+
+class Memory(Protocol):
+    """Where tuning notes its place after every look, so that it can go on after a kill."""
+
+    def read(self) -> dict[str, Tensor] | None: ...
+    def write(self, state: dict[str, Tensor]) -> None: ...
+
+
+def movable(block: nn.Module, pruned: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """What is tuned of a block: the `pruned` parameters and its vectors (norms, biases)."""
+    named = {id(p) for p in pruned}
+    return [p for p in block.parameters() if id(p) in named or (p.dim() == 1 and p.is_floating_point())]
+
+
+def tune(
+    trained: Sequence[nn.Parameter],
+    loss: Callable[[Any], float],
+    gradients: Callable[[Any], Sequence[Tensor | None]],
+    places: Sequence[Any],
+    steps: int,
+    rate: float,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+    memory: Memory | None = None,
+) -> Outcome:
+    """Tune parameters in place, one place a step. Zeros of matrices stay zero; vectors have no mask.
+
+    loss(place) is called without gradients, gradients(place) with: one for each of `trained`, or None.
+    They move in fp32 copies and are rounded to their own dtype after every step. rate: Adam's learning rate, times the root
+    mean square of each tensor's survivors. Never raises the held-out loss. tick: after every step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(places), generator=generator).tolist()
+    held = min(_MOST_HELD_OUT, max(1, round(len(places) * _HELD_OUT)))
+    held_out, training = [places[i] for i in order[:held]], [places[i] for i in order[held:]]
+    if not training or steps < 1:
+        return Outcome(0.0, 0.0, 0)
+    turns: list[int] = []
+    while len(turns) < steps:
+        turns += torch.randperm(len(training), generator=generator).tolist()
+
+    def held_out_loss() -> float:
+        with torch.no_grad():
+            return sum(loss(place) for place in held_out) / held
+
+    state = memory.read() if memory else None
+    survivors = _Survivors(trained, state)
+    if state is None:
+        before = best = held_out_loss()
+        step, worse = 0, 0
+    else:
+        before, best = (float(state[name]) for name in ("before", "best"))
+        step, worse = (int(state[name]) for name in ("step", "worse"))
+    look = max(4, math.ceil(steps / _LOOKS))
+    asked = [p.requires_grad for p in trained]
+    for p in trained:
+        p.requires_grad_(True)
+    try:
+        while step < steps and worse < _PATIENCE:
+            step += 1
+            with torch.enable_grad():
+                found = gradients(training[turns[step - 1]])
+            survivors.step(
+                found, rate * min(step / max(1, _WARM * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            )
+            tick()
+            if step % look and step < steps:
+                continue
+            now = held_out_loss()
+            if now < best:
+                best, worse = now, 0
+                survivors.keep()
+            else:
+                worse += 1
+            if memory:
+                facts = {"before": before, "best": best, "step": step, "worse": worse}
+                numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in facts.items()}
+                memory.write({**numbers, **survivors.state()})
+    finally:
+        survivors.restore()
+        for p, flag in zip(trained, asked, strict=True):
+            p.requires_grad_(flag)
+    return Outcome(before, best, step)
+
+
+class _Survivors:
+    """fp32 copies of parameters, their masks and moments, and the best weights so far."""
+
+    def __init__(self, trained: Sequence[nn.Parameter], state: dict[str, Tensor] | None) -> None:
+        self.trained = trained
+        self.copies = [p.detach().float().clone() for p in trained]
+        self.masks = [None if p.dim() == 1 else p.detach() != 0 for p in trained]
+        self.kept = [p.detach().clone() for p in trained]
+        self.scales = [max(_size(c, mask), 1e-6) for c, mask in zip(self.copies, self.masks, strict=True)]
+        groups = [{"params": [copy]} for copy in self.copies]
+        self.adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12, fused=True)
+        if state is not None:
+            self._go_on(state)
+
+    def step(self, gradients: Sequence[Tensor | None], rate: float) -> None:
+        """One step of Adam. A gradient that is None leaves its parameter where it is."""
+        for copy, gradient, mask in zip(self.copies, gradients, self.masks, strict=True):
+            copy.grad = None if gradient is None else gradient.float()
+            if mask is not None and copy.grad is not None:
+                copy.grad.mul_(mask)
+        for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
+            group["lr"] = rate * scale
+        self.adam.step()
+        for p, copy in zip(self.trained, self.copies, strict=True):
+            copy.grad = None
+            p.detach().copy_(copy)
+
+    def keep(self) -> None:
+        for kept, p in zip(self.kept, self.trained, strict=True):
+            kept.copy_(p.detach())
+
+    def restore(self) -> None:
+        for kept, p in zip(self.kept, self.trained, strict=True):
+            p.detach().copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        out = {f"scale {i}": torch.tensor(scale, dtype=torch.float64) for i, scale in enumerate(self.scales)}
+        for i, (copy, mask, kept) in enumerate(zip(self.copies, self.masks, self.kept, strict=True)):
+            out[f"copy {i}"], out[f"kept {i}"] = copy, kept
+            out.update({f"{name} {i}": value for name, value in self.adam.state[copy].items()})
+            if mask is not None:
+                out[f"mask {i}"] = mask
+        return out
+
+    def _go_on(self, state: dict[str, Tensor]) -> None:
+        for i, (copy, kept, p) in enumerate(zip(self.copies, self.kept, self.trained, strict=True)):
+            copy.copy_(state[f"copy {i}"])
+            kept.copy_(state[f"kept {i}"])
+            p.detach().copy_(copy)
+            self.masks[i] = state.get(f"mask {i}")
+            self.scales[i] = float(state[f"scale {i}"])
+            names = ("step", "exp_avg", "exp_avg_sq")
+            if f"step {i}" in state:
+                self.adam.state[copy] = {name: state[f"{name} {i}"].clone() for name in names}
+
+
+def _size(copy: Tensor, mask: Tensor | None) -> float:
+    """Root mean square of the survivors."""
+    count = copy.numel() if mask is None else int(mask.sum())
+    return math.sqrt(float(copy.square().sum()) / max(1, count))
