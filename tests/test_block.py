@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 from secateurs import Plan, Stats
 from secateurs.apportion import apportion
 from secateurs.block import Guide, prune_layer
+from secateurs.errors import LayerError
 from secateurs.walk import Layer
 
 
@@ -39,3 +42,23 @@ def test_layers_that_the_loss_depends_on_keep_more(allocation):
     shares = apportion(model, None, batches, plan, sensitivity, {})
     assert shares[names[0]][1] == pytest.approx(0.3, abs=1e-3)
     assert shares[names[4]][1] == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize(("plan", "tokens", "damping"), [
+    (Plan(), 7 * 16, 0.01), (Plan(), 8 * 16, 0.001), (Plan(damping=0.02), 8 * 16, 0.02), (Plan(method="sparsegpt"), 8 * 16, 0.01),
+])  # fmt: skip
+def test_efforts_go_by_tokens_an_input_for_their_damping(plan, tokens, damping, monkeypatch):
+    linear = nn.Linear(16, 4, bias=False)
+    given = []
+    solver = replace(plan.solver, solve=lambda w, stats, pattern, sparsity, d: given.append(d) or w)
+    monkeypatch.setattr(Plan, "solver", solver)
+    with pytest.raises(LayerError):
+        prune_layer(Layer("layer", linear, linear.weight, "linear"), Stats.of(torch.randn(tokens, 16)), plan, Guide())
+    assert given == [damping]
+
+
+def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():
+    linear = nn.Linear(16, 4, bias=False)
+    layer = Layer("layer", linear, linear.weight, "linear")
+    record = prune_layer(layer, Stats.of(torch.randn(9, 16)), Plan(method="sparsegpt"), Guide(), "inputs reordered")
+    assert record.note == "inputs reordered; only 9 tokens for 16 inputs"

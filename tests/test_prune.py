@@ -73,6 +73,7 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
         assert report.distillation is None
         assert any("predicts no next token" in warning for warning in report.warnings)
     else:
+        assert "8 of the whole" in (tmp_path / "run" / "model" / "README.md").read_text()
         assert 0 < report.distillation["after"] <= report.distillation["before"]
     if pattern == "2:4":
         assert any(r.note == "inputs reordered" for r in report.layers)

@@ -174,7 +174,7 @@ def _options(layer: Layer, stats: Stats, plan: Plan, sensitivity_O: Tensor | Non
             loss = 0.0
             # an expert that no token reached loses nothing
             if stats.tokens and stats.gram_II is not None:
-                new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping)
+                new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping_of(stats))
                 delta_OI = new_OI - weight_OI
                 error_O = ((delta_OI @ stats.gram_II) * delta_OI).sum(1)
                 loss = float((error_O * importance_O).sum()) / stats.tokens

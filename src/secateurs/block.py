@@ -146,11 +146,12 @@ def _solve(
 ) -> Tensor:
     """Rows weighted by how much the loss depends on them: the objective of W times a scale is a weighted sum of rows."""
     target_OI = weight_OI
+    damping = solvers.DAMPING if stats is None else plan.damping_of(stats)
     if plan.blend and stats is not None and stats.drift_II is not None:
-        target_OI = solvers.dense_target(weight_OI, stats, plan.damping, plan.blend)
+        target_OI = solvers.dense_target(weight_OI, stats, damping, plan.blend)
     if scale_O1 is None:
-        return solver.solve(target_OI, stats, pattern, sparsity, plan.damping)
-    return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, plan.damping) / scale_O1
+        return solver.solve(target_OI, stats, pattern, sparsity, damping)
+    return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, damping) / scale_O1
 
 
 def check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:

@@ -27,6 +27,11 @@ def model_card(report: Report) -> str:
         f"| layers pruned, left dense | {totals['layers_pruned']}, "
         f"{totals['layers_skipped_by_plan'] + totals['layers_skipped_by_shape']} |",
     ]
+    if report.reconstruction or report.distillation:
+        lines.append(
+            f"| survivors tuned on calibration text | {plan['reconstruct']} steps a block against the dense block, "
+            f"{plan['distill']} of the whole against the dense model's predictions |"
+        )
     if report.calibration:
         lines.append(f"| calibration | {report.calibration['source']}, {report.calibration['tokens']:,} tokens |")
     if report.quality and report.evaluation:

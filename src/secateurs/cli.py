@@ -116,7 +116,7 @@ def prune(
         str | None, typer.Option(help="Blocks see inputs of pruned or dense ones. Default: pruned.")
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. Default: 0.01.")
+        float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. Default: by tokens an input.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Glob of layer names to leave dense; repeat it.")] = None,
     allow_skips: Annotated[
@@ -161,7 +161,7 @@ def prune(
         raise failed
 
 
-_EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "distill", "allocation", "scope")
+_EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "distill", "allocation", "scope", "damping")
 # choices of a plan, and what follows from each unless it is given
 _RESOLVED = {
     "pattern": ("sparsity", "min_sparsity", "max_sparsity", "sensitivity", "reconstruct", "allocation", "scope"),

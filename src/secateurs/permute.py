@@ -24,7 +24,7 @@ from secateurs.walk import Layer
 _MOST = 4096
 
 
-def order_of(score_OI: Tensor, pattern: NM, rounds: int = 2) -> Tensor:
+def order_of(score_OI: Tensor, pattern: NM, rounds: int = 1) -> Tensor:
     """The order of inputs, [I], under which the pattern keeps the most score: score_OI[:, order] instead of score_OI.
 
     Never worse than the order given. score: not negative; squared Wanda scores add up to output energy.

@@ -13,6 +13,7 @@ from secateurs.allocate import ALLOCATIONS, Allocation
 from secateurs.effort import EFFORTS, PLAIN
 from secateurs.errors import PlanError
 from secateurs.evaluate import Gate
+from secateurs.stats import Stats
 
 SCOPES = ("row", "layer")
 # how far a layer's sparsity may lie from the target when zeros are shared out
@@ -38,7 +39,8 @@ class Plan:
     budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured'; else zeros count.
     calibration, samples, seqlen, seed: the text, how many windows of how many tokens, their order. seqlen None: 2048 or
     what the model's positions allow. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
-    what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal.
+    what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
+    None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
     skip: globs of layer names to leave dense. allow_skips: layers that cannot take the pattern are no failure.
     gate: quality floors. eval_text, eval_windows, eval_seqlen: where quality is measured; eval_windows 0: not at all.
     tasks: names of lm-eval tasks; tasks_path: a folder of task files of your own.
@@ -64,7 +66,7 @@ class Plan:
     seqlen: int | None = None
     seed: int = 0
     propagate: str = "pruned"
-    damping: float = solvers.DAMPING
+    damping: float | None = None
     skip: tuple[str, ...] = ()
     allow_skips: bool = False
     gate: tuple[str, ...] = ()
@@ -109,6 +111,8 @@ class Plan:
             raise PlanError(f"effort {effort.name} has no method of its own; give --method")
         fixed = re.fullmatch(r"\d+:\d+", self.pattern) is not None
         even = fixed or self.scope == "row"
+        if self.damping is None and effort is PLAIN:
+            object.__setattr__(self, "damping", solvers.DAMPING)
         filled = {
             "method": effort.method,
             "sensitivity": 0 if even else effort.sensitivity,
@@ -188,7 +192,7 @@ class Plan:
             raise PlanError(
                 f"a blend is for methods that solve on Gram matrices, and {self.method} does not; leave it out"
             )
-        if not (self.damping > 0 and math.isfinite(self.damping)):
+        if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
         if self.gate and not self.eval_windows:
             raise PlanError("a gate needs an evaluation, and eval-windows is 0")
@@ -217,6 +221,10 @@ class Plan:
     @property
     def solver(self) -> solvers.Solver:
         return solvers.find(self.method or "")
+
+    def damping_of(self, stats: Stats) -> float:
+        """The damping of a layer whose inputs were seen so often."""
+        return self.damping or solvers.damping_for(stats.tokens, len(stats.sqnorm_I))
 
     @property
     def allocator(self) -> Allocation:
