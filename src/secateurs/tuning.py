@@ -19,7 +19,8 @@ _HELD_OUT = 0.1
 _MOST_HELD_OUT = 16
 # at most this many looks at the held-out places, spread over the steps, and no more than one in four steps
 _LOOKS = 4
-# looks without a lower loss before it stops
+# looks without a lower loss than an earlier look before it stops; that of the given weights is not one of them, because at the
+# height of its rate tuning is often above where it began and comes down below it
 _PATIENCE = 2
 
 
@@ -84,9 +85,10 @@ def tune(
     survivors = _Survivors(trained, state)
     if state is None:
         before = best = held_out_loss()
+        lowest = math.inf
         step, worse = 0, 0
     else:
-        before, best = (float(state[name]) for name in ("before", "best"))
+        before, best, lowest = (float(state[name]) for name in ("before", "best", "lowest"))
         step, worse = (int(state[name]) for name in ("step", "worse"))
     look = max(4, math.ceil(steps / _LOOKS))
     asked = [p.requires_grad for p in trained]
@@ -104,13 +106,12 @@ def tune(
             if step % look and step < steps:
                 continue
             now = held_out_loss()
+            lowest, worse = (now, 0) if now < lowest else (lowest, worse + 1)
             if now < best:
-                best, worse = now, 0
+                best = now
                 survivors.keep()
-            else:
-                worse += 1
             if memory:
-                facts = {"before": before, "best": best, "step": step, "worse": worse}
+                facts = {"before": before, "best": best, "lowest": lowest, "step": step, "worse": worse}
                 numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in facts.items()}
                 memory.write({**numbers, **survivors.state()})
     finally:
