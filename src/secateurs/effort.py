@@ -41,8 +41,8 @@ EFFORTS: dict[str, Effort] = {
         ),
         Effort(
             "best", "alps",
-            "ALPS; every block tuned at length against the dense one, then all blocks together against its predictions",
-            sensitivity=8192, permute=True, reconstruct=128, fixed_reconstruct=128, distill=256,
+            "ALPS; every block tuned against the dense one, then all blocks together against its predictions",
+            sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=256,
             allocation="global",
         ),
     )
