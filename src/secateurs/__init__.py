@@ -8,12 +8,14 @@ from secateurs.plan import Plan
 from secateurs.prune import prune
 from secateurs.report import Report
 from secateurs.stats import Stats
+from secateurs.structured.shrink import ShrinkPlan, shrink
 from secateurs.verify import verify
 
 __all__ = [
     "Plan",
     "Report",
     "SecateursError",
+    "ShrinkPlan",
     "Stats",
     "accelerate",
     "formats",
@@ -22,6 +24,7 @@ __all__ = [
     "patterns",
     "prune",
     "scores",
+    "shrink",
     "solvers",
     "verify",
 ]

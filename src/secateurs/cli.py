@@ -172,6 +172,52 @@ _RESOLVED = {
 }
 
 
+@app.command()
+def shrink(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    budget: Annotated[str, typer.Option(help="params=0.75x, latency=0.8x (prompt and token, both) or seconds=1.5.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
+    units: Annotated[
+        str, typer.Option(help="What may go: mlp (neurons), heads (KV heads), layers.")
+    ] = "mlp,heads,layers",
+    criterion: Annotated[str, typer.Option(help="obs, energy or magnitude: which units go.")] = "obs",
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Least squares on what is left.")] = True,
+    multiple: Annotated[int, typer.Option(help="MLP widths are multiples of this.")] = 64,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that latency is measured with.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens after it.")] = 32,
+    calibration: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Orders the calibration text.")] = 0,
+    damping: Annotated[float, typer.Option(help="Ridge in units of the Gram's mean diagonal.")] = 0.01,
+    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
+    eval_text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    eval_windows: Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")] = 24,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove neurons, heads and blocks until a budget is met: a smaller dense model, which needs no kernel and no code of ours."""
+    from secateurs.errors import QualityGateError
+    from secateurs.structured.shrink import ShrinkPlan
+    from secateurs.structured.shrink import shrink as run
+    from secateurs.summary import print_shrunk
+
+    plan = ShrinkPlan(
+        model, budget, tuple(u.strip() for u in units.split(",")), criterion, refit, multiple, prompt, new, calibration, samples,
+        seqlen, seed, damping, tuple(gate or ()), eval_text, eval_windows, eval_seqlen,
+    )  # fmt: skip
+    with _progress(not quiet and not as_json) as progress:
+        report = run(plan, out.expanduser(), progress)
+    if as_json:
+        _print_json(report)
+    elif not quiet:
+        print_shrunk(report, _console(), str(out))
+    missed = [g["missed"] for g in report["gate"] if not g["passed"]]
+    if missed:
+        raise QualityGateError("; ".join(missed) + "; the results are kept")
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run directory, a model folder or a hub id.")],

@@ -80,18 +80,15 @@ def measure(
     todo = [{"input_ids": ids[None]} for ids in windows[len(done) :]]
     models = [dense] if pruned is None else [dense, pruned]
     stores = [InMemory() for _ in models]
-    walks = [
-        stream(model, todo, loader, held, keep_last=True, tick=tick)
-        for (model, loader), held in zip(models, stores, strict=True)
-    ]
-    last = 0
-    for steps in zip(*walks, strict=True):
-        last = steps[0].index + 1
+    # they may have different numbers of blocks
+    last = []
+    for (model, loader), held in zip(models, stores, strict=True):
+        last.append([step.index + 1 for step in stream(model, todo, loader, held, keep_last=True, tick=tick)][-1])
     results = list(done)
     for i, batch in enumerate(todo):
         logits = []
-        for (model, loader), held in zip(models, stores, strict=True):
-            output = leave(model, loader, held.read(last, i), batch)
+        for (model, loader), held, end in zip(models, stores, last, strict=True):
+            output = leave(model, loader, held.read(end, i), batch)
             if getattr(output, "logits", None) is None:
                 raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
             logits.append(output.logits[0])

@@ -19,27 +19,38 @@ class Family:
     mlp: tuple[tuple[str, ...], str] | None = None
     # (layer that makes the values, layer they enter), by heads
     attention: tuple[str, str] | None = None
+    # (query, key, value) where config.json can state fewer heads of the same width
+    projections: tuple[str, str, str] | None = None
+    # what config.json calls the width of the MLP and the number of blocks
+    width: str = "intermediate_size"
+    depth: str = "num_hidden_layers"
 
 
 _FUSED = ("gate_up_proj", "down_proj")
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _SELF = ("self_attn.v_proj", "self_attn.o_proj")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _ROWS = (
-    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF),
-    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF),
-    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF),
-    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF),
-    Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF),
-    Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF),
+    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
     Family("phi3", ("phi3",), "layers", mlp=(("mlp.gate_up_proj",), "mlp.down_proj")),
     Family(
-        "opt", ("opt",), "decoder.layers", mlp=(("fc1",), "fc2"), attention=("self_attn.v_proj", "self_attn.out_proj")
+        "opt",
+        ("opt",),
+        "decoder.layers",
+        mlp=(("fc1",), "fc2"),
+        attention=("self_attn.v_proj", "self_attn.out_proj"),
+        width="ffn_dim",
     ),
-    Family("gpt2", ("gpt2",), "h", mlp=(("mlp.c_fc",), "mlp.c_proj")),
+    Family("gpt2", ("gpt2",), "h", mlp=(("mlp.c_fc",), "mlp.c_proj"), width="n_inner", depth="n_layer"),
     Family("gpt_neox", ("gpt_neox",), "layers", mlp=(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
-    Family("mixtral", ("mixtral",), "layers", _FUSED, attention=_SELF),
-    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED, attention=_SELF),
+    Family("mixtral", ("mixtral",), "layers", _FUSED, attention=_SELF, projections=_QKV),
+    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED, attention=_SELF, projections=_QKV),
     Family(
         "bert",
         ("bert",),

@@ -1,8 +1,10 @@
 """Writing files so that a kill or a full disk never leaves half of one: temp file, fsync, rename."""
 
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,23 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError."""
+    try:
+        (run / "work").mkdir(exist_ok=True)
+        handle = os.open(run / "work" / "lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise OutputError(f"cannot write in {run}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another --out") from None
+    finally:
+        os.close(handle)
 
 
 def write_json(file: Path, data: Any) -> None:

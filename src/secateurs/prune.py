@@ -5,14 +5,11 @@ block is finished in this order: its shard is renamed into model/, its outputs a
 moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
 from secateurs.distill import dense_ends, distill, pruned_parameters
 from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
-from secateurs.files import write_json, write_tensors, write_text
+from secateurs.files import locked, write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
@@ -85,7 +82,7 @@ def _prune_live(
     model: nn.Module, plan: Plan, calibration: Sequence[Batch] | Tensor | None, progress: Progress
 ) -> Report:
     if isinstance(calibration, Tensor):
-        calibration = _batched(calibration)
+        calibration = batched(calibration)
     batches = list(calibration or [])
     if plan.calibrated and not batches:
         raise CalibrationError(
@@ -104,7 +101,7 @@ def _prune_live(
     norms: dict[str, Stats] = {}
     # a module that is one block has no loss to be sensitive to
     if plan.sensitivity and blocks_of(model)[0] != [""]:
-        found, norms = sensitivity(model, _first(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+        found, norms = sensitivity(model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
     guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
@@ -157,7 +154,7 @@ def _guide(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str,
     return Guide(shares, found, families.find(config.model_type), config)
 
 
-def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """The first windows that hold at least this many tokens, in batches small enough for their logits and gradients."""
     taken: list[Batch] = []
     for batch in batches:
@@ -202,7 +199,7 @@ def _cost(plan: Plan) -> Cost:
     return seconds
 
 
-def _batched(windows: Tensor) -> list[Batch]:
+def batched(windows: Tensor) -> list[Batch]:
     per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
     return [{"input_ids": part} for part in torch.split(windows, per_batch)]
 
@@ -247,7 +244,7 @@ class Run:
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
         self._claim()
-        with self._lock():
+        with locked(self.out):
             if self.report_file.is_file():
                 report = Report.read(self.report_file)
                 if report.status == "complete":
@@ -282,23 +279,6 @@ class Run:
         except OSError as error:
             raise OutputError(f"cannot make {self.out}: {error.strerror}; choose another --out") from None
         write_json(plan_file, self.plan.as_dict())
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:
-            self.work.mkdir(exist_ok=True)
-            handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR)
-        except OSError as error:
-            raise OutputError(f"cannot write in {self.out}: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise OutputError(
-                f"another secateurs is at work in {self.out}; wait for it or choose another --out"
-            ) from None
-        finally:
-            os.close(handle)
 
     # -------------------------------------------------------------------------------------------------- pruning
 
@@ -398,7 +378,7 @@ class Run:
         plan = self.plan
         if not plan.calibrated:
             return []
-        seqlen = _seqlen(plan.seqlen, model)
+        seqlen = window_length(plan.seqlen, model)
         file = self.work / "calibration.safetensors"
         facts_file = self.work / "calibration.json"
         if facts_file.is_file():
@@ -421,7 +401,7 @@ class Run:
                 f"{plan.samples} were asked for"
             )
         self._check_vocabulary(windows, model)
-        return _batched(windows)
+        return batched(windows)
 
     def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> calibrate.Text:
         from transformers import AutoModelForCausalLM
@@ -448,7 +428,7 @@ class Run:
         norms: dict[str, Stats] = {}
         if plan.sensitivity and batches:
             if not file.is_file():
-                part = _first(batches, plan.sensitivity)
+                part = first_windows(batches, plan.sensitivity)
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = self._ticker("measuring sensitivity", len(part) * (2 * blocks + 1))
@@ -576,7 +556,7 @@ def quality(
     if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return None
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
-    length = _seqlen(seqlen, models[0][0])
+    length = window_length(seqlen, models[0][0])
     text = calibrate.load(source, dense.tokenizer(), windows, length, None, "held-out")
     Run._check_vocabulary(text.windows, models[0][0])
     done: list[evaluate.Window] = []
@@ -601,7 +581,7 @@ def quality(
     return evaluate.summarise(done, seed), text
 
 
-def _seqlen(asked: int | None, model: nn.Module) -> int:
+def window_length(asked: int | None, model: nn.Module) -> int:
     """The window length: as asked, or 2048 or what the model's positions allow. Raises PlanError if it cannot be."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or 2048

@@ -180,6 +180,36 @@ def print_facts(facts: ModelFacts, console: Console) -> None:
     )
 
 
+def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
+    """What `secateurs shrink` left, beside the dense model."""
+    dense, left, latency = report["dense"], report["left"], report["latency"]
+    table = _table("", "dense", "left", "ratio")
+    rows = [
+        ("blocks", dense["layers"], left["layers"]),
+        ("MLP neurons a block", dense["mlp"], left["mlp"]),
+        ("KV heads a block", dense["heads"], left["heads"]),
+        ("parameters", dense["parameters"], left["parameters"]),
+        ("bytes of weights", report["bytes"]["dense"], report["bytes"]["left"]),
+    ]
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}x" if before else "")
+    for stage, name in (("prefill", f"ms, prompt of {latency['prompt']}"), ("decode", "ms a token after it")):
+        before, after = latency["dense"][stage], latency["left"][stage]
+        table.add_row(name, f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"{after / before:.3f}x")
+    console.print(table)
+    plan = report["plan"]
+    console.print(f"Budget {plan['budget']}, units {', '.join(plan['units'])}, criterion {plan['criterion']}.")
+    if report["quality"]:
+        print_quality(report["quality"], report["evaluation"], console)
+    for gate in report["gate"]:
+        console.print(
+            f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{escape(gate['missed'])}[/]"
+        )
+    for warning in report["warnings"]:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}.")
+    console.print(f"[bold]{folder}/model[/] loads with from_pretrained; [bold]{folder}/report.json[/] has the rest.")
+
+
 def print_methods(console: Console) -> None:
     methods = _table("method", "needs", "scope", "what it does")
     for solver in SOLVERS.values():

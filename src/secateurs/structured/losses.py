@@ -1,0 +1,130 @@
+"""What every unit costs in quality, before any is removed: nats a token, on calibration text.
+
+Neurons and heads: OBS on the consumer's Gram matrix with rows weighted by E[g^2], so that half the summed error is an
+estimate of the loss (sensitivity.py). Blocks: the loss measured without them, removed greedily.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateurs.families import Family
+from secateurs.structured import columns
+from secateurs.structured.units import Units, units_of
+from secateurs.walk import AllLoaded, Batch, InMemory, leave, stream
+
+Tick = Callable[[], None]
+
+# of a consumer's units, how many may be looked at
+_MOST = 0.75
+# groups that OBS removes before it takes costs again, as a fraction of all
+_AT_ONCE = 1 / 192
+# blocks that are tried again after the first has gone
+_TRIED_AGAIN = 10
+
+
+@dataclass(frozen=True)
+class Losses:
+    """curves: {kind: [block][units removed]}, beginning with 0 for none. blocks: greedy order; after: loss with so many gone."""
+
+    curves: dict[str, list[list[float]]]
+    blocks: list[int]
+    after: list[float]
+
+    def of(self, kinds: dict[str, int], gone: int) -> float:
+        """Estimated loss with `kinds[kind]` units fewer in every block that is left and `gone` blocks fewer."""
+        left = [i for i in range(len(next(iter(self.curves.values()), self.blocks))) if i not in self.blocks[:gone]]
+        total = self.after[gone - 1] if gone else 0.0
+        for kind, removed in kinds.items():
+            if removed:
+                total += sum(self.curves[kind][i][removed] for i in left)
+        return total
+
+
+def curves(
+    model: nn.Module, batches: Sequence[Batch], family: Family, kinds: Sequence[str], sensitivity: dict[str, Tensor],
+    damping: float, tick: Tick,
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Losses.curves of a dense model."""
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    config: Any = model.config
+    if not kinds:
+        return found
+    for step in stream(model, batches, propagate="dense", tick=tick):
+        here = [units_of(kind, step.name, step.layers, family, config) for kind in kinds]
+        stats = step.observe([units.consumer for units in here], gram=True)
+        for units in here:
+            weight_OI = weighted(units, sensitivity)
+            count = max(1, int(_MOST * len(units.groups_GC)))
+            count = min(count, len(units.groups_GC) - 1)
+            seen = stats[units.consumer.name]
+            at_once = max(1, round(len(units.groups_GC) * _AT_ONCE))
+            _, losses = columns.removal(weight_OI, seen, units.groups_GC, count, damping, at_once)
+            found[units.kind].append([0.0, *(losses / (2 * seen.tokens)).tolist()])
+    return found
+
+
+def weighted(units: Units, sensitivity: dict[str, Tensor]) -> Tensor:
+    """The consumer's weights, rows times the root of E[g^2] where that is known."""
+    weight_OI = units.consumer.read().float()
+    found = sensitivity.get(units.consumer.name)
+    return weight_OI if found is None else weight_OI * found.sqrt()[:, None]
+
+
+def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[list[int], list[float]]:
+    """The order in which up to `count` blocks go, and the loss above the dense model's after each, on windows [N, S].
+
+    Greedy: whichever block's removal costs least; after the first only the cheapest ten are tried again.
+    """
+    batches: list[Batch] = [{"input_ids": windows}]
+    store = InMemory()
+    steps = []
+    for step in stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True):
+        steps.append(step)
+    total = len(steps)
+
+    def loss(gone: set[int]) -> float:
+        first = min(gone, default=total)
+        hidden = store.read(first, 0)
+        with steps[0].evaluating():
+            for i in range(first, total):
+                if i not in gone:
+                    hidden = steps[i].call(hidden, 0)
+        return _nll(leave(model, AllLoaded(), hidden, batches[0]).logits, windows)
+
+    dense = loss(set())
+    order: list[int] = []
+    after: list[float] = []
+    tried = list(range(total))
+    for _ in range(min(count, total - 1)):
+        found = {}
+        for i in tried:
+            if i not in order:
+                found[i] = loss({*order, i})
+                tick()
+        if not found:
+            break
+        best = min(found, key=lambda i: found[i])
+        order.append(best)
+        after.append(found[best] - dense)
+        if len(order) == 1:
+            tried = sorted(found, key=lambda i: found[i])[: max(_TRIED_AGAIN, count)]
+    return order, after
+
+
+def tries(total: int, count: int) -> int:
+    """How often blocks() ticks."""
+    count = min(count, total - 1)
+    again = min(total, max(_TRIED_AGAIN, count))
+    return total + sum(max(0, again - n) for n in range(1, count))
+
+
+def _nll(logits: Tensor, windows: Tensor) -> float:
+    total = 0.0
+    for row, ids in zip(logits, windows, strict=True):
+        for start in range(0, len(ids) - 1, 256):
+            part = row[start : min(start + 256, len(ids) - 1)].float().log_softmax(-1)
+            total -= float(part.gather(1, ids[start + 1 : start + 1 + len(part), None]).sum())
+    return total / (windows.shape[0] * (windows.shape[1] - 1))

@@ -1,0 +1,559 @@
+"""A model folder to a smaller dense model under a budget: a plain Hugging Face folder that needs no code of ours.
+
+Every block keeps the same width and heads, so config.json can state what is left. The run directory holds plan.json, model/,
+report.json, and work/ while the run is under way: what was found out before the first cut, and every block that was cut. A
+kill loses at most one of these steps. The whole dense model is in memory.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import calibrate, checkpoint, evaluate, families
+from secateurs.device import machine, peak_memory
+from secateurs.errors import LayerError, OutputError, PlanError
+from secateurs.files import locked, write_json, write_tensors, write_text
+from secateurs.prune import batched, first_windows, quality, window_length
+from secateurs.sensitivity import sensitivity
+from secateurs.solvers import DAMPING, relative_error
+from secateurs.structured import columns, losses, units
+from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
+from secateurs.structured.units import KINDS, Shape
+from secateurs.walk import AllLoaded, Batch, InMemory, blocks_of, layers_of, stream
+
+Progress = Callable[[str, int, int], None]
+
+# calibration tokens that are run back, and those on which blocks are left out
+_SENSITIVITY = 4096
+_DEPTH = 1024
+# a shape is measured and chosen anew at most so often; it may take 1% more than was asked, and need not be nearer than 2%
+_TRIES = 6
+_OVER, _UNDER = 1.01, 0.98
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """What to remove and until when. Raises PlanError for what cannot be.
+
+    budget: 'params=0.75x' of all parameters; 'latency=0.8x' of the dense model's seconds, for the prompt and for each token
+    after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS. criterion: a row of CRITERIA;
+    refit: least squares on what is left. multiple: MLP widths are multiples of this.
+    calibration, samples, seqlen, seed, damping, gate, eval_text, eval_windows, eval_seqlen: as in Plan.
+    """
+
+    model: str
+    budget: str
+    units: tuple[str, ...] = KINDS
+    criterion: str = "obs"
+    refit: bool = True
+    multiple: int = 64
+    prompt: int = 512
+    new: int = 32
+    calibration: str = "pydoc"
+    samples: int = 64
+    seqlen: int | None = 512
+    seed: int = 0
+    damping: float = DAMPING
+    gate: tuple[str, ...] = ()
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("units", "gate"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        kind, value = self.bound
+        if kind != "seconds" and value >= 1:
+            raise PlanError(f"budget {self.budget} is all of the dense model; give a fraction below 1")
+        unknown = [u for u in self.units if u not in KINDS]
+        if unknown or not self.units:
+            raise PlanError(f"unknown unit '{', '.join(unknown)}'; write some of {', '.join(KINDS)}")
+        if self.criterion not in columns.CRITERIA:
+            raise PlanError(f"unknown criterion '{self.criterion}'; write {', '.join(columns.CRITERIA)}")
+        try:
+            for gate in self.gate:
+                evaluate.Gate.parse(gate)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        for name, least in (("multiple", 1), ("prompt", 1), ("new", 1), ("samples", 1), ("eval_windows", 0)):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
+        if not self.damping > 0:
+            raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
+        if self.gate and not self.eval_windows:
+            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """(kind, value) of the budget."""
+        found = re.fullmatch(r"(params|latency)=(\d*\.?\d+)x?|(seconds)=(\d*\.?\d+)", self.budget)
+        if not found or not float(found[2] or found[4]) > 0:
+            raise PlanError(
+                f"cannot read budget '{self.budget}'; write params=0.75x, latency=0.8x (of the dense model's) or seconds=1.5"
+            )
+        return found[1] or found[3], float(found[2] or found[4])
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+def shrink(plan: ShrinkPlan, out: str | Path, progress: Progress = lambda label, done, total: None) -> dict[str, Any]:
+    """Do what is left of a run: look, choose a shape, cut, measure. Returns the report; raises SecateursError.
+
+    A missed gate is in the report's `gate`, and no error here.
+    """
+    return _Run(plan, Path(out).expanduser(), progress).complete()
+
+
+class _Run:
+    def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress) -> None:
+        folder = Path(plan.model).expanduser()
+        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.out, self.progress = out, progress
+        self.work = out / "work"
+        self.model_folder = out / "model"
+
+    def complete(self) -> dict[str, Any]:
+        source = checkpoint.Checkpoint(self.plan.model)
+        config, family, cls = self._known(source)
+        self._check_units(family, config, Shape.of(config, family))
+        self._claim()
+        with locked(self.out):
+            report_file = self.out / "report.json"
+            if not report_file.is_file():
+                write_json(report_file, self._made(source, config, family, cls))
+            report: dict[str, Any] = json.loads(report_file.read_text())
+        shutil.rmtree(self.work, ignore_errors=True)
+        return report
+
+    def _made(self, source: checkpoint.Checkpoint, config: Any, family: families.Family, cls: Any) -> dict[str, Any]:
+        """The smaller model in model/, and the report on it."""
+        dense = Shape.of(config, family)
+        began = time.perf_counter()
+        model = _loaded(self.plan.model)
+        text = self._calibration(source, model)
+        windows = text.windows
+        batches = batched(windows)
+        sizes = _sizes(model, family, config)
+        lost, sensitive = self._look(model, family, windows, batches, sizes)
+        shape, tried = self._choose(cls, config, family, source, dense, sizes, lost)
+        kept_layers = [i for i in range(dense.layers) if i not in lost.blocks[: dense.layers - shape.layers]]
+        records = self._cut(model, family, batches, shape, kept_layers, sensitive)
+        stated = units.stated(source.raw_config, config, family, shape, kept_layers)
+        self._write(source, model, stated)
+        report: dict[str, Any] = {
+            "format": 1,
+            "plan": self.plan.as_dict(),
+            "machine": machine(),
+            "dense": {**dataclasses.asdict(dense), "parameters": sizes.parameters(dense)},
+            "left": {
+                **dataclasses.asdict(shape),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "kept_layers": kept_layers,
+            },
+            "blocks": records,
+            "estimated_loss": _loss(lost, dense, shape),
+            "tried": tried,
+            "calibration": text.facts(),
+            "bytes": {
+                "dense": sum(f.stat().st_size for f in set(source.file_of.values())),
+                "left": sum(f.stat().st_size for f in self.model_folder.glob("*.safetensors")),
+            },
+            "warnings": [],
+            "quality": None,
+            "gate": [],
+            "seconds": {"shrink": time.perf_counter() - began},
+        }
+        report["latency"] = self._latency(source, cls)
+        self._evaluate(source, report)
+        report["peak_memory_bytes"] = peak_memory()
+        return report
+
+    # ------------------------------------------------------------------------------------------------ before a cut
+
+    def _known(self, source: checkpoint.Checkpoint) -> tuple[Any, families.Family, Any]:
+        import transformers
+
+        skeleton = source.skeleton()
+        try:
+            family = families.find(skeleton.config.model_type)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        return skeleton.config, family, getattr(transformers, skeleton.config.architectures[0])
+
+    def _check_units(self, family: families.Family, config: Any, dense: Shape) -> None:
+        for kind in self.plan.units:
+            refused = units.refuses(kind, family, config)
+            if refused:
+                raise PlanError(f"units {kind}: {refused}; leave it out of --units")
+        if "mlp" in self.plan.units and dense.mlp <= self.plan.multiple:
+            raise PlanError(
+                f"MLPs of {dense.mlp} neurons cannot become a smaller multiple of {self.plan.multiple}; lower --multiple"
+            )
+
+    def _claim(self) -> None:
+        file = self.out / "plan.json"
+        if file.is_file():
+            if json.loads(file.read_text()) != self.plan.as_dict():
+                raise OutputError(f"{self.out} holds a run of another plan; choose another --out, or delete the folder")
+            return
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise OutputError(f"{self.out} is not empty and holds no plan.json of ours; choose another --out")
+        write_json(file, self.plan.as_dict())
+
+    def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module) -> calibrate.Text:
+        seqlen = window_length(self.plan.seqlen, model)
+        return calibrate.load(self.plan.calibration, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed)
+
+    def _look(
+        self, model: nn.Module, family: families.Family, windows: Tensor, batches: list[Batch], sizes: "_Sizes"
+    ) -> tuple[losses.Losses, dict[str, Tensor]]:
+        """What units cost; kept in work/."""
+        from safetensors.torch import load_file
+
+        plan = self.plan
+        file, tensors = self.work / "losses.json", self.work / "sensitivity.safetensors"
+        kinds = [kind for kind in ("mlp", "heads") if kind in plan.units]
+        if not file.is_file():
+            part = first_windows(batches, _SENSITIVITY)
+            total = len(blocks_of(model)[0])
+            tick = _Ticks(self.progress, "measuring sensitivity", len(part) * (2 * total + 1))
+            sensitive, _ = sensitivity(model, part, AllLoaded(), InMemory(), plan.seed, tick)
+            tick = _Ticks(self.progress, "what units cost", total * len(batches))
+            found = losses.curves(model, batches, family, kinds, sensitive, plan.damping, tick)
+            order: list[int] = []
+            after: list[float] = []
+            if "layers" in plan.units:
+                count = sizes.most_blocks(plan.bound)
+                tick = _Ticks(self.progress, "what blocks cost", losses.tries(total, count))
+                each = min(windows.shape[1], 512)
+                order, after = losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick)
+            write_tensors(tensors, sensitive or {"none": torch.zeros(1)})
+            write_json(file, {"curves": found, "blocks": order, "after": after})
+        lost = losses.Losses(**json.loads(file.read_text()))
+        return lost, load_file(tensors)
+
+    # ------------------------------------------------------------------------------------------------- which shape
+
+    def _choose(
+        self, cls: Any, config: Any, family: families.Family, source: checkpoint.Checkpoint, dense: Shape, sizes: "_Sizes",
+        lost: losses.Losses,
+    ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
+        """The shape with the least estimated loss that the budget allows, by measurement where it is one of time."""
+        file = self.work / "shape.json"
+        if file.is_file():
+            data = json.loads(file.read_text())
+            return Shape(**data["shape"]), data["tried"]
+        shapes = self._shapes(dense, lost)
+
+        def loss(shape: Shape) -> float:
+            return _loss(lost, dense, shape)
+
+        tried: list[dict[str, Any]] = []
+        kind, value = self.plan.bound
+        if kind == "params":
+            whole = sizes.parameters(dense)
+            fitting = [s for s in shapes if sizes.parameters(s) <= value * whole]
+            least = min(sizes.parameters(s) for s in shapes) / whole
+            if not fitting:
+                raise PlanError(
+                    f"budget {self.plan.budget}: the smallest shape that {', '.join(self.plan.units)} can be cut to has "
+                    f"{least:.3f}x the parameters; raise the budget or name more --units"
+                )
+            shape = min(fitting, key=loss)
+        else:
+            shape, tried = self._within_time(cls, config, family, source, dense, shapes, loss)
+        write_json(file, {"shape": dataclasses.asdict(shape), "tried": tried})
+        return shape, tried
+
+    def _shapes(self, dense: Shape, lost: losses.Losses) -> list[Shape]:
+        chosen = self.plan.units
+        deep = range(dense.layers, dense.layers - len(lost.blocks) - 1, -1) if "layers" in chosen else [dense.layers]
+        least = dense.mlp - len(lost.curves["mlp"][0]) + 1 if "mlp" in chosen else dense.mlp
+        step = self.plan.multiple
+        wide = [dense.mlp, *(w for w in range(dense.mlp - 1, 0, -1) if w % step == 0 and w >= least)]
+        heads = (
+            range(dense.heads, dense.heads - len(lost.curves["heads"][0]), -1) if "heads" in chosen else [dense.heads]
+        )
+        found = [Shape(d, w, h) for d in deep for w in (wide if "mlp" in chosen else [dense.mlp]) for h in heads]
+        return [shape for shape in found if shape != dense]
+
+    def _within_time(
+        self, cls: Any, config: Any, family: families.Family, source: checkpoint.Checkpoint, dense: Shape,
+        shapes: Sequence[Shape], loss: Callable[[Shape], float],
+    ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
+        plan = self.plan
+        dtype = config.dtype
+
+        def model_of(shape: Shape) -> Any:
+            raw = units.stated(config.to_dict(), config, family, shape, range(shape.layers))
+            return blank(cls, type(config)(**raw), dtype)
+
+        def use(seconds: Seconds, base: Seconds) -> float:
+            """Of the budget: 1 is all of it."""
+            kind, value = plan.bound
+            if kind == "seconds":
+                return (seconds.prefill + plan.new * seconds.decode) / value
+            ratio = seconds.over(base)
+            return max(ratio.prefill, ratio.decode) / value
+
+        tick = _Ticks(self.progress, "measuring latency", _TRIES + 1)
+        points = [
+            dense,
+            dataclasses.replace(dense, layers=max(1, dense.layers // 2)),
+            dataclasses.replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
+            dataclasses.replace(dense, heads=max(1, dense.heads // 2)),
+        ]
+        whole = model_of(dense)
+        seconds = measure([whole, *(model_of(p) for p in points[1:])], plan.prompt, plan.new, rounds=3)
+        fitted = LatencyModel.fit(list(zip(points, seconds, strict=True)))
+        tick()
+        if use(seconds[0], seconds[0]) <= 1:
+            raise PlanError(f"budget {plan.budget}: the dense model is within it already; lower it")
+        best: Shape | None = None
+        tried: list[dict[str, Any]] = []
+        aim = 1.0
+        for _ in range(_TRIES):
+            fitting = [s for s in shapes if use(fitted.at(s), fitted.at(dense)) <= aim]
+            if not fitting:
+                break
+            shape = min(fitting, key=loss)
+            if any(t["shape"] == dataclasses.asdict(shape) for t in tried):
+                break
+            base, now = measure([whole, model_of(shape)], plan.prompt, plan.new)
+            ratio = now.over(base)
+            used = use(now, base)
+            tried.append(
+                {
+                    "shape": dataclasses.asdict(shape),
+                    "prefill": ratio.prefill,
+                    "decode": ratio.decode,
+                    "of_budget": used,
+                }
+            )
+            tick()
+            if used <= _OVER and (best is None or loss(shape) < loss(best)):
+                best = shape
+            if _UNDER <= used <= _OVER:
+                break
+            aim *= 0.99 / used
+        if best is None:
+            least = min(use(fitted.at(s), fitted.at(dense)) for s in shapes) * plan.bound[1]
+            raise PlanError(
+                f"budget {plan.budget}: the smallest shape that {', '.join(plan.units)} can be cut to takes about {least:.3g}; "
+                "raise the budget or name more --units"
+            )
+        return best, tried
+
+    # ------------------------------------------------------------------------------------------------------- cutting
+
+    def _cut(
+        self, model: nn.Module, family: families.Family, batches: list[Batch], shape: Shape, kept_layers: Sequence[int],
+        sensitive: dict[str, Tensor],
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Take blocks out, then cut every block on what the cut blocks before it give. In place; one file a block."""
+        from safetensors.torch import load_file
+
+        plan = self.plan
+        config: Any = model.config
+        dense = Shape.of(config, family)
+        names, _ = blocks_of(model)
+        path = names[0].rpartition(".")[0]
+        container: Any = model.get_submodule(path)
+        parent: Any = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
+        kept = nn.ModuleList([container[i] for i in kept_layers])
+        for index, block in enumerate(kept):
+            for module in block.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = index  # type: ignore[assignment]
+        setattr(parent, path.rpartition(".")[2], kept)
+        config.num_hidden_layers = shape.layers
+        todo = {"mlp": dense.mlp - shape.mlp, "heads": dense.heads - shape.heads}
+        kinds = [kind for kind, count in todo.items() if count]
+        records: list[dict[str, Any]] = []
+        tick = _Ticks(self.progress, "cutting", shape.layers * len(batches) * 2)
+        for step in stream(model, batches if kinds else [], tick=tick):
+            was = kept_layers[step.index]
+            record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
+            file = self.work / f"block-{step.index:04d}.safetensors"
+            here = [units.units_of(kind, step.name, step.layers, family, config) for kind in kinds]
+            if file.is_file():
+                _restore(step.block, load_file(file))
+                record = json.loads(file.with_suffix(".json").read_text())
+                records.append(record)
+                continue
+            stats = step.observe([u.consumer for u in here], gram=True) if here else {}
+            for found in here:
+                layer, count = found.consumer, todo[found.kind]
+                # sensitivities were found under the dense model's names
+                at_first = f"{path}.{was}.{layer.name.removeprefix(step.name + '.')}"
+                scale = sensitive.get(at_first)
+                weight_OI = layer.read().float()
+                scored_OI = weight_OI if scale is None else weight_OI * scale.sqrt()[:, None]
+                criterion = columns.CRITERIA[plan.criterion][0]
+                try:
+                    removed = criterion(scored_OI, stats[layer.name], found.groups_GC, count, plan.damping)
+                    kept_K = columns.kept_columns(found.groups_GC, removed)
+                    new_OK = (
+                        columns.refit(weight_OI, stats[layer.name], kept_K, plan.damping)
+                        if plan.refit
+                        else weight_OI[:, kept_K]
+                    )
+                except ValueError as error:
+                    raise LayerError(f"{layer.name}: {error}") from None
+                whole_OI = torch.zeros_like(weight_OI)
+                whole_OI[:, kept_K] = new_OK
+                record["units"][found.kind] = {
+                    "removed": sorted(removed.tolist()),
+                    "error": relative_error(weight_OI, whole_OI, stats[layer.name]),
+                }
+                units.cut(found, removed, new_OK)
+            if kinds:
+                write_json(file.with_suffix(".json"), record)
+                write_tensors(file, {n: p.detach() for n, p in step.block.named_parameters()})
+            records.append(record)
+        return records
+
+    def _write(self, source: checkpoint.Checkpoint, model: Any, stated: dict[str, Any]) -> None:
+        source.copy_small_files(self.model_folder, but=("config.json",))
+        for name, value in stated.items():
+            if name in (*_NUMBERS, "layer_types") and getattr(model.config, name, None) != value:
+                setattr(model.config, name, value)
+        model.save_pretrained(self.model_folder)
+        write_json(self.model_folder / "config.json", stated)
+        write_text(self.model_folder / "README.md", _card(self.plan))
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    def _latency(self, source: checkpoint.Checkpoint, cls: Any) -> dict[str, Any]:
+        """Dense and cut, both from disk, in turn."""
+        plan = self.plan
+        models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, self.model_folder)]
+        dense, left = measure(models, plan.prompt, plan.new)
+        ratio = left.over(dense)
+        return {
+            "prompt": plan.prompt,
+            "new": plan.new,
+            "dense": dataclasses.asdict(dense),
+            "left": dataclasses.asdict(left),
+            "ratio": dataclasses.asdict(ratio),
+        }
+
+    def _evaluate(self, source: checkpoint.Checkpoint, report: dict[str, Any]) -> None:
+        plan, began = self.plan, time.perf_counter()
+        if not plan.eval_windows:
+            return
+        result = checkpoint.Checkpoint(self.model_folder)
+        cache = self.work / "windows.json"
+        measured = quality(
+            source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
+        )
+        if measured is None:
+            report["warnings"].append("quality was not measured: the model predicts no next token")
+            return
+        found, text = measured
+        report["quality"], report["evaluation"] = found.as_dict(), text.facts()
+        for gate in plan.gate:
+            missed = evaluate.Gate.parse(gate).missed(found)
+            report["gate"].append({"gate": gate, "passed": missed is None, "missed": missed})
+        report["seconds"]["evaluate"] = time.perf_counter() - began
+
+
+_NUMBERS = ("intermediate_size", "ffn_dim", "n_inner", "num_hidden_layers", "n_layer", "num_attention_heads",
+            "num_key_value_heads", "head_dim")  # fmt: skip
+
+
+def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
+    """Estimated nats a token above the dense model."""
+    return lost.of({"mlp": dense.mlp - shape.mlp, "heads": dense.heads - shape.heads}, dense.layers - shape.layers)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters outside the blocks, and of a block's neurons, KV heads, and the rest of it."""
+
+    outside: int
+    dense: Shape
+    neuron: int
+    head: int
+    rest: int
+
+    def parameters(self, shape: Shape) -> int:
+        return self.outside + shape.layers * (self.rest + shape.mlp * self.neuron + shape.heads * self.head)
+
+    def most_blocks(self, bound: tuple[str, float]) -> int:
+        """How many blocks a budget can ask for, and a few more because time is not parameters."""
+        kind, value = bound
+        if kind == "seconds":
+            return self.dense.layers // 2
+        whole = self.parameters(self.dense)
+        each = (whole - self.outside) / self.dense.layers
+        return min(self.dense.layers - 1, max(1, int((1 - value) * whole / each) + 3))
+
+
+def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
+    dense = Shape.of(config, family)
+    names, experts = blocks_of(model)
+    block = model.get_submodule(names[0])
+    layers = layers_of(block, names[0], experts)
+    each = {}
+    for kind in ("mlp", "heads"):
+        possible = units.refuses(kind, family, config) is None
+        each[kind] = units.units_of(kind, names[0], layers, family, config).parameters_each if possible else 0
+    whole = sum(p.numel() for p in block.parameters())
+    rest = whole - dense.mlp * each["mlp"] - dense.heads * each["heads"]
+    outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
+    return _Sizes(outside, dense, each["mlp"], each["heads"], rest)
+
+
+def _loaded(folder: str) -> Any:
+    """The dense model, whole. A checkpoint of its own: one knows what it has loaded."""
+    source = checkpoint.Checkpoint(folder)
+    model = source.skeleton()
+    source.load_outside(model)
+    for name in source.block_names(model):
+        source.load(model, name)
+    return model
+
+
+def _restore(block: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """A block as it was cut before a kill."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module: Any = block.get_submodule(path) if path else block
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if leaf == "weight" and isinstance(module, nn.Linear):
+            module.out_features, module.in_features = tensor.shape
+        elif leaf == "weight" and hasattr(module, "nf") and tensor.dim() == 2:
+            module.nx, module.nf = tensor.shape
+
+
+def _card(plan: ShrinkPlan) -> str:
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "tags: [pruning, secateurs]", "---", "", "# A smaller model", "",
+            f"Units ({', '.join(plan.units)}) were removed from a dense model until {plan.budget} was met; by {plan.criterion}"
+            f"{', with least squares on what is left' if plan.refit else ''}. It loads with `AutoModelForCausalLM.from_pretrained` "
+            "and needs no code of secateurs.", "",
+        ]
+    )  # fmt: skip
+
+
+class _Ticks:
+    """A tick that counts."""
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self.progress, self.label, self.total, self.done = progress, label, total, 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress(self.label, min(self.done, self.total), self.total)

@@ -1,0 +1,141 @@
+"""Units of a transformer's blocks: where they are, what is cut with them, and what config.json must say afterwards.
+
+    mlp      a neuron: a column of down, its rows of up and gate, their biases
+    heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
+    layers   a whole block
+
+O outputs, I inputs, G units of C columns or R rows each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.families import Family
+from secateurs.permute import couplings, rows_of
+from secateurs.walk import Layer
+
+KINDS = ("mlp", "heads", "layers")
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of one kind in a block. groups_GC: the columns of `consumer` that belong to each; rows: for every producer the
+    rows that do, [G, R].
+    """
+
+    kind: str
+    consumer: Layer
+    groups_GC: Tensor
+    rows: tuple[tuple[Layer, Tensor], ...]
+
+    @property
+    def parameters_each(self) -> int:
+        """Weights and biases that go with one unit."""
+        total = self.consumer.shape[0] * self.groups_GC.shape[1]
+        for layer, rows_GR in self.rows:
+            bias = layer.module._parameters.get("bias")
+            total += rows_GR.shape[1] * (layer.shape[1] + (bias is not None))
+        return total
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all blocks of a model have in common, as config.json states it."""
+
+    layers: int
+    mlp: int
+    heads: int
+
+    @classmethod
+    def of(cls, config: Any, family: Family) -> "Shape":
+        queries = int(config.num_attention_heads)
+        heads = int(getattr(config, "num_key_value_heads", None) or queries)
+        return cls(
+            int(config.num_hidden_layers), int(getattr(config, family.width, None) or 4 * config.hidden_size), heads
+        )
+
+
+def refuses(kind: str, family: Family, config: Any) -> str | None:
+    """Why a family has no units of a kind that its config can state, or None."""
+    if kind == "mlp" and family.mlp is None:
+        return f"{family.name}'s MLPs are experts, whose neurons are not cut"
+    if kind == "heads" and family.projections is None:
+        return f"{family.name}'s config cannot state fewer heads of the same width"
+    return None
+
+
+def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, config: Any) -> Units:
+    """The units of a kind ('mlp', 'heads') in a block. Ask refuses() first."""
+    named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
+    found = {coupling.heads is not None: coupling for coupling in couplings(prefix, layers, family, config)}
+    coupling = found[kind == "heads"]
+    inputs = coupling.consumer.shape[1]
+    if kind == "mlp":
+        groups_GC = torch.arange(inputs)[:, None]
+        rows_GR = rows_of(coupling, torch.arange(inputs)).reshape(coupling.copies, inputs).T.contiguous()
+        return Units(kind, coupling.consumer, groups_GC, tuple((layer, rows_GR) for layer in coupling.producers))
+    assert coupling.heads is not None
+    assert family.projections is not None
+    _, groups = coupling.heads
+    groups_GC = torch.arange(inputs).reshape(groups, -1)
+    query, key, value = (named[name] for name in family.projections)
+    shared_GR = torch.arange(value.shape[0]).reshape(groups, -1)
+    return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
+
+
+def cut(units: Units, removed: Tensor, consumer_OK: Tensor) -> list[str]:
+    """Remove units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows.
+
+    Returns the names of the parameters that changed.
+    """
+    stays = torch.ones(len(units.groups_GC), dtype=torch.bool)
+    stays[removed] = False
+    _resize(units.consumer, consumer_OK)
+    changed = [units.consumer.tensor_name]
+    for layer, rows_GR in units.rows:
+        kept_R = rows_GR[stays].flatten().sort().values
+        _resize(layer, layer.read()[kept_R])
+        changed.append(layer.tensor_name)
+        bias = layer.module._parameters.get("bias")
+        if bias is not None:
+            layer.module._parameters["bias"] = nn.Parameter(bias.detach()[kept_R].clone(), requires_grad=False)
+            changed.append(f"{layer.name}.bias")
+    return changed
+
+
+def _resize(layer: Layer, weight_OI: Tensor) -> None:
+    weight_OI = weight_OI.to(layer.parameter.dtype)
+    stored = weight_OI.T if layer.kind == "conv1d" else weight_OI
+    layer.module._parameters["weight"] = nn.Parameter(
+        stored.clone(memory_format=torch.contiguous_format), requires_grad=False
+    )
+    module: Any = layer.module
+    if layer.kind == "conv1d":
+        module.nx, module.nf = stored.shape
+    else:
+        module.out_features, module.in_features = weight_OI.shape
+
+
+def stated(
+    raw: dict[str, Any], config: Any, family: Family, shape: Shape, kept_layers: Sequence[int]
+) -> dict[str, Any]:
+    """config.json for a shape: what `raw`, the dense model's, says, with the numbers that changed."""
+    before = Shape.of(config, family)
+    out = dict(raw)
+    if shape.mlp != before.mlp:
+        out[family.width] = shape.mlp
+    if shape.heads != before.heads:
+        queries = int(config.num_attention_heads)
+        out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
+        out["num_key_value_heads"] = shape.heads
+        out["num_attention_heads"] = queries // before.heads * shape.heads
+    if shape.layers != before.layers:
+        out[family.depth] = shape.layers
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            out["layer_types"] = [kinds[i] for i in kept_layers]
+    return out

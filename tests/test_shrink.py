@@ -1,0 +1,148 @@
+"""From a folder to a smaller dense folder, under a budget."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from secateurs.errors import OutputError, PlanError
+from secateurs.structured.shrink import ShrinkPlan, shrink
+
+SMALL = {"multiple": 4, "samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32}
+
+
+def plan(source, words, budget="params=0.8x", **options):
+    return ShrinkPlan(str(source), budget, calibration=str(words), eval_text=str(words), **{**SMALL, **options})
+
+
+_RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+ids = model.generate(torch.arange(8)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+cache = model(input_ids=ids, use_cache=True).past_key_values
+assert "secateurs" not in sys.modules
+print(json.dumps([sum(p.numel() for p in model.parameters()), list(ids.shape), len(cache.layers), cache.layers[0].keys.shape[1]]))
+"""
+
+
+@pytest.mark.parametrize("model_type", [t for t in tiny.TINY if not t.startswith("bert")])
+def test_every_family_reloads_without_us_and_generates(model_type, tmp_path, words):
+    source = tiny.save(tmp_path / "dense", model_type)
+    kinds = ("mlp", "heads", "layers")
+    if "mix" in model_type or "moe" in model_type:
+        kinds = ("heads", "layers")
+    elif model_type in ("phi3", "opt", "gpt2", "gpt_neox"):
+        kinds = ("mlp", "layers")
+    report = shrink(plan(source, words, "params=0.9x", units=kinds), tmp_path / "run")
+    left = report["left"]
+    assert left["parameters"] <= 0.9 * report["dense"]["parameters"]
+    out = subprocess.run(
+        [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    parameters, shape, layers, heads = json.loads(out.splitlines()[-1])
+    assert (parameters, shape, layers, heads) == (left["parameters"], [1, 13], left["layers"], left["heads"])
+    assert report["quality"]["ppl"]["value"] > 0
+    assert not (tmp_path / "run" / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("units", "same"), [("mlp", ("layers", "heads")), ("heads", ("layers", "mlp")), ("layers", ("mlp", "heads"))]
+)
+def test_only_the_named_units_go(units, same, tmp_path, llama, words):
+    report = shrink(plan(llama, words, "params=0.95x", units=(units,), eval_windows=0), tmp_path / "run")
+    assert all(report["left"][k] == report["dense"][k] for k in same)
+    assert report["left"]["parameters"] < report["dense"]["parameters"]
+    assert report["left"]["mlp"] % 4 == 0
+
+
+def test_latency_is_kept_by_measurement(tmp_path, llama, words, monkeypatch):
+    """Seconds as a known function of the shape, in place of a clock."""
+    from secateurs import families
+    from secateurs.structured import shrink as module
+    from secateurs.structured.latency import Seconds
+    from secateurs.structured.units import Shape
+
+    def known(models, prompt, new, rounds=5):
+        shapes = [Shape.of(m.config, families.find("llama")) for m in models]
+        # not what the fit supposes: the last neurons are cheap
+        return [
+            Seconds(1 + s.layers * (1 + s.mlp**1.5 / 100), 2 + s.layers * (1 + s.heads + s.mlp / 16)) for s in shapes
+        ]
+
+    monkeypatch.setattr(module, "measure", known)
+    report = shrink(plan(llama, words, "latency=0.7x", multiple=1, units=("mlp", "heads")), tmp_path / "run")
+    ratio = report["latency"]["ratio"]
+    assert 0.6 < max(ratio["prefill"], ratio["decode"]) <= 0.7 * 1.01
+    assert report["tried"]
+
+
+def test_obs_with_refit_loses_less_than_magnitude(tmp_path, llama, words):
+    found = {}
+    for name, options in (("obs", {}), ("magnitude", {"criterion": "magnitude", "refit": False})):
+        report = shrink(plan(llama, words, "params=0.8x", units=("mlp",), **options), tmp_path / name)
+        found[name] = report["quality"]["kl"]["value"], [b["units"]["mlp"]["error"] for b in report["blocks"]]
+    assert found["obs"][0] < 0.7 * found["magnitude"][0]
+    assert all(a < b for a, b in zip(found["obs"][1], found["magnitude"][1], strict=True))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypatch):
+    from secateurs.structured import shrink as module
+
+    chosen = plan(llama, words, "params=0.7x", units=("mlp", "heads"))
+    shrink(chosen, tmp_path / "whole")
+    real = module.write_json
+    for die in ("losses.json", "shape.json", "block-0000.json", "block-0001.json"):
+
+        def write(file, data, die=die):
+            real(file, data)
+            if file.name == die:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            shrink(chosen, tmp_path / "killed")
+    monkeypatch.setattr(module, "write_json", real)
+    shrink(chosen, tmp_path / "killed")
+    whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+@pytest.mark.parametrize(("budget", "options", "words_of"), [
+    ("params=1.2x", {}, "all of the dense model"),
+    ("flops=0.5x", {}, "cannot read budget"),
+    ("params=0", {}, "cannot read budget"),
+    ("params=0.5x", {"units": ("neurons",)}, "unknown unit 'neurons'"),
+    ("params=0.5x", {"criterion": "luck"}, "unknown criterion 'luck'"),
+    ("params=0.5x", {"samples": 0}, "samples 0 is too small"),
+    ("params=0.5x", {"gate": ("ppl<5",)}, "cannot read gate"),
+])  # fmt: skip
+def test_bad_requests_are_refused_in_a_sentence(budget, options, words_of):
+    with pytest.raises(PlanError, match=words_of.replace("(", r"\(")):
+        ShrinkPlan("model", budget, **options)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, llama, words):
+    mixtral = tiny.save(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(PlanError, match="mixtral's MLPs are experts"):
+        shrink(plan(mixtral, words, units=("mlp",)), tmp_path / "a")
+    with pytest.raises(PlanError, match="cannot become a smaller multiple of 128"):
+        shrink(plan(llama, words, units=("mlp",), multiple=128), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(PlanError, match=r"has 0\.\d+x the parameters"):
+        shrink(plan(llama, words, "params=0.1x", units=("heads",)), tmp_path / "b")
+    assert not (tmp_path / "b" / "model").exists()
+    with pytest.raises(OutputError, match="a run of another plan"):
+        shrink(plan(llama, words, "params=0.9x"), tmp_path / "b")
+
+
+def test_a_model_in_bf16_stays_in_bf16(tmp_path, words):
+    source = tiny.save(tmp_path / "dense", "llama", torch.bfloat16)
+    shrink(plan(source, words, units=("mlp",)), tmp_path / "run")
+    from safetensors.torch import load_file
+
+    assert {t.dtype for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values()} == {torch.bfloat16}
