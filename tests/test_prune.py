@@ -404,6 +404,8 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
         for record in report["layers"]:
             record.pop("seconds")
     assert reports[0] == reports[1]
+    if method == "best":
+        assert reports[0]["distillation"]["after"] < reports[0]["distillation"]["before"]
 
 
 def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
