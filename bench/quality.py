@@ -146,8 +146,10 @@ def page(done: dict, file: Path, plot: Path, command: str) -> None:
                 continue
             ratio = f"{excess(row['wikitext']) / excess(base['wikitext']):.2f}x" if base else ""
             name = pattern if ":" in pattern else f"{float(pattern):.0%}"
+            # the text above says 64 windows
+            how = method if row["samples"] == 64 else f"{method}, {row['samples']} windows"
             lines.append(
-                f"| {name} | {method} | {row['wikitext']['ppl']['value']:.2f} | {row['c4']['ppl']['value']:.2f} | "
+                f"| {name} | {how} | {row['wikitext']['ppl']['value']:.2f} | {row['c4']['ppl']['value']:.2f} | "
                 f"{row['wikitext']['kl']['value']:.3f} | {excess(row['wikitext']):.3f} | {ratio} | {accuracies(row)} | "
                 f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
             )
