@@ -119,7 +119,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     relative_error = solvers.relative_error(weight_OI, new_OI, stats)
     # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
     layer.write(new_OI)
-    kept = check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
+    kept = _check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
     kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
     return LayerRecord(
         layer.name,
@@ -154,7 +154,7 @@ def _solve(
     return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, damping) / scale_O1
 
 
-def check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
+def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
     """How many weights a layer keeps. Raises LayerError if they are not finite or break the pattern."""
     written_OI = layer.read()
     if not torch.isfinite(written_OI).all():
@@ -213,13 +213,16 @@ def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tup
     for name in names:
         block = model.get_submodule(name)
         for layer in layers_of(block, name, experts):
-            record = by_name[layer.name]
-            if record.skipped is None:
-                pattern = parse(record.pattern or "", plan.scope)
-                kept = check(layer, pattern, record.sparsity, "tuning gave {} overflow")
-                by_name[layer.name] = replace(record, kept=kept)
+            if by_name[layer.name].skipped is None:
+                by_name[layer.name] = _tuned(layer, by_name[layer.name], plan)
         vectors += _vectors(name, block)
     return list(by_name.values()), vectors
+
+
+def _tuned(layer: Layer, record: LayerRecord, plan: Plan) -> LayerRecord:
+    """The record of a layer whose survivors moved."""
+    pattern = parse(record.pattern or "", plan.scope)
+    return replace(record, kept=_check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
 
 
 def _vectors(name: str, block: nn.Module) -> list[str]:
@@ -245,9 +248,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
         return
     records = {record.name: record for record in outcome.records}
     for layer in pruned:
-        record = records[layer.name]
-        pattern = parse(record.pattern or "", plan.scope)
-        records[layer.name] = replace(record, kept=check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
+        records[layer.name] = _tuned(layer, records[layer.name], plan)
     outcome.records = list(records.values())
     outcome.tuned += _vectors(step.name, step.block)
 

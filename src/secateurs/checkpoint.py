@@ -210,6 +210,12 @@ class Checkpoint:
         self._check(model, lambda name: not name.startswith(inside))
         self._outside_loaded = True
 
+    def load_whole(self, model: nn.Module) -> None:
+        """Fill every parameter."""
+        self.load_outside(model)
+        for name in self.block_names(model):
+            self.load(model, name)
+
     def outside_keys(self, model: nn.Module) -> list[str]:
         inside = tuple(f"{prefix}." for prefix in self.block_names(model))
         return [key for key, target in self.target_of.items() if not target.startswith(inside)]

@@ -92,14 +92,15 @@ def measure(
             if getattr(output, "logits", None) is None:
                 raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
             logits.append(output.logits[0])
-        results.append(_compare(batch, logits))
+        results.append(compare(batch, logits))
         tick()
     for model, loader in models:
         loader.release(model)
     return results
 
 
-def _compare(batch: Batch, logits: list[Tensor]) -> Window:
+def compare(batch: Batch, logits: list[Tensor]) -> Window:
+    """One window: logits [S, V] of the dense model, or of the dense and the pruned one."""
     labels = batch["input_ids"][0, 1:]
     sums = torch.zeros(4, dtype=torch.float64)
     rows = max(1, _CHUNK // logits[0].shape[-1])

@@ -117,7 +117,7 @@ def _prune_live(
     if not report.layers:
         raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
     if ends:
-        tick = _ticker(progress, "tuning the whole model", plan.distill or 0)
+        tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(
             model, pruned_parameters(model), (model, AllLoaded()), ends, batches, plan.distill or 0, _RATE,
             seed_of(plan, "distill"), tick,
@@ -138,7 +138,9 @@ def _note_distillation(model: nn.Module, plan: Plan, report: Report, outcome: Ou
         report.tuned = sorted({*report.tuned, *vectors})
 
 
-def _ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
+def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
+    """A function that counts its calls and shows them."""
+
     def tick() -> None:
         nonlocal done
         done += 1
@@ -407,7 +409,7 @@ class Run:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        tick = self._ticker("sampling", seqlen - 1)
+        tick = ticker(self.progress, "sampling", seqlen - 1)
         return calibrate.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
 
     @staticmethod
@@ -431,7 +433,7 @@ class Run:
                 part = first_windows(batches, plan.sensitivity)
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
-                tick = self._ticker("measuring sensitivity", len(part) * (2 * blocks + 1))
+                tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
                 found, norms = sensitivity(model, part, source, store, plan.seed, tick)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
@@ -447,7 +449,7 @@ class Run:
         if shares_file.is_file():
             shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
         else:
-            tick = self._ticker("sharing out zeros", len(source.block_names(model)) * len(batches))
+            tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
             shares = apportion(model, source, batches, plan, found, norms, _cost(plan), tick)
             if shares is not None:
                 write_json(shares_file, shares)
@@ -461,14 +463,12 @@ class Run:
         plan, memory = self.plan, _Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
-        tick = self._ticker("looking at the dense model", len(names) * len(batches))
+        tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
         ends = dense_ends(dense, batches, source, store, tick)
         pruned = checkpoint.Checkpoint(self.model_folder)
         model = pruned.skeleton()
-        pruned.load_outside(model)
-        for name in names:
-            pruned.load(model, name)
-        tick = self._ticker("tuning the whole model", plan.distill or 0, memory.step())
+        pruned.load_whole(model)
+        tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
             model, pruned_parameters(model), (dense, source), ends, batches, plan.distill or 0, _RATE,
             seed_of(plan, "distill"), tick, memory,
@@ -480,9 +480,6 @@ class Run:
         edited = {name for name, _ in model.named_parameters()}
         for i, name in enumerate(names, count - len(names)):
             checkpoint.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
-
-    def _ticker(self, label: str, total: int, done: int = 0) -> Callable[[], None]:
-        return _ticker(self.progress, label, total, done)
 
     # -------------------------------------------------------------------------------------------- quality
 

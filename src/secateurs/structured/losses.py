@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.evaluate import compare
 from secateurs.families import Family
 from secateurs.structured import columns
 from secateurs.structured.units import Units, units_of
@@ -56,7 +57,7 @@ def curves(
         here = [units_of(kind, step.name, step.layers, family, config) for kind in kinds]
         stats = step.observe([units.consumer for units in here], gram=True)
         for units in here:
-            weight_OI = weighted(units, sensitivity)
+            weight_OI = weighted(units, sensitivity.get(units.consumer.name))
             count = max(1, int(_MOST * len(units.groups_GC)))
             count = min(count, len(units.groups_GC) - 1)
             seen = stats[units.consumer.name]
@@ -66,11 +67,10 @@ def curves(
     return found
 
 
-def weighted(units: Units, sensitivity: dict[str, Tensor]) -> Tensor:
+def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
     """The consumer's weights, rows times the root of E[g^2] where that is known."""
     weight_OI = units.consumer.read().float()
-    found = sensitivity.get(units.consumer.name)
-    return weight_OI if found is None else weight_OI * found.sqrt()[:, None]
+    return weight_OI if sensitivity_O is None else weight_OI * sensitivity_O.sqrt()[:, None]
 
 
 def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[list[int], list[float]]:
@@ -80,9 +80,7 @@ def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[l
     """
     batches: list[Batch] = [{"input_ids": windows}]
     store = InMemory()
-    steps = []
-    for step in stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True):
-        steps.append(step)
+    steps = list(stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True))
     total = len(steps)
 
     def loss(gone: set[int]) -> float:
@@ -122,9 +120,6 @@ def tries(total: int, count: int) -> int:
 
 
 def _nll(logits: Tensor, windows: Tensor) -> float:
-    total = 0.0
-    for row, ids in zip(logits, windows, strict=True):
-        for start in range(0, len(ids) - 1, 256):
-            part = row[start : min(start + 256, len(ids) - 1)].float().log_softmax(-1)
-            total -= float(part.gather(1, ids[start + 1 : start + 1 + len(part), None]).sum())
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+    """Mean over tokens."""
+    found = [compare({"input_ids": ids[None]}, [row]) for row, ids in zip(logits, windows, strict=True)]
+    return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

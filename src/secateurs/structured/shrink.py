@@ -22,7 +22,7 @@ from secateurs import calibrate, checkpoint, evaluate, families
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, OutputError, PlanError
 from secateurs.files import locked, write_json, write_tensors, write_text
-from secateurs.prune import batched, first_windows, quality, window_length
+from secateurs.prune import batched, first_windows, quality, ticker, window_length
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.structured import columns, losses, units
@@ -145,7 +145,7 @@ class _Run:
         batches = batched(windows)
         sizes = _sizes(model, family, config)
         lost, sensitive = self._look(model, family, windows, batches, sizes)
-        shape, tried = self._choose(cls, config, family, source, dense, sizes, lost)
+        shape, tried = self._choose(cls, config, family, dense, sizes, lost)
         kept_layers = [i for i in range(dense.layers) if i not in lost.blocks[: dense.layers - shape.layers]]
         records = self._cut(model, family, batches, shape, kept_layers, sensitive)
         stated = units.stated(source.raw_config, config, family, shape, kept_layers)
@@ -226,15 +226,15 @@ class _Run:
         if not file.is_file():
             part = first_windows(batches, _SENSITIVITY)
             total = len(blocks_of(model)[0])
-            tick = _Ticks(self.progress, "measuring sensitivity", len(part) * (2 * total + 1))
+            tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * total + 1))
             sensitive, _ = sensitivity(model, part, AllLoaded(), InMemory(), plan.seed, tick)
-            tick = _Ticks(self.progress, "what units cost", total * len(batches))
+            tick = ticker(self.progress, "what units cost", total * len(batches))
             found = losses.curves(model, batches, family, kinds, sensitive, plan.damping, tick)
             order: list[int] = []
             after: list[float] = []
             if "layers" in plan.units:
                 count = sizes.most_blocks(plan.bound)
-                tick = _Ticks(self.progress, "what blocks cost", losses.tries(total, count))
+                tick = ticker(self.progress, "what blocks cost", losses.tries(total, count))
                 each = min(windows.shape[1], 512)
                 order, after = losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick)
             write_tensors(tensors, sensitive or {"none": torch.zeros(1)})
@@ -245,8 +245,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------- which shape
 
     def _choose(
-        self, cls: Any, config: Any, family: families.Family, source: checkpoint.Checkpoint, dense: Shape, sizes: "_Sizes",
-        lost: losses.Losses,
+        self, cls: Any, config: Any, family: families.Family, dense: Shape, sizes: "_Sizes", lost: losses.Losses
     ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
         """The shape with the least estimated loss that the budget allows, by measurement where it is one of time."""
         file = self.work / "shape.json"
@@ -271,7 +270,7 @@ class _Run:
                 )
             shape = min(fitting, key=loss)
         else:
-            shape, tried = self._within_time(cls, config, family, source, dense, shapes, loss)
+            shape, tried = self._within_time(cls, config, family, dense, shapes, loss)
         write_json(file, {"shape": dataclasses.asdict(shape), "tried": tried})
         return shape, tried
 
@@ -288,7 +287,7 @@ class _Run:
         return [shape for shape in found if shape != dense]
 
     def _within_time(
-        self, cls: Any, config: Any, family: families.Family, source: checkpoint.Checkpoint, dense: Shape,
+        self, cls: Any, config: Any, family: families.Family, dense: Shape,
         shapes: Sequence[Shape], loss: Callable[[Shape], float],
     ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
         plan = self.plan
@@ -306,7 +305,7 @@ class _Run:
             ratio = seconds.over(base)
             return max(ratio.prefill, ratio.decode) / value
 
-        tick = _Ticks(self.progress, "measuring latency", _TRIES + 1)
+        tick = ticker(self.progress, "measuring latency", _TRIES + 1)
         points = [
             dense,
             dataclasses.replace(dense, layers=max(1, dense.layers // 2)),
@@ -380,7 +379,7 @@ class _Run:
         todo = {"mlp": dense.mlp - shape.mlp, "heads": dense.heads - shape.heads}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
-        tick = _Ticks(self.progress, "cutting", shape.layers * len(batches) * 2)
+        tick = ticker(self.progress, "cutting", shape.layers * len(batches) * 2)
         for step in stream(model, batches if kinds else [], tick=tick):
             was = kept_layers[step.index]
             record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
@@ -397,8 +396,7 @@ class _Run:
                 # sensitivities were found under the dense model's names
                 at_first = f"{path}.{was}.{layer.name.removeprefix(step.name + '.')}"
                 scale = sensitive.get(at_first)
-                weight_OI = layer.read().float()
-                scored_OI = weight_OI if scale is None else weight_OI * scale.sqrt()[:, None]
+                weight_OI, scored_OI = layer.read().float(), losses.weighted(found, scale)
                 criterion = columns.CRITERIA[plan.criterion][0]
                 try:
                     removed = criterion(scored_OI, stats[layer.name], found.groups_GC, count, plan.damping)
@@ -425,9 +423,8 @@ class _Run:
 
     def _write(self, source: checkpoint.Checkpoint, model: Any, stated: dict[str, Any]) -> None:
         source.copy_small_files(self.model_folder, but=("config.json",))
-        for name, value in stated.items():
-            if name in (*_NUMBERS, "layer_types") and getattr(model.config, name, None) != value:
-                setattr(model.config, name, value)
+        # its own is that of the dense model, which saving would find wrong
+        model.config = type(model.config).from_dict(stated)
         model.save_pretrained(self.model_folder)
         write_json(self.model_folder / "config.json", stated)
         write_text(self.model_folder / "README.md", _card(self.plan))
@@ -466,10 +463,6 @@ class _Run:
             missed = evaluate.Gate.parse(gate).missed(found)
             report["gate"].append({"gate": gate, "passed": missed is None, "missed": missed})
         report["seconds"]["evaluate"] = time.perf_counter() - began
-
-
-_NUMBERS = ("intermediate_size", "ffn_dim", "n_inner", "num_hidden_layers", "n_layer", "num_attention_heads",
-            "num_key_value_heads", "head_dim")  # fmt: skip
 
 
 def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
@@ -519,9 +512,7 @@ def _loaded(folder: str) -> Any:
     """The dense model, whole. A checkpoint of its own: one knows what it has loaded."""
     source = checkpoint.Checkpoint(folder)
     model = source.skeleton()
-    source.load_outside(model)
-    for name in source.block_names(model):
-        source.load(model, name)
+    source.load_whole(model)
     return model
 
 
@@ -529,12 +520,7 @@ def _restore(block: nn.Module, tensors: dict[str, Tensor]) -> None:
     """A block as it was cut before a kill."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        module: Any = block.get_submodule(path) if path else block
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        if leaf == "weight" and isinstance(module, nn.Linear):
-            module.out_features, module.in_features = tensor.shape
-        elif leaf == "weight" and hasattr(module, "nf") and tensor.dim() == 2:
-            module.nx, module.nf = tensor.shape
+        units.put(block.get_submodule(path) if path else block, leaf, tensor)
 
 
 def _card(plan: ShrinkPlan) -> str:
@@ -546,14 +532,3 @@ def _card(plan: ShrinkPlan) -> str:
             "and needs no code of secateurs.", "",
         ]
     )  # fmt: skip
-
-
-class _Ticks:
-    """A tick that counts."""
-
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
-        self.progress, self.label, self.total, self.done = progress, label, total, 0
-
-    def __call__(self) -> None:
-        self.done += 1
-        self.progress(self.label, min(self.done, self.total), self.total)

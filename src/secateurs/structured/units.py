@@ -87,37 +87,32 @@ def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, co
     return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
 
 
-def cut(units: Units, removed: Tensor, consumer_OK: Tensor) -> list[str]:
-    """Remove units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows.
-
-    Returns the names of the parameters that changed.
-    """
+def cut(units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
+    """Remove units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows."""
     stays = torch.ones(len(units.groups_GC), dtype=torch.bool)
     stays[removed] = False
     _resize(units.consumer, consumer_OK)
-    changed = [units.consumer.tensor_name]
     for layer, rows_GR in units.rows:
         kept_R = rows_GR[stays].flatten().sort().values
         _resize(layer, layer.read()[kept_R])
-        changed.append(layer.tensor_name)
         bias = layer.module._parameters.get("bias")
         if bias is not None:
-            layer.module._parameters["bias"] = nn.Parameter(bias.detach()[kept_R].clone(), requires_grad=False)
-            changed.append(f"{layer.name}.bias")
-    return changed
+            put(layer.module, "bias", bias.detach()[kept_R])
 
 
 def _resize(layer: Layer, weight_OI: Tensor) -> None:
     weight_OI = weight_OI.to(layer.parameter.dtype)
-    stored = weight_OI.T if layer.kind == "conv1d" else weight_OI
-    layer.module._parameters["weight"] = nn.Parameter(
-        stored.clone(memory_format=torch.contiguous_format), requires_grad=False
-    )
-    module: Any = layer.module
-    if layer.kind == "conv1d":
-        module.nx, module.nf = stored.shape
-    else:
-        module.out_features, module.in_features = weight_OI.shape
+    put(layer.module, "weight", weight_OI.T if layer.kind == "conv1d" else weight_OI)
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter by one of another shape; Linear and Conv1D learn their new sizes."""
+    module._parameters[name] = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    sized: Any = module
+    if name == "weight" and isinstance(module, nn.Linear):
+        sized.out_features, sized.in_features = tensor.shape
+    elif name == "weight" and hasattr(module, "nf"):
+        sized.nx, sized.nf = tensor.shape
 
 
 def stated(
