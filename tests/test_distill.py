@@ -104,12 +104,12 @@ def test_weights_that_are_no_numbers_are_not_kept(models):
 def test_it_goes_on_after_a_kill_bit_for_bit(die, models):
     dense, pruned, batches = models
     whole, fresh = copy.deepcopy(pruned), copy.deepcopy(pruned)
-    expected = run(dense, whole, batches)
+    expected = run(dense, whole, batches, steps=96)
     notes = Notes(die)
     with pytest.raises(KeyboardInterrupt):
-        run(dense, pruned, batches, memory=notes)
+        run(dense, pruned, batches, memory=notes, steps=96)
     # what was in memory is lost
-    found = run(dense, fresh, batches, memory=notes)
+    found = run(dense, fresh, batches, memory=notes, steps=96)
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
 

@@ -89,17 +89,17 @@ def test_worse_is_never_accepted(problem):
 
 @pytest.mark.parametrize(("losses", "steps", "after"), [
     # above where it began while the rate is high, below it in the end
-    ([1.0, 1.5, 1.2, 0.9, 0.8], 40, 0.8),
+    ([1.0, 1.5, 1.2, 0.9, 0.8], 120, 0.8),
     # a look that is no lower than an earlier one, twice
-    ([1.0, 1.5, 1.6, 1.7, 0.1], 30, 1.0),
-    ([1.0, 0.5, 0.6, 0.7, 0.1], 30, 0.5),
-    ([1.0, float("nan"), float("nan"), 0.1, 0.1], 20, 1.0),
+    ([1.0, 1.5, 1.6, 1.7, 0.1], 90, 1.0),
+    ([1.0, 0.5, 0.6, 0.7, 0.1], 90, 0.5),
+    ([1.0, float("nan"), float("nan"), 0.1, 0.1], 60, 1.0),
 ])  # fmt: skip
 def test_when_tuning_stops(losses, steps, after):
     p = torch.nn.Parameter(torch.ones(3, 3))
     # 20 places, 2 of them held out: two calls a look
     calls = iter(value for value in losses for _ in range(2))
-    found = tune([p], lambda place: next(calls), lambda place: [torch.ones(3, 3)], range(20), 40, 1e-2)
+    found = tune([p], lambda place: next(calls), lambda place: [torch.ones(3, 3)], range(20), 120, 1e-2)
     assert (found.before, found.after, found.steps) == (1.0, after, steps)
 
 

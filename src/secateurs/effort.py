@@ -37,13 +37,13 @@ EFFORTS: dict[str, Effort] = {
         Effort(
             "balanced", "admm",
             "ADMM; zeros go where the model's loss depends least on them; with N:M inputs are reordered, blocks tuned",
-            sensitivity=8192, permute=True, fixed_reconstruct=24, allocation="global", cost="1.9x", fixed_cost="2.6x",
+            sensitivity=8192, permute=True, fixed_reconstruct=24, allocation="global", cost="1.9x", fixed_cost="1.9x",
         ),
         Effort(
             "best", "alps",
             "ALPS; every block tuned against the dense one, then all blocks together against its predictions",
-            sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=256,
-            allocation="global", fixed_cost="14x",
+            sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=384,
+            allocation="global",
         ),
     )
 }  # fmt: skip

@@ -43,7 +43,6 @@ class Stats:
     gram_II: Tensor | None = None
     drift_II: Tensor | None = None
     _factors: dict[float, Tensor] = field(default_factory=dict, repr=False)
-    _eigen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, x_TI: Tensor, gram: bool = True) -> "Stats":
@@ -146,11 +145,3 @@ class Stats:
                 )
             self._factors[damping] = upper_II
         return self._factors[damping]
-
-    def eigen(self, damping: float) -> tuple[Tensor, Tensor]:
-        """(values [I], vectors [I, I]) of damped(damping) scaled to ones on its diagonal; kept, like inverse_factor()."""
-        if damping not in self._eigen:
-            hessian_II = self.damped(damping)
-            scale_I = hessian_II.diagonal().rsqrt()
-            self._eigen[damping] = torch.linalg.eigh(hessian_II * scale_I[:, None] * scale_I)
-        return self._eigen[damping]

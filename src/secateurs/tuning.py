@@ -17,8 +17,9 @@ BETAS = (0.9, 0.95)
 _WARM = 0.1
 _HELD_OUT = 0.1
 _MOST_HELD_OUT = 16
-# at most this many looks at the held-out places, spread over the steps, and no more than one in four steps
+# at most this many looks at the held-out places, spread over the steps, and no more than one in 24 steps
 _LOOKS = 4
+_LOOK_EVERY = 24
 # looks without a lower loss than an earlier look before it stops; that of the given weights is not one of them, because at the
 # height of its rate tuning is often above where it began and comes down below it
 _PATIENCE = 2
@@ -90,7 +91,7 @@ def tune(
     else:
         before, best, lowest = (float(state[name]) for name in ("before", "best", "lowest"))
         step, worse = (int(state[name]) for name in ("step", "worse"))
-    look = max(4, math.ceil(steps / _LOOKS))
+    look = max(_LOOK_EVERY, math.ceil(steps / _LOOKS))
     asked = [p.requires_grad for p in trained]
     for p in trained:
         p.requires_grad_(True)
