@@ -51,8 +51,12 @@ def test_every_family_reloads_without_us_and_generates(model_type, tmp_path, wor
 
 
 @pytest.mark.parametrize(
-    ("units", "same"), [("mlp", ("layers", "heads")), ("heads", ("layers", "mlp")), ("layers", ("mlp", "heads"))]
-)
+    ("units", "same"),
+    [
+        ("mlp", ("layers", "heads", "queries")), ("heads", ("layers", "mlp", "queries")),
+        ("queries", ("layers", "mlp", "heads")), ("layers", ("mlp", "heads", "queries")),
+    ],
+)  # fmt: skip
 def test_only_the_named_units_go(units, same, tmp_path, llama, words):
     report = shrink(plan(llama, words, "params=0.95x", units=(units,), eval_windows=0), tmp_path / "run")
     assert all(report["left"][k] == report["dense"][k] for k in same)
@@ -90,6 +94,53 @@ def test_obs_with_refit_loses_less_than_magnitude(tmp_path, llama, words):
     assert all(a < b for a, b in zip(found["obs"][1], found["magnitude"][1], strict=True))
 
 
+@pytest.mark.parametrize("budget", ["flops=0.8x", "bytes=0.8x"])
+def test_other_budgets_are_met(budget, tmp_path, llama, words):
+    report = shrink(plan(llama, words, budget, eval_windows=0), tmp_path / "run")
+    left, dense = (report[k] for k in ("left", "dense"))
+    if budget.startswith("bytes"):
+        assert report["bytes"]["left"] < 0.85 * report["bytes"]["dense"]
+        return
+    # by hand: q and o, k and v, gate, up and down of every block; queries with keys, chances with values; the head once
+    counts = []
+    for shape in (dense, left):
+        heads = shape["heads"] * shape["queries"]
+        matrices = 32 * 8 * (2 * heads + 2 * shape["heads"]) + 3 * 32 * shape["mlp"] + 2 * 32
+        counts.append(shape["layers"] * (matrices * 16 + 2 * heads * 8 * 16**2) + 256 * 32)
+    assert counts[1] <= 0.8 * counts[0]
+
+
+def test_blocks_by_influence(tmp_path, words):
+    """The block whose output is nearest to its input goes: one that adds next to nothing."""
+    from safetensors.torch import load_file, save_file
+
+    llama = tiny.save(tmp_path / "dense", shard="10MB")
+    file = llama / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"] *= 1e-3
+    save_file(tensors, file, {"format": "pt"})
+    options = {"units": ("layers",), "depth": "influence", "eval_windows": 0}
+    report = shrink(plan(llama, words, "params=0.9x", **options), tmp_path / "run")
+    assert 1 not in report["left"]["kept_layers"]
+
+
+def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words):
+    """Two kinds of units of one consumer go one after another."""
+    options = {"units": ("heads", "queries", "mlp"), "multiple": 16, "criterion": "taylor"}
+    report = shrink(plan(llama, words, "params=0.56x", **options), tmp_path / "run")
+    assert (report["left"]["heads"], report["left"]["queries"]) < (report["dense"]["heads"], report["dense"]["queries"])
+    parameters, *_ = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout.splitlines()[-1]
+    )
+    assert parameters == report["left"]["parameters"]
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypatch):
     from secateurs.structured import shrink as module
 
@@ -114,11 +165,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypa
 
 @pytest.mark.parametrize(("budget", "options", "words_of"), [
     ("params=1.2x", {}, "all of the dense model"),
-    ("flops=0.5x", {}, "cannot read budget"),
+    ("macs=0.5x", {}, "cannot read budget"),
+    ("seconds=0.5x", {}, "cannot read budget"),
+    ("params=0.5y", {}, "cannot read budget"),
     ("params=0", {}, "cannot read budget"),
     ("params=0.5x", {"units": ("neurons",)}, "unknown unit 'neurons'"),
     ("params=0.5x", {"criterion": "luck"}, "unknown criterion 'luck'"),
     ("params=0.5x", {"samples": 0}, "samples 0 is too small"),
+    ("params=0.5x", {"uniform": False}, "config.json states one width"),
+    ("params=0.5x", {"depth": "luck"}, "unknown depth 'luck'"),
     ("params=0.5x", {"gate": ("ppl<5",)}, "cannot read gate"),
 ])  # fmt: skip
 def test_bad_requests_are_refused_in_a_sentence(budget, options, words_of):
@@ -132,10 +187,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, llama, w
         shrink(plan(mixtral, words, units=("mlp",)), tmp_path / "a")
     with pytest.raises(PlanError, match="cannot become a smaller multiple of 128"):
         shrink(plan(llama, words, units=("mlp",), multiple=128), tmp_path / "a")
-    assert not (tmp_path / "a").exists()
     with pytest.raises(PlanError, match=r"has 0\.\d+x the parameters"):
-        shrink(plan(llama, words, "params=0.1x", units=("heads",)), tmp_path / "b")
-    assert not (tmp_path / "b" / "model").exists()
+        shrink(plan(llama, words, "params=0.1x", units=("heads",)), tmp_path / "a")
+    with pytest.raises(PlanError, match=r"takes about \d\S* seconds"):
+        shrink(plan(llama, words, "seconds=0.000001", units=("heads",)), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    shrink(plan(llama, words, "params=0.95x", eval_windows=0), tmp_path / "b")
     with pytest.raises(OutputError, match="a run of another plan"):
         shrink(plan(llama, words, "params=0.9x"), tmp_path / "b")
 

@@ -1,6 +1,8 @@
 """Units of a block: what is cut with what, for every family."""
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -24,7 +26,7 @@ def blocks(model):
     return [(name, layers_of(model.get_submodule(name), name, experts)) for name in names]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "heads"])
+@pytest.mark.parametrize("kind", units.IN_BLOCKS)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_unit_with_no_output_can_go(model_type, kind, tmp_path):
     """Logits stay what they were; the model reloads from its config alone, with as many parameters as are left."""
@@ -39,26 +41,27 @@ def test_a_unit_with_no_output_can_go(model_type, kind, tmp_path):
             bias = getattr(layer.module, "bias", None)
             if bias is not None:
                 bias.data.normal_()
-    gone = torch.tensor([1])
+    before = units.Shape.of(model.config, family)
+    # a query head goes from every KV head
+    gone = torch.arange(before.heads) * before.queries if kind == "queries" else torch.tensor([1])
     removed = 0
     for name, layers in blocks(model):
-        found = units.units_of(kind, name, layers, family, model.config)
+        found = units.units_of(kind, name, layers, family, before)
         weight_OI = found.consumer.read()
         weight_OI[:, found.groups_GC[gone].flatten()] = 0
         found.consumer.write(weight_OI)
     expected = logits(model)
-    before = units.Shape.of(model.config, family)
     for name, layers in blocks(model):
-        found = units.units_of(kind, name, layers, family, model.config)
-        removed += found.parameters_each
+        found = units.units_of(kind, name, layers, family, before)
+        removed += found.parameters_each * len(gone)
         kept = torch.ones(found.consumer.shape[1], dtype=torch.bool)
         kept[found.groups_GC[gone].flatten()] = False
         count = sum(p.numel() for p in model.parameters())
-        units.cut(found, gone, found.consumer.read()[:, kept])
-        assert count - sum(p.numel() for p in model.parameters()) == found.parameters_each
+        units.cut(model.get_submodule(name), found, gone, found.consumer.read()[:, kept])
+        assert count - sum(p.numel() for p in model.parameters()) == found.parameters_each * len(gone)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
-    left = units.Shape(before.layers, before.mlp - (kind == "mlp"), before.heads - (kind == "heads"))
+    left = dataclasses.replace(before, **{kind: before.steps(kind) - 1})
     config = units.stated(model.config.to_dict(), model.config, family, left, range(before.layers))
     cls = getattr(transformers, tiny.TINY[model_type][0])
     fresh = cls(type(model.config)(**config))
@@ -74,10 +77,10 @@ def test_two_cuts_are_one():
 
     def cut(model, gone):
         for name, layers in blocks(model):
-            found = units.units_of("mlp", name, layers, family, model.config)
+            found = units.units_of("mlp", name, layers, family, units.Shape.of(model.config, family))
             kept = torch.ones(found.consumer.shape[1], dtype=torch.bool)
             kept[gone] = False
-            units.cut(found, torch.tensor(gone), found.consumer.read()[:, kept])
+            units.cut(model.get_submodule(name), found, torch.tensor(gone), found.consumer.read()[:, kept])
 
     cut(one, [3, 10, 40])
     cut(two, [10])
@@ -91,8 +94,8 @@ def test_the_cache_holds_the_heads_that_are_left():
     model = tiny.make("llama").eval()
     family = families.find("llama")
     for name, layers in blocks(model):
-        found = units.units_of("heads", name, layers, family, model.config)
-        units.cut(found, torch.tensor([0]), found.consumer.read()[:, found.groups_GC[1]])
+        found = units.units_of("heads", name, layers, family, units.Shape.of(model.config, family))
+        units.cut(model.get_submodule(name), found, torch.tensor([0]), found.consumer.read()[:, found.groups_GC[1]])
     cache = model(input_ids=torch.arange(10)[None], use_cache=True).past_key_values
     assert cache.layers[0].keys.shape == (1, 1, 10, 8)
 
@@ -102,3 +105,5 @@ def test_what_a_family_cannot_state_is_refused():
     assert "opt's config cannot state fewer heads" in units.refuses("heads", opt, None)
     assert "experts" in units.refuses("mlp", mixtral, None)
     assert units.refuses("heads", mixtral, None) is None
+    alone = SimpleNamespace(num_hidden_layers=2, hidden_size=8, num_attention_heads=4, num_key_value_heads=4)
+    assert "has one query head" in units.refuses("queries", families.find("llama"), alone)

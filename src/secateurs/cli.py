@@ -175,13 +175,17 @@ _RESOLVED = {
 @app.command()
 def shrink(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
-    budget: Annotated[str, typer.Option(help="params=0.75x, latency=0.8x (prompt and token, both) or seconds=1.5.")],
+    budget: Annotated[
+        str, typer.Option(help="params=0.75x, bytes=…, flops=…, latency=0.8x (prompt and token, both) or seconds=1.5.")
+    ],
     out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
     units: Annotated[
-        str, typer.Option(help="What may go: mlp (neurons), heads (KV heads), layers.")
+        str, typer.Option(help="What may go: mlp (neurons), heads (KV heads), queries (query heads of each), layers.")
     ] = "mlp,heads,layers",
-    criterion: Annotated[str, typer.Option(help="obs, energy or magnitude: which units go.")] = "obs",
+    criterion: Annotated[str, typer.Option(help="obs, taylor, energy or magnitude: which units go.")] = "obs",
+    depth: Annotated[str, typer.Option(help="loss (measured) or influence: which blocks go.")] = "loss",
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Least squares on what is left.")] = True,
+    uniform: Annotated[bool, typer.Option(help="One shape for all blocks: all that config.json can state.")] = True,
     multiple: Annotated[int, typer.Option(help="MLP widths are multiples of this.")] = 64,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that latency is measured with.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens after it.")] = 32,
@@ -204,8 +208,9 @@ def shrink(
     from secateurs.summary import print_shrunk
 
     plan = ShrinkPlan(
-        model, budget, tuple(u.strip() for u in units.split(",")), criterion, refit, multiple, prompt, new, calibration, samples,
-        seqlen, seed, damping, tuple(gate or ()), eval_text, eval_windows, eval_seqlen,
+        model, budget, units=tuple(u.strip() for u in units.split(",")), criterion=criterion, depth=depth, refit=refit,
+        uniform=uniform, multiple=multiple, prompt=prompt, new=new, calibration=calibration, samples=samples, seqlen=seqlen,
+        seed=seed, damping=damping, gate=tuple(gate or ()), eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen,
     )  # fmt: skip
     with _progress(not quiet and not as_json) as progress:
         report = run(plan, out.expanduser(), progress)

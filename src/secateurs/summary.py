@@ -188,6 +188,7 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
         ("blocks", dense["layers"], left["layers"]),
         ("MLP neurons a block", dense["mlp"], left["mlp"]),
         ("KV heads a block", dense["heads"], left["heads"]),
+        ("query heads of each", dense["queries"], left["queries"]),
         ("parameters", dense["parameters"], left["parameters"]),
         ("bytes of weights", report["bytes"]["dense"], report["bytes"]["left"]),
     ]

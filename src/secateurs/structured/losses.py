@@ -6,15 +6,16 @@ estimate of the loss (sensitivity.py). Blocks: the loss measured without them, r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from secateurs.evaluate import compare
 from secateurs.families import Family
 from secateurs.structured import columns
-from secateurs.structured.units import Units, units_of
-from secateurs.walk import AllLoaded, Batch, InMemory, leave, stream
+from secateurs.structured.units import Shape, Units, units_of
+from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream
 
 Tick = Callable[[], None]
 
@@ -28,14 +29,14 @@ _TRIED_AGAIN = 10
 
 @dataclass(frozen=True)
 class Losses:
-    """curves: {kind: [block][units removed]}, beginning with 0 for none. blocks: greedy order; after: loss with so many gone."""
+    """curves: {kind: [block][removals]}, beginning with 0 for none. blocks: their order; after: loss with so many gone."""
 
     curves: dict[str, list[list[float]]]
     blocks: list[int]
     after: list[float]
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
-        """Estimated loss with `kinds[kind]` units fewer in every block that is left and `gone` blocks fewer."""
+        """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
         left = [i for i in range(len(next(iter(self.curves.values()), self.blocks))) if i not in self.blocks[:gone]]
         total = self.after[gone - 1] if gone else 0.0
         for kind, removed in kinds.items():
@@ -50,21 +51,27 @@ def curves(
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Losses.curves of a dense model."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    config: Any = model.config
+    shape = Shape.of(model.config, family)
     if not kinds:
         return found
     for step in stream(model, batches, propagate="dense", tick=tick):
-        here = [units_of(kind, step.name, step.layers, family, config) for kind in kinds]
+        here = [units_of(kind, step.name, step.layers, family, shape) for kind in kinds]
         stats = step.observe([units.consumer for units in here], gram=True)
         for units in here:
             weight_OI = weighted(units, sensitivity.get(units.consumer.name))
-            count = max(1, int(_MOST * len(units.groups_GC)))
-            count = min(count, len(units.groups_GC) - 1)
+            each = len(units.groups_GC) // shape.steps(units.kind)
             seen = stats[units.consumer.name]
             at_once = max(1, round(len(units.groups_GC) * _AT_ONCE))
-            _, losses = columns.removal(weight_OI, seen, units.groups_GC, count, damping, at_once)
-            found[units.kind].append([0.0, *(losses / (2 * seen.tokens)).tolist()])
+            side = columns.Side(weight_OI, seen, units.groups_GC)
+            count = each * most(shape.steps(units.kind))
+            _, losses = columns.removal([side], count, damping, at_once, units.parents_G)
+            found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
     return found
+
+
+def most(steps: int) -> int:
+    """Of so many, how many may go."""
+    return min(max(1, int(_MOST * steps)), steps - 1)
 
 
 def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
@@ -73,15 +80,19 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
     return weight_OI if sensitivity_O is None else weight_OI * sensitivity_O.sqrt()[:, None]
 
 
-def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[list[int], list[float]]:
+def blocks(
+    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False
+) -> tuple[list[int], list[float]]:
     """The order in which up to `count` blocks go, and the loss above the dense model's after each, on windows [N, S].
 
-    Greedy: whichever block's removal costs least; after the first only the cheapest ten are tried again.
+    Greedy: whichever block's removal costs least; after the first only the cheapest ten are tried again. influence: in the order
+    of 1 - mean cos(hidden before, hidden after), which asks for no search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
     """
     batches: list[Batch] = [{"input_ids": windows}]
     store = InMemory()
     steps = list(stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True))
     total = len(steps)
+    count = min(count, total - 1)
 
     def loss(gone: set[int]) -> float:
         first = min(gone, default=total)
@@ -95,8 +106,15 @@ def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[l
     dense = loss(set())
     order: list[int] = []
     after: list[float] = []
+    if influence:
+        cosines = [float(cosine_similarity(store.read(i, 0), store.read(i + 1, 0), -1).mean()) for i in range(total)]
+        order = sorted(range(total), key=lambda i: 1 - cosines[i])[:count]
+        for n in range(count):
+            after.append(loss(set(order[: n + 1])) - dense)
+            tick()
+        return order, after
     tried = list(range(total))
-    for _ in range(min(count, total - 1)):
+    for _ in range(count):
         found = {}
         for i in tried:
             if i not in order:
@@ -112,9 +130,38 @@ def blocks(model: nn.Module, windows: Tensor, count: int, tick: Tick) -> tuple[l
     return order, after
 
 
-def tries(total: int, count: int) -> int:
+def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tick) -> dict[str, Tensor]:
+    """{layer: sum over outputs of W dL/dW, for every window and input, [N, I]}, L the mean loss of a window's next tokens.
+
+    The whole model runs forward and back, a window at a time.
+    """
+    found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    asked = {p: p.requires_grad for p in model.parameters()}
+    for p in asked:
+        p.requires_grad_(False)
+    for layer in layers:
+        layer.parameter.requires_grad_(True)
+    try:
+        for ids in windows:
+            with torch.enable_grad():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                loss = nn.functional.cross_entropy(logits.float(), ids[1:])
+            gradients = torch.autograd.grad(loss, [layer.parameter for layer in layers])
+            for layer, gradient in zip(layers, gradients, strict=True):
+                product = layer.parameter.detach().float() * gradient.float()
+                found[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
+            tick()
+    finally:
+        for p, flag in asked.items():
+            p.requires_grad_(flag)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def tries(total: int, count: int, influence: bool = False) -> int:
     """How often blocks() ticks."""
     count = min(count, total - 1)
+    if influence:
+        return count
     again = min(total, max(_TRIED_AGAIN, count))
     return total + sum(max(0, again - n) for n in range(1, count))
 

@@ -7,7 +7,6 @@ kill loses at most one of these steps. The whole dense model is in memory.
 
 import dataclasses
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +24,12 @@ from secateurs.files import locked, write_json, write_tensors, write_text
 from secateurs.prune import batched, first_windows, quality, ticker, window_length
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
+from secateurs.stats import Stats
 from secateurs.structured import columns, losses, units
+from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
-from secateurs.walk import AllLoaded, Batch, InMemory, blocks_of, layers_of, stream
+from secateurs.walk import AllLoaded, Batch, InMemory, Layer, Step, blocks_of, layers_of, stream
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,17 +45,20 @@ _OVER, _UNDER = 1.01, 0.98
 class ShrinkPlan:
     """What to remove and until when. Raises PlanError for what cannot be.
 
-    budget: 'params=0.75x' of all parameters; 'latency=0.8x' of the dense model's seconds, for the prompt and for each token
-    after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS. criterion: a row of CRITERIA;
-    refit: least squares on what is left. multiple: MLP widths are multiples of this.
+    budget: 'params=0.75x', 'bytes=0.75x', 'flops=0.75x' (of a prompt) or 'latency=0.8x' of the dense model's, latency being seconds
+    of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS.
+    criterion: a row of CRITERIA; depth: 'loss' or 'influence', which blocks go; refit: least squares on what is left. multiple: MLP
+    widths are multiples of this. uniform: one shape for all blocks, which is all that config.json can state.
     calibration, samples, seqlen, seed, damping, gate, eval_text, eval_windows, eval_seqlen: as in Plan.
     """
 
     model: str
     budget: str
-    units: tuple[str, ...] = KINDS
+    units: tuple[str, ...] = ("mlp", "heads", "layers")
     criterion: str = "obs"
+    depth: str = "loss"
     refit: bool = True
+    uniform: bool = True
     multiple: int = 64
     prompt: int = 512
     new: int = 32
@@ -71,9 +75,14 @@ class ShrinkPlan:
     def __post_init__(self) -> None:
         for name in ("units", "gate"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        kind, value = self.bound
-        if kind != "seconds" and value >= 1:
-            raise PlanError(f"budget {self.budget} is all of the dense model; give a fraction below 1")
+        _ = self.bound
+        if not self.uniform:
+            raise PlanError(
+                "no-uniform: config.json states one width and one number of heads for all blocks, so from_pretrained could not "
+                "load the result; leave it out"
+            )
+        if self.depth not in ("loss", "influence"):
+            raise PlanError(f"unknown depth '{self.depth}'; write loss or influence")
         unknown = [u for u in self.units if u not in KINDS]
         if unknown or not self.units:
             raise PlanError(f"unknown unit '{', '.join(unknown)}'; write some of {', '.join(KINDS)}")
@@ -93,14 +102,8 @@ class ShrinkPlan:
             raise PlanError("a gate needs an evaluation, and eval-windows is 0")
 
     @property
-    def bound(self) -> tuple[str, float]:
-        """(kind, value) of the budget."""
-        found = re.fullmatch(r"(params|latency)=(\d*\.?\d+)x?|(seconds)=(\d*\.?\d+)", self.budget)
-        if not found or not float(found[2] or found[4]) > 0:
-            raise PlanError(
-                f"cannot read budget '{self.budget}'; write params=0.75x, latency=0.8x (of the dense model's) or seconds=1.5"
-            )
-        return found[1] or found[3], float(found[2] or found[4])
+    def bound(self) -> Budget:
+        return Budget.parse(self.budget)
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
@@ -124,8 +127,12 @@ class _Run:
 
     def complete(self) -> dict[str, Any]:
         source = checkpoint.Checkpoint(self.plan.model)
-        config, family, cls = self._known(source)
-        self._check_units(family, config, Shape.of(config, family))
+        model = source.skeleton()
+        config, family, cls = self._known(model)
+        sizes = _sizes(model, family, config)
+        self._check_units(family, config, sizes)
+        if not (self.out / "plan.json").is_file():
+            self._refuse_too_small(cls, config, family, sizes)
         self._claim()
         with locked(self.out):
             report_file = self.out / "report.json"
@@ -137,15 +144,15 @@ class _Run:
 
     def _made(self, source: checkpoint.Checkpoint, config: Any, family: families.Family, cls: Any) -> dict[str, Any]:
         """The smaller model in model/, and the report on it."""
-        dense = Shape.of(config, family)
         began = time.perf_counter()
         model = _loaded(self.plan.model)
         text = self._calibration(source, model)
         windows = text.windows
         batches = batched(windows)
         sizes = _sizes(model, family, config)
+        dense = sizes.dense
         lost, sensitive = self._look(model, family, windows, batches, sizes)
-        shape, tried = self._choose(cls, config, family, dense, sizes, lost)
+        shape, tried = self._choose(cls, config, family, sizes, lost)
         kept_layers = [i for i in range(dense.layers) if i not in lost.blocks[: dense.layers - shape.layers]]
         records = self._cut(model, family, batches, shape, kept_layers, sensitive)
         stated = units.stated(source.raw_config, config, family, shape, kept_layers)
@@ -180,25 +187,58 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ before a cut
 
-    def _known(self, source: checkpoint.Checkpoint) -> tuple[Any, families.Family, Any]:
+    def _known(self, skeleton: Any) -> tuple[Any, families.Family, Any]:
         import transformers
 
-        skeleton = source.skeleton()
         try:
             family = families.find(skeleton.config.model_type)
         except ValueError as error:
             raise PlanError(str(error)) from None
         return skeleton.config, family, getattr(transformers, skeleton.config.architectures[0])
 
-    def _check_units(self, family: families.Family, config: Any, dense: Shape) -> None:
+    def _check_units(self, family: families.Family, config: Any, sizes: "_Sizes") -> None:
         for kind in self.plan.units:
             refused = units.refuses(kind, family, config)
             if refused:
                 raise PlanError(f"units {kind}: {refused}; leave it out of --units")
-        if "mlp" in self.plan.units and dense.mlp <= self.plan.multiple:
+        if "mlp" in self.plan.units and sizes.dense.mlp <= self.plan.multiple:
             raise PlanError(
-                f"MLPs of {dense.mlp} neurons cannot become a smaller multiple of {self.plan.multiple}; lower --multiple"
+                f"MLPs of {sizes.dense.mlp} neurons cannot become a smaller multiple of {self.plan.multiple}; lower --multiple"
             )
+
+    def _refuse_too_small(self, cls: Any, config: Any, family: families.Family, sizes: "_Sizes") -> None:
+        """A budget that the smallest shape does not meet."""
+        plan, bound = self.plan, self.plan.bound
+        shape = min(self._shapes(sizes), key=sizes.parameters)
+        if bound.timed:
+            models = [self._blank(cls, config, family, s) for s in (sizes.dense, shape)]
+            dense, least = measure(models, plan.prompt, plan.new, rounds=3)
+            used = self._use(least, dense)
+            if used <= _OVER:
+                return
+            took = f"takes about {used * bound.value:.3g}{' seconds' if bound.kind == 'seconds' else 'x'}"
+        else:
+            share = sizes.share(bound.kind, shape, plan.prompt)
+            if share <= bound.value:
+                return
+            took = f"has {share:.3f}x the {'parameters' if bound.kind == 'params' else bound.kind}"
+        raise PlanError(
+            f"budget {plan.budget}: the smallest shape that {', '.join(plan.units)} can be cut to {took}; raise the budget or name "
+            "more --units"
+        )
+
+    def _blank(self, cls: Any, config: Any, family: families.Family, shape: Shape) -> Any:
+        """A model of that shape, to be timed."""
+        raw = units.stated(config.to_dict(), config, family, shape, range(shape.layers))
+        return blank(cls, type(config)(**raw), config.dtype)
+
+    def _use(self, seconds: Seconds, dense: Seconds) -> float:
+        """Of a time budget: 1 is all of it."""
+        bound = self.plan.bound
+        if bound.kind == "seconds":
+            return (seconds.prefill + self.plan.new * seconds.decode) / bound.value
+        ratio = seconds.over(dense)
+        return max(ratio.prefill, ratio.decode) / bound.value
 
     def _claim(self) -> None:
         file = self.out / "plan.json"
@@ -222,7 +262,7 @@ class _Run:
 
         plan = self.plan
         file, tensors = self.work / "losses.json", self.work / "sensitivity.safetensors"
-        kinds = [kind for kind in ("mlp", "heads") if kind in plan.units]
+        kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
         if not file.is_file():
             part = first_windows(batches, _SENSITIVITY)
             total = len(blocks_of(model)[0])
@@ -233,10 +273,17 @@ class _Run:
             order: list[int] = []
             after: list[float] = []
             if "layers" in plan.units:
-                count = sizes.most_blocks(plan.bound)
-                tick = ticker(self.progress, "what blocks cost", losses.tries(total, count))
+                count, influence = sizes.most_blocks(plan.bound), plan.depth == "influence"
+                tick = ticker(self.progress, "what blocks cost", losses.tries(total, count, influence))
                 each = min(windows.shape[1], 512)
-                order, after = losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick)
+                order, after = losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick, influence)
+            if plan.criterion == "taylor" and kinds:
+                few = windows[: max(1, _SENSITIVITY // windows.shape[1])]
+                tick = ticker(self.progress, "taking gradients", len(few))
+                sensitive |= {
+                    f"taylor {n}": t
+                    for n, t in losses.taylor(model, few, _consumers(model, family, kinds), tick).items()
+                }
             write_tensors(tensors, sensitive or {"none": torch.zeros(1)})
             write_json(file, {"curves": found, "blocks": order, "after": after})
         lost = losses.Losses(**json.loads(file.read_text()))
@@ -245,45 +292,39 @@ class _Run:
     # ------------------------------------------------------------------------------------------------- which shape
 
     def _choose(
-        self, cls: Any, config: Any, family: families.Family, dense: Shape, sizes: "_Sizes", lost: losses.Losses
-    ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
+        self, cls: Any, config: Any, family: families.Family, sizes: "_Sizes", lost: losses.Losses
+    ) -> tuple[Shape, list[dict[str, Any]]]:
         """The shape with the least estimated loss that the budget allows, by measurement where it is one of time."""
         file = self.work / "shape.json"
         if file.is_file():
             data = json.loads(file.read_text())
             return Shape(**data["shape"]), data["tried"]
-        shapes = self._shapes(dense, lost)
+        shapes = self._shapes(sizes)
 
         def loss(shape: Shape) -> float:
-            return _loss(lost, dense, shape)
+            return _loss(lost, sizes.dense, shape)
 
         tried: list[dict[str, Any]] = []
-        kind, value = self.plan.bound
-        if kind == "params":
-            whole = sizes.parameters(dense)
-            fitting = [s for s in shapes if sizes.parameters(s) <= value * whole]
-            least = min(sizes.parameters(s) for s in shapes) / whole
-            if not fitting:
-                raise PlanError(
-                    f"budget {self.plan.budget}: the smallest shape that {', '.join(self.plan.units)} can be cut to has "
-                    f"{least:.3f}x the parameters; raise the budget or name more --units"
-                )
-            shape = min(fitting, key=loss)
+        bound = self.plan.bound
+        if bound.timed:
+            shape, tried = self._within_time(cls, config, family, sizes.dense, shapes, loss)
         else:
-            shape, tried = self._within_time(cls, config, family, dense, shapes, loss)
+            # _refuse_too_small() has seen to it that there is one
+            fitting = [s for s in shapes if sizes.share(bound.kind, s, self.plan.prompt) <= bound.value]
+            shape = min(fitting, key=loss)
         write_json(file, {"shape": dataclasses.asdict(shape), "tried": tried})
         return shape, tried
 
-    def _shapes(self, dense: Shape, lost: losses.Losses) -> list[Shape]:
-        chosen = self.plan.units
-        deep = range(dense.layers, dense.layers - len(lost.blocks) - 1, -1) if "layers" in chosen else [dense.layers]
-        least = dense.mlp - len(lost.curves["mlp"][0]) + 1 if "mlp" in chosen else dense.mlp
-        step = self.plan.multiple
-        wide = [dense.mlp, *(w for w in range(dense.mlp - 1, 0, -1) if w % step == 0 and w >= least)]
-        heads = (
-            range(dense.heads, dense.heads - len(lost.curves["heads"][0]), -1) if "heads" in chosen else [dense.heads]
-        )
-        found = [Shape(d, w, h) for d in deep for w in (wide if "mlp" in chosen else [dense.mlp]) for h in heads]
+    def _shapes(self, sizes: "_Sizes") -> list[Shape]:
+        chosen, dense, step = self.plan.units, sizes.dense, self.plan.multiple
+        least = {kind: dense.steps(kind) - losses.most(dense.steps(kind)) for kind in units.IN_BLOCKS if kind in chosen}
+        fewest = dense.layers - sizes.most_blocks(self.plan.bound) if "layers" in chosen else dense.layers
+        wide = [dense.mlp, *(w for w in range(dense.mlp - 1, least.get("mlp", dense.mlp) - 1, -1) if w % step == 0)]
+        heads = range(dense.heads, least.get("heads", dense.heads) - 1, -1)
+        queries = range(dense.queries, least.get("queries", dense.queries) - 1, -1)
+        found = [
+            Shape(d, w, h, q) for d in range(dense.layers, fewest - 1, -1) for w in wide for h in heads for q in queries
+        ]
         return [shape for shape in found if shape != dense]
 
     def _within_time(
@@ -291,26 +332,18 @@ class _Run:
         shapes: Sequence[Shape], loss: Callable[[Shape], float],
     ) -> tuple[Shape, list[dict[str, Any]]]:  # fmt: skip
         plan = self.plan
-        dtype = config.dtype
 
         def model_of(shape: Shape) -> Any:
-            raw = units.stated(config.to_dict(), config, family, shape, range(shape.layers))
-            return blank(cls, type(config)(**raw), dtype)
+            return self._blank(cls, config, family, shape)
 
-        def use(seconds: Seconds, base: Seconds) -> float:
-            """Of the budget: 1 is all of it."""
-            kind, value = plan.bound
-            if kind == "seconds":
-                return (seconds.prefill + plan.new * seconds.decode) / value
-            ratio = seconds.over(base)
-            return max(ratio.prefill, ratio.decode) / value
-
+        use = self._use
         tick = ticker(self.progress, "measuring latency", _TRIES + 1)
         points = [
             dense,
             dataclasses.replace(dense, layers=max(1, dense.layers // 2)),
             dataclasses.replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
             dataclasses.replace(dense, heads=max(1, dense.heads // 2)),
+            dataclasses.replace(dense, queries=max(1, dense.queries // 2)),
         ]
         whole = model_of(dense)
         seconds = measure([whole, *(model_of(p) for p in points[1:])], plan.prompt, plan.new, rounds=3)
@@ -346,10 +379,9 @@ class _Run:
                 break
             aim *= 0.99 / used
         if best is None:
-            least = min(use(fitted.at(s), fitted.at(dense)) for s in shapes) * plan.bound[1]
             raise PlanError(
-                f"budget {plan.budget}: the smallest shape that {', '.join(plan.units)} can be cut to takes about {least:.3g}; "
-                "raise the budget or name more --units"
+                f"budget {plan.budget}: no shape that was tried was fast enough, the last at {tried[-1]['of_budget']:.3g} of it; "
+                "other work on this machine may disturb the clock: rerun, or raise the budget"
             )
         return best, tried
 
@@ -362,7 +394,6 @@ class _Run:
         """Take blocks out, then cut every block on what the cut blocks before it give. In place; one file a block."""
         from safetensors.torch import load_file
 
-        plan = self.plan
         config: Any = model.config
         dense = Shape.of(config, family)
         names, _ = blocks_of(model)
@@ -376,7 +407,7 @@ class _Run:
                     module.layer_idx = index  # type: ignore[assignment]
         setattr(parent, path.rpartition(".")[2], kept)
         config.num_hidden_layers = shape.layers
-        todo = {"mlp": dense.mlp - shape.mlp, "heads": dense.heads - shape.heads}
+        todo = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
         tick = ticker(self.progress, "cutting", shape.layers * len(batches) * 2)
@@ -384,42 +415,56 @@ class _Run:
             was = kept_layers[step.index]
             record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
             file = self.work / f"block-{step.index:04d}.safetensors"
-            here = [units.units_of(kind, step.name, step.layers, family, config) for kind in kinds]
             if file.is_file():
                 _restore(step.block, load_file(file))
+                units.regroup(step.block, todo["queries"])
                 record = json.loads(file.with_suffix(".json").read_text())
                 records.append(record)
                 continue
-            stats = step.observe([u.consumer for u in here], gram=True) if here else {}
-            for found in here:
-                layer, count = found.consumer, todo[found.kind]
-                # sensitivities were found under the dense model's names
-                at_first = f"{path}.{was}.{layer.name.removeprefix(step.name + '.')}"
-                scale = sensitive.get(at_first)
-                weight_OI, scored_OI = layer.read().float(), losses.weighted(found, scale)
-                criterion = columns.CRITERIA[plan.criterion][0]
-                try:
-                    removed = criterion(scored_OI, stats[layer.name], found.groups_GC, count, plan.damping)
-                    kept_K = columns.kept_columns(found.groups_GC, removed)
-                    new_OK = (
-                        columns.refit(weight_OI, stats[layer.name], kept_K, plan.damping)
-                        if plan.refit
-                        else weight_OI[:, kept_K]
-                    )
-                except ValueError as error:
-                    raise LayerError(f"{layer.name}: {error}") from None
-                whole_OI = torch.zeros_like(weight_OI)
-                whole_OI[:, kept_K] = new_OK
-                record["units"][found.kind] = {
-                    "removed": sorted(removed.tolist()),
-                    "error": relative_error(weight_OI, whole_OI, stats[layer.name]),
-                }
-                units.cut(found, removed, new_OK)
+            now = dataclasses.replace(dense, layers=shape.layers)
+            consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in kinds)}
+            stats = step.observe(list(consumers.values()), gram=True) if kinds else {}
+            for kind in kinds:
+                found = self._units(kind, step, family, now)
+                name = found.consumer.name
+                # what was found out has the dense model's names
+                at_first = f"{path}.{was}.{name.removeprefix(step.name + '.')}"
+                removed, kept_K, error = self._remove(step.block, found, todo[kind], stats[name], sensitive, at_first)
+                record["units"][kind] = {"removed": removed, "error": error}
+                stats[name] = stats[name].reordered(kept_K)
+                if f"taylor {at_first}" in sensitive:
+                    sensitive[f"taylor {at_first}"] = sensitive[f"taylor {at_first}"][:, kept_K]
+                now = dataclasses.replace(now, **{kind: shape.steps(kind)})
             if kinds:
                 write_json(file.with_suffix(".json"), record)
                 write_tensors(file, {n: p.detach() for n, p in step.block.named_parameters()})
             records.append(record)
         return records
+
+    def _units(self, kind: str, step: Step, family: families.Family, now: Shape) -> units.Units:
+        # the step's own layers hold the parameters from before the last cut
+        return units.units_of(kind, step.name, layers_of(step.block, step.name, family.experts), family, now)
+
+    def _remove(
+        self, block: nn.Module, found: units.Units, steps: int, stats: Stats, sensitive: dict[str, Tensor], name: str
+    ) -> tuple[list[int], Tensor, float]:
+        """Cut units out of a block, in place: which, the consumer's columns that stay, and its relative error."""
+        plan, layer = self.plan, found.consumer
+        count = steps * (1 if found.parents_G is None else int(found.parents_G.max()) + 1)
+        weight_OI = layer.read().float()
+        taylor = sensitive.get(f"taylor {name}")
+        taylor_G = None if taylor is None else taylor[:, found.groups_GC].sum(2).abs().mean(0)
+        side = columns.Side(losses.weighted(found, sensitive.get(name)), stats, found.groups_GC, taylor_G)
+        try:
+            removed = columns.CRITERIA[plan.criterion][0]([side], count, plan.damping, found.parents_G)
+            kept_K = columns.kept_columns(found.groups_GC, removed)
+            new_OK = columns.refit(weight_OI, stats, kept_K, plan.damping) if plan.refit else weight_OI[:, kept_K]
+        except ValueError as error:
+            raise LayerError(f"{layer.name}: {error}") from None
+        whole_OI = torch.zeros_like(weight_OI)
+        whole_OI[:, kept_K] = new_OK
+        units.cut(block, found, removed, new_OK)
+        return sorted(removed.tolist()), kept_K, relative_error(weight_OI, whole_OI, stats)
 
     def _write(self, source: checkpoint.Checkpoint, model: Any, stated: dict[str, Any]) -> None:
         source.copy_small_files(self.model_folder, but=("config.json",))
@@ -467,30 +512,49 @@ class _Run:
 
 def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
     """Estimated nats a token above the dense model."""
-    return lost.of({"mlp": dense.mlp - shape.mlp, "heads": dense.heads - shape.heads}, dense.layers - shape.layers)
+    gone = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
+    return lost.of(gone, dense.layers - shape.layers)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters outside the blocks, and of a block's neurons, KV heads, and the rest of it."""
+    """Parameters outside the blocks, and of a block's neurons, KV heads (without their query heads), query heads, and the rest
+    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix.
+    """
 
     outside: int
     dense: Shape
     neuron: int
-    head: int
+    key_value: int
+    query: int
     rest: int
+    attended: int
+    head: int
 
     def parameters(self, shape: Shape) -> int:
-        return self.outside + shape.layers * (self.rest + shape.mlp * self.neuron + shape.heads * self.head)
+        return self.outside + shape.layers * self._block(shape)
 
-    def most_blocks(self, bound: tuple[str, float]) -> int:
+    def _block(self, shape: Shape) -> int:
+        return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
+
+    def multiplications(self, shape: Shape, prompt: int) -> int:
+        """Of a prompt: every weight of a block with every token, queries with keys, chances with values, the head once."""
+        attention = shape.heads * shape.queries * self.attended * prompt**2
+        return shape.layers * (self._block(shape) * prompt + attention) + self.head
+
+    def share(self, kind: str, shape: Shape, prompt: int) -> float:
+        """Of the dense model's 'params', 'bytes' (weights have one dtype) or 'flops'."""
+        if kind == "flops":
+            return self.multiplications(shape, prompt) / self.multiplications(self.dense, prompt)
+        return self.parameters(shape) / self.parameters(self.dense)
+
+    def most_blocks(self, bound: Budget) -> int:
         """How many blocks a budget can ask for, and a few more because time is not parameters."""
-        kind, value = bound
-        if kind == "seconds":
+        if bound.kind == "seconds":
             return self.dense.layers // 2
         whole = self.parameters(self.dense)
         each = (whole - self.outside) / self.dense.layers
-        return min(self.dense.layers - 1, max(1, int((1 - value) * whole / each) + 3))
+        return min(self.dense.layers - 1, max(1, int((1 - bound.value) * whole / each) + 3))
 
 
 def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
@@ -498,14 +562,33 @@ def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
     names, experts = blocks_of(model)
     block = model.get_submodule(names[0])
     layers = layers_of(block, names[0], experts)
-    each = {}
-    for kind in ("mlp", "heads"):
-        possible = units.refuses(kind, family, config) is None
-        each[kind] = units.units_of(kind, names[0], layers, family, config).parameters_each if possible else 0
+
+    def each(kind: str) -> int:
+        if units.refuses(kind, family, config):
+            return 0
+        return units.units_of(kind, names[0], layers, family, dense).parameters_each
+
+    neuron, query = each("mlp"), each("queries")
+    key_value = each("heads") - dense.queries * query
     whole = sum(p.numel() for p in block.parameters())
-    rest = whole - dense.mlp * each["mlp"] - dense.heads * each["heads"]
+    rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query)
     outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
-    return _Sizes(outside, dense, each["mlp"], each["heads"], rest)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return _Sizes(outside, dense, neuron, key_value, query, rest, 2 * width, config.vocab_size * config.hidden_size)
+
+
+def _consumers(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:
+    """The layers that lose columns."""
+    names, experts = blocks_of(model)
+    config: Any = model.config
+    dense = Shape.of(config, family)
+    found = {}
+    for name in names:
+        layers = layers_of(model.get_submodule(name), name, experts)
+        for kind in kinds:
+            layer = units.units_of(kind, name, layers, family, dense).consumer
+            found[layer.name] = layer
+    return list(found.values())
 
 
 def _loaded(folder: str) -> Any:

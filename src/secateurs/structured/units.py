@@ -2,6 +2,7 @@
 
     mlp      a neuron: a column of down, its rows of up and gate, their biases
     heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
+    queries  a query head, as many of every KV head: its columns of o, rows of q, their biases
     layers   a whole block
 
 O outputs, I inputs, G units of C columns or R rows each.
@@ -9,6 +10,7 @@ O outputs, I inputs, G units of C columns or R rows each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,19 +20,22 @@ from secateurs.families import Family
 from secateurs.permute import couplings, rows_of
 from secateurs.walk import Layer
 
-KINDS = ("mlp", "heads", "layers")
+KINDS = ("mlp", "heads", "queries", "layers")
+# what a block has units of
+IN_BLOCKS = ("mlp", "heads", "queries")
 
 
 @dataclass(frozen=True)
 class Units:
     """All units of one kind in a block. groups_GC: the columns of `consumer` that belong to each; rows: for every producer the
-    rows that do, [G, R].
+    rows that do, [G, R]. parents_G: where units must go in turns, whose they are.
     """
 
     kind: str
     consumer: Layer
     groups_GC: Tensor
     rows: tuple[tuple[Layer, Tensor], ...]
+    parents_G: Tensor | None = None
 
     @property
     def parameters_each(self) -> int:
@@ -44,51 +49,66 @@ class Units:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all blocks of a model have in common, as config.json states it."""
+    """What all blocks of a model have in common, as config.json states it. heads: of keys and values; queries: query heads of
+    each.
+    """
 
     layers: int
     mlp: int
     heads: int
+    queries: int = 1
 
     @classmethod
     def of(cls, config: Any, family: Family) -> "Shape":
         queries = int(config.num_attention_heads)
         heads = int(getattr(config, "num_key_value_heads", None) or queries)
         return cls(
-            int(config.num_hidden_layers), int(getattr(config, family.width, None) or 4 * config.hidden_size), heads
+            int(config.num_hidden_layers),
+            int(getattr(config, family.width, None) or 4 * config.hidden_size),
+            heads,
+            queries // heads,
         )
+
+    def steps(self, kind: str) -> int:
+        """Of IN_BLOCKS: how many removals of a kind there are; a query head goes from every KV head at once."""
+        return int(getattr(self, kind))
 
 
 def refuses(kind: str, family: Family, config: Any) -> str | None:
     """Why a family has no units of a kind that its config can state, or None."""
     if kind == "mlp" and family.mlp is None:
         return f"{family.name}'s MLPs are experts, whose neurons are not cut"
-    if kind == "heads" and family.projections is None:
+    if kind in ("heads", "queries") and family.projections is None:
         return f"{family.name}'s config cannot state fewer heads of the same width"
+    if kind == "queries" and Shape.of(config, family).queries == 1:
+        return f"every KV head of this {family.name} has one query head"
     return None
 
 
-def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, config: Any) -> Units:
-    """The units of a kind ('mlp', 'heads') in a block. Ask refuses() first."""
+def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, shape: Shape) -> Units:
+    """The units of a kind (IN_BLOCKS) in a block that has this shape now. Ask refuses() first."""
     named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
-    found = {coupling.heads is not None: coupling for coupling in couplings(prefix, layers, family, config)}
-    coupling = found[kind == "heads"]
+    now = SimpleNamespace(num_attention_heads=shape.heads * shape.queries, num_key_value_heads=shape.heads)
+    found = {coupling.heads is not None: coupling for coupling in couplings(prefix, layers, family, now)}
+    coupling = found[kind != "mlp"]
     inputs = coupling.consumer.shape[1]
     if kind == "mlp":
         groups_GC = torch.arange(inputs)[:, None]
         rows_GR = rows_of(coupling, torch.arange(inputs)).reshape(coupling.copies, inputs).T.contiguous()
         return Units(kind, coupling.consumer, groups_GC, tuple((layer, rows_GR) for layer in coupling.producers))
-    assert coupling.heads is not None
     assert family.projections is not None
-    _, groups = coupling.heads
-    groups_GC = torch.arange(inputs).reshape(groups, -1)
     query, key, value = (named[name] for name in family.projections)
-    shared_GR = torch.arange(value.shape[0]).reshape(groups, -1)
+    if kind == "queries":
+        groups_GC = torch.arange(inputs).reshape(shape.heads * shape.queries, -1)
+        parents_G = torch.arange(shape.heads).repeat_interleave(shape.queries)
+        return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC),), parents_G)
+    groups_GC = torch.arange(inputs).reshape(shape.heads, -1)
+    shared_GR = torch.arange(value.shape[0]).reshape(shape.heads, -1)
     return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
 
 
-def cut(units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
-    """Remove units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows."""
+def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
+    """Remove a block's units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows."""
     stays = torch.ones(len(units.groups_GC), dtype=torch.bool)
     stays[removed] = False
     _resize(units.consumer, consumer_OK)
@@ -98,6 +118,17 @@ def cut(units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
         bias = layer.module._parameters.get("bias")
         if bias is not None:
             put(layer.module, "bias", bias.detach()[kept_R])
+    if units.parents_G is not None:
+        regroup(block, len(removed) // (int(units.parents_G.max()) + 1))
+
+
+def regroup(block: nn.Module, fewer: int) -> None:
+    """Tell attention modules that so many query heads of every KV head are gone."""
+    for module in block.modules():
+        groups = getattr(module, "num_key_value_groups", None)
+        if isinstance(groups, int):
+            sized: Any = module
+            sized.num_key_value_groups = groups - fewer
 
 
 def _resize(layer: Layer, weight_OI: Tensor) -> None:
@@ -123,11 +154,10 @@ def stated(
     out = dict(raw)
     if shape.mlp != before.mlp:
         out[family.width] = shape.mlp
-    if shape.heads != before.heads:
-        queries = int(config.num_attention_heads)
-        out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
+    if (shape.heads, shape.queries) != (before.heads, before.queries):
+        out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         out["num_key_value_heads"] = shape.heads
-        out["num_attention_heads"] = queries // before.heads * shape.heads
+        out["num_attention_heads"] = shape.heads * shape.queries
     if shape.layers != before.layers:
         out[family.depth] = shape.layers
         kinds = getattr(config, "layer_types", None)
