@@ -8,6 +8,7 @@ from secateurs.plan import Plan
 from secateurs.prune import prune
 from secateurs.report import Report
 from secateurs.stats import Stats
+from secateurs.structured.channels import shrink_module
 from secateurs.structured.shrink import ShrinkPlan, shrink
 from secateurs.verify import verify
 
@@ -25,6 +26,7 @@ __all__ = [
     "prune",
     "scores",
     "shrink",
+    "shrink_module",
     "solvers",
     "verify",
 ]
