@@ -141,6 +141,35 @@ def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words):
     assert parameters == report["left"]["parameters"]
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_go_and_the_model_reloads(model_type, tmp_path, words, monkeypatch):
+    from secateurs.structured import shrink as module
+
+    source = tiny.save(tmp_path / "dense", model_type)
+    chosen = plan(source, words, "params=0.8x", units=("experts",))
+    report = shrink(chosen, tmp_path / "run")
+    left = report["left"]
+    assert (report["dense"]["experts"], left["experts"]) in ((4, 3), (4, 2))
+    assert all(len(b["units"]["experts"]["removed"]) == 4 - left["experts"] for b in report["blocks"])
+    out = subprocess.run(
+        [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert json.loads(out.splitlines()[-1])[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
+    # a kill after the first block
+    real = module.write_json
+
+    def write(file, data):
+        real(file, data)
+        if file.name == "block-0001.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", write)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(chosen, tmp_path / "killed")
+    monkeypatch.setattr(module, "write_json", real)
+    assert shrink(chosen, tmp_path / "killed")["quality"] == report["quality"]
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypatch):
     from secateurs.structured import shrink as module
 

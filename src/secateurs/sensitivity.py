@@ -30,7 +30,8 @@ def sensitivity(
     seed: int = 0,
     tick: Tick = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Stats]]:
-    """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens.
+    """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
+    that of what leaves them.
 
     Both empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
     for the head, a batch and block backward.
@@ -54,6 +55,7 @@ def sensitivity(
     for step in stream(model, batches, loader, store, backwards=True):
         sums = _Sums()
         for i in range(len(batches)):
+            sums.add(step.name, gradients[i])
             hidden = step.inputs(i).detach().requires_grad_(True)
             with step.evaluating(), torch.enable_grad(), sums.watch(step.layers):
                 out = step.call(hidden, i)

@@ -189,6 +189,7 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
         ("MLP neurons a block", dense["mlp"], left["mlp"]),
         ("KV heads a block", dense["heads"], left["heads"]),
         ("query heads of each", dense["queries"], left["queries"]),
+        *([("experts a block", dense["experts"], left["experts"])] if dense["experts"] else []),
         ("parameters", dense["parameters"], left["parameters"]),
         ("bytes of weights", report["bytes"]["dense"], report["bytes"]["left"]),
     ]

@@ -6,6 +6,7 @@ estimate of the loss (sensitivity.py). Blocks: the loss measured without them, r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from torch.nn.functional import cosine_similarity
 
 from secateurs.evaluate import compare
 from secateurs.families import Family
-from secateurs.structured import columns
-from secateurs.structured.units import Shape, Units, units_of
+from secateurs.structured import columns, experts
+from secateurs.structured.units import COLUMNS, Shape, Units, units_of
 from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream
 
 Tick = Callable[[], None]
@@ -51,12 +52,16 @@ def curves(
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Losses.curves of a dense model."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    shape = Shape.of(model.config, family)
+    config: Any = model.config
+    shape = Shape.of(config, family)
     if not kinds:
         return found
+    of_columns = [kind for kind in kinds if kind in COLUMNS]
     for step in stream(model, batches, propagate="dense", tick=tick):
-        here = [units_of(kind, step.name, step.layers, family, shape) for kind in kinds]
-        stats = step.observe([units.consumer for units in here], gram=True)
+        here = [units_of(kind, step.name, step.layers, family, shape) for kind in of_columns]
+        x_TH = experts.inputs(step, family) if "experts" in kinds else None
+        # the pass that makes the next block's inputs, whoever looks
+        stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
         for units in here:
             weight_OI = weighted(units, sensitivity.get(units.consumer.name))
             each = len(units.groups_GC) // shape.steps(units.kind)
@@ -66,7 +71,17 @@ def curves(
             count = each * most(shape.steps(units.kind))
             _, losses = columns.removal([side], count, damping, at_once, units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
+        if x_TH is not None:
+            count = most_experts(config, shape)
+            found["experts"].append(
+                [0.0, *experts.removal(step.block, family, x_TH, sensitivity.get(step.name), count)[1]]
+            )
     return found
+
+
+def most_experts(config: Any, shape: Shape) -> int:
+    """As many as a token is sent to stay."""
+    return min(most(shape.experts), shape.experts - int(config.num_experts_per_tok))
 
 
 def most(steps: int) -> int:

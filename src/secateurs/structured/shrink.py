@@ -25,7 +25,7 @@ from secateurs.prune import batched, first_windows, quality, ticker, window_leng
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.stats import Stats
-from secateurs.structured import columns, losses, units
+from secateurs.structured import columns, experts, losses, units
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
@@ -317,13 +317,19 @@ class _Run:
 
     def _shapes(self, sizes: "_Sizes") -> list[Shape]:
         chosen, dense, step = self.plan.units, sizes.dense, self.plan.multiple
-        least = {kind: dense.steps(kind) - losses.most(dense.steps(kind)) for kind in units.IN_BLOCKS if kind in chosen}
+        least = {kind: dense.steps(kind) - losses.most(dense.steps(kind)) for kind in units.COLUMNS if kind in chosen}
+        fewest_experts = dense.experts - (sizes.most_experts if "experts" in chosen else 0)
         fewest = dense.layers - sizes.most_blocks(self.plan.bound) if "layers" in chosen else dense.layers
         wide = [dense.mlp, *(w for w in range(dense.mlp - 1, least.get("mlp", dense.mlp) - 1, -1) if w % step == 0)]
         heads = range(dense.heads, least.get("heads", dense.heads) - 1, -1)
         queries = range(dense.queries, least.get("queries", dense.queries) - 1, -1)
         found = [
-            Shape(d, w, h, q) for d in range(dense.layers, fewest - 1, -1) for w in wide for h in heads for q in queries
+            Shape(d, w, h, q, e)
+            for d in range(dense.layers, fewest - 1, -1)
+            for w in wide
+            for h in heads
+            for q in queries
+            for e in range(dense.experts, fewest_experts - 1, -1)
         ]
         return [shape for shape in found if shape != dense]
 
@@ -418,13 +424,21 @@ class _Run:
             if file.is_file():
                 _restore(step.block, load_file(file))
                 units.regroup(step.block, todo["queries"])
+                if todo["experts"]:
+                    experts.resize(step.block, family)
                 record = json.loads(file.with_suffix(".json").read_text())
                 records.append(record)
                 continue
             now = dataclasses.replace(dense, layers=shape.layers)
-            consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in kinds)}
-            stats = step.observe(list(consumers.values()), gram=True) if kinds else {}
-            for kind in kinds:
+            of_columns = [kind for kind in kinds if kind != "experts"]
+            consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in of_columns)}
+            stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
+            if todo["experts"]:
+                x_TH = experts.inputs(step, family)
+                gone, cost = experts.removal(step.block, family, x_TH, sensitive.get(f"{path}.{was}"), todo["experts"])
+                experts.cut(step.block, family, gone)
+                record["units"]["experts"] = {"removed": sorted(gone), "loss": cost[-1]}
+            for kind in of_columns:
                 found = self._units(kind, step, family, now)
                 name = found.consumer.name
                 # what was found out has the dense model's names
@@ -519,7 +533,8 @@ def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
 @dataclass(frozen=True)
 class _Sizes:
     """Parameters outside the blocks, and of a block's neurons, KV heads (without their query heads), query heads, and the rest
-    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix.
+    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix. Every token is
+    sent to as many experts as before, so they cost bytes and no multiplications.
     """
 
     outside: int
@@ -530,9 +545,11 @@ class _Sizes:
     rest: int
     attended: int
     head: int
+    expert: int
+    most_experts: int
 
     def parameters(self, shape: Shape) -> int:
-        return self.outside + shape.layers * self._block(shape)
+        return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
 
     def _block(self, shape: Shape) -> int:
         return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
@@ -559,9 +576,9 @@ class _Sizes:
 
 def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
     dense = Shape.of(config, family)
-    names, experts = blocks_of(model)
+    names, _ = blocks_of(model)
     block = model.get_submodule(names[0])
-    layers = layers_of(block, names[0], experts)
+    layers = layers_of(block, names[0], family.experts)
 
     def each(kind: str) -> int:
         if units.refuses(kind, family, config):
@@ -571,20 +588,27 @@ def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
     neuron, query = each("mlp"), each("queries")
     key_value = each("heads") - dense.queries * query
     whole = sum(p.numel() for p in block.parameters())
-    rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query)
+    expert = most_experts = 0
+    if dense.experts:
+        _, router, fused = experts.mixture(block, family)
+        own = [*router.parameters(), *fused.parameters()]
+        expert = sum(p.numel() // dense.experts for p in own if len(p) == dense.experts)
+        most_experts = losses.most_experts(config, dense)
+    rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
     outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return _Sizes(outside, dense, neuron, key_value, query, rest, 2 * width, config.vocab_size * config.hidden_size)
+    head = config.vocab_size * config.hidden_size
+    return _Sizes(outside, dense, neuron, key_value, query, rest, 2 * width, head, expert, most_experts)
 
 
 def _consumers(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:
     """The layers that lose columns."""
-    names, experts = blocks_of(model)
+    names, _ = blocks_of(model)
     config: Any = model.config
     dense = Shape.of(config, family)
     found = {}
     for name in names:
-        layers = layers_of(model.get_submodule(name), name, experts)
+        layers = layers_of(model.get_submodule(name), name, family.experts)
         for kind in kinds:
             layer = units.units_of(kind, name, layers, family, dense).consumer
             found[layer.name] = layer

@@ -3,6 +3,7 @@
     mlp      a neuron: a column of down, its rows of up and gate, their biases
     heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
     queries  a query head, as many of every KV head: its columns of o, rows of q, their biases
+    experts  an expert of a mixture, and its row of the router (experts.py)
     layers   a whole block
 
 O outputs, I inputs, G units of C columns or R rows each.
@@ -20,9 +21,10 @@ from secateurs.families import Family
 from secateurs.permute import couplings, rows_of
 from secateurs.walk import Layer
 
-KINDS = ("mlp", "heads", "queries", "layers")
-# what a block has units of
-IN_BLOCKS = ("mlp", "heads", "queries")
+KINDS = ("mlp", "heads", "queries", "experts", "layers")
+# units that are columns of one matrix of a block, and all units that blocks have
+COLUMNS = ("mlp", "heads", "queries")
+IN_BLOCKS = (*COLUMNS, "experts")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Units:
 @dataclass(frozen=True)
 class Shape:
     """What all blocks of a model have in common, as config.json states it. heads: of keys and values; queries: query heads of
-    each.
+    each; experts: 0 where there are none.
     """
 
     layers: int
     mlp: int
     heads: int
     queries: int = 1
+    experts: int = 0
 
     @classmethod
     def of(cls, config: Any, family: Family) -> "Shape":
@@ -67,6 +70,7 @@ class Shape:
             int(getattr(config, family.width, None) or 4 * config.hidden_size),
             heads,
             queries // heads,
+            int(getattr(config, "num_local_experts", 0)) if family.experts else 0,
         )
 
     def steps(self, kind: str) -> int:
@@ -80,13 +84,15 @@ def refuses(kind: str, family: Family, config: Any) -> str | None:
         return f"{family.name}'s MLPs are experts, whose neurons are not cut"
     if kind in ("heads", "queries") and family.projections is None:
         return f"{family.name}'s config cannot state fewer heads of the same width"
+    if kind == "experts" and not family.experts:
+        return f"{family.name} has no experts"
     if kind == "queries" and Shape.of(config, family).queries == 1:
         return f"every KV head of this {family.name} has one query head"
     return None
 
 
 def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, shape: Shape) -> Units:
-    """The units of a kind (IN_BLOCKS) in a block that has this shape now. Ask refuses() first."""
+    """The units of a kind (COLUMNS) in a block that has this shape now. Ask refuses() first."""
     named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
     now = SimpleNamespace(num_attention_heads=shape.heads * shape.queries, num_key_value_heads=shape.heads)
     found = {coupling.heads is not None: coupling for coupling in couplings(prefix, layers, family, now)}
@@ -158,6 +164,9 @@ def stated(
         out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         out["num_key_value_heads"] = shape.heads
         out["num_attention_heads"] = shape.heads * shape.queries
+    if shape.experts != before.experts:
+        # either name, as the dense model's file has it
+        out["num_experts" if "num_experts" in raw else "num_local_experts"] = shape.experts
     if shape.layers != before.layers:
         out[family.depth] = shape.layers
         kinds = getattr(config, "layer_types", None)

@@ -1,0 +1,174 @@
+"""Structured pruning of SmolLM2-135M: what each way of it costs, beside Torch-Pruning; and budgets in seconds against the clock.
+
+    .venv/bin/python bench/structured.py [--only quality|latency] [MODEL]
+
+quality: a quarter of every MLP's neurons goes (1536 to 1152), calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl,
+measured on 24 windows of 2048 tokens of WikiText-2. Torch-Pruning removes as many from each block by its own importance, on
+the same calibration windows where it asks for gradients; `pip install torch-pruning==1.6.1`, left out by name without it.
+
+latency: shrink to 0.8x and 0.6x, a prompt of 512 tokens and each of 32 after it; the finished model is timed anew beside the
+dense one.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from methods import ROOT, data, fetch
+
+QUARTER = ["--budget", "params=0.853x", "--units", "mlp", "--multiple", "128"]
+OURS = {
+    "obs+refit": [], "obs": ["--no-refit"], "magnitude+refit": ["--criterion", "magnitude"],
+    "magnitude": ["--criterion", "magnitude", "--no-refit"], "taylor+refit": ["--criterion", "taylor"],
+    "taylor": ["--criterion", "taylor", "--no-refit"],
+}  # fmt: skip
+PEERS = ("magnitude", "taylor", "hessian")
+WIDTH = 1152
+
+
+def secateurs(*arguments):
+    command = [sys.executable, "-m", "secateurs.cli", *map(str, arguments), "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def shrink(model, out, *more):
+    c4, wikitext = data(ROOT.parent / "shared")
+    return secateurs(
+        "shrink", model, "--out", out, "--calibration", f"{c4}:prefix+gold_completion", "--samples", 64, "--seqlen", 512,
+        "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048, *more,
+    )  # fmt: skip
+
+
+def peer(model, kind, folder):
+    """Torch-Pruning's groups of gate_proj's outputs, the least important quarter of every block removed; a model folder."""
+    import torch_pruning as tp
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from secateurs import calibrate
+
+    c4, _ = data(ROOT.parent / "shared")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows = calibrate.load(f"{c4}:prefix+gold_completion", tokenizer, 64, 512, 0).windows
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    net.config.use_cache = False
+    importance = {
+        "magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance,
+        "hessian": tp.importance.GroupHessianImportance,
+    }[kind]()  # fmt: skip
+    if kind != "magnitude":
+        for ids in windows:
+            if kind == "hessian":
+                net.zero_grad()
+            net(input_ids=ids[None], labels=ids[None]).loss.backward()
+            if kind == "hessian":
+                importance.accumulate_grad(net)
+    graph = tp.DependencyGraph().build_dependency(net, example_inputs={"input_ids": windows[:1, :16]})
+    for block in net.model.layers:
+        whole = graph.get_pruning_group(block.mlp.gate_proj, tp.prune_linear_out_channels, list(range(1536)))
+        score = importance(whole)
+        gone = score.argsort()[: 1536 - WIDTH].tolist()
+        graph.get_pruning_group(block.mlp.gate_proj, tp.prune_linear_out_channels, gone).prune()
+    net.config.intermediate_size = WIDTH
+    net.config.use_cache = True
+    net.zero_grad()
+    net.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in net.parameters())
+
+
+def quality(model, found):
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        for method, more in OURS.items():
+            report = shrink(model, Path(name) / method, *QUARTER, *more)
+            rows[method] = {
+                "parameters": report["left"]["parameters"], "ppl": report["quality"]["ppl"]["value"],
+                "dense": report["quality"]["ppl_dense"]["value"], "seconds": report["seconds"]["shrink"],
+            }  # fmt: skip
+            say(method, rows[method])
+        if not importlib.util.find_spec("torch_pruning"):
+            print("torch-pruning is not installed: its rows are left out", file=sys.stderr)
+        for kind in PEERS if importlib.util.find_spec("torch_pruning") else ():
+            began = time.perf_counter()
+            folder = Path(name) / f"peer-{kind}"
+            parameters = peer(model, kind, folder)
+            seconds = time.perf_counter() - began
+            _, wikitext = data(ROOT.parent / "shared")
+            report = secateurs("eval", folder, "--text", wikitext, "--windows", 24, "--seqlen", 2048)
+            row = {
+                "parameters": parameters, "ppl": report["quality"]["ppl_dense"]["value"],
+                "dense": rows["magnitude"]["dense"], "seconds": seconds,
+            }  # fmt: skip
+            rows[f"torch-pruning {kind}"] = row
+            say(f"torch-pruning {kind}", row)
+    best = min(row["ppl"] for method, row in rows.items() if method.startswith("torch-pruning"))
+    print(f"obs+refit's excess: {excess(rows['obs+refit']) / excess(rows['magnitude']):.3f}x magnitude's, "
+          f"{excess(rows['obs+refit']) / math.log(best / rows['magnitude']['dense']):.3f}x Torch-Pruning's best")  # fmt: skip
+    found["quality"] = rows
+
+
+def excess(row):
+    return math.log(row["ppl"] / row["dense"])
+
+
+def say(method, row):
+    print(
+        f"{method:24s} ppl {row['ppl']:9.2f}  excess {excess(row):.3f}  {row['parameters']:,}  {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def latency(model, found):
+    from transformers import AutoModelForCausalLM
+
+    from secateurs.structured.latency import measure
+
+    rows = {}
+    for share in (0.8, 0.6):
+        with tempfile.TemporaryDirectory() as name:
+            began = time.perf_counter()
+            report = shrink(model, Path(name) / "run", "--budget", f"latency={share}x")
+            seconds = time.perf_counter() - began
+            pair = [
+                AutoModelForCausalLM.from_pretrained(f, dtype="auto").eval()
+                for f in (model, Path(name) / "run" / "model")
+            ]
+            dense, left = measure(pair, 512, 32, rounds=15)
+            ratio = left.over(dense)
+            rows[share] = {
+                "left": report["left"], "ratio": {"prefill": ratio.prefill, "decode": ratio.decode},
+                "ppl": report["quality"]["ppl"]["value"], "dense": report["quality"]["ppl_dense"]["value"],
+                "shrink_seconds": report["seconds"]["shrink"], "all_seconds": seconds, "tried": report["tried"],
+            }  # fmt: skip
+            shape = {k: report["left"][k] for k in ("layers", "mlp", "heads", "queries", "parameters")}
+            print(
+                f"latency {share}x: prefill {ratio.prefill:.3f}x, decode {ratio.decode:.3f}x, {shape}, ppl "
+                f"{rows[share]['ppl']:.2f}, shrink {report['seconds']['shrink']:.0f} s, with evaluation {seconds:.0f} s",
+                flush=True,
+            )  # fmt: skip
+    found["latency"] = rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a folder; default SmolLM2-135M")
+    parser.add_argument("--only", choices=("quality", "latency"))
+    arguments = parser.parse_args()
+    model = arguments.model or str(fetch())
+    file = ROOT / "bench" / "results" / "structured.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    for name, job in (("quality", quality), ("latency", latency)):
+        if arguments.only in (None, name):
+            job(model, found)
+            file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
