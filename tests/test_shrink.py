@@ -232,3 +232,32 @@ def test_a_model_in_bf16_stays_in_bf16(tmp_path, words):
     from safetensors.torch import load_file
 
     assert {t.dtype for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, words):
+    from rich.console import Console
+
+    import secateurs as sc
+    from secateurs.report import Report
+    from secateurs.summary import print_report
+
+    small = shrink(plan(llama, words), tmp_path / "small")
+    options = {
+        "pattern": "2:4",
+        "method": "sparsegpt",
+        "samples": 8,
+        "seqlen": 32,
+        "eval_windows": 2,
+        "eval_seqlen": 32,
+    }
+    model = str(tmp_path / "small" / "model")
+    sc.prune(model, sc.Plan(model, calibration=str(words), eval_text=str(words), **options), tmp_path / "both")
+    report = Report.read(tmp_path / "both" / "report.json")
+    assert report.shrunk["parameters"] == {kind: small[kind]["parameters"] for kind in ("dense", "left")}
+    assert report.quality["ppl_dense"]["value"] == pytest.approx(small["quality"]["ppl"]["value"], rel=1e-4)
+    console = Console(record=True, width=200)
+    print_report(report, console, "both")
+    text = console.export_text()
+    assert f"Shrunk before that to params=0.8x: {small['left']['parameters']:,} of" in text
+    steps = (small["quality"]["ppl_dense"], small["quality"]["ppl"], report.quality["ppl"])
+    assert " to ".join(format(step["value"], ".2f") for step in steps) in text

@@ -28,7 +28,7 @@ from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
 from secateurs.profile import DeviceProfile
-from secateurs.report import LayerRecord, Report
+from secateurs.report import LayerRecord, Report, shrunk_before
 from secateurs.sensitivity import sensitivity
 from secateurs.stats import Stats
 from secateurs.tuning import Outcome
@@ -288,7 +288,7 @@ class Run:
         plan, began = self.plan, time.perf_counter()
         state = self._state(source)
         model = source.skeleton()
-        report = Report(plan.as_dict(), machine())
+        report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model))
         batches = self._calibration(source, model, report)
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]

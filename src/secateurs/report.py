@@ -48,8 +48,8 @@ class Report:
     """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
     tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
     reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
-    model, or None. packed: what `secateurs pack`
-    chose for each layer, or None.
+    model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
+    the model before, or None.
     """
 
     plan: dict[str, Any]
@@ -70,6 +70,7 @@ class Report:
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
     distillation: dict[str, Any] | None = None
     packed: dict[str, Any] | None = None
+    shrunk: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -108,3 +109,17 @@ class Report:
             raise OutputError(f"{file} cannot be read: {error.strerror}; is this a run directory?") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{file} is not a secateurs report: {error}") from None
+
+
+def shrunk_before(model: str) -> dict[str, Any] | None:
+    """What `secateurs shrink` reports of a model folder that it made, or None: budget, parameters, quality, latency."""
+    try:
+        found = json.loads((Path(model).expanduser().parent / "report.json").read_text(encoding="utf-8"))
+        return {
+            "budget": found["plan"]["budget"],
+            "parameters": {kind: found[kind]["parameters"] for kind in ("dense", "left")},
+            "quality": found["quality"],
+            "latency_ratio": found["latency"]["ratio"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -78,6 +78,8 @@ def print_report(report: Report, console: Console, out: str) -> None:
         f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}, "
         f"allocation {plan['allocation']}, effort {plan['effort']}."
     )
+    if report.shrunk:
+        console.print(_shrunk(report.shrunk, report.quality))
     if report.reconstruction:
         ratios = [r["after"] / r["before"] for r in report.reconstruction if r["before"] > 0]
         better = [ratio for ratio in ratios if ratio < 1]
@@ -178,6 +180,18 @@ def print_facts(facts: ModelFacts, console: Console) -> None:
         f"Files: {megabytes(facts.file_bytes)}, of which {megabytes(facts.other_bytes)} are embeddings, norms, biases and "
         "headers. Zeros are stored as zeros and save nothing; `secateurs pack` stores a model without them."
     )
+
+
+def _shrunk(before: dict[str, Any], quality: dict[str, Any] | None) -> str:
+    counts, ratio = before["parameters"], before["latency_ratio"]
+    text = (
+        f"Shrunk before that to {before['budget']}: {counts['left']:,} of {counts['dense']:,} parameters, prompt in "
+        f"{ratio['prefill']:.2f}x and token in {ratio['decode']:.2f}x the time"
+    )
+    if before["quality"] and quality:
+        steps = (before["quality"]["ppl_dense"], before["quality"]["ppl"], quality["ppl"])
+        text += f"; perplexity {' to '.join(format(step['value'], '.2f') for step in steps)} by both"
+    return text + "."
 
 
 def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
