@@ -180,7 +180,10 @@ def shrink(
     ],
     out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
     units: Annotated[
-        str, typer.Option(help="What may go: mlp (neurons), heads (KV heads), queries (query heads of each), layers.")
+        str,
+        typer.Option(
+            help="What may go: mlp (neurons), heads (KV heads), queries (of each), experts, hidden (residual width), layers."
+        ),
     ] = "mlp,heads,layers",
     criterion: Annotated[str, typer.Option(help="obs, taylor, energy or magnitude: which units go.")] = "obs",
     depth: Annotated[str, typer.Option(help="loss (measured) or influence: which blocks go.")] = "loss",

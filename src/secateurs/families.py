@@ -21,6 +21,9 @@ class Family:
     attention: tuple[str, str] | None = None
     # (query, key, value) where config.json can state fewer heads of the same width
     projections: tuple[str, str, str] | None = None
+    # (norm of a block, the part that reads it, the part's layer that adds to the residual stream), where a norm is x / rms(x)
+    # times a weight and embeddings enter as they are
+    residual: tuple[tuple[str, str, str], ...] = ()
     # what config.json calls the width of the MLP and the number of blocks
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
@@ -31,14 +34,19 @@ _GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _SELF = ("self_attn.v_proj", "self_attn.o_proj")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
+_STREAM = (
+    ("input_layernorm", "self_attn", "self_attn.o_proj"),
+    ("post_attention_layernorm", "mlp", "mlp.down_proj"),
+)
+
 _ROWS = (
-    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
+    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
+    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
+    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
+    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
     Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
     Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("phi3", ("phi3",), "layers", mlp=(("mlp.gate_up_proj",), "mlp.down_proj")),
+    Family("phi3", ("phi3",), "layers", mlp=(("mlp.gate_up_proj",), "mlp.down_proj"), residual=_STREAM),
     Family(
         "opt",
         ("opt",),

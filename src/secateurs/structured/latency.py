@@ -1,7 +1,7 @@
 """Seconds of a prompt and of a token after it, for models of any shape: measured on this machine, not counted.
 
-    t(shape) = rest + layers * (block + mlp * neuron + heads * (head + queries * query))
-is solved from five measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
+    t(shape) = rest + hidden * (ends + layers * (block + mlp * neuron + heads * (head + queries * query)))
+is solved from six measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
 """
 
 import time
@@ -69,7 +69,7 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Coefficients [rest, block, neuron, head, query] of both stages."""
+    """Coefficients [rest, ends, block, neuron, head, query] of both stages."""
 
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
@@ -92,5 +92,5 @@ class LatencyModel:
 
 
 def _terms(shape: Shape) -> list[float]:
-    heads = shape.layers * shape.heads
-    return [1.0, shape.layers, shape.layers * shape.mlp, heads, heads * shape.queries]
+    blocks = shape.hidden * shape.layers
+    return [1.0, shape.hidden, blocks, blocks * shape.mlp, blocks * shape.heads, blocks * shape.heads * shape.queries]

@@ -30,7 +30,9 @@ _TRIED_AGAIN = 10
 
 @dataclass(frozen=True)
 class Losses:
-    """curves: {kind: [block][removals]}, beginning with 0 for none. blocks: their order; after: loss with so many gone."""
+    """curves: {kind: [block][removals]}, beginning with 0 for none ('hidden' has one for all blocks). blocks: their order; after:
+    loss with so many gone.
+    """
 
     curves: dict[str, list[list[float]]]
     blocks: list[int]
@@ -38,11 +40,14 @@ class Losses:
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
         """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
-        left = [i for i in range(len(next(iter(self.curves.values()), self.blocks))) if i not in self.blocks[:gone]]
         total = self.after[gone - 1] if gone else 0.0
         for kind, removed in kinds.items():
             if removed:
-                total += sum(self.curves[kind][i][removed] for i in left)
+                # the residual width has one curve, for the whole model
+                blocks = self.curves[kind]
+                total += sum(
+                    curve[removed] for i, curve in enumerate(blocks) if len(blocks) == 1 or i not in self.blocks[:gone]
+                )
         return total
 
 

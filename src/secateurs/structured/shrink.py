@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from secateurs.prune import batched, first_windows, quality, ticker, window_leng
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.stats import Stats
-from secateurs.structured import columns, experts, losses, units
+from secateurs.structured import columns, experts, losses, units, width
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
@@ -120,7 +120,7 @@ def shrink(plan: ShrinkPlan, out: str | Path, progress: Progress = lambda label,
 class _Run:
     def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress) -> None:
         folder = Path(plan.model).expanduser()
-        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.plan = replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
         self.out, self.progress = out, progress
         self.work = out / "work"
         self.model_folder = out / "model"
@@ -129,7 +129,7 @@ class _Run:
         source = checkpoint.Checkpoint(self.plan.model)
         model = source.skeleton()
         config, family, cls = self._known(model)
-        sizes = _sizes(model, family, config)
+        sizes = self._sizes(cls, model, family, config)
         self._check_units(family, config, sizes)
         if not (self.out / "plan.json").is_file():
             self._refuse_too_small(cls, config, family, sizes)
@@ -149,12 +149,14 @@ class _Run:
         text = self._calibration(source, model)
         windows = text.windows
         batches = batched(windows)
-        sizes = _sizes(model, family, config)
+        sizes = self._sizes(cls, model, family, config)
         dense = sizes.dense
         lost, sensitive = self._look(model, family, windows, batches, sizes)
         shape, tried = self._choose(cls, config, family, sizes, lost)
         kept_layers = [i for i in range(dense.layers) if i not in lost.blocks[: dense.layers - shape.layers]]
         records = self._cut(model, family, batches, shape, kept_layers, sensitive)
+        if shape.hidden != dense.hidden:
+            self._narrow(model, family, windows, sensitive, kept_layers, dense.hidden - shape.hidden)
         stated = units.stated(source.raw_config, config, family, shape, kept_layers)
         self._write(source, model, stated)
         report: dict[str, Any] = {
@@ -196,15 +198,30 @@ class _Run:
             raise PlanError(str(error)) from None
         return skeleton.config, family, getattr(transformers, skeleton.config.architectures[0])
 
+    def _sizes(self, cls: Any, model: nn.Module, family: families.Family, config: Any) -> "_Sizes":
+        sizes = _sizes(model, family, config)
+        if "hidden" not in self.plan.units or not family.residual:
+            return sizes
+        from accelerate import init_empty_weights
+
+        narrow = replace(sizes.dense, hidden=sizes.dense.hidden // 2)
+        with init_empty_weights():
+            raw = units.stated(config.to_dict(), config, family, narrow, range(narrow.layers))
+            half = cls._from_config(type(config)(**raw))
+        half.tie_weights()
+        return replace(sizes, half=_sizes(half, family, half.config))
+
     def _check_units(self, family: families.Family, config: Any, sizes: "_Sizes") -> None:
         for kind in self.plan.units:
             refused = units.refuses(kind, family, config)
             if refused:
                 raise PlanError(f"units {kind}: {refused}; leave it out of --units")
-        if "mlp" in self.plan.units and sizes.dense.mlp <= self.plan.multiple:
-            raise PlanError(
-                f"MLPs of {sizes.dense.mlp} neurons cannot become a smaller multiple of {self.plan.multiple}; lower --multiple"
-            )
+            if kind in ("mlp", "hidden") and sizes.dense.steps(kind) <= self.plan.multiple:
+                what = "MLPs of {} neurons" if kind == "mlp" else "a residual width of {}"
+                raise PlanError(
+                    f"{what.format(sizes.dense.steps(kind))} cannot become a smaller multiple of {self.plan.multiple}; "
+                    "lower --multiple"
+                )
 
     def _refuse_too_small(self, cls: Any, config: Any, family: families.Family, sizes: "_Sizes") -> None:
         """A budget that the smallest shape does not meet."""
@@ -270,6 +287,11 @@ class _Run:
             sensitive, _ = sensitivity(model, part, AllLoaded(), InMemory(), plan.seed, tick)
             tick = ticker(self.progress, "what units cost", total * len(batches))
             found = losses.curves(model, batches, family, kinds, sensitive, plan.damping, tick)
+            if "hidden" in plan.units:
+                tick = ticker(self.progress, "what channels cost", len(windows))
+                reading = width.readers(model, family, windows, sensitive, tick)
+                gone = losses.most(sizes.dense.hidden)
+                found["hidden"] = [[0.0, *width.removal(reading, gone, plan.damping)[1].tolist()]]
             order: list[int] = []
             after: list[float] = []
             if "layers" in plan.units:
@@ -321,15 +343,18 @@ class _Run:
         fewest_experts = dense.experts - (sizes.most_experts if "experts" in chosen else 0)
         fewest = dense.layers - sizes.most_blocks(self.plan.bound) if "layers" in chosen else dense.layers
         wide = [dense.mlp, *(w for w in range(dense.mlp - 1, least.get("mlp", dense.mlp) - 1, -1) if w % step == 0)]
+        deep = losses.most(dense.hidden) if "hidden" in chosen else 0
+        hidden = [dense.hidden, *(w for w in range(dense.hidden - 1, dense.hidden - deep - 1, -1) if w % step == 0)]
         heads = range(dense.heads, least.get("heads", dense.heads) - 1, -1)
         queries = range(dense.queries, least.get("queries", dense.queries) - 1, -1)
         found = [
-            Shape(d, w, h, q, e)
+            Shape(d, w, h, q, e, n)
             for d in range(dense.layers, fewest - 1, -1)
             for w in wide
             for h in heads
             for q in queries
             for e in range(dense.experts, fewest_experts - 1, -1)
+            for n in hidden
         ]
         return [shape for shape in found if shape != dense]
 
@@ -346,11 +371,13 @@ class _Run:
         tick = ticker(self.progress, "measuring latency", _TRIES + 1)
         points = [
             dense,
-            dataclasses.replace(dense, layers=max(1, dense.layers // 2)),
-            dataclasses.replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
-            dataclasses.replace(dense, heads=max(1, dense.heads // 2)),
-            dataclasses.replace(dense, queries=max(1, dense.queries // 2)),
+            replace(dense, layers=max(1, dense.layers // 2)),
+            replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
+            replace(dense, heads=max(1, dense.heads // 2)),
+            replace(dense, queries=max(1, dense.queries // 2)),
         ]
+        if "hidden" in plan.units:
+            points.append(replace(dense, hidden=dense.hidden // 2))
         whole = model_of(dense)
         seconds = measure([whole, *(model_of(p) for p in points[1:])], plan.prompt, plan.new, rounds=3)
         fitted = LatencyModel.fit(list(zip(points, seconds, strict=True)))
@@ -429,7 +456,7 @@ class _Run:
                 record = json.loads(file.with_suffix(".json").read_text())
                 records.append(record)
                 continue
-            now = dataclasses.replace(dense, layers=shape.layers)
+            now = replace(dense, layers=shape.layers)
             of_columns = [kind for kind in kinds if kind != "experts"]
             consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in of_columns)}
             stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
@@ -448,12 +475,37 @@ class _Run:
                 stats[name] = stats[name].reordered(kept_K)
                 if f"taylor {at_first}" in sensitive:
                     sensitive[f"taylor {at_first}"] = sensitive[f"taylor {at_first}"][:, kept_K]
-                now = dataclasses.replace(now, **{kind: shape.steps(kind)})
+                now = replace(now, **{kind: shape.steps(kind)})
             if kinds:
                 write_json(file.with_suffix(".json"), record)
                 write_tensors(file, {n: p.detach() for n, p in step.block.named_parameters()})
             records.append(record)
         return records
+
+    def _narrow(
+        self, model: nn.Module, family: families.Family, windows: Tensor, sensitive: dict[str, Tensor],
+        kept_layers: Sequence[int], count: int,
+    ) -> None:  # fmt: skip
+        """Take channels out of the residual stream, last of all."""
+        plan = self.plan
+        names, _ = blocks_of(model)
+        path = names[0].rpartition(".")[0]
+        # what was found out has the dense model's names
+        now = {}
+        for index, was in enumerate(kept_layers):
+            old, new = f"{path}.{was}.", f"{path}.{index}."
+            now.update({new + n.removeprefix(old): t for n, t in sensitive.items() if n.startswith(old)})
+        for layer in [x for name in names for x in layers_of(model.get_submodule(name), name)]:
+            if layer.name in now and len(now[layer.name]) != layer.shape[0]:
+                # its rows were cut, and nobody noted which: all count alike
+                now[layer.name] = now[layer.name].mean().expand(layer.shape[0])
+        tick = ticker(self.progress, "cutting the residual width", len(windows))
+        reading = width.readers(model, family, windows, now, tick)
+        try:
+            removed, _ = width.removal(reading, count, plan.damping)
+            width.cut(model, family, reading, removed, plan.damping, plan.refit)
+        except ValueError as error:
+            raise LayerError(f"residual width: {error}") from None
 
     def _units(self, kind: str, step: Step, family: families.Family, now: Shape) -> units.Units:
         # the step's own layers hold the parameters from before the last cut
@@ -526,7 +578,7 @@ class _Run:
 
 def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
     """Estimated nats a token above the dense model."""
-    gone = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
+    gone = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.COUNTED}
     return lost.of(gone, dense.layers - shape.layers)
 
 
@@ -547,8 +599,14 @@ class _Sizes:
     head: int
     expert: int
     most_experts: int
+    half: "_Sizes | None" = None
 
     def parameters(self, shape: Shape) -> int:
+        """Exact for a residual width as it was; others are between those of `half`, where all that is left is half as wide."""
+        if self.half and shape.hidden != self.dense.hidden:
+            whole, half = (s.parameters(replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
+            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+            return round(half + share * (whole - half))
         return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
 
     def _block(self, shape: Shape) -> int:
@@ -556,6 +614,10 @@ class _Sizes:
 
     def multiplications(self, shape: Shape, prompt: int) -> int:
         """Of a prompt: every weight of a block with every token, queries with keys, chances with values, the head once."""
+        if self.half and shape.hidden != self.dense.hidden:
+            whole, half = (s.multiplications(replace(shape, hidden=s.dense.hidden), prompt) for s in (self, self.half))
+            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+            return round(half + share * (whole - half))
         attention = shape.heads * shape.queries * self.attended * prompt**2
         return shape.layers * (self._block(shape) * prompt + attention) + self.head
 

@@ -4,6 +4,7 @@
     heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
     queries  a query head, as many of every KV head: its columns of o, rows of q, their biases
     experts  an expert of a mixture, and its row of the router (experts.py)
+    hidden   a channel of the residual stream (width.py)
     layers   a whole block
 
 O outputs, I inputs, G units of C columns or R rows each.
@@ -21,10 +22,11 @@ from secateurs.families import Family
 from secateurs.permute import couplings, rows_of
 from secateurs.walk import Layer
 
-KINDS = ("mlp", "heads", "queries", "experts", "layers")
-# units that are columns of one matrix of a block, and all units that blocks have
+KINDS = ("mlp", "heads", "queries", "experts", "hidden", "layers")
+# units that are columns of one matrix of a block; all units that blocks have; all that are counted by a number of a shape
 COLUMNS = ("mlp", "heads", "queries")
 IN_BLOCKS = (*COLUMNS, "experts")
+COUNTED = (*IN_BLOCKS, "hidden")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Units:
 @dataclass(frozen=True)
 class Shape:
     """What all blocks of a model have in common, as config.json states it. heads: of keys and values; queries: query heads of
-    each; experts: 0 where there are none.
+    each; experts: 0 where there are none; hidden: channels of the residual stream.
     """
 
     layers: int
@@ -60,6 +62,7 @@ class Shape:
     heads: int
     queries: int = 1
     experts: int = 0
+    hidden: int = 0
 
     @classmethod
     def of(cls, config: Any, family: Family) -> "Shape":
@@ -71,10 +74,11 @@ class Shape:
             heads,
             queries // heads,
             int(getattr(config, "num_local_experts", 0)) if family.experts else 0,
+            int(config.hidden_size),
         )
 
     def steps(self, kind: str) -> int:
-        """Of IN_BLOCKS: how many removals of a kind there are; a query head goes from every KV head at once."""
+        """Of COUNTED: how many removals of a kind there are; a query head goes from every KV head at once."""
         return int(getattr(self, kind))
 
 
@@ -84,6 +88,8 @@ def refuses(kind: str, family: Family, config: Any) -> str | None:
         return f"{family.name}'s MLPs are experts, whose neurons are not cut"
     if kind in ("heads", "queries") and family.projections is None:
         return f"{family.name}'s config cannot state fewer heads of the same width"
+    if kind == "hidden" and not family.residual:
+        return f"{family.name}'s norms or embeddings do not let its residual width be cut"
     if kind == "experts" and not family.experts:
         return f"{family.name} has no experts"
     if kind == "queries" and Shape.of(config, family).queries == 1:
@@ -160,7 +166,9 @@ def stated(
     out = dict(raw)
     if shape.mlp != before.mlp:
         out[family.width] = shape.mlp
-    if (shape.heads, shape.queries) != (before.heads, before.queries):
+    if shape.hidden != before.hidden:
+        out["hidden_size"] = shape.hidden
+    if (shape.heads, shape.queries, shape.hidden) != (before.heads, before.queries, before.hidden):
         out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         out["num_key_value_heads"] = shape.heads
         out["num_attention_heads"] = shape.heads * shape.queries
