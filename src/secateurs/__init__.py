@@ -1,7 +1,7 @@
 """Secateurs prunes neural networks to the sparsity that their hardware can cash in, and proves it."""
 
 # importing hf registers the packed format with transformers
-from secateurs import formats, hf, kernels, patterns, scores, solvers
+from secateurs import formats, hf, kernels, patterns, scores, solvers, train
 from secateurs.errors import SecateursError
 from secateurs.linear import accelerate
 from secateurs.plan import Plan
@@ -28,5 +28,6 @@ __all__ = [
     "shrink",
     "shrink_module",
     "solvers",
+    "train",
     "verify",
 ]

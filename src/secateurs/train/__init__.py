@@ -1,0 +1,25 @@
+"""Pruning while training, and zeros that stay: hold, schedules, gradual and dynamic pruning, SR-STE, the mask as a module."""
+
+from secateurs.train.held import Held, hold, take_over
+from secateurs.train.masked import MaskedLinear, finish, sr_ste
+from secateurs.train.pruning import SCORES, dynamic, gradual
+from secateurs.train.schedules import Ramp, Schedule, Steps, cubic, linear, one_step, rounds
+
+__all__ = [
+    "SCORES",
+    "Held",
+    "MaskedLinear",
+    "Ramp",
+    "Schedule",
+    "Steps",
+    "cubic",
+    "dynamic",
+    "finish",
+    "gradual",
+    "hold",
+    "linear",
+    "one_step",
+    "rounds",
+    "sr_ste",
+    "take_over",
+]

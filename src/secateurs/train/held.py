@@ -1,0 +1,176 @@
+"""Keep pruned weights exactly zero through any torch optimizer.
+
+Before every optimizer step the gradients of removed weights become 0, after it the weights do: momentum, weight decay and
+moments find nothing to move, and what they had is cleared when a weight is removed. Both are hooks of the optimizer itself, so
+plain loops, gradient scalers, accumulation, compiled modules, DDP and FSDP2 (whose shards are what the optimizer steps) need no
+other change.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from secateurs.errors import PlanError
+from secateurs.walk import layers_of
+
+
+class Held:
+    """Masks by parameter name, and the optimizer that they hold on. masks: bool, True = stays."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.optimizer = optimizer
+        self.masks: dict[str, Tensor] = {}
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(lambda *_: self._clear_gradients()),
+            optimizer.register_step_post_hook(lambda *_: self.apply()),
+        ]
+        self.update(masks)
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold these from now on: weights become 0, and what the optimizer remembers of them. Raises PlanError, naming the
+        parameter, for a name that is not held and for a mask of another shape.
+        """
+        for name, mask in masks.items():
+            if name not in self.parameters:
+                raise PlanError(f"there is no parameter {name} to hold")
+            parameter = self.parameters[name]
+            if mask.shape != parameter.shape:
+                raise PlanError(
+                    f"{name} is {tuple(parameter.shape)} and its mask {tuple(mask.shape)}; they must be alike"
+                )
+        for name, mask in masks.items():
+            self.masks[name] = mask.to(device=self.parameters[name].device, dtype=torch.bool)
+        self.apply()
+        self._clear_state()
+
+    def apply(self) -> None:
+        """Set removed weights to 0."""
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                _local(self.parameters[name]).masked_fill_(~_local(mask), 0)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros of all weights that are held."""
+        kept, total = (sum(int(f(_local(m))) for m in self.masks.values()) for f in (torch.sum, torch.numel))
+        return 1 - kept / total if total else 0.0
+
+    def release(self) -> None:
+        """Hold no more. The zeros stay until someone moves them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.masks)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.update(state)
+
+    def _clear_gradients(self) -> None:
+        for name, mask in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                _local(gradient).masked_fill_(~_local(mask), 0)
+
+    def _clear_state(self) -> None:
+        for name, mask in self.masks.items():
+            parameter = self.parameters[name]
+            for value in self.optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    _local(value).masked_fill_(~_local(mask), 0)
+
+
+def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> Held:
+    """Keep a model's zeros through training: `sc.train.hold(model, optimizer)`, and the loop stays as it is.
+
+    masks: {parameter name: bool, True = stays}; by default every matrix with zeros in it keeps exactly those. Masks of
+    torch.nn.utils.prune and of torch.ao.pruning are taken over, and their reparametrization is removed, before the optimizer's
+    parameters are looked at: make the optimizer afterwards, or call take_over() first. Raises PlanError for an optimizer that does
+    not own a masked parameter, and for a mask of another shape.
+    """
+    taken = take_over(model)
+    named = dict(model.named_parameters())
+    wanted = (
+        {**{n: p.detach() != 0 for n, p in prunable(model) if _has_zeros(p)}, **taken} if masks is None else dict(masks)
+    )
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name in wanted:
+        if name not in named:
+            raise PlanError(f"the model has no parameter {name}; known, for one: {next(iter(named), 'none')}")
+        if id(named[name]) not in owned:
+            hint = "make it after take_over()" if name in taken else "give it model.parameters()"
+            raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
+    return Held({name: named[name] for name in wanted}, wanted, optimizer)
+
+
+def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of every matrix that pruning may touch: Linear, Conv1D, Conv2d, fused experts; each once."""
+    kinds = _kinds(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kinds:
+            yield name, parameter
+
+
+def as_matrix(
+    model: nn.Module, parameter: nn.Parameter
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Between a parameter's layout and the matrix [O, I] that patterns see, both ways; experts stand below each other."""
+    kind = _kinds(model)[id(parameter)]
+    shape = parameter.shape
+    if kind == "conv1d":
+        return lambda t: t.T, lambda t: t.T
+    if kind == "conv2d":
+        out, channels, height, width = shape
+        return (
+            lambda t: t.permute(0, 2, 3, 1).flatten(1),
+            lambda t: t.reshape(out, height, width, channels).permute(0, 3, 1, 2),
+        )
+    return lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(shape)
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """{id of parameter: kind of layer}."""
+    from secateurs.families import FAMILIES
+
+    experts = {name for family in FAMILIES.values() for name in family.experts}
+    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}
+
+
+def take_over(model: nn.Module) -> dict[str, Tensor]:
+    """Turn masks of torch.nn.utils.prune (weight_orig, weight_mask) and torch.ao.pruning (FakeSparsity) into plain zeros; the
+    masks, by parameter name. Parameters are new objects afterwards.
+    """
+    from torch.nn.utils import prune
+
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for leaf in [name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask")]:
+            if f"{leaf}_orig" in module._parameters:
+                mask = module._buffers[f"{leaf}_mask"]
+                assert mask is not None
+                found[f"{path}.{leaf}".strip(".")] = mask.detach().bool().clone()
+                prune.remove(module, leaf)  # type: ignore[no-untyped-call]
+        if parametrize.is_parametrized(module):
+            for leaf, chain in list(module.parametrizations.items()):
+                masks = [p.mask for p in chain if type(p).__name__ == "FakeSparsity"]
+                if masks:
+                    found[f"{path}.{leaf}".strip(".")] = masks[0].detach().bool().clone()
+                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+    return found
+
+
+def _has_zeros(parameter: nn.Parameter) -> bool:
+    return bool((_local(parameter.detach()) == 0).any())
+
+
+def _local(tensor: Any) -> Tensor:
+    """A rank's own shard of a distributed tensor; any other as it is."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found.detach()

@@ -1,0 +1,105 @@
+"""The mask as part of a module, for those who want it there; and N:M that is found while training (SR-STE)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from secateurs import patterns
+from secateurs.errors import PlanError
+from secateurs.train.held import as_matrix, prunable
+
+
+class MaskedLinear(nn.Module):
+    """y = x (W * mask)' + b. Gradients of removed weights are exactly 0. mask_OI is a buffer, so a state_dict has it."""
+
+    mask_OI: Tensor
+
+    def __init__(self, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        if mask_OI.shape != weight_OI.shape:
+            raise PlanError(
+                f"a weight of {tuple(weight_OI.shape)} and a mask of {tuple(mask_OI.shape)}; they must be alike"
+            )
+        self.weight = nn.Parameter(weight_OI.detach().clone())
+        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
+        self.register_buffer("mask_OI", mask_OI.to(torch.bool))
+
+    @classmethod
+    def of(cls, linear: nn.Linear, mask_OI: Tensor | None = None) -> "MaskedLinear":
+        """From a layer; its own zeros are the mask if none is given."""
+        return cls(linear.weight, linear.weight != 0 if mask_OI is None else mask_OI, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.where(self.mask_OI, self.weight, 0), self.bias)
+
+    def plain(self) -> nn.Linear:
+        """An ordinary layer with the zeros in place."""
+        out, inputs = self.weight.shape
+        linear = nn.Linear(inputs, out, self.bias is not None, self.weight.device, self.weight.dtype)
+        linear.weight.data.copy_(torch.where(self.mask_OI, self.weight, 0))
+        if self.bias is not None:
+            linear.bias.data.copy_(self.bias)
+        return linear
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, keep: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, keep)
+        ctx.decay = decay
+        return torch.where(keep, weight, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight, keep = ctx.saved_tensors
+        return torch.where(keep, gradients[0], gradients[0] + ctx.decay * weight), None, None
+
+
+class SparseRefined(nn.Module):
+    """A parametrization: the weight with its pattern by magnitude, chosen anew in every forward pass."""
+
+    def __init__(self, pattern: patterns.Pattern, to: Any, back: Any, decay: float) -> None:
+        super().__init__()
+        self.pattern, self.to_matrix, self.from_matrix, self.decay = pattern, to, back, decay
+
+    def forward(self, weight: Tensor) -> Tensor:
+        size_OI = self.to_matrix(weight.detach()).abs().float()
+        keep = self.from_matrix(self.pattern.keep(size_OI, self.pattern.fixed_sparsity or 0.0))
+        found: Tensor = _Straight.apply(weight, keep, self.decay)  # type: ignore[no-untyped-call]
+        return found
+
+
+def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tuple[str, ...] = ()) -> list[str]:
+    """Train N:M from dense weights: the forward pass sees the pattern, gradients go straight through to all weights, and removed
+    ones are drawn to 0: grad + decay (1 - mask) w. Returns the parameters that were parametrized; finish() makes them plain.
+
+    Zhou et al. 2021, arXiv 2102.04010, eq. 9 and its decay. Make the optimizer afterwards. Raises PlanError.
+    """
+    chosen = patterns.parse(pattern)
+    if chosen.fixed_sparsity is None:
+        raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
+    names = []
+    for name, parameter in list(prunable(model)):
+        to, back = as_matrix(model, parameter)
+        rows, columns = to(parameter.detach()).shape
+        if name in skip:
+            continue
+        refused = chosen.refuses(rows, columns)
+        if refused:
+            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+        path, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(chosen, to, back, decay))
+        names.append(name)
+    return names
+
+
+def finish(model: nn.Module) -> None:
+    """Leave what sr_ste() trained as plain weights with their zeros."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+                if any(isinstance(p, SparseRefined) for p in chain):
+                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)

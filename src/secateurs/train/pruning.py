@@ -1,0 +1,221 @@
+"""Prune a model while it trains: masks that a schedule tightens, scores that may look at gradients, regrowth.
+
+    schedule = sc.train.cubic(0.9, begin=200, end=2000)
+    sc.train.gradual(model, optimizer, schedule)            # and the loop stays as it is
+
+Everything happens in hooks of the optimizer's step.
+"""
+
+from collections.abc import Callable, Mapping
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import patterns
+from secateurs.allocate import LayerSummary, erk
+from secateurs.errors import PlanError
+from secateurs.train.held import Held, as_matrix, hold, prunable
+from secateurs.train.schedules import Schedule
+
+# (weight, running sum) -> score; the sum is over steps since masks were last decided
+Score = Callable[[Tensor, Tensor], Tensor]
+# (weight, gradient) -> what is summed
+Summed = Callable[[Tensor, Tensor], Tensor]
+
+SCORES: dict[str, tuple[Score, Summed | None, str]] = {
+    "magnitude": (lambda w, s: w.abs(), None, "|w|"),
+    "taylor": (
+        lambda w, s: s,
+        lambda w, g: (w * g).abs(),
+        "sum of |w g|: the loss's change to first order, step by step",
+    ),
+    "movement": (lambda w, s: s, lambda w, g: -w * g, "sum of -w g: weights that move away from 0 (Sanh et al. 2020)"),
+    "fisher": (lambda w, s: w.square() * s, lambda w, g: g.square(), "w^2 times the sum of g^2: the diagonal Fisher"),
+    "random": (lambda w, s: torch.rand_like(w), None, "uniform noise, the control"),
+}
+
+
+# steps of a schedule that are looked through beforehand
+_LOOKED_AT = 100_000
+
+
+class Gradual:
+    """What gradual() returns. held: the masks; step: optimizer steps so far."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str, scope: str, score: str,
+        names: Mapping[str, nn.Parameter],
+    ) -> None:  # fmt: skip
+        self.schedule, self.step = schedule, 0
+        self._score, self._summed, _ = SCORES[score]
+        self._pattern = patterns.parse(pattern, scope if pattern == "unstructured" and scope != "global" else None)
+        self._scope = scope
+        self._matrices = {n: as_matrix(model, p) for n, p in names.items()}
+        self._sums: dict[str, Tensor] = {}
+        self.held = Held(names, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}, optimizer)
+        if self._summed:
+            optimizer.register_step_pre_hook(lambda *_: self._collect())
+        optimizer.register_step_post_hook(lambda *_: self._after())
+        if schedule.due(0):
+            self._decide(schedule.at(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "masks": self.held.state_dict(), "sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self._sums = int(state["step"]), dict(state["sums"])
+        self.held.load_state_dict(state["masks"])
+
+    def _collect(self) -> None:
+        assert self._summed
+        for name, parameter in self.held.parameters.items():
+            if parameter.grad is not None:
+                found = self._summed(parameter.detach().float(), parameter.grad.detach().float())
+                self._sums[name] = self._sums[name].add_(found) if name in self._sums else found
+
+    def _after(self) -> None:
+        self.step += 1
+        if self.schedule.due(self.step):
+            self._decide(self.schedule.at(self.step))
+            self._sums.clear()
+
+    def _decide(self, sparsity: float) -> None:
+        """New masks, inside the old ones: what is gone stays gone."""
+        scores = {}
+        for name, parameter in self.held.parameters.items():
+            weight = parameter.detach().float()
+            score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
+            scores[name] = score.masked_fill(~self.held.masks[name], -torch.inf)
+        masks = {}
+        if self._scope == "global":
+            flat = torch.cat([score.flatten() for score in scores.values()])
+            kept = patterns.top(flat, len(flat) - patterns.count_zeros(len(flat), sparsity))
+            parts = torch.split(kept, [score.numel() for score in scores.values()])
+            masks = {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+        else:
+            matrices = self._matrices
+            masks = {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
+        self.held.update({name: mask & self.held.masks[name] for name, mask in masks.items()})
+
+
+def gradual(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str = "unstructured", scope: str = "layer",
+    score: str = "magnitude", skip: tuple[str, ...] = (),
+) -> Gradual:  # fmt: skip
+    """Prune every matrix of a model as its optimizer steps, to what the schedule says.
+
+    pattern: of patterns.py; scope: 'layer', 'row' or 'global' for unstructured ones; score: a row of SCORES. N:M patterns have
+    one sparsity, which the schedule must reach in one step. skip: parameter names that stay dense. Raises PlanError.
+    """
+    if score not in SCORES:
+        raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
+    if scope not in ("layer", "row", "global"):
+        raise PlanError(f"unknown scope '{scope}'; write layer, row or global")
+    fixed = patterns.parse(pattern).fixed_sparsity
+    if fixed is not None and any(schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(_LOOKED_AT)):
+        raise PlanError(f"{pattern} is {fixed:g} zeros and nothing else; give one_step({fixed:g}, at=...)")
+    names = {n: p for n, p in prunable(model) if n not in skip}
+    if not names:
+        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    for name, parameter in names.items():
+        rows, columns = as_matrix(model, parameter)[0](parameter.detach()).shape
+        refused = patterns.parse(pattern).refuses(rows, columns)
+        if refused:
+            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+    # an optimizer that does not own them is refused there
+    hold(model, optimizer, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}).release()
+    return Gradual(model, optimizer, schedule, pattern, scope, score, names)
+
+
+class Dynamic:
+    """What dynamic() returns. held: the masks; step: optimizer steps so far."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], every: int,
+        until: int, fraction: float, by_gradient: bool, generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.step, self.every, self.until, self.fraction, self.by_gradient = 0, every, until, fraction, by_gradient
+        self._generator = generator
+        self._gradients: dict[str, Tensor] = {}
+        # before Held's own hook, which clears the gradients of removed weights
+        optimizer.register_step_pre_hook(lambda *_: self._look())
+        self.held = Held(names, masks, optimizer)
+        optimizer.register_step_post_hook(lambda *_: self._after())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "masks": self.held.state_dict(), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+        self._generator.set_state(state["generator"])
+        self.held.load_state_dict(state["masks"])
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and 0 < step < self.until
+
+    def _look(self) -> None:
+        if self.by_gradient and self._due(self.step + 1):
+            for name, parameter in self.held.parameters.items():
+                if parameter.grad is not None:
+                    self._gradients[name] = parameter.grad.detach().abs().float()
+
+    def _after(self) -> None:
+        self.step += 1
+        if not self._due(self.step):
+            return
+        share = self.fraction / 2 * (1 + cos(pi * self.step / self.until))
+        masks = {}
+        for name, parameter in self.held.parameters.items():
+            mask = self.held.masks[name].flatten()
+            kept = int(mask.sum())
+            moved = min(round(share * kept), len(mask) - kept)
+            size = parameter.detach().float().abs().flatten().masked_fill(~mask, -torch.inf)
+            stays = patterns.top(size, kept - moved)
+            noise = torch.rand(len(mask), generator=self._generator).to(mask.device)
+            wish = self._gradients.get(name, noise.reshape(parameter.shape)).flatten() if self.by_gradient else noise
+            # what was dropped just now may come back, as in RigL
+            grown = patterns.top(wish.masked_fill(stays, -torch.inf), moved)
+            masks[name] = (stays | grown).reshape(parameter.shape)
+            # new connections begin at 0
+            with torch.no_grad():
+                parameter.masked_fill_((grown & ~mask).reshape(parameter.shape), 0)
+        self._gradients.clear()
+        self.held.update(masks)
+
+
+def dynamic(
+    model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float, until: int, every: int = 100, fraction: float = 0.3,
+    grow: str = "gradient", seed: int = 0, skip: tuple[str, ...] = (),
+) -> Dynamic:  # fmt: skip
+    """Train sparse from the first step: connections of random masks are dropped by |w| and others grown, layer by layer.
+
+    Layers get Erdos-Renyi-Kernel densities. Every `every` steps before `until` (three quarters of training is usual) the fraction
+    fraction / 2 (1 + cos(pi step / until)) of a layer's connections moves. grow: 'gradient' is RigL (Evci et al. 2019, arXiv
+    1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). Raises PlanError.
+    """
+    if grow not in ("gradient", "random"):
+        raise PlanError(f"unknown grow '{grow}'; write gradient (RigL) or random (SET)")
+    if not 0 < sparsity < 1 or every < 1 or until < every or not 0 < fraction <= 1:
+        raise PlanError(
+            f"sparsity {sparsity:g}, every {every}, until {until}, fraction {fraction:g}: give 0 < sparsity < 1, 1 <= every <= "
+            "until and 0 < fraction <= 1"
+        )
+    names = {n: p for n, p in prunable(model) if n not in skip}
+    if not names:
+        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    generator = torch.Generator().manual_seed(seed)
+    matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
+    summaries = {n: _summary(m) for n, m in matrices.items()}
+    shares = erk(summaries, sparsity, (0.0, 1.0))
+    masks = {}
+    for name, parameter in names.items():
+        kept = parameter.numel() - patterns.count_zeros(parameter.numel(), shares[name])
+        masks[name] = patterns.top(torch.rand(parameter.numel(), generator=generator), kept).reshape(parameter.shape)
+    hold(model, optimizer, masks).release()
+    return Dynamic(optimizer, names, masks, every, until, fraction, grow == "gradient", generator)
+
+
+def _summary(weight_OI: Tensor) -> LayerSummary:
+    return LayerSummary((weight_OI.shape[0], weight_OI.shape[1]), "", lambda: iter(()), lambda: weight_OI)
