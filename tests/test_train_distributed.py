@@ -1,0 +1,72 @@
+"""Zeros that stay on two ranks, by gloo on this machine's CPUs."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+import secateurs as sc
+
+
+def _net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.mul_(torch.rand(p.shape) > 0.5)
+    return model
+
+
+def _train(model, rank, ranks, steps=4):
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
+    sc.train.hold(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x, y = torch.randn(8, 8, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+        part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _full(p):
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
+
+
+def _rank(rank, port, kind, file):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        model = _net()
+        if kind == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        else:
+            from torch.distributed import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        _train(wrapped, rank, 2)
+        found = [_full(p) for p in wrapped.parameters()]
+        if rank == 0:
+            torch.save(found, file)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_keep_zeros_and_learn_what_one_does(kind, tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mp.spawn(_rank, (port, kind, str(tmp_path / "found.pt")), nprocs=2)
+    alone = _net()
+    zeros = [p.detach() == 0 for p in alone.parameters()]
+    _train(alone, 0, 1)
+    got = torch.load(tmp_path / "found.pt")
+    for p, expected, zero in zip(got, alone.parameters(), zeros, strict=True):
+        assert torch.equal(p == 0, zero)
+        torch.testing.assert_close(p, expected.detach(), rtol=1e-4, atol=1e-5)
