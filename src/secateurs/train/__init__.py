@@ -1,6 +1,8 @@
-"""Pruning while training, and zeros that stay: hold, schedules, gradual and dynamic pruning, SR-STE, the mask as a module."""
+"""Pruning while training, and zeros that stay: hold, schedules, gradual and dynamic pruning, SR-STE, the mask as a module, lottery
+tickets."""
 
 from secateurs.train.held import Held, hold, take_over
+from secateurs.train.lottery import Rounds, iterative
 from secateurs.train.masked import MaskedLinear, finish, sr_ste
 from secateurs.train.pruning import SCORES, dynamic, gradual
 from secateurs.train.schedules import Ramp, Schedule, Steps, cubic, linear, one_step, rounds
@@ -10,6 +12,7 @@ __all__ = [
     "Held",
     "MaskedLinear",
     "Ramp",
+    "Rounds",
     "Schedule",
     "Steps",
     "cubic",
@@ -17,6 +20,7 @@ __all__ = [
     "finish",
     "gradual",
     "hold",
+    "iterative",
     "linear",
     "one_step",
     "rounds",

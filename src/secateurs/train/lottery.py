@@ -1,0 +1,275 @@
+"""Iterative magnitude pruning with rewinding: lottery tickets, with their controls, resumable at every training.
+
+    train, remove a fraction of what is left, rewind, repeat        (Frankle and Carbin 2019, arXiv 1803.03635)
+
+What weights go back to: step 0; step k, which larger nets need (Frankle et al. 2020, arXiv 1912.05671); or nothing, only the
+learning rate starts over (Renda et al. 2020, arXiv 2003.02389). The folder holds plan.json, results.json, ticket.svg, and for
+every seed the initial and the rewind weights and each round's mask: a user cannot forget them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import patterns
+from secateurs.errors import OutputError, PlanError
+from secateurs.files import locked, write_json, write_tensors
+from secateurs.train.held import Held, hold, prunable
+
+CONTROLS = ("random", "reinit")
+# of the seed, for the weights of the re-initialized control and for random masks
+_ELSE = 1_000_003
+
+Hold = Callable[[torch.optim.Optimizer], Held]
+
+
+class Task(Protocol):
+    """What is trained. steps: optimizer steps of a whole training."""
+
+    steps: int
+
+    def make(self, seed: int) -> nn.Module:
+        """A fresh net."""
+
+    def train(self, model: nn.Module, hold: Hold, start: int, stop: int, seed: int) -> None:
+        """Train in place from step `start` to `stop`, learning rate and order of the data as at those steps of a whole training.
+        Call hold(optimizer) once the optimizer is made.
+        """
+
+    def score(self, model: nn.Module) -> float:
+        """Higher is better; accuracy on held-out data."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """rounds: after the dense one. fraction: of what is left, removed in each. rewind: a step, or 'rate'. scope: 'global' or
+    'layer'. skip: parameter names that stay dense. Raises PlanError.
+    """
+
+    rounds: int = 10
+    fraction: float = 0.2
+    rewind: int | str = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    controls: tuple[str, ...] = CONTROLS
+    scope: str = "global"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not 0 < self.fraction < 1 or not self.seeds:
+            raise PlanError(
+                f"{self.rounds} rounds that remove {self.fraction:g} each, seeds {self.seeds}: give 1 or more, and a fraction"
+            )
+        if isinstance(self.rewind, str) and self.rewind != "rate":
+            raise PlanError(f"rewind '{self.rewind}'; write a step, or rate")
+        unknown = [control for control in self.controls if control not in CONTROLS]
+        if unknown or self.scope not in ("global", "layer"):
+            raise PlanError(
+                f"controls {self.controls}, scope '{self.scope}'; write some of {CONTROLS}, and global or layer"
+            )
+
+    def sparsity(self, number: int) -> float:
+        """Zeros after so many rounds."""
+        return 1 - (1 - self.fraction) ** number
+
+
+def iterative(
+    task: Task,
+    folder: str | Path,
+    plan: Rounds | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Find tickets, train the controls beside them, and say how they did: {"rows": [...], "summary": [...]}.
+
+    A row is one training: seed, round, sparsity, kind ('ticket', 'random', 'reinit') and score; round 0 is the dense net. The
+    random control has as many weights left in every layer as the ticket, elsewhere; the re-initialized one the ticket's mask and
+    another initialization. Killed and called again it goes on after the last training that ended. Raises PlanError, OutputError.
+    """
+    plan, folder = plan or Rounds(), Path(folder)
+    if isinstance(plan.rewind, int) and not 0 <= plan.rewind < task.steps:
+        raise PlanError(f"rewind to step {plan.rewind} of a training of {task.steps} steps; give one before its end")
+    stated = json.loads(json.dumps({**asdict(plan), "steps": task.steps}))
+    file = folder / "plan.json"
+    if file.is_file() and json.loads(file.read_text()) != stated:
+        raise OutputError(f"{folder} holds a run of another plan; choose another folder")
+    if not file.is_file() and folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty and holds no plan.json of ours; choose another folder")
+    write_json(file, stated)
+    with locked(folder):
+        run = _Run(task, folder, plan, progress)
+        for seed in plan.seeds:
+            run.seed(seed)
+        found = {"plan": stated, "rows": run.rows, "summary": summary(run.rows)}
+        write_json(folder / "results.json", found)
+        draw(found, folder / "ticket.svg")
+    return found
+
+
+class _Run:
+    def __init__(self, task: Task, folder: Path, plan: Rounds, progress: Callable[[int, int], None]) -> None:
+        self.task, self.folder, self.plan, self.progress = task, folder, plan, progress
+        results = folder / "results.json"
+        self.rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.is_file() else []
+        self.total = len(plan.seeds) * (1 + plan.rounds * (1 + len(plan.controls)))
+
+    def seed(self, seed: int) -> None:
+        """All rounds of one seed."""
+        task, plan = self.task, self.plan
+        begin = plan.rewind if isinstance(plan.rewind, int) else 0
+        initial = self._kept(f"initial-{seed}", lambda: _weights(task.make(seed)))
+        rewind = self._kept(f"rewind-{seed}", lambda: self._trained(initial, {}, 0, begin, seed)) if begin else initial
+        masks: dict[str, Tensor] = {}
+        weights = rewind
+        for number in range(plan.rounds + 1):
+            if number:
+                masks = self._kept(f"mask-{seed}-{number}", partial(self._tightened, weights, masks, number))
+            # only the learning rate starts over
+            start = weights if plan.rewind == "rate" and number else rewind
+            weights = self._row(seed, number, "ticket", start, masks, begin, seed)
+            for control in plan.controls if number else ():
+                if control == "random":
+                    self._row(seed, number, control, rewind, _shuffled(masks, seed * _ELSE + number), begin, seed)
+                else:
+                    other = seed + _ELSE
+                    self._row(seed, number, control, _weights(task.make(other)), masks, 0, seed)
+
+    def _row(
+        self,
+        seed: int,
+        number: int,
+        kind: str,
+        start: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        begin: int,
+        order: int,
+    ) -> dict[str, Tensor]:
+        """One training, unless it is on record; its weights (of tickets, which the next round needs)."""
+        file = f"trained-{seed}-{number}"
+        known = any((r["seed"], r["round"], r["kind"]) == (seed, number, kind) for r in self.rows)
+        if known:
+            return _read(self.folder / f"{file}.safetensors") if kind == "ticket" else {}
+        trained = self._trained(start, masks, begin, self.task.steps, order)
+        model = self._loaded(trained)
+        if kind == "ticket":
+            write_tensors(self.folder / f"{file}.safetensors", trained)
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        total = sum(mask.numel() for mask in masks.values())
+        self.rows.append({
+            "seed": seed, "round": number, "kind": kind, "sparsity": 1 - kept / total if total else 0.0,
+            "score": self.task.score(model),
+        })  # fmt: skip
+        write_json(self.folder / "results.json", {"rows": self.rows})
+        self.progress(len(self.rows), self.total)
+        return trained
+
+    def _trained(
+        self, start: Mapping[str, Tensor], masks: Mapping[str, Tensor], begin: int, stop: int, seed: int
+    ) -> dict[str, Tensor]:
+        model = self._loaded(start)
+        for name, mask in masks.items():
+            model.get_parameter(name).data.masked_fill_(~mask, 0)
+        torch.manual_seed(seed)
+        self.task.train(model, lambda optimizer: hold(model, optimizer, masks), begin, stop, seed)
+        for name, mask in masks.items():
+            if bool((model.get_parameter(name).detach()[~mask] != 0).any()):
+                raise PlanError(f"{name} has weights where the mask has none: train() did not call hold(optimizer)")
+        return _weights(model)
+
+    def _loaded(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        model = self.task.make(self.plan.seeds[0])
+        model.load_state_dict(dict(weights))
+        return model
+
+    def _tightened(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """The next round's mask: the largest trained weights that the last mask had."""
+        model = self._loaded(weights)
+        sizes = {n: p.detach().abs() for n, p in prunable(model) if n not in self.plan.skip}
+        if not sizes:
+            raise PlanError(f"{type(model).__name__} has no matrix to prune")
+        sizes = {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in sizes.items()}
+        sparsity = self.plan.sparsity(number)
+        if self.plan.scope == "layer":
+            return {n: _largest(s.flatten(), sparsity).reshape(s.shape) for n, s in sizes.items()}
+        kept = _largest(torch.cat([s.flatten() for s in sizes.values()]), sparsity)
+        parts = torch.split(kept, [s.numel() for s in sizes.values()])
+        return {n: part.reshape(sizes[n].shape).clone() for n, part in zip(sizes, parts, strict=True)}
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of a file, made once."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            write_tensors(file, make())
+        return _read(file)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a sparsity and kind, over seeds: mean, lowest and highest score, seeds."""
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["round"], row["kind"]), []).append(row)
+    return [
+        {
+            "round": number, "kind": kind, "sparsity": mean(r["sparsity"] for r in group), "mean": mean(r["score"] for r in group),
+            "low": min(r["score"] for r in group), "high": max(r["score"] for r in group), "seeds": len(group),
+        }
+        for (number, kind), group in sorted(found.items())
+    ]  # fmt: skip
+
+
+def draw(found: Mapping[str, Any], file: Path) -> None:
+    """Score against what is left, one line a kind, the range over seeds shaded. Needs matplotlib; without it, nothing is drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "secateurs"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    dense = next(r for r in found["summary"] if r["round"] == 0)
+    axes.axhspan(dense["low"], dense["high"], color="#999999", alpha=0.25)
+    axes.axhline(dense["mean"], color="#666666", linestyle="dashed", label="dense")
+    looks = {"ticket": ("#0072B2", "o"), "random": ("#E69F00", "s"), "reinit": ("#D55E00", "^")}
+    names = {"ticket": "ticket", "random": "random mask", "reinit": "the ticket's mask, other weights"}
+    for kind, (colour, marker) in looks.items():
+        points = [r for r in found["summary"] if r["kind"] == kind and r["round"]]
+        if points:
+            x = [1 - r["sparsity"] for r in points]
+            axes.plot(x, [r["mean"] for r in points], color=colour, marker=marker, label=names[kind])
+            axes.fill_between(x, [r["low"] for r in points], [r["high"] for r in points], color=colour, alpha=0.2)
+    axes.set(xlabel="weights left", ylabel="score", xscale="log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.1 else f"{x:.1%}")
+    axes.invert_xaxis()
+    axes.set_title(f"Range over {dense['seeds']} seeds shaded", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _largest(size: Tensor, sparsity: float) -> Tensor:
+    return patterns.top(size, len(size) - patterns.count_zeros(len(size), sparsity))
+
+
+def _shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """As many of every layer, elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: m.flatten()[torch.randperm(m.numel(), generator=generator)].reshape(m.shape) for n, m in masks.items()}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = load_file(file)
+    return found
