@@ -18,7 +18,7 @@ LEVELS = [
     {"apportion"},
     {"prune", "verify", "pack", "probe", "bench"},
     {"train.schedules", "train.held"},
-    {"train.pruning", "train.masked", "train.lottery"},
+    {"train.pruning", "train.masked", "train.lottery", "train.callbacks"},
     {"train"},
     {"structured", "structured.budget", "structured.columns", "structured.graph"},
     {"structured.units"},

@@ -172,6 +172,50 @@ def test_language_models_keep_their_zeros(model_type):
     assert all(torch.equal(p.detach() == 0, before[n]) for n, p in holding.prunable(model))
 
 
+def test_transformers_trainer_keeps_them(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny.make("llama")
+    for _, p in holding.prunable(model):
+        p.data.mul_(torch.rand(p.shape) > 0.5)
+    before = {n: p.detach().clone() for n, p in holding.prunable(model)}
+    rows = [{"input_ids": torch.arange(i, i + 20), "labels": torch.arange(i, i + 20)} for i in range(16)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no",
+        gradient_accumulation_steps=2, weight_decay=0.1,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows, callbacks=[sc.train.trainer_callback()]).train()
+    for name, p in holding.prunable(model):
+        assert torch.equal(p.detach() == 0, before[name] == 0)
+        assert not torch.equal(p.detach(), before[name])
+
+
+def test_lightning_keeps_them(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return nn.functional.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self):
+            return OPTIMIZERS["adamw fused"](self.parameters())
+
+    module = Module()
+    masks = prune(module.net)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=16)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        callbacks=[sc.train.lightning_callback()], enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    assert all(torch.equal(~z, masks[n]) for n, z in zeros(module.net).items())
+
+
 def test_schedules_by_hand():
     cubic = sc.train.cubic(0.9, begin=100, end=1100, initial=0.1, every=300)
     # 0.9 - 0.8 (1 - p)^3

@@ -1,6 +1,7 @@
 """Pruning while training, and zeros that stay: hold, schedules, gradual and dynamic pruning, SR-STE, the mask as a module, lottery
 tickets."""
 
+from secateurs.train.callbacks import lightning_callback, trainer_callback
 from secateurs.train.held import Held, hold, take_over
 from secateurs.train.lottery import Rounds, iterative
 from secateurs.train.masked import MaskedLinear, finish, sr_ste
@@ -21,9 +22,11 @@ __all__ = [
     "gradual",
     "hold",
     "iterative",
+    "lightning_callback",
     "linear",
     "one_step",
     "rounds",
     "sr_ste",
     "take_over",
+    "trainer_callback",
 ]

@@ -245,7 +245,9 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
             axes.plot(x, [r["mean"] for r in points], color=colour, marker=marker, label=names[kind])
             axes.fill_between(x, [r["low"] for r in points], [r["high"] for r in points], color=colour, alpha=0.2)
     axes.set(xlabel="weights left", ylabel="score", xscale="log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.1 else f"{x:.1%}")
+    shown = [1 - r["sparsity"] for r in found["summary"] if r["kind"] == "ticket" and r["round"]][::2]
+    axes.set_xticks(shown, [f"{x:.0%}" if x >= 0.1 else f"{x:.1%}" for x in shown])
+    axes.set_xticks([], minor=True)
     axes.invert_xaxis()
     axes.set_title(f"Range over {dense['seeds']} seeds shaded", fontsize=9)
     axes.grid(alpha=0.3)

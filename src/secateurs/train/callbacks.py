@@ -1,0 +1,51 @@
+"""Zeros that stay in other people's loops: a transformers Trainer, a Lightning trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.train.held import hold
+
+
+def trainer_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
+    """For transformers: Trainer(..., callbacks=[sc.train.trainer_callback()]). Holds what hold() would when training begins."""
+    from transformers import TrainerCallback
+
+    class HoldZeros(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.held = hold(_plain(model), _own(kwargs["optimizer"]), masks)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.held.release()
+
+    return HoldZeros()
+
+
+def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
+    """For Lightning: Trainer(callbacks=[sc.train.lightning_callback()]). Every optimizer holds the zeros that it owns."""
+    from lightning.pytorch import Callback
+
+    class HoldZeros(Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.held = [hold(pl_module, _own(optimizer), masks) for optimizer in trainer.optimizers]
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            for held in self.held:
+                held.release()
+
+    return HoldZeros()
+
+
+def _own(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, whose hooks are its own."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+def _plain(model: Any) -> Any:
+    """The model inside a DDP or compiled one."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = getattr(model, "module", None) or model._orig_mod
+    return model
