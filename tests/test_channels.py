@@ -84,6 +84,72 @@ def test_a_consumer_is_least_squares_with_an_intercept():
     assert report["groups"][0]["after"] == 8
 
 
+def test_the_intercept_moves_a_batch_norm_s_mean():
+    """A consumer without a bias: what stands behind its batch norm is least squares with an intercept, and no bias is added."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 1), nn.ReLU(), nn.Conv2d(12, 5, 1, bias=False), nn.BatchNorm2d(5), nn.Conv2d(5, 3, 1)
+    ).eval()
+    model[3].running_mean.normal_()
+    model[3].weight.data.uniform_(1, 2)
+    x = torch.randn(40, 2, 4, 4)
+    # the second group stays whole: 5 channels have no smaller multiple of 4 but 4
+    small, report = shrink_module(model, [(x,)], "params=0.75x", multiple=4, damping=1e-7)
+    assert [(r["group"], r["after"]) for r in report["groups"]] == [("0", 8)]
+    assert small[2].bias is None
+    assert not torch.equal(small[3].running_mean, model[3].running_mean)
+    with torch.no_grad():
+        hidden = small[1](small[0](x)).transpose(0, 1).flatten(1).T
+        hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).double()
+        target = model[:4](x).transpose(0, 1).flatten(1).T.double()
+        expected = hidden @ torch.linalg.lstsq(hidden, target).solution
+        got = small[:4](x).transpose(0, 1).flatten(1).T.double()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+class Joined(nn.Module):
+    """Two groups that one layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+def test_the_second_group_is_chosen_on_what_the_first_left():
+    """Of a consumer of both: whichever of b's units costs least when a's are gone, by least squares of every candidate."""
+    model = Joined().eval()
+    x = torch.randn(300, 5)
+    small, report = shrink_module(model, [(x,)], "params=0.85x", multiple=5, damping=1e-6)
+    removed = {r["group"]: r["removed"] for r in report["groups"]}
+    assert set(removed) == {"a", "b"}
+    with torch.no_grad():
+        hidden = torch.relu(torch.cat([model.a(x), model.b(x)], 1))
+        target = model(x).double()
+
+    # outputs count by the gradients of the model's own samples; here all of its last layer's
+    def error(gone):
+        kept = torch.tensor([i for i in range(12) if i not in gone])
+        design = torch.cat([hidden[:, kept], torch.ones(300, 1)], 1).double()
+        left = design @ torch.linalg.lstsq(design, target).solution - target
+        return float((left.square() * weigh).sum())
+
+    chance = model(x).detach().softmax(1)
+    weigh = (chance * (1 - chance)).mean(0).double()
+    first = removed["a"][0]
+    errors = [error({first, 6 + i}) for i in range(6)]
+    # sampled labels weigh outputs a little differently
+    assert errors[removed["b"][0]] <= 1.05 * min(errors)
+    assert sorted(errors)[1] > 1.05 * min(errors)
+    with torch.no_grad():
+        design = torch.relu(torch.cat([small.a(x), small.b(x)], 1))
+        design = torch.cat([design, torch.ones(300, 1)], 1).double()
+        expected = design @ torch.linalg.lstsq(design, target).solution
+        torch.testing.assert_close(small(x).double(), expected, rtol=1e-2, atol=1e-3)
+
+
 def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
     """Time is a known function of size here; the search sees only measurements."""
     model, batches = net
