@@ -100,8 +100,8 @@ def test_dead_units_can_go_and_costs_are_true(net):
         again = graph.trace(smaller, example)
         all_left = {g.name: len(g.units) for g in again.groups}
         assert found.macs(model).at(left) == again.macs(smaller).at(all_left)
-        assert found.macs(model).saved(counts, group.name, left[group.name]) == pytest.approx(
-            found.macs(model).at(counts) - found.macs(model).at(left)
+        assert found.macs(model).saved(counts, group.name, [left[group.name]]) == pytest.approx(
+            [found.macs(model).at(counts) - found.macs(model).at(left)]
         )
 
 

@@ -8,7 +8,7 @@ group loses follows from loss curves in nats an example: half the OBS error of t
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -88,6 +88,10 @@ class _Consumer:
             return
         bias_O = more_O if self.bias_O is None else self.bias_O + more_O
         self.module.bias = nn.Parameter(bias_O.to(self.module.weight.dtype))
+
+
+class _EnoughError(Exception):
+    """Stops a forward pass."""
 
 
 class _Job:
@@ -201,14 +205,21 @@ class _Job:
                 if len(sums.setdefault(name, [])) <= i:
                     sums[name].append(Stats.zeros(with_one.shape[-1], True))
                 sums[name][i].add_(with_one)
+            waiting.discard(name)
+            if not waiting and not label:
+                # what comes after them is of no use
+                raise _EnoughError
 
+        waiting: set[str] = set()
         hooks = [
             self.consumers[name].module.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0])) for name in names
         ]  # fmt: skip
         try:
             with torch.no_grad():
                 for i, batch in enumerate(self.batches):
-                    self.model(*batch)
+                    waiting.update(names)
+                    with suppress(_EnoughError):
+                        self.model(*batch)
                     if label:
                         self.progress(label, i + 1, len(self.batches))
         finally:
@@ -369,8 +380,8 @@ class _Job:
             best: tuple[float, str, int] | None = None
             for name, steps in self.steps.items():
                 spent = curves[name][self.dense_counts[name] - counts[name]]
-                for count in (n for n in steps if n < counts[name]):
-                    saved = self.cost.saved(counts, name, count)
+                options = [n for n in steps if n < counts[name]]
+                for count, saved in zip(options, self.cost.saved(counts, name, options), strict=True):
                     if saved > 0:
                         slope = (curves[name][self.dense_counts[name] - count] - spent) / saved
                         if best is None or slope < best[0]:

@@ -76,25 +76,34 @@ class Term:
     columns: dict[str, int]
     factor: float
 
-    def at(self, counts: dict[str, int]) -> float:
+    def sides(self, counts: dict[str, int]) -> tuple[int, int]:
+        """Rows and columns with so many units of every group left."""
         rows, columns = (sum(n * counts.get(g, 1) for g, n in side.items()) for side in (self.rows, self.columns))
-        return self.factor * rows * columns
+        return rows, columns
 
 
 class Cost:
     """What a module costs with so many units of every group left."""
 
     def __init__(self, terms: Sequence[Term], rest: int) -> None:
-        self.terms, self.rest = list(terms), rest
+        self.rest = rest
+        self.terms = list(terms)
+        groups = {group for term in terms for group in (*term.rows, *term.columns)}
+        self._of = {g: [term for term in terms if g in term.rows or g in term.columns] for g in groups}
 
     def at(self, counts: dict[str, int]) -> int:
-        return self.rest + round(sum(term.at(counts) for term in self.terms))
+        return self.rest + round(sum(term.factor * prod(term.sides(counts)) for term in self.terms))
 
-    def saved(self, counts: dict[str, int], group: str, count: int) -> float:
-        """By leaving `count` units of one group instead of counts[group]."""
-        fewer = {**counts, group: count}
-        mine = [term for term in self.terms if group in term.rows or group in term.columns]
-        return sum(term.at(counts) - term.at(fewer) for term in mine)
+    def saved(self, counts: dict[str, int], group: str, options: Sequence[int]) -> list[float]:
+        """By leaving so many units of one group instead of counts[group], for each option."""
+        total = [0.0] * len(options)
+        for term in self._of.get(group, []):
+            rows, columns = term.sides(counts)
+            by_row, by_column = term.rows.get(group, 0), term.columns.get(group, 0)
+            for i, count in enumerate(options):
+                gone = counts[group] - count
+                total[i] += term.factor * (rows * columns - (rows - by_row * gone) * (columns - by_column * gone))
+        return total
 
 
 @dataclass
