@@ -18,7 +18,7 @@ def net():
     model = Net().eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
-    return model, [(torch.randn(16, 3, 8, 8),) for _ in range(4)]
+    return model, [(torch.randn(256, 3, 8, 8),) for _ in range(4)]
 
 
 def distance(model, other, batches):
@@ -40,7 +40,7 @@ def test_the_budget_is_met_and_the_report_is_true(net, budget):
     key, most = ("parameters", 0.6) if budget.startswith("params") else ("macs", 0.5)
     assert 0.75 * most < report[key]["left"] / report[key]["dense"] <= most
     assert all(r["after"] == r["before"] - len(r["removed"]) and r["after"] % 2 == 0 for r in report["groups"])
-    assert small(*batches[0]).shape == (16, 5)
+    assert small(*batches[0]).shape == (256, 5)
     assert report["kept_whole"] == {"out": "it is the model's output"}
 
 
@@ -148,6 +148,16 @@ def test_the_second_group_is_chosen_on_what_the_first_left():
         design = torch.cat([design, torch.ones(300, 1)], 1).double()
         expected = design @ torch.linalg.lstsq(design, target).solution
         torch.testing.assert_close(small(x).double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_what_saw_too_little_stays_whole(net):
+    """With fewer images than columns every removal looks free."""
+    model, batches = net
+    _, report = shrink_module(model, [(x[:16],) for (x,) in batches], "flops=0.9x", multiple=2)
+    assert "saw 64 inputs of 384 numbers; give 768 or more" in report["kept_whole"]["grouped"]
+    assert "grouped" not in {r["group"] for r in report["groups"]}
+    with pytest.raises(PlanError, match="grouped stays whole: a layer that reads it saw 64"):
+        shrink_module(model, [(x[:16],) for (x,) in batches], "params=0.2x", multiple=2)
 
 
 def test_a_time_budget_is_met_by_measurement(net, monkeypatch):

@@ -336,7 +336,7 @@ _RUN = """
 import importlib, sys, secateurs as sc
 prune = importlib.import_module("secateurs.prune")
 source, words, out, method = sys.argv[1:]
-how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 24} if method == "best" else {"method": method}
+how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if method == "best" else {"method": method}
 plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
@@ -376,7 +376,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
     # what `best` finds out beforehand is kept, too
     early = ["shares.json None"] if method == "best" else []
     # and what it has tuned of the whole, also while that is being written
-    late = ["distill.safetensors 6", "distill.safetensors 12", "state.json 3, shard 2"] if method == "best" else []
+    late = ["distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"] if method == "best" else []
     for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
         process = _start(llama, words, tmp_path / "killed", method)
         state = ""

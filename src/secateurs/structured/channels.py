@@ -31,6 +31,8 @@ BUDGETS = ("params", "flops", "latency")
 _PLACES = 256
 # groups that OBS removes before it takes costs again, as a fraction of all
 _AT_ONCE = 1 / 192
+# tokens a column, or least squares and losses mean nothing: with fewer tokens than columns every removal looks free
+_TOKENS = 2
 # a time budget: shapes that are measured, and how near is near enough
 _TRIES = 6
 _OVER, _UNDER = 1.01, 0.98
@@ -108,6 +110,7 @@ class _Job:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.graph.fixed.items()) or "it has no such layers"
             raise PlanError(f"{type(model).__name__} has no channels that can go: {why}")
         self.steps = {g.name: self._steps(len(g.units)) for g in self.graph.groups}
+        self.kept_whole = dict(self.graph.fixed)
         self.consumers = {s.module: self._consumer(s) for g in self.graph.groups for s in self.graph.consumers(g)}
         self.macs = self.graph.macs(model)
         self.cost = self.graph.parameters(model) if bound.kind == "params" else self.macs
@@ -126,6 +129,7 @@ class _Job:
             consumer = self.consumers[name]
             consumer.scale_O = [found[rows].sqrt() for rows in consumer.rows]
         curves = self._curves()
+        self._refuse_too_small()
         counts, tried = self._choose(curves, dense)
         records, removed = [], []
         taylor = self._taylor() if criterion == "taylor" else {}
@@ -144,7 +148,7 @@ class _Job:
         return {
             "budget": self.bound.text,
             "groups": records,
-            "kept_whole": self.graph.fixed,
+            "kept_whole": self.kept_whole,
             "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in self._both(dense)},
             "macs": {"dense": self.macs.at(self.dense_counts), "left": self.macs.at(counts)},
             "estimated_loss": sum(curves[name][self.dense_counts[name] - count] for name, count in counts.items()),
@@ -169,7 +173,7 @@ class _Job:
     def _refuse_too_small(self) -> None:
         least = self._size({name: steps[-1] for name, steps in self.steps.items()})
         if not self.bound.timed and least > self.bound.value:
-            fixed = f"; layers that stay whole: {', '.join(self.graph.fixed)}" if self.graph.fixed else ""
+            fixed = "".join(f"; {name} stays whole: {why}" for name, why in self.kept_whole.items())
             raise PlanError(
                 f"budget {self.bound.text}: with widths that are multiples of {self.multiple} the smallest shape is {least:.3f}x"
                 f"{fixed}; raise the budget or lower the multiple"
@@ -289,8 +293,15 @@ class _Job:
         stats = self._observe(list(self.consumers), "what channels cost")
         found = {}
         for done, group in enumerate(self.graph.groups):
-            most = len(group.units) - self.steps[group.name][-1]
             sides, places = self._sides(group, stats)
+            thin = min(sides, key=lambda side: side.stats.tokens / side.weight_OI.shape[1])
+            tokens, width = thin.stats.tokens, thin.weight_OI.shape[1] - 1
+            if tokens < _TOKENS * width:
+                self.steps[group.name] = self.steps[group.name][:1]
+                self.kept_whole[group.name] = (
+                    f"a layer that reads it saw {tokens} inputs of {width} numbers; give {_TOKENS * width} or more"
+                )
+            most = len(group.units) - self.steps[group.name][-1]
             curve = [0.0] * (most + 1)
             if most:
                 at_once = max(1, round(len(group.units) * _AT_ONCE))
