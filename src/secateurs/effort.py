@@ -43,7 +43,7 @@ EFFORTS: dict[str, Effort] = {
             "best", "alps",
             "ALPS; every block tuned against the dense one, then all blocks together against its predictions",
             sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=384,
-            allocation="global", fixed_cost="27x",
+            allocation="global", cost="22x", fixed_cost="27x",
         ),
     )
 }  # fmt: skip
