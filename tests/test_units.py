@@ -26,7 +26,7 @@ def blocks(model):
     return [(name, layers_of(model.get_submodule(name), name, experts)) for name in names]
 
 
-@pytest.mark.parametrize("kind", units.IN_BLOCKS)
+@pytest.mark.parametrize("kind", units.COLUMNS)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_unit_with_no_output_can_go(model_type, kind, tmp_path):
     """Logits stay what they were; the model reloads from its config alone, with as many parameters as are left."""
