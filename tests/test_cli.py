@@ -85,7 +85,7 @@ def test_a_choice_beside_a_plan_undoes_what_followed_from_the_old_one(tmp_path, 
     run(*again, tmp_path / "d", "--effort", "fast", "--sparsity", 0.9)
     a, b, c, d = (json.loads((tmp_path / x / "plan.json").read_text()) for x in "abcd")
     chosen = ("effort", "method", "sensitivity", "reconstruct", "allocation", "scope", "damping")
-    assert [a[k] for k in chosen] == ["balanced", "admm", 8192, 0, "global", "layer", None]
+    assert [a[k] for k in chosen] == ["balanced", "admm", 4096, 0, "global", "layer", None]
     assert [b[k] for k in chosen] == ["plain", "wanda", 0, 0, "uniform", "row", 0.01]
     assert [d[k] for k in chosen] == ["fast", "wanda+refit", 0, 0, "uniform", "row", None]
     assert (c["pattern"], c["sparsity"], c["allocation"]) == ("2:4", 0.5, "uniform")

@@ -37,7 +37,7 @@ EFFORTS: dict[str, Effort] = {
         Effort(
             "balanced", "admm",
             "ADMM; zeros go where the model's loss depends least on them; with N:M inputs are reordered, blocks tuned",
-            sensitivity=8192, permute=True, fixed_reconstruct=24, allocation="global", cost="1.9x", fixed_cost="1.9x",
+            sensitivity=4096, permute=True, fixed_reconstruct=24, allocation="global", cost="1.7x", fixed_cost="2.0x",
         ),
         Effort(
             "best", "alps",
