@@ -149,16 +149,13 @@ class _Job:
             "budget": self.bound.text,
             "groups": records,
             "kept_whole": self.kept_whole,
-            "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in self._both(dense)},
+            "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in (("dense", dense), ("left", self.model))},
             "macs": {"dense": self.macs.at(self.dense_counts), "left": self.macs.at(counts)},
             "estimated_loss": sum(curves[name][self.dense_counts[name] - count] for name, count in counts.items()),
             "tried": tried,
-            "latency": dict(zip(("dense", "left", "ratio"), self._latency(dense, self.model), strict=True)),
+            "latency": dict(zip(("dense", "left", "ratio"), measure(dense, self.model, self.example), strict=True)),
             "seconds": time.perf_counter() - began,
         }  # fmt: skip
-
-    def _both(self, dense: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [("dense", dense), ("left", self.model)]
 
     # ------------------------------------------------------------------------------------------------- what there is
 
@@ -356,7 +353,7 @@ class _Job:
         for number in range(_TRIES):
             # first the smallest there is: if that is too slow, nothing will do
             counts = self._fitting(curves, aim)
-            _, _, ratio = self._latency(dense, self._blank(dense, counts))
+            _, _, ratio = measure(dense, self._blank(dense, counts), self.example)
             used = ratio / self.bound.value
             tried.append({"counts": counts, "ratio": ratio})
             self.progress("measuring latency", number + 1, _TRIES)
@@ -409,10 +406,6 @@ class _Job:
         removed = [u for g in self.graph.groups for u in g.units[counts[g.name] :].tolist()]
         graph.cut(out, self.graph, removed)
         return out
-
-    def _latency(self, dense: nn.Module, left: nn.Module) -> tuple[float, float, float]:
-        """Seconds of both at batch 1, in turn, and their ratio: medians."""
-        return measure(dense, left, self.example)
 
     # -------------------------------------------------------------------------------------------------------- cutting
 

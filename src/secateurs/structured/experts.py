@@ -5,8 +5,7 @@ what leaves the block (the mixture is added to it, so the gradient is the same).
 2402.14800, search by the same output error. E experts, T tokens, H hidden width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def removal(
     total = len(experts._parameters[family.experts[0]])  # type: ignore[arg-type]
 
     def outputs(gone: Sequence[int]) -> Tensor:
-        with torch.no_grad(), _without(router, gone):
+        with torch.no_grad(), _Mask(router._parameters["weight"], gone):  # type: ignore[arg-type]
             out = mixed(x_TH[None])
         found: Tensor = (out[0] if isinstance(out, tuple) else out)[0].float()
         return found
@@ -100,15 +99,8 @@ def resize(block: nn.Module, family: Family) -> None:
             sized.num_experts = len(experts._parameters[family.experts[0]])  # type: ignore[arg-type]
 
 
-@contextmanager
-def _without(router: nn.Module, gone: Sequence[int]) -> Iterator[None]:
-    """The router never chooses these."""
-    with _Mask(router._parameters["weight"], gone):  # type: ignore[arg-type]
-        yield
-
-
 class _Mask(TorchFunctionMode):
-    """-inf for some rows of one matrix's products, wherever F.linear multiplies with it."""
+    """The router never chooses some: -inf for these rows of its matrix's products, wherever F.linear multiplies with it."""
 
     def __init__(self, weight: Tensor, gone: Sequence[int]) -> None:
         super().__init__()
