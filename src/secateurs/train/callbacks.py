@@ -24,7 +24,8 @@ def trainer_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
 
 
 def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
-    """For Lightning: Trainer(callbacks=[sc.train.lightning_callback()]). Every optimizer holds the zeros that it owns."""
+    """For Lightning: Trainer(callbacks=[sc.train.lightning_callback()]). Each of its optimizers must own all that is
+    held: with several, call hold() yourself."""
     from lightning.pytorch import Callback
 
     class HoldZeros(Callback):  # type: ignore[misc]

@@ -100,14 +100,22 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
     wanted = (
         {**{n: p.detach() != 0 for n, p in prunable(model) if _has_zeros(p)}, **taken} if masks is None else dict(masks)
     )
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name in wanted:
         if name not in named:
             raise PlanError(f"the model has no parameter {name}; known, for one: {next(iter(named), 'none')}")
-        if id(named[name]) not in owned:
-            hint = "make it after take_over()" if name in taken else "give it model.parameters()"
-            raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
+    hint = "make it after take_over()" if taken else "give it model.parameters()"
+    check_owned(optimizer, {name: named[name] for name in wanted}, hint)
     return Held({name: named[name] for name in wanted}, wanted, optimizer)
+
+
+def check_owned(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], hint: str = "give it model.parameters()"
+) -> None:
+    """Raises PlanError for the first parameter that the optimizer does not step."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named.items():
+        if id(parameter) not in owned:
+            raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
 
 
 def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

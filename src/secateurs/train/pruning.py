@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateurs import patterns
 from secateurs.allocate import LayerSummary, erk
 from secateurs.errors import PlanError
-from secateurs.train.held import Held, as_matrix, hold, prunable
+from secateurs.train.held import Held, as_matrix, check_owned, prunable
 from secateurs.train.schedules import Schedule
 
 # (weight, running sum) -> score; the sum is over steps since masks were last decided
@@ -124,8 +124,7 @@ def gradual(
         refused = patterns.parse(pattern).refuses(rows, columns)
         if refused:
             raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
-    # an optimizer that does not own them is refused there
-    hold(model, optimizer, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}).release()
+    check_owned(optimizer, names)
     return Gradual(model, optimizer, schedule, pattern, scope, score, names)
 
 
@@ -213,7 +212,7 @@ def dynamic(
     for name, parameter in names.items():
         kept = parameter.numel() - patterns.count_zeros(parameter.numel(), shares[name])
         masks[name] = patterns.top(torch.rand(parameter.numel(), generator=generator), kept).reshape(parameter.shape)
-    hold(model, optimizer, masks).release()
+    check_owned(optimizer, names)
     return Dynamic(optimizer, names, masks, every, until, fraction, grow == "gradient", generator)
 
 
