@@ -85,6 +85,22 @@ def test_latency_is_kept_by_measurement(tmp_path, llama, words, monkeypatch):
     assert report["tried"]
 
 
+def test_a_shape_that_was_too_slow_is_not_the_end(tmp_path, llama, words, monkeypatch):
+    """Two of three blocks take longer than a straight line says; the next shape is tried."""
+    from secateurs.structured import shrink as module
+    from secateurs.structured.latency import Seconds
+
+    # of a net that was never trained, two blocks may cost less than one
+    monkeypatch.setattr(module, "_loss", lambda lost, dense, shape: float(dense.layers - shape.layers))
+    took = {3: 1.0, 2: 0.72, 1: 1 / 3}
+    monkeypatch.setattr(
+        module, "measure", lambda models, *a, **k: [Seconds(*[took[m.config.num_hidden_layers]] * 2) for m in models]
+    )
+    report = shrink(plan(llama, words, "latency=0.7x", units=("layers",), eval_windows=0), tmp_path / "run")
+    assert [t["shape"]["layers"] for t in report["tried"]] == [2, 1]
+    assert report["left"]["layers"] == 1
+
+
 def test_obs_with_refit_loses_less_than_magnitude(tmp_path, llama, words):
     found = {}
     for name, options in (("obs", {}), ("magnitude", {"criterion": "magnitude", "refit": False})):
