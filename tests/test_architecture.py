@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a module may import those on its own level and below
 LEVELS = [
-    {"errors", "families", "device", "files", "effort"},
+    {"errors", "families", "device", "files", "effort", "ranks"},
     {"patterns", "stats", "report", "library", "semi_structured"},
     {"formats"},
     {"scores", "attention", "card", "kernels"},
@@ -18,7 +18,8 @@ LEVELS = [
     {"apportion"},
     {"prune", "verify", "pack", "probe", "bench"},
     {"train.schedules", "train.held"},
-    {"train.pruning", "train.masked", "train.lottery", "train.callbacks"},
+    {"train.pruning", "train.masked", "train.lottery", "train.callbacks", "train.lora"},
+    {"train.recover"},
     {"train"},
     {"structured", "structured.budget", "structured.columns", "structured.graph"},
     {"structured.units"},

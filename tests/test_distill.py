@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from secateurs.distill import _divergence, dense_ends, distill, pruned_parameters
+from secateurs.distill import cross_entropy, dense_ends, distill, divergence, pruned_parameters, square_head
 from secateurs.walk import AllLoaded, InMemory
 
 
@@ -29,7 +29,7 @@ def run(dense, pruned, batches, **options):
     return distill(pruned, pruned_parameters(pruned), (pruned, AllLoaded()), ends, batches, **options)
 
 
-def divergence(dense, pruned, ids):
+def apart(dense, pruned, ids):
     with torch.no_grad():
         p, q = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (pruned, dense))
     return float((q.exp() * (q - p)).sum(-1).mean())
@@ -43,6 +43,9 @@ class Notes:
 
     def read(self):
         return self.state
+
+    def due(self):
+        return False
 
     def write(self, state):
         self.state = {name: tensor.clone() for name, tensor in state.items()}
@@ -59,7 +62,7 @@ def test_predictions_come_nearer_and_zeros_stay(models):
     outcome = run(dense, pruned, batches, tick=lambda: ticks.append(1))
     assert outcome.accepted
     assert outcome.after < 0.9 * outcome.before
-    assert divergence(dense, pruned, ids) < 0.9 * divergence(dense, before, ids)
+    assert apart(dense, pruned, ids) < 0.9 * apart(dense, before, ids)
     assert len(ticks) == outcome.steps == 24
     after = dict(pruned.named_parameters())
     for name, p in before.named_parameters():
@@ -89,7 +92,7 @@ def test_the_losses_are_those_of_windows_it_never_trains_on(models):
     del pruned.forward
     held_out = torch.tensor(sorted(everything - trained))
     assert len(held_out) == 2
-    assert divergence(dense, pruned, held_out) == pytest.approx(outcome.after, rel=1e-4)
+    assert apart(dense, pruned, held_out) == pytest.approx(outcome.after, rel=1e-4)
 
 
 def test_weights_that_are_no_numbers_are_not_kept(models):
@@ -114,16 +117,40 @@ def test_it_goes_on_after_a_kill_bit_for_bit(die, models):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
 
 
-def test_the_gradient_by_the_logits_is_that_of_the_loss():
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_gradient_by_the_logits_is_that_of_the_loss(temperature):
     generator = torch.Generator().manual_seed(0)
     logits, dense = (torch.randn(1, 300, 11, generator=generator) * 3 for _ in range(2))
     logits.requires_grad_(True)
-    p, q = logits.log_softmax(-1), dense.log_softmax(-1)
-    loss = (q.exp() * (q - p)).sum() / 300
+    p, q = ((x / temperature).log_softmax(-1) for x in (logits, dense))
+    loss = temperature**2 * (q.exp() * (q - p)).sum() / 300
     (expected,) = torch.autograd.grad(loss, logits)
-    found, gradient = _divergence(logits, dense)
+    found, gradient = divergence(logits, dense, temperature)
     assert found == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_cross_entropy_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 200, 11, generator=generator).requires_grad_(True)
+    ids = torch.randint(0, 11, (2, 200), generator=generator)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 11), ids[:, 1:].reshape(-1))
+    (expected,) = torch.autograd.grad(loss, logits)
+    found, gradient = cross_entropy(logits, ids)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_square_head_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(1, 7, 5, generator=generator).requires_grad_(True) for _ in range(3)]
+    dense = [torch.randn(1, 7, 5, generator=generator) for _ in range(3)]
+    loss = sum(((h - d) ** 2).mean() / (d**2).mean() for h, d in zip(hidden, dense, strict=True)) / 3
+    expected = torch.autograd.grad(loss, hidden)
+    found, gradients = square_head(hidden, dense)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_model_without_logits_is_left_alone(models):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from secateurs.reconstruct import reconstruct
-from secateurs.tuning import tune
+from secateurs.tuning import Moving, tune
 
 
 class Block(nn.Module):
@@ -99,7 +99,7 @@ def test_when_tuning_stops(losses, steps, after):
     p = torch.nn.Parameter(torch.ones(3, 3))
     # 20 places, 2 of them held out: two calls a look
     calls = iter(value for value in losses for _ in range(2))
-    found = tune([p], lambda place: next(calls), lambda place: [torch.ones(3, 3)], range(20), 120, 1e-2)
+    found = tune([Moving.of(p)], lambda place: next(calls), lambda place: [torch.ones(3, 3)], range(20), 120, 1e-2)
     assert (found.before, found.after, found.steps) == (1.0, after, steps)
 
 

@@ -284,13 +284,16 @@ class Checkpoint:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def edited(self, model: nn.Module, prefix: str, names: set[str]) -> dict[str, Tensor]:
-        """The stored tensors of a block after some of its parameters were edited: same names, dtypes and shapes.
+        """edited_keys() of a block."""
+        return self.edited_keys(model, self.keys_under(prefix), names)
+
+    def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
+        """Stored tensors after some of the model's parameters were edited: same names, dtypes and shapes.
 
         names: parameters that were edited; fused ones go back to the separate tensors they were read from.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
-        keys = self.keys_under(prefix)
         fused = {self.target_of[k] for k in keys if k in self.converted and self.target_of[k] in names}
         out: dict[str, Tensor] = {}
         if fused:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 it cannot be done; 2 the request cannot be read; 3 a gate 
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -221,6 +222,64 @@ def shrink(
         _print_json(report)
     elif not quiet:
         print_shrunk(report, _console(), str(out))
+    missed = [g["missed"] for g in report["gate"] if not g["passed"]]
+    if missed:
+        raise QualityGateError("; ".join(missed) + "; the results are kept")
+
+
+@app.command()
+def recover(
+    model: Annotated[str, typer.Argument(help="A run directory, a model folder with zeros, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model; 'none': the text alone. Default: the run's dense model.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    samples: Annotated[int | None, typer.Option(help="Windows of it. Default: one for every turn.")] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    steps: Annotated[int, typer.Option(help="Steps of training, at most.")] = 300,
+    batch: Annotated[int, typer.Option(help="Windows a step; the processes of a torchrun share them.")] = 4,
+    train: Annotated[str, typer.Option(help="blocks, all, vectors (norms, biases) or lora.")] = "blocks",
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher's predictions.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of that divergence.")] = 1.0,
+    hidden: Annotated[float, typer.Option(help="Weight of the hidden states' distance, block by block.")] = 0.0,
+    labels: Annotated[
+        float | None, typer.Option(help="Weight of the text's own loss. Default: 0, or 1 without a teacher.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Learning rate, times each tensor's size. Default: by --train.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: the model's.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a third more time.")] = False,
+    seed: Annotated[int, typer.Option(help="Orders the text.")] = 0,
+    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
+    eval_text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    eval_windows: Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")] = 24,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what pruning left until the quality is back; zeros stay zero. Alone, or in several processes under torchrun."""
+    from secateurs.errors import QualityGateError
+    from secateurs.summary import print_recovered
+    from secateurs.train import RecoverPlan
+    from secateurs.train import recover as run
+
+    plan = RecoverPlan(
+        model, teacher=teacher, data=data, samples=samples, seqlen=seqlen, steps=steps, batch=batch, train=train, rank=rank, kl=kl,
+        temperature=temperature, hidden=hidden, labels=labels, rate=rate, dtype=dtype, checkpointing=checkpointing, seed=seed,
+        gate=tuple(gate or ()), eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen,
+    )  # fmt: skip
+    first = int(os.environ.get("RANK", "0")) == 0
+    with _progress(first and not quiet and not as_json) as progress:
+        report = run(plan, out.expanduser(), progress)
+    if not first:
+        return
+    if as_json:
+        _print_json(report)
+    elif not quiet:
+        print_recovered(report, _console(), str(out))
     missed = [g["missed"] for g in report["gate"] if not g["passed"]]
     if missed:
         raise QualityGateError("; ".join(missed) + "; the results are kept")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateurs.tuning import Memory, Outcome, movable, tune
+from secateurs.tuning import Memory, Moving, Outcome, movable, tune
 from secateurs.walk import Activations, Batch, Loader, blocks_of, layers_of, leave, stream, whole
 
 # logits compared at a time
@@ -57,18 +57,18 @@ def distill(
         return found, dense
 
     def loss(place: tuple[int, int]) -> float:
-        return _divergence(*logits(place))[0]
+        return divergence(*logits(place))[0]
 
     def gradients(place: tuple[int, int]) -> Sequence[Tensor | None]:
         found, dense = logits(place)
-        _, by_logits = _divergence(found, dense)
+        _, by_logits = divergence(found, dense)
         return torch.autograd.grad(found, trained, by_logits, allow_unused=True)
 
     # nothing moves before this is known
     with torch.no_grad():
         if getattr(whole(model, {name: value[:1] for name, value in batches[0].items()}), "logits", None) is None:
             return None
-    return tune(trained, loss, gradients, places, steps, rate, seed, tick, memory)
+    return tune([Moving.of(p) for p in trained], loss, gradients, places, steps, rate, seed, tick, memory)
 
 
 def pruned_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -83,15 +83,47 @@ def pruned_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _divergence(logits: Tensor, dense: Tensor) -> tuple[float, Tensor]:
-    """Mean KL(dense || logits) over tokens, and its gradient by the logits, (p - q) / T with q the dense chances."""
+def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> tuple[float, Tensor]:
+    """t^2 KL(dense || logits) of chances at temperature t, mean over tokens, and its gradient by the logits, t (p - q) / T with
+    q the dense chances.
+    """
     rows_TV, dense_TV = (x.detach().reshape(-1, x.shape[-1]) for x in (logits, dense))
     total = 0.0
     by_logits_TV = torch.empty_like(rows_TV)
     for start in range(0, len(rows_TV), _ROWS):
         part = slice(start, start + _ROWS)
-        log_p_TV, log_q_TV = rows_TV[part].float().log_softmax(-1), dense_TV[part].float().log_softmax(-1)
+        log_p_TV, log_q_TV = ((x[part].float() / temperature).log_softmax(-1) for x in (rows_TV, dense_TV))
         q_TV = log_q_TV.exp()
         total += float(log_q_TV.sub_(log_p_TV).mul_(q_TV).sum())
-        by_logits_TV[part] = log_p_TV.exp_().sub_(q_TV).div_(len(rows_TV))
-    return total / len(rows_TV), by_logits_TV.reshape(logits.shape)
+        by_logits_TV[part] = log_p_TV.exp_().sub_(q_TV).mul_(temperature / len(rows_TV))
+    return temperature**2 * total / len(rows_TV), by_logits_TV.reshape(logits.shape)
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+    """Nats by which the next token of `ids` [N, S] surprises, mean over those predicted, and its gradient by the logits."""
+    labels_T = ids[:, 1:].reshape(-1)
+    rows_TV = logits.detach()[:, :-1].reshape(-1, logits.shape[-1])
+    total = 0.0
+    by_logits = torch.zeros_like(logits)
+    by_rows_TV = torch.empty_like(rows_TV)
+    for start in range(0, len(rows_TV), _ROWS):
+        part = slice(start, start + _ROWS)
+        log_p_TV, wanted = rows_TV[part].float().log_softmax(-1), labels_T[part, None]
+        total -= float(log_p_TV.gather(1, wanted).sum())
+        p_TV = log_p_TV.exp_()
+        by_rows_TV[part] = p_TV.scatter_add_(1, wanted, -torch.ones_like(p_TV[:, :1])).div_(len(rows_TV))
+    by_logits[:, :-1] = by_rows_TV.reshape(by_logits[:, :-1].shape)
+    return total / len(rows_TV), by_logits
+
+
+def square_head(hidden: Sequence[Tensor], dense: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """Mean over blocks of |h - d|^2 / |d|^2, h and d what leaves the block and the dense block, and its gradients by every h
+    (Kurtic et al. 2023, arXiv 2310.06927).
+    """
+    total, gradients = 0.0, []
+    for h, d in zip(hidden, dense, strict=True):
+        difference = h.detach().float() - d.float()
+        size = d.float().square().sum() * len(hidden)
+        total += float(difference.square().sum() / size)
+        gradients.append(difference.mul_(2 / size).to(h.dtype))
+    return total, gradients

@@ -37,6 +37,31 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
 
 
+def claim(out: Path, plan: dict[str, Any]) -> None:
+    """Make a run directory ours: new or empty, or an earlier run of the same plan. Raises OutputError."""
+    file = out / "plan.json"
+    if file.is_file():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError:
+            raise OutputError(f"{file} is not JSON; choose another folder, or delete it") from None
+        if old != plan:
+            missing = "not stated"
+            name = next(k for k in {**plan, **old} if plan.get(k, missing) != old.get(k, missing))
+            raise OutputError(
+                f"{out} holds a run of another plan ({name} is {old.get(name, missing)} there, {plan.get(name, missing)} here); "
+                "choose another folder, or delete it"
+            )
+        return
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from None
+    write_json(file, plan)
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError."""
@@ -49,7 +74,7 @@ def locked(run: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another --out") from None
+        raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
     finally:
         os.close(handle)
 

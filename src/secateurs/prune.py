@@ -23,7 +23,7 @@ from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
 from secateurs.distill import dense_ends, distill, pruned_parameters
 from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
-from secateurs.files import locked, write_json, write_tensors, write_text
+from secateurs.files import claim, locked, write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
@@ -45,9 +45,11 @@ _TOKENS_BACK = 1024
 _WINDOWS_PER_GROUP = 8
 # Adam's rate when all blocks are tuned together, times the size of each tensor's survivors (docs/log.md)
 _RATE = 4e-3
+# tuning notes its place when so much would be lost
+_NOTE_SECONDS = 300
 
 
-def _silent(label: str, done: int, total: int) -> None:
+def silent(label: str, done: int, total: int) -> None:
     pass
 
 
@@ -56,7 +58,7 @@ def prune(
     plan: Plan,
     out: str | Path | None = None,
     calibration: Sequence[Batch] | Tensor | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Report:
     """Prune a Hugging Face folder or hub id into the run directory `out`, or a live module in place.
 
@@ -209,11 +211,14 @@ def batched(windows: Tensor) -> list[Batch]:
 # -------------------------------------------------------------------------------------------------------- a folder
 
 
-class _Noted:
+class Noted:
     """A file in which tuning notes its place (tuning.Memory)."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.last = file, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last > _NOTE_SECONDS
 
     def read(self) -> dict[str, Tensor] | None:
         from safetensors.torch import load_file
@@ -222,6 +227,7 @@ class _Noted:
 
     def write(self, state: dict[str, Tensor]) -> None:
         write_tensors(self.file, state)
+        self.last = time.monotonic()
 
     def step(self) -> int:
         state = self.read()
@@ -231,7 +237,7 @@ class _Noted:
 class Run:
     """One run directory. complete() does what is left to do."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress = _silent) -> None:
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
         folder = Path(plan.model).expanduser()
         # a run must find its dense model again from any working directory
         self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
@@ -245,7 +251,7 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        self._claim()
+        claim(self.out, self.plan.as_dict())
         with locked(self.out):
             if self.report_file.is_file():
                 report = Report.read(self.report_file)
@@ -260,27 +266,6 @@ class Run:
         return report
 
     # ------------------------------------------------------------------------------------------------ the folder
-
-    def _claim(self) -> None:
-        """Make the folder ours: new or empty, or an earlier run of the same plan."""
-        plan_file = self.out / "plan.json"
-        if plan_file.is_file():
-            earlier = Plan.read(plan_file)
-            if earlier != self.plan:
-                new, old = self.plan.as_dict(), earlier.as_dict()
-                name = next(k for k in new if new[k] != old[k])
-                raise OutputError(
-                    f"{self.out} holds a run of another plan ({name} is {old[name]} there, {new[name]} here); "
-                    "choose another --out, or delete the folder"
-                )
-            return
-        try:
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise OutputError(f"{self.out} is not empty and holds no plan.json of ours; choose another --out")
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make {self.out}: {error.strerror}; choose another --out") from None
-        write_json(plan_file, self.plan.as_dict())
 
     # -------------------------------------------------------------------------------------------------- pruning
 
@@ -460,7 +445,7 @@ class Run:
         self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
     ) -> None:
         """Tune the pruned model as a whole and write its blocks' shards again; `count` shards in all."""
-        plan, memory = self.plan, _Noted(self.work / "distill.safetensors")
+        plan, memory = self.plan, Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
         tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
@@ -515,12 +500,7 @@ class Run:
             return
         from safetensors.torch import load_file
 
-        share = calibrate.overlap(load_file(file)["windows"], text.windows)
-        if share:
-            report.warnings.append(
-                f"{share:.0%} of the evaluation windows share a run of 50 tokens with the calibration text, "
-                "so quality looks better than it is"
-            )
+        report.warnings += overlap_warning(load_file(file)["windows"], text.windows)
 
     def _finish(self, report: Report) -> None:
         from secateurs.verify import check_run
@@ -540,17 +520,14 @@ def quality(
     windows: int,
     seqlen: int | None,
     seed: int,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cache: Path | None = None,
 ) -> tuple[evaluate.Quality, calibrate.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
     cache: a file that remembers finished windows across a kill.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = dense.raw_config.get("architectures") or [""]
-    if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if not predicts_next_token(dense):
         return None
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
     length = window_length(seqlen, models[0][0])
@@ -576,6 +553,25 @@ def quality(
         if cache is not None:
             write_json(cache, [dataclasses.asdict(w) for w in done])
     return evaluate.summarise(done, seed), text
+
+
+def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
+    """Whether its class is one of transformers' causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = source.raw_config.get("architectures") or [""]
+    return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:
+    """One sentence if they share text, else none."""
+    share = calibrate.overlap(calibration, evaluation)
+    if not share:
+        return []
+    return [
+        f"{share:.0%} of the evaluation windows share a run of 50 tokens with the calibration text, so quality looks better than "
+        "it is"
+    ]
 
 
 def window_length(asked: int | None, model: nn.Module) -> int:

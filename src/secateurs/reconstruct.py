@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateurs.tuning import Outcome, movable, tune
+from secateurs.tuning import Moving, Outcome, movable, tune
 
 Place = tuple[int, slice]
 """Windows of a batch."""
@@ -48,4 +48,5 @@ def reconstruct(
     def gradients(place: Place) -> Sequence[Tensor | None]:
         return torch.autograd.grad(error(place), trained, allow_unused=True)
 
-    return tune(trained, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)
+    moving = [Moving.of(p) for p in trained]
+    return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)

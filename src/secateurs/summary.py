@@ -218,6 +218,10 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
     console.print(f"Budget {plan['budget']}, units {', '.join(plan['units'])}, criterion {plan['criterion']}.")
     if report["quality"]:
         print_quality(report["quality"], report["evaluation"], console)
+    _print_end(report, console, folder)
+
+
+def _print_end(report: dict[str, Any], console: Console, folder: str) -> None:
     for gate in report["gate"]:
         console.print(
             f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{escape(gate['missed'])}[/]"
@@ -225,6 +229,25 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
     for warning in report["warnings"]:
         console.print(f"[yellow]Warning:[/] {escape(warning)}.")
     console.print(f"[bold]{folder}/model[/] loads with from_pretrained; [bold]{folder}/report.json[/] has the rest.")
+
+
+def print_recovered(report: dict[str, Any], console: Console, folder: str) -> None:
+    """What `secateurs recover` won back."""
+    plan, training = report["plan"], report["training"]
+    console.print(
+        f"{training['steps']} steps of {plan['batch']} windows on {escape(report['data']['source'])}, {plan['train']} trained: "
+        f"held-out loss {training['before']:.4f} before, {training['after']:.4f} after. All {report['zeros']:,} zeros of "
+        f"{report['of_weights']:,} weights are zeros still."
+    )
+    if report["quality_before"]:
+        console.print("Before:")
+        print_quality(report["quality_before"], report["evaluation"], console)
+        console.print("After:")
+    if report["quality"]:
+        print_quality(report["quality"], report["evaluation"], console)
+    if report["recovered"] is not None:
+        console.print(f"[bold]{report['recovered']:.0%}[/] of the loss that pruning added is gone.")
+    _print_end(report, console, folder)
 
 
 def print_methods(console: Console) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateurs.ranks import Ranks
+
 BETAS = (0.9, 0.95)
 # of the steps, in which the learning rate climbs; after that it falls along a cosine to 0
 _WARM = 0.1
@@ -38,10 +40,26 @@ class Outcome:
         return self.after < self.before
 
 
+@dataclass(frozen=True)
+class Moving:
+    """A parameter that is tuned. mask: where it may move, None for everywhere. scale: of its steps, times the rate."""
+
+    parameter: nn.Parameter
+    mask: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "Moving":
+        """A matrix where it is not zero, a vector everywhere; the root mean square of what may move."""
+        mask = None if parameter.dim() == 1 else parameter.detach() != 0
+        return cls(parameter, mask, max(_size(parameter.detach().float(), mask), 1e-6))
+
+
 class Memory(Protocol):
-    """Where tuning notes its place after every look, so that it can go on after a kill."""
+    """Where tuning notes its place after every look, and when a note is due, so that it can go on after a kill."""
 
     def read(self) -> dict[str, Tensor] | None: ...
+    def due(self) -> bool: ...
     def write(self, state: dict[str, Tensor]) -> None: ...
 
 
@@ -52,7 +70,7 @@ def movable(block: nn.Module, pruned: Sequence[nn.Parameter]) -> list[nn.Paramet
 
 
 def tune(
-    trained: Sequence[nn.Parameter],
+    trained: Sequence[Moving],
     loss: Callable[[Any], float],
     gradients: Callable[[Any], Sequence[Tensor | None]],
     places: Sequence[Any],
@@ -61,13 +79,16 @@ def tune(
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
     memory: Memory | None = None,
+    batch: int = 1,
+    ranks: Ranks | None = None,
 ) -> Outcome:
-    """Tune parameters in place, one place a step. Zeros of matrices stay zero; vectors have no mask.
+    """Tune parameters in place, on the mean of `batch` places a step, which `ranks` share. What a mask removed stays zero.
 
     loss(place) is called without gradients, gradients(place) with: one for each of `trained`, or None.
-    They move in fp32 copies and are rounded to their own dtype after every step. rate: Adam's learning rate, times the root
-    mean square of each tensor's survivors. Never raises the held-out loss. tick: after every step.
+    They move in fp32 copies and are rounded to their own dtype after every step. rate: Adam's learning rate, times each
+    parameter's scale. Never raises the held-out loss. tick: after every step.
     """
+    ranks = ranks or Ranks()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(places), generator=generator).tolist()
     held = min(_MOST_HELD_OUT, max(1, round(len(places) * _HELD_OUT)))
@@ -75,12 +96,12 @@ def tune(
     if not training or steps < 1:
         return Outcome(0.0, 0.0, 0)
     turns: list[int] = []
-    while len(turns) < steps:
+    while len(turns) < steps * batch:
         turns += torch.randperm(len(training), generator=generator).tolist()
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            return sum(loss(place) for place in held_out) / held
+            return ranks.total(sum(loss(place) for place in ranks.share(held_out))) / held
 
     state = memory.read() if memory else None
     survivors = _Survivors(trained, state)
@@ -92,54 +113,71 @@ def tune(
         before, best, lowest = (float(state[name]) for name in ("before", "best", "lowest"))
         step, worse = (int(state[name]) for name in ("step", "worse"))
     look = max(_LOOK_EVERY, math.ceil(steps / _LOOKS))
-    asked = [p.requires_grad for p in trained]
-    for p in trained:
-        p.requires_grad_(True)
+    asked = [m.parameter.requires_grad for m in trained]
+    for m in trained:
+        m.parameter.requires_grad_(True)
     try:
         while step < steps and worse < _PATIENCE:
             step += 1
             with torch.enable_grad():
-                found = gradients(training[turns[step - 1]])
-            survivors.step(
-                found, rate * min(step / max(1, _WARM * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            )
+                for turn in ranks.share(turns[(step - 1) * batch : step * batch]):
+                    survivors.add(gradients(training[turn]), 1 / batch)
+            survivors.sum(ranks)
+            survivors.step(rate * min(step / max(1, _WARM * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)))
             tick()
-            if step % look and step < steps:
-                continue
-            now = held_out_loss()
-            lowest, worse = (now, 0) if now < lowest else (lowest, worse + 1)
-            if now < best:
-                best = now
-                survivors.keep()
-            if memory:
+            looked = not step % look or step == steps
+            if looked:
+                now = held_out_loss()
+                lowest, worse = (now, 0) if now < lowest else (lowest, worse + 1)
+                if now < best:
+                    best = now
+                    survivors.keep()
+            if memory and ranks.first and (looked or memory.due()):
                 facts = {"before": before, "best": best, "lowest": lowest, "step": step, "worse": worse}
                 numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in facts.items()}
                 memory.write({**numbers, **survivors.state()})
     finally:
         survivors.restore()
-        for p, flag in zip(trained, asked, strict=True):
-            p.requires_grad_(flag)
+        for m, flag in zip(trained, asked, strict=True):
+            m.parameter.requires_grad_(flag)
     return Outcome(before, best, step)
 
 
 class _Survivors:
     """fp32 copies of parameters, their masks and moments, and the best weights so far."""
 
-    def __init__(self, trained: Sequence[nn.Parameter], state: dict[str, Tensor] | None) -> None:
-        self.trained = trained
-        self.copies = [p.detach().float().clone() for p in trained]
-        self.masks = [None if p.dim() == 1 else p.detach() != 0 for p in trained]
-        self.kept = [p.detach().clone() for p in trained]
-        self.scales = [max(_size(c, mask), 1e-6) for c, mask in zip(self.copies, self.masks, strict=True)]
+    def __init__(self, trained: Sequence[Moving], state: dict[str, Tensor] | None) -> None:
+        self.trained = [m.parameter for m in trained]
+        self.copies = [p.detach().float().clone() for p in self.trained]
+        self.masks = [m.mask for m in trained]
+        self.kept = [p.detach().clone() for p in self.trained]
+        self.scales = [m.scale for m in trained]
         groups = [{"params": [copy]} for copy in self.copies]
         self.adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12, fused=True)
         if state is not None:
             self._go_on(state)
 
-    def step(self, gradients: Sequence[Tensor | None], rate: float) -> None:
-        """One step of Adam. A gradient that is None leaves its parameter where it is."""
-        for copy, gradient, mask in zip(self.copies, gradients, self.masks, strict=True):
-            copy.grad = None if gradient is None else gradient.float()
+    def add(self, gradients: Sequence[Tensor | None], share: float) -> None:
+        """A place's part in the next step."""
+        for copy, gradient in zip(self.copies, gradients, strict=True):
+            if gradient is not None:
+                part = gradient.float() * share
+                copy.grad = part if copy.grad is None else copy.grad.add_(part)
+
+    def sum(self, ranks: Ranks) -> None:
+        """What all ranks found. None where none of them found any."""
+        if ranks.size == 1:
+            return
+        found = torch.tensor([copy.grad is not None for copy in self.copies], dtype=torch.float32)
+        ranks.sum(found)
+        for copy, some in zip(self.copies, found.tolist(), strict=True):
+            if some:
+                copy.grad = torch.zeros_like(copy) if copy.grad is None else copy.grad
+                ranks.sum(copy.grad)
+
+    def step(self, rate: float) -> None:
+        """One step of Adam. A parameter without a gradient stays where it is."""
+        for copy, mask in zip(self.copies, self.masks, strict=True):
             if mask is not None and copy.grad is not None:
                 copy.grad.mul_(mask)
         for group, scale in zip(self.adam.param_groups, self.scales, strict=True):

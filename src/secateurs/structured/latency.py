@@ -1,7 +1,7 @@
 """Seconds of a prompt and of a token after it, for models of any shape: measured on this machine, not counted.
 
     t(shape) = rest + hidden * (ends + layers * (block + mlp * neuron + heads * (head + queries * query)))
-is solved from six measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
+is fitted to measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
 """
 
 import time
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy
 import torch
-from torch import Tensor
 
 from secateurs.structured.units import Shape
 
@@ -25,6 +25,9 @@ class Seconds:
 
     def over(self, other: "Seconds") -> "Seconds":
         return Seconds(self.prefill / other.prefill, self.decode / other.decode)
+
+    def times(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.prefill * other.prefill, self.decode * other.decode)
 
 
 def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:
@@ -69,28 +72,43 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Coefficients [rest, ends, block, neuron, head, query] of both stages."""
+    """What a shape takes of the dense model's seconds. shares: of both stages, of the dense model's, that go with each term
+    [rest, ends, block, neuron, head, query]; their sum is 1 where the fit is exact.
+    """
 
+    dense: Shape
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
 
     @classmethod
-    def fit(cls, points: Sequence[tuple[Shape, Seconds]]) -> "LatencyModel":
-        rows = torch.tensor([_terms(shape) for shape, _ in points], dtype=torch.float64)
+    def fit(cls, dense: Shape, points: Sequence[tuple[Shape, Seconds]]) -> "LatencyModel":
+        """points: shapes with their seconds over the dense model's. Least squares of relative errors, no share negative."""
+        from scipy.optimize import nnls
+
+        rows = numpy.array([_terms(shape, dense) for shape, _ in points])
 
         def solve(stage: Callable[[Seconds], float]) -> tuple[float, ...]:
-            seconds = torch.tensor([stage(s) for _, s in points], dtype=torch.float64)
-            found: Tensor = torch.linalg.lstsq(rows, seconds[:, None]).solution[:, 0]
-            return tuple(found.clamp(min=0).tolist())
+            taken = numpy.array([stage(s) for _, s in points])
+            return tuple(nnls(rows / taken[:, None], numpy.ones(len(taken)))[0].tolist())
 
-        return cls(solve(lambda s: s.prefill), solve(lambda s: s.decode))
+        return cls(dense, solve(lambda s: s.prefill), solve(lambda s: s.decode))
+
+    def through(self, shape: Shape, seconds: Seconds) -> "LatencyModel":
+        """All shares scaled, so that it is exact there, and nearly so for shapes like that."""
+        off = seconds.over(self.at(shape))
+        return LatencyModel(
+            self.dense, tuple(off.prefill * s for s in self.prefill), tuple(off.decode * s for s in self.decode)
+        )
 
     def at(self, shape: Shape) -> Seconds:
-        terms = _terms(shape)
+        terms = _terms(shape, self.dense)
         prefill, decode = (sum(c * t for c, t in zip(k, terms, strict=True)) for k in (self.prefill, self.decode))
         return Seconds(prefill, decode)
 
 
-def _terms(shape: Shape) -> list[float]:
-    blocks = shape.hidden * shape.layers
-    return [1.0, shape.hidden, blocks, blocks * shape.mlp, blocks * shape.heads, blocks * shape.heads * shape.queries]
+def _terms(shape: Shape, dense: Shape) -> list[float]:
+    """Over the dense model's."""
+    hidden = shape.hidden / dense.hidden if dense.hidden else 1.0
+    blocks = hidden * shape.layers / dense.layers
+    heads = blocks * shape.heads / dense.heads
+    return [1.0, hidden, blocks, blocks * shape.mlp / dense.mlp, heads, heads * shape.queries / dense.queries]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from secateurs import calibrate, checkpoint, evaluate, families
 from secateurs.device import machine, peak_memory
-from secateurs.errors import LayerError, OutputError, PlanError
-from secateurs.files import locked, write_json, write_tensors, write_text
+from secateurs.errors import LayerError, PlanError
+from secateurs.files import claim, locked, write_json, write_tensors, write_text
 from secateurs.prune import batched, first_windows, quality, ticker, window_length
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
@@ -38,7 +38,7 @@ _SENSITIVITY = 4096
 _DEPTH = 1024
 # a shape is measured and chosen anew at most so often; it may take 1% more than was asked, and need not be nearer than 2%
 _TRIES = 10
-_OVER, _UNDER = 1.01, 0.98
+_OVER, _UNDER, _AIM = 1.01, 0.98, 0.995
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Run:
         self._check_units(family, config, sizes)
         if not (self.out / "plan.json").is_file():
             self._refuse_too_small(cls, config, family, sizes)
-        self._claim()
+        claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report_file = self.out / "report.json"
             if not report_file.is_file():
@@ -257,16 +257,6 @@ class _Run:
         ratio = seconds.over(dense)
         return max(ratio.prefill, ratio.decode) / bound.value
 
-    def _claim(self) -> None:
-        file = self.out / "plan.json"
-        if file.is_file():
-            if json.loads(file.read_text()) != self.plan.as_dict():
-                raise OutputError(f"{self.out} holds a run of another plan; choose another --out, or delete the folder")
-            return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise OutputError(f"{self.out} is not empty and holds no plan.json of ours; choose another --out")
-        write_json(file, self.plan.as_dict())
-
     def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module) -> calibrate.Text:
         seqlen = window_length(self.plan.seqlen, model)
         return calibrate.load(self.plan.calibration, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed)
@@ -369,34 +359,37 @@ class _Run:
 
         use = self._use
         tick = ticker(self.progress, "measuring latency", _TRIES + 1)
-        points = [
-            dense,
+        probes = [
             replace(dense, layers=max(1, dense.layers // 2)),
             replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
             replace(dense, heads=max(1, dense.heads // 2)),
             replace(dense, queries=max(1, dense.queries // 2)),
         ]
         if "hidden" in plan.units:
-            points.append(replace(dense, hidden=dense.hidden // 2))
+            probes.append(replace(dense, hidden=dense.hidden // 2))
         whole = model_of(dense)
-        seconds = measure([whole, *(model_of(p) for p in points[1:])], plan.prompt, plan.new, rounds=3)
-        fitted = LatencyModel.fit(list(zip(points, seconds, strict=True)))
+        at_first, *seconds = measure([whole, *(model_of(p) for p in probes)], plan.prompt, plan.new, rounds=3)
+        points = [(dense, Seconds(1.0, 1.0)), *((p, s.over(at_first)) for p, s in zip(probes, seconds, strict=True))]
         tick()
-        if use(seconds[0], seconds[0]) <= 1:
+        if use(at_first, at_first) <= 1:
             raise PlanError(f"budget {plan.budget}: the dense model is within it already; lower it")
         best: Shape | None = None
         tried: list[dict[str, Any]] = []
-        aim = 1.0
         for _ in range(_TRIES):
+            fitted = LatencyModel.fit(dense, points)
+            if tried:
+                fitted = fitted.through(*points[-1])
             # a shape that was timed is not tried again: the clock has said what it is
-            known = [Shape(**t["shape"]) for t in tried]
-            fitting = [s for s in shapes if use(fitted.at(s), fitted.at(dense)) <= aim and s not in known]
-            if not fitting:
+            known = [shape for shape, _ in points[1 + len(probes) :]]
+            new = {s: use(fitted.at(s).times(at_first), at_first) for s in shapes if s not in known}
+            fitting = [s for s, used in new.items() if used <= _AIM] or sorted(new, key=lambda s: new[s])[:1]
+            shape = min(fitting, key=loss, default=best)
+            if shape is None or (best is not None and loss(shape) >= loss(best)):
                 break
-            shape = min(fitting, key=loss)
             base, now = measure([whole, model_of(shape)], plan.prompt, plan.new)
             ratio = now.over(base)
-            used = use(now, base)
+            points.append((shape, ratio))
+            used = use(ratio.times(at_first), at_first)
             tried.append(
                 {
                     "shape": dataclasses.asdict(shape),
@@ -406,11 +399,10 @@ class _Run:
                 }
             )
             tick()
-            if used <= _OVER and (best is None or loss(shape) < loss(best)):
+            if used <= _OVER:
                 best = shape
             if _UNDER <= used <= _OVER:
                 break
-            aim *= 0.99 / used
         if best is None:
             raise PlanError(
                 f"budget {plan.budget}: no shape that was tried was fast enough, the last at {tried[-1]['of_budget']:.3g} of it; "

@@ -3,16 +3,20 @@ tickets."""
 
 from secateurs.train.callbacks import lightning_callback, trainer_callback
 from secateurs.train.held import Held, hold, take_over
+from secateurs.train.lora import Lora, lora
 from secateurs.train.lottery import Rounds, iterative
 from secateurs.train.masked import MaskedLinear, finish, sr_ste
 from secateurs.train.pruning import SCORES, dynamic, gradual
+from secateurs.train.recover import RecoverPlan, recover
 from secateurs.train.schedules import Ramp, Schedule, Steps, cubic, linear, one_step, rounds
 
 __all__ = [
     "SCORES",
     "Held",
+    "Lora",
     "MaskedLinear",
     "Ramp",
+    "RecoverPlan",
     "Rounds",
     "Schedule",
     "Steps",
@@ -24,7 +28,9 @@ __all__ = [
     "iterative",
     "lightning_callback",
     "linear",
+    "lora",
     "one_step",
+    "recover",
     "rounds",
     "sr_ste",
     "take_over",

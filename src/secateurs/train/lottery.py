@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from secateurs import patterns
-from secateurs.errors import OutputError, PlanError
-from secateurs.files import locked, write_json, write_tensors
+from secateurs.errors import PlanError
+from secateurs.files import claim, locked, write_json, write_tensors
 from secateurs.train.held import Held, hold, prunable
 
 CONTROLS = ("random", "reinit")
@@ -95,12 +95,7 @@ def iterative(
     if isinstance(plan.rewind, int) and not 0 <= plan.rewind < task.steps:
         raise PlanError(f"rewind to step {plan.rewind} of a training of {task.steps} steps; give one before its end")
     stated = json.loads(json.dumps({**asdict(plan), "steps": task.steps}))
-    file = folder / "plan.json"
-    if file.is_file() and json.loads(file.read_text()) != stated:
-        raise OutputError(f"{folder} holds a run of another plan; choose another folder")
-    if not file.is_file() and folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder} is not empty and holds no plan.json of ours; choose another folder")
-    write_json(file, stated)
+    claim(folder, stated)
     with locked(folder):
         run = _Run(task, folder, plan, progress)
         for seed in plan.seeds:

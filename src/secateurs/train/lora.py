@@ -1,0 +1,70 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) that keeps zeros: what is added to a weight is masked like the weight.
+
+    W + mask * (up @ down)        mask = W != 0, up [..., O, r] zeros at first, down [..., r, I] normal
+
+The usual merge, W + up @ down, is dense: it fills the zeros of a pruned model again.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from secateurs.errors import PlanError
+from secateurs.train.held import prunable
+
+
+class _Masked(nn.Module):
+    """The parametrization of one weight."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        *outer, rows, columns = weight.shape
+        down = torch.randn(*outer, rank, columns, generator=generator) / columns**0.5
+        self.up = nn.Parameter(torch.zeros(*outer, rows, rank, dtype=weight.dtype, device=weight.device))
+        self.down = nn.Parameter(down.to(weight))
+        self.register_buffer("mask", weight.detach() != 0, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down) * self.mask
+
+
+class Lora:
+    """The low-rank parameters of a model. merge() puts them into the weights: call it before the model is saved."""
+
+    def __init__(self, model: nn.Module, places: list[tuple[nn.Module, str]], added: list[nn.Parameter]) -> None:
+        self.model, self.places, self._added = model, places, added
+
+    def parameters(self) -> list[nn.Parameter]:
+        """For the optimizer."""
+        return self._added
+
+    def merge(self) -> None:
+        """Plain weights again, zero where they were. Once is enough."""
+        for module, leaf in self.places:
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+        self.places = []
+
+
+def lora(model: nn.Module, rank: int = 16, seed: int = 0) -> Lora:
+    """Add low-rank parameters to every matrix that has zeros, and freeze all else. The model's function is as before until they
+    are trained. Raises PlanError for a rank below 1 and for a model without zeros.
+    """
+    if rank < 1:
+        raise PlanError(f"LoRA of rank {rank}; give 1 or more")
+    wanted = {id(p) for _, p in prunable(model) if p.dim() in (2, 3) and bool((p.detach() == 0).any())}
+    if not wanted:
+        raise PlanError("the model has no zeros to keep: prune it first, or use an ordinary LoRA")
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    places: list[tuple[nn.Module, str]] = []
+    added: list[nn.Parameter] = []
+    for module in list(model.modules()):
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in wanted:
+                low = _Masked(parameter, rank, generator)
+                parametrize.register_parametrization(module, leaf, low)
+                places.append((module, leaf))
+                added += [low.up, low.down]
+    return Lora(model, places, added)

@@ -1,0 +1,434 @@
+"""Train what pruning left of a language model until its quality is back, zeros kept: against a teacher's predictions, its
+hidden states, the text itself, or all of them.
+
+    loss = kl t^2 KL(teacher || model, both at temperature t) + hidden mean_blocks |h - d|^2 / |d|^2 + labels cross entropy
+
+Hinton et al. 2015 (arXiv 1503.02531); SquareHead, Kurtic et al. 2023 (arXiv 2310.06927). A teacher's last hidden states are kept
+on disk, from which its own head gives its logits exactly: 2 bytes a channel and token in place of 2 a word of the vocabulary. The
+run directory holds plan.json, model/, report.json, and work/ while the run is under way. All processes of a torchrun
+share each step's windows; the first one writes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs import calibrate, checkpoint, evaluate
+from secateurs.device import machine, peak_memory
+from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
+from secateurs.errors import PlanError, VerifyError
+from secateurs.files import claim, locked, write_json, write_text
+from secateurs.prune import (
+    Noted,
+    Progress,
+    batched,
+    overlap_warning,
+    predicts_next_token,
+    quality,
+    silent,
+    ticker,
+    window_length,
+)  # fmt: skip
+from secateurs.ranks import Ranks, joined
+from secateurs.train.held import prunable
+from secateurs.train.lora import Lora, lora
+from secateurs.tuning import Moving, Outcome, tune
+from secateurs.walk import OnDisk, blocks_of, leave
+
+# what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
+TRAINED = {
+    "blocks": (4e-3, "every weight of the blocks"),
+    "all": (4e-3, "every weight, embeddings and head too"),
+    "vectors": (2e-2, "norms and biases"),
+    "lora": (1e-3, "masked low-rank additions to pruned weights"),
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Place = tuple[int, int]
+"""A batch, and a window of it."""
+
+
+@dataclass(frozen=True)
+class RecoverPlan:
+    """How to train what is left of a model. Raises PlanError for what cannot be.
+
+    model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
+    no teacher: the text alone. data, samples, seqlen: as calibration in Plan; samples None is a window for every turn of every
+    step. steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is
+    0 with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the
+    model's own. checkpointing: blocks are computed again on the way back, for less memory. gate, eval_text, eval_windows,
+    eval_seqlen: as in Plan.
+    """
+
+    model: str
+    teacher: str | None = None
+    data: str = "pydoc"
+    samples: int | None = None
+    seqlen: int | None = 512
+    steps: int = 300
+    batch: int = 4
+    train: str = "blocks"
+    rank: int = 16
+    kl: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    labels: float | None = None
+    rate: float | None = None
+    dtype: str | None = None
+    checkpointing: bool = False
+    seed: int = 0
+    gate: tuple[str, ...] = ()
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gate", tuple(self.gate))
+        if self.train not in TRAINED:
+            raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}")
+        if self.dtype not in (None, *_DTYPES):
+            raise PlanError(f"unknown dtype '{self.dtype}'; write {' or '.join(_DTYPES)}")
+        for name, least in (("steps", 1), ("batch", 1), ("rank", 1), ("eval_windows", 0)):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
+        if self.samples is not None and self.samples < 2:
+            raise PlanError(f"samples {self.samples} is too small: one window is held out; give 2 or more")
+        for name in ("temperature", "rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise PlanError(f"{name} {value:g} is not above 0")
+        for name in ("kl", "hidden", "labels"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise PlanError(f"{name} {value:g} is below 0")
+        try:
+            for gate in self.gate:
+                evaluate.Gate.parse(gate)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        if self.gate and not self.eval_windows:
+            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
+    """Do what is left of a run: train, check the zeros, measure. Returns the report; raises SecateursError.
+
+    Under torchrun all its processes call it, and only the first returns a report with the quality in it. A missed gate is in
+    the report's `gate`, and no error here.
+    """
+    run = _Run(plan, Path(out).expanduser(), progress)
+    with joined() as ranks:
+        trained = run.train(ranks)
+        ranks.wait()
+    return run.measure(trained) if ranks.first else trained
+
+
+class _Run:
+    def __init__(self, plan: RecoverPlan, out: Path, progress: Progress) -> None:
+        given = Path(plan.model).expanduser()
+        folder, teacher = given, plan.teacher
+        if (given / "plan.json").is_file():
+            folder = given / "model"
+            earlier = json.loads((given / "plan.json").read_text())
+            teacher = teacher or earlier.get("teacher") or earlier["model"]
+        if teacher is None:
+            raise PlanError(
+                f"{plan.model} is no run directory that names its dense model: give --teacher, or --teacher none to train on the "
+                "text alone"
+            )
+        self.source = checkpoint.Checkpoint(folder if folder.is_dir() else plan.model)
+        self.teacher = None if teacher == "none" else checkpoint.Checkpoint(teacher)
+        self.plan = dataclasses.replace(
+            plan,
+            model=str(given.resolve()) if given.is_dir() else plan.model,
+            teacher="none" if self.teacher is None else str(teacher),
+            kl=plan.kl if self.teacher else 0.0,
+            labels=plan.labels if plan.labels is not None else float(self.teacher is None),
+        )
+        self.out, self.progress = out, progress
+        self.work, self.model_folder = out / "work", out / "model"
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def train(self, ranks: Ranks) -> dict[str, Any]:
+        """The trained model in model/, and the report on it, without its quality."""
+        file = self.out / "report.json"
+        plan = self.plan
+        model = self.source.skeleton()
+        dense = self.teacher.skeleton() if self.teacher else None
+        self._check(model, dense, ranks)
+        ranks.wait()
+        if ranks.first:
+            claim(self.out, plan.as_dict())
+        with locked(self.out) if ranks.first else contextlib.nullcontext():
+            if file.is_file():
+                return json.loads(file.read_text())  # type: ignore[no-any-return]
+            began = time.perf_counter()
+            text = self._text(model)
+            batches = batched(text.windows)
+            ends = self._ends(dense, batches, ranks)
+            self.source.load_whole(model)
+            zeros = {name: p.detach() == 0 for name, p in prunable(model)}
+            if plan.dtype:
+                model.to(_DTYPES[plan.dtype])
+            outcome, low = self._tune(model, dense, ends, batches, ranks)
+            if low:
+                low.merge()
+            report = {
+                "format": 1,
+                "status": "trained",
+                "plan": plan.as_dict(),
+                "machine": machine(),
+                "training": {
+                    **dataclasses.asdict(outcome),
+                    "windows": len(text.windows),
+                    "tokens": outcome.steps * plan.batch * text.windows.shape[1],
+                    "rate": plan.rate or TRAINED[plan.train][0],
+                    "ranks": ranks.size,
+                },
+                "zeros": sum(int(z.sum()) for z in zeros.values()),
+                "of_weights": sum(z.numel() for z in zeros.values()),
+                "data": text.facts(),
+                "warnings": [],
+                "quality_before": None,
+                "quality": None,
+                "recovered": None,
+                "gate": [],
+                "seconds": {"train": time.perf_counter() - began},
+            }
+            if len(text.windows) < text.asked:
+                report["warnings"] = [
+                    f"the text has {len(text.windows)} windows where {text.asked} were asked for, so they are used again"
+                ]
+            if ranks.first:
+                self._write(model, zeros)
+                write_json(file, report)
+            return report
+
+    def _check(self, model: Any, dense: Any, ranks: Ranks) -> None:
+        plan = self.plan
+        if ranks.size > plan.batch or plan.batch % ranks.size:
+            raise PlanError(
+                f"{ranks.size} processes cannot share a batch of {plan.batch} windows; give a multiple of {ranks.size}"
+            )
+        for source in (self.source, self.teacher):
+            if source and not predicts_next_token(source):
+                raise PlanError(f"{source.folder} predicts no next token, so text cannot train it")
+        if plan.kl + plan.hidden + (plan.labels or 0) == 0:
+            raise PlanError("kl, hidden and labels are all 0: there is nothing to train for")
+        if dense is None:
+            if plan.hidden:
+                raise PlanError(
+                    f"hidden {plan.hidden:g} compares blocks with those of a teacher, and there is none; give --teacher"
+                )
+            return
+        words = [m.get_input_embeddings().weight.shape[0] for m in (dense, model)]
+        if words[0] != words[1] or (self.teacher is not None and _words(self.teacher) != _words(self.source)):
+            raise PlanError(
+                f"teacher {plan.teacher} has another vocabulary ({words[0]} tokens) than {plan.model} ({words[1]}), so their "
+                "predictions cannot be compared; give the dense model that it was pruned from"
+            )
+        if plan.hidden:
+            sizes = [(len(blocks_of(m)[0]), m.get_input_embeddings().weight.shape[1]) for m in (dense, model)]
+            if sizes[0] != sizes[1]:
+                raise PlanError(
+                    f"hidden {plan.hidden:g} compares block with block: the teacher has {sizes[0][0]} of width {sizes[0][1]}, the "
+                    f"model {sizes[1][0]} of {sizes[1][1]}; leave it out"
+                )
+
+    def _text(self, model: nn.Module) -> calibrate.Text:
+        plan = self.plan
+        wanted = plan.samples or plan.steps * plan.batch
+        seqlen = window_length(plan.seqlen, model)
+        text = calibrate.load(plan.data, self.source.tokenizer(), wanted, seqlen, plan.seed)
+        if len(text.windows) < 2:
+            raise PlanError(
+                f"{plan.data} has one window of {seqlen} tokens, and one is held out; give more text or a smaller --seqlen"
+            )
+        return text
+
+    def _ends(self, dense: Any, batches: Sequence[Any], ranks: Ranks) -> Callable[[int], Tensor] | None:
+        """What leaves the teacher's last block, by batch; kept in work/. To compare hidden states, it stays in memory instead."""
+        if self.teacher is None:
+            return None
+        if self.plan.hidden:
+            self.teacher.load_whole(dense)
+            return None
+        store, noted = OnDisk(self.work / "ends"), self.work / "ends.json"
+        blocks = self.teacher.block_names(dense)
+        if ranks.first and not noted.is_file():
+            tick = ticker(self.progress, "looking at the teacher", len(blocks) * len(batches))
+            dense_ends(dense, batches, self.teacher, store, tick)
+            write_json(noted, {"blocks": len(blocks)})
+        ranks.wait()
+        return lambda batch: store.read(len(blocks), batch)
+
+    def _tune(
+        self, model: Any, dense: Any, ends: Callable[[int], Tensor] | None, batches: Sequence[Any], ranks: Ranks
+    ) -> tuple[Outcome, Lora | None]:
+        plan = self.plan
+        low = lora(model, plan.rank, plan.seed) if plan.train == "lora" else None
+        moving = (
+            [Moving(p, None, 1.0) for p in low.parameters()] if low else [Moving.of(p) for p in self._trained(model)]
+        )
+        if plan.checkpointing:
+            _recompute(model)
+        parameters = [m.parameter for m in moving]
+        places: list[Place] = [(b, i) for b, batch in enumerate(batches) for i in range(len(batch["input_ids"]))]
+        memory = Noted(self.work / "training.safetensors")
+
+        def found(place: Place) -> tuple[float, list[Tensor], list[Tensor]]:
+            """The loss, what it was taken of, and its gradients by that."""
+            b, i = place
+            window = {name: value[i : i + 1] for name, value in batches[b].items()}
+            output = model(**window, use_cache=False, output_hidden_states=plan.hidden > 0)
+            by_logits = torch.zeros_like(output.logits)
+            total = 0.0
+            seen, gradients = [output.logits], [by_logits]
+            if dense is not None:
+                with torch.no_grad():
+                    wanted = (
+                        dense(**window, use_cache=False, output_hidden_states=True)
+                        if ends is None
+                        else leave(dense, self.teacher, ends(b)[i : i + 1], window)  # type: ignore[arg-type]
+                    )
+            if dense is not None and plan.kl:
+                value, gradient = divergence(output.logits, wanted.logits, plan.temperature)
+                total += plan.kl * value
+                by_logits += plan.kl * gradient
+            if plan.labels:
+                value, gradient = cross_entropy(output.logits, window["input_ids"])
+                total += plan.labels * value
+                by_logits += plan.labels * gradient
+            if plan.hidden:
+                value, more = square_head(output.hidden_states[1:], wanted.hidden_states[1:])
+                total += plan.hidden * value
+                seen += output.hidden_states[1:]
+                gradients += [plan.hidden * g for g in more]
+            return total, seen, gradients
+
+        def gradients(place: Place) -> Sequence[Tensor | None]:
+            _, seen, by_seen = found(place)
+            return torch.autograd.grad(seen, parameters, by_seen, allow_unused=True)
+
+        outcome = tune(
+            moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0], plan.seed,
+            ticker(self.progress, "training", plan.steps, memory.step()), memory, plan.batch, ranks,
+        )  # fmt: skip
+        return outcome, low
+
+    def _trained(self, model: Any) -> list[nn.Parameter]:
+        inside = (
+            model if self.plan.train == "all" else nn.ModuleList(model.get_submodule(n) for n in blocks_of(model)[0])
+        )
+        found = [p for p in inside.parameters() if p.is_floating_point()]
+        return [p for p in found if p.dim() == 1] if self.plan.train == "vectors" else found
+
+    def _write(self, model: Any, zeros: dict[str, Tensor]) -> None:
+        """The shards, and then a look at them: what was zero is."""
+        source = self.source
+        source.copy_small_files(self.model_folder)
+        edited = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        prefixes = source.block_names(model)
+        outside = source.outside_groups(model)
+        count = len(outside) + len(prefixes)
+        for i, keys in enumerate(outside):
+            checkpoint.write_shard(self.model_folder, i, count, source.edited_keys(model, keys, edited))
+        for i, prefix in enumerate(prefixes, len(outside)):
+            checkpoint.write_shard(self.model_folder, i, count, source.edited(model, prefix, edited))
+        checkpoint.write_index(self.model_folder, count)
+        write_text(self.model_folder / "README.md", _card(self.plan))
+        written = checkpoint.Checkpoint(self.model_folder)
+        again = written.skeleton()
+        written.load_whole(again)
+        for name, parameter in prunable(again):
+            if bool(parameter.detach()[zeros[name]].any()):
+                raise VerifyError(f"{self.model_folder}: {name} is not zero where {self.plan.model} is")
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    def measure(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Before and after against the teacher, or without one after against before; and the gate."""
+        plan, began = self.plan, time.perf_counter()
+        if report["status"] == "complete":
+            return report
+        with locked(self.out):
+            if plan.eval_windows:
+                result = checkpoint.Checkpoint(self.model_folder)
+                if self.teacher:
+                    report["quality_before"] = self._quality("before", self.teacher, self.source)[0].as_dict()
+                found, text = self._quality("after", self.teacher or self.source, result)
+                report["quality"], report["evaluation"] = found.as_dict(), text.facts()
+                report["recovered"] = _recovered(report)
+                trained_on = self._text(self.source.skeleton())
+                report["warnings"] += overlap_warning(trained_on.windows, text.windows)
+                for gate in plan.gate:
+                    missed = evaluate.Gate.parse(gate).missed(found)
+                    report["gate"].append({"gate": gate, "passed": missed is None, "missed": missed})
+                report["seconds"]["evaluate"] = time.perf_counter() - began
+            report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
+            write_json(self.out / "report.json", report)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return report
+
+    def _quality(
+        self, name: str, dense: checkpoint.Checkpoint, other: checkpoint.Checkpoint
+    ) -> tuple[evaluate.Quality, calibrate.Text]:
+        plan, cache = self.plan, self.work / f"windows-{name}.json"
+        # a checkpoint remembers what it has loaded, into another skeleton
+        dense, other = checkpoint.Checkpoint(dense.folder), checkpoint.Checkpoint(other.folder)
+        found = quality(
+            dense, other, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
+        )
+        # _check() has seen to it that both predict a next token
+        assert found is not None
+        return found
+
+
+def _recovered(report: dict[str, Any]) -> float | None:
+    """Of the loss that pruning added, how much is gone again."""
+    from math import log
+
+    if report["quality_before"] is None:
+        return None
+    before, after = (
+        log(report[n]["ppl"]["value"] / report[n]["ppl_dense"]["value"]) for n in ("quality_before", "quality")
+    )
+    return 1 - after / before if before > 0 else None
+
+
+def _words(source: checkpoint.Checkpoint) -> dict[str, int]:
+    found: dict[str, int] = source.tokenizer().get_vocab()
+    return found
+
+
+def _recompute(model: Any) -> None:
+    """Gradient checkpointing, which transformers does in training mode only; dropout stays off."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _card(plan: RecoverPlan) -> str:
+    how = f"{plan.steps} steps of {plan.batch} windows, {TRAINED[plan.train][1]}"
+    against = "the text" if plan.teacher == "none" else "the dense model's predictions"
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "tags: [pruning, sparsity, secateurs]", "---", "", "# A pruned model, recovered",
+            "",
+            f"Trained after pruning against {against}: {how}. Zeros stayed zero. It loads with "
+            "`AutoModelForCausalLM.from_pretrained` and needs no code of secateurs.", "",
+        ]
+    )  # fmt: skip
