@@ -85,6 +85,37 @@ def test_latency_is_kept_by_measurement(tmp_path, llama, words, monkeypatch):
     assert report["tried"]
 
 
+def test_the_latency_model_finds_the_shares_it_was_made_with():
+    from dataclasses import replace
+
+    from secateurs.structured.latency import LatencyModel, Seconds
+    from secateurs.structured.units import Shape
+
+    dense = Shape(12, 512, 4, 2, hidden=64)
+    # rest, ends, block, neuron, head, query
+    prefill, decode = (0.1, 0.1, 0.2, 0.3, 0.1, 0.2), (0.0, 0.3, 0.1, 0.4, 0.2, 0.0)
+
+    def seconds(s):
+        hidden, heads = s.hidden / 64, s.heads / 4
+        blocks = hidden * s.layers / 12
+        terms = (1, hidden, blocks, blocks * s.mlp / 512, blocks * heads, blocks * heads * s.queries / 2)
+        return Seconds(*(sum(a * b for a, b in zip(shares, terms, strict=True)) for shares in (prefill, decode)))
+
+    seen = [
+        dense,
+        *(replace(dense, **c) for c in ({"layers": 6}, {"mlp": 256}, {"heads": 2}, {"queries": 1}, {"hidden": 32})),
+    ]
+    model = LatencyModel.fit(dense, [(s, seconds(s)) for s in seen])
+    other = Shape(9, 384, 3, 1, hidden=48)
+    assert model.at(other).prefill == pytest.approx(seconds(other).prefill)
+    assert model.at(other).decode == pytest.approx(seconds(other).decode)
+    # a clock that says otherwise is believed, there and for what is like it
+    there = model.through(other, Seconds(0.5, 0.6))
+    assert there.at(other).prefill == pytest.approx(0.5)
+    assert there.at(other).decode == pytest.approx(0.6)
+    assert there.at(dense).decode == pytest.approx(0.6 / seconds(other).decode)
+
+
 def test_a_shape_that_was_too_slow_is_not_the_end(tmp_path, llama, words, monkeypatch):
     """Two of three blocks take longer than a straight line says; the next shape is tried."""
     from secateurs.structured import shrink as module

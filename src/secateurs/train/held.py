@@ -18,14 +18,15 @@ from secateurs.walk import layers_of
 
 
 class Held:
-    """Masks by parameter name, and the optimizer that they hold on. masks: bool, True = stays."""
+    """What was removed, by parameter name, and the optimizer that it is held on."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
-        self.masks: dict[str, Tensor] = {}
+        # the complement of the masks: what masked_fill_ takes, at every step
+        self._removed: dict[str, Tensor] = {}
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(lambda *_: self._clear_gradients()),
             optimizer.register_step_post_hook(lambda *_: self.apply()),
@@ -45,21 +46,26 @@ class Held:
                     f"{name} is {tuple(parameter.shape)} and its mask {tuple(mask.shape)}; they must be alike"
                 )
         for name, mask in masks.items():
-            self.masks[name] = mask.to(device=self.parameters[name].device, dtype=torch.bool)
+            self._removed[name] = ~mask.to(device=self.parameters[name].device, dtype=torch.bool)
         self.apply()
         self._clear_state()
 
     def apply(self) -> None:
         """Set removed weights to 0."""
         with torch.no_grad():
-            for name, mask in self.masks.items():
-                _local(self.parameters[name]).masked_fill_(~_local(mask), 0)
+            for name, removed in self._removed.items():
+                _local(self.parameters[name]).masked_fill_(_local(removed), 0)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """By parameter name: bool, True = stays."""
+        return {name: ~removed for name, removed in self._removed.items()}
 
     @property
     def sparsity(self) -> float:
         """Zeros of all weights that are held."""
-        kept, total = (sum(int(f(_local(m))) for m in self.masks.values()) for f in (torch.sum, torch.numel))
-        return 1 - kept / total if total else 0.0
+        gone, total = (sum(int(f(_local(r))) for r in self._removed.values()) for f in (torch.sum, torch.numel))
+        return gone / total if total else 0.0
 
     def release(self) -> None:
         """Hold no more. The zeros stay until someone moves them."""
@@ -68,23 +74,23 @@ class Held:
         self._handles = []
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.masks)
+        return self.masks
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.update(state)
 
     def _clear_gradients(self) -> None:
-        for name, mask in self.masks.items():
+        for name, removed in self._removed.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
-                _local(gradient).masked_fill_(~_local(mask), 0)
+                _local(gradient).masked_fill_(_local(removed), 0)
 
     def _clear_state(self) -> None:
-        for name, mask in self.masks.items():
+        for name, removed in self._removed.items():
             parameter = self.parameters[name]
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    _local(value).masked_fill_(~_local(mask), 0)
+                    _local(value).masked_fill_(_local(removed), 0)
 
 
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> Held:

@@ -83,11 +83,11 @@ class Gradual:
 
     def _decide(self, sparsity: float) -> None:
         """New masks, inside the old ones: what is gone stays gone."""
-        scores = {}
+        scores, old = {}, self.held.masks
         for name, parameter in self.held.parameters.items():
             weight = parameter.detach().float()
             score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
-            scores[name] = score.masked_fill(~self.held.masks[name], -torch.inf)
+            scores[name] = score.masked_fill(~old[name], -torch.inf)
         masks = {}
         if self._scope == "global":
             flat = torch.cat([score.flatten() for score in scores.values()])
@@ -97,7 +97,7 @@ class Gradual:
         else:
             matrices = self._matrices
             masks = {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
-        self.held.update({name: mask & self.held.masks[name] for name, mask in masks.items()})
+        self.held.update({name: mask & old[name] for name, mask in masks.items()})
 
 
 def gradual(
@@ -165,9 +165,9 @@ class Dynamic:
         if not self._due(self.step):
             return
         share = self.fraction / 2 * (1 + cos(pi * self.step / self.until))
-        masks = {}
+        masks, old = {}, self.held.masks
         for name, parameter in self.held.parameters.items():
-            mask = self.held.masks[name].flatten()
+            mask = old[name].flatten()
             kept = int(mask.sum())
             moved = min(round(share * kept), len(mask) - kept)
             size = parameter.detach().float().abs().flatten().masked_fill(~mask, -torch.inf)
