@@ -100,7 +100,7 @@ def say(row: str, found: dict) -> None:
     print(
         f"{row:14s} WikiText-2 {ppl[0]:.2f} -> {ppl[1]:.2f}, {1 - wikitext[1] / wikitext[0]:.0%} of the excess; C4 "
         f"{found['c4']['before']['value']:.2f} -> {found['c4']['after']['value']:.2f}, {1 - c4[1] / c4[0]:.0%}; "
-        f"{found['training']['steps']} steps in {found['seconds']['train'] / 60:.0f} min, {found['peak_memory_bytes'] / 1e9:.1f} GB",
+        f"{found['training']['steps']} steps in {found['seconds']['train'] / 60:.0f} min",
         flush=True,
     )
 

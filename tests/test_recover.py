@@ -124,8 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, pruned, words, tmp_path, m
 def test_two_processes_do_what_one_does(pruned, words, tmp_path):
     one = recover(plan(pruned, words, batch=4), tmp_path / "one")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0", "-m", "secateurs.cli", "recover", str(pruned), "--out", str(tmp_path / "two"),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateurs.cli", "recover", str(pruned), "--out", str(tmp_path / "two"),
         "--data", str(words), "--steps", "24", "--batch", "4", "--samples", "24", "--seqlen", "32", "--eval-windows", "0", "--quiet",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

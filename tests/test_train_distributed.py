@@ -1,8 +1,5 @@
 """Zeros that stay on two ranks, by gloo on this machine's CPUs."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -36,10 +33,10 @@ def _full(p):
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
 
-def _rank(rank, port, kind, file):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+def _rank(rank, meeting, kind, file):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    # a rank that knocks at a free port before the other listens may be given that port and meet itself
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         model = _net()
         if kind == "ddp":
@@ -59,10 +56,7 @@ def _rank(rank, port, kind, file):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_keep_zeros_and_learn_what_one_does(kind, tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    mp.spawn(_rank, (port, kind, str(tmp_path / "found.pt")), nprocs=2)
+    mp.spawn(_rank, (str(tmp_path / "meeting"), kind, str(tmp_path / "found.pt")), nprocs=2)
     alone = _net()
     zeros = [p.detach() == 0 for p in alone.parameters()]
     _train(alone, 0, 1)
