@@ -85,6 +85,39 @@ def test_latency_is_kept_by_measurement(tmp_path, llama, words, monkeypatch):
     assert report["tried"]
 
 
+def test_estimates_are_put_right_between_and_beyond_what_was_measured():
+    from secateurs.structured.losses import Losses
+
+    lost = Losses({"mlp": [[0.0, 1.0, 2.0, 3.0, 8.0]] * 2}, [1, 0], [0.5, 2.0], {"mlp": [[2.0, 3.0], [4.0, 8.0]]})
+    assert lost.of({"mlp": 0}, 0) == 0
+    assert lost.of({"mlp": 1}, 0) == 3.0
+    assert lost.of({"mlp": 2}, 0) == 8.0
+    assert lost.of({"mlp": 4}, 0) == 32.0
+    # one block gone: its curve does not count
+    assert lost.of({"mlp": 1}, 1) == 0.5 + 1.5
+    assert lost.of({"mlp": 3}, 1) == 0.5 + 5.5
+    assert Losses(lost.curves, [], []).of({"mlp": 1}, 0) == 2.0
+
+
+@pytest.mark.parametrize("dear", ["mlp", "heads"])
+def test_what_is_measured_to_cost_more_is_left(dear, tmp_path, llama, words, monkeypatch):
+    """Curves may say what they like of it."""
+    from secateurs.structured import shrink as module
+
+    def measured(model, windows):
+        block = model.model.layers[0]
+        cut = {"mlp": block.mlp.down_proj.weight.shape[1] < 64, "heads": block.self_attn.k_proj.weight.shape[0] < 16}
+        return 1.0 + 9.0 * cut[dear] + 0.01 * any(cut.values())
+
+    monkeypatch.setattr(module.losses, "nll", measured)
+    report = shrink(plan(llama, words, "params=0.95x", units=("mlp", "heads"), eval_windows=0), tmp_path / "run")
+    left, dense = report["left"], report["dense"]
+    assert left[dear] == dense[dear]
+    assert [points[-1][1] for kind, points in sorted(report["truth"].items())] == pytest.approx(
+        [9.01, 0.01] if dear == "heads" else [0.01, 9.01]
+    )
+
+
 def test_the_latency_model_finds_the_shares_it_was_made_with():
     from dataclasses import replace
 

@@ -5,7 +5,7 @@ estimate of the loss (sensitivity.py). Blocks: the loss measured without them, r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from secateurs.evaluate import compare
 from secateurs.families import Family
 from secateurs.structured import columns, experts
 from secateurs.structured.units import COLUMNS, Shape, Units, units_of
-from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream
+from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream, whole
 
 Tick = Callable[[], None]
 
@@ -31,12 +31,14 @@ _TRIED_AGAIN = 10
 @dataclass(frozen=True)
 class Losses:
     """curves: {kind: [block][removals]}, beginning with 0 for none ('hidden' has one for all blocks). blocks: their order; after:
-    loss with so many gone.
+    loss with so many gone. truth: {kind: [estimate, measured loss], rising}, of every block cut alike: curves are of small
+    changes, and what they say of large ones is put right between and beyond these points.
     """
 
     curves: dict[str, list[list[float]]]
     blocks: list[int]
     after: list[float]
+    truth: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
         """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
@@ -45,10 +47,21 @@ class Losses:
             if removed:
                 # the residual width has one curve, for the whole model
                 blocks = self.curves[kind]
-                total += sum(
+                estimate = sum(
                     curve[removed] for i, curve in enumerate(blocks) if len(blocks) == 1 or i not in self.blocks[:gone]
                 )
+                total += self._true(kind, estimate)
         return total
+
+    def _true(self, kind: str, estimate: float) -> float:
+        """On the lines through 0 and the measured points; beyond the last, in its proportion."""
+        below = (0.0, 0.0)
+        for at, measured in self.truth.get(kind, ()):
+            if estimate <= at:
+                share = (estimate - below[0]) / (at - below[0]) if at > below[0] else 1.0
+                return below[1] + share * (measured - below[1])
+            below = (at, measured)
+        return estimate * below[1] / below[0] if below[0] else estimate
 
 
 def curves(
@@ -184,6 +197,13 @@ def tries(total: int, count: int, influence: bool = False) -> int:
         return count
     again = min(total, max(_TRIED_AGAIN, count))
     return total + sum(max(0, again - n) for n in range(1, count))
+
+
+def nll(model: nn.Module, windows: Tensor) -> float:
+    """A model's loss in nats a token of windows [N, S]."""
+    with torch.no_grad():
+        found = [_nll(whole(model, {"input_ids": ids[None]}).logits, ids[None]) for ids in windows]
+    return sum(found) / len(found)
 
 
 def _nll(logits: Tensor, windows: Tensor) -> float:

@@ -36,6 +36,8 @@ Progress = Callable[[str, int, int], None]
 # calibration tokens that are run back, and those on which blocks are left out
 _SENSITIVITY = 4096
 _DEPTH = 1024
+# calibration tokens on which a kind is cut, to see how far its estimate is off
+_TRUTH = 8192
 # a shape is measured and chosen anew at most so often; it may take 1% more than was asked, and need not be nearer than 2%
 _TRIES = 10
 _OVER, _UNDER, _AIM = 1.01, 0.98, 0.995
@@ -152,11 +154,11 @@ class _Run:
         sizes = self._sizes(cls, model, family, config)
         dense = sizes.dense
         lost, sensitive = self._look(model, family, windows, batches, sizes)
+        del model
+        lost = self._true(lost, family, windows, sizes, sensitive)
         shape, tried = self._choose(cls, config, family, sizes, lost)
         kept_layers = [i for i in range(dense.layers) if i not in lost.blocks[: dense.layers - shape.layers]]
-        records = self._cut(model, family, batches, shape, kept_layers, sensitive)
-        if shape.hidden != dense.hidden:
-            self._narrow(model, family, windows, sensitive, kept_layers, dense.hidden - shape.hidden)
+        model, records = self._shaped(family, windows, shape, kept_layers, sensitive, self.work, "cutting")
         stated = units.stated(source.raw_config, config, family, shape, kept_layers)
         self._write(source, model, stated)
         report: dict[str, Any] = {
@@ -171,6 +173,7 @@ class _Run:
             },
             "blocks": records,
             "estimated_loss": _loss(lost, dense, shape),
+            "truth": lost.truth,
             "tried": tried,
             "calibration": text.facts(),
             "bytes": {
@@ -301,6 +304,35 @@ class _Run:
         lost = losses.Losses(**json.loads(file.read_text()))
         return lost, load_file(tensors)
 
+    def _true(
+        self, lost: losses.Losses, family: families.Family, windows: Tensor, sizes: "_Sizes", sensitive: dict[str, Tensor]
+    ) -> losses.Losses:  # fmt: skip
+        """Every kind cut by a quarter and by a half, alone, and measured; where there is something to choose between."""
+        dense, plan = sizes.dense, self.plan
+        if len(plan.units) == 1:
+            return lost
+        file = self.work / "truth.json"
+        truth: dict[str, list[list[float]]] = json.loads(file.read_text()) if file.is_file() else {}
+        held_out = max(1, _DEPTH // windows.shape[1])
+        # what is cut is fitted to other windows, unless there are no others
+        fitting = windows[held_out : held_out + max(1, _TRUTH // windows.shape[1])]
+        fitting = fitting if len(fitting) else windows
+        todo = [kind for kind in lost.curves if kind not in truth]
+        whole = losses.nll(_loaded(plan.model), windows[:held_out]) if todo else 0.0
+        for kind in todo:
+            steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
+            points = []
+            for gone in sorted({min(known, max(1, steps // 4)), min(known, max(1, steps // 2))}):
+                folder = self.work / f"{kind}-{gone}"
+                shape = replace(dense, **{kind: steps - gone})
+                label = f"checking {gone} of {steps} {kind}"
+                model, _ = self._shaped(family, fitting, shape, range(dense.layers), sensitive, folder, label)
+                points.append([_loss(lost, dense, shape), max(0.0, losses.nll(model, windows[:held_out]) - whole)])
+                shutil.rmtree(folder, ignore_errors=True)
+            truth[kind] = points
+            write_json(file, truth)
+        return replace(lost, truth=truth)
+
     # ------------------------------------------------------------------------------------------------- which shape
 
     def _choose(
@@ -412,9 +444,21 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------- cutting
 
+    def _shaped(
+        self, family: families.Family, windows: Tensor, shape: Shape, kept_layers: Sequence[int], sensitive: dict[str, Tensor],
+        work: Path, label: str,
+    ) -> tuple[Any, list[dict[str, Any]]]:  # fmt: skip
+        """The dense model, from disk, cut to a shape; and what was cut. `work` holds the blocks that are done."""
+        model = _loaded(self.plan.model)
+        hidden = Shape.of(model.config, family).hidden
+        records = self._cut(model, family, batched(windows), shape, kept_layers, dict(sensitive), work, label)
+        if shape.hidden != hidden:
+            self._narrow(model, family, windows, sensitive, kept_layers, hidden - shape.hidden)
+        return model, records
+
     def _cut(
         self, model: nn.Module, family: families.Family, batches: list[Batch], shape: Shape, kept_layers: Sequence[int],
-        sensitive: dict[str, Tensor],
+        sensitive: dict[str, Tensor], work: Path, label: str,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Take blocks out, then cut every block on what the cut blocks before it give. In place; one file a block."""
         from safetensors.torch import load_file
@@ -435,11 +479,11 @@ class _Run:
         todo = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
-        tick = ticker(self.progress, "cutting", shape.layers * len(batches) * 2)
+        tick = ticker(self.progress, label, shape.layers * len(batches) * 2)
         for step in stream(model, batches if kinds else [], tick=tick):
             was = kept_layers[step.index]
             record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
-            file = self.work / f"block-{step.index:04d}.safetensors"
+            file = work / f"block-{step.index:04d}.safetensors"
             if file.is_file():
                 _restore(step.block, load_file(file))
                 units.regroup(step.block, todo["queries"])
