@@ -290,3 +290,36 @@ def test_inspect_finds_the_patterns_that_hold(tmp_path):
     assert layer.holds == ("4:8", "8:16", "16:32")
     assert (layer.shape, layer.zeros, layer.nbytes) == ((128, 32), 2048, 128 * 32 * 4)
     assert facts["transformer.h.0.mlp.c_fc"].holds == ()
+
+
+def test_shrink_then_recover_from_the_command_line(tmp_path, llama, words, capsys):
+    small, out = tmp_path / "small", tmp_path / "out"
+    evaluation = ["--eval-text", words, "--eval-windows", "2", "--eval-seqlen", "32"]
+    text, _ = run(
+        "shrink", llama, "--out", small, "--budget", "params=0.9x", "--units", "mlp", "--multiple", "4", "--calibration", words,
+        "--samples", "8", "--seqlen", "32", *evaluation,
+    )  # fmt: skip
+    assert "MLP neurons a block" in text
+    training = ["--data", words, "--samples", "24", "--seqlen", "32", "--batch", "2", "--steps"]
+    text, bars = run("recover", small, "--out", out, *training, "24", *evaluation)
+    assert "24 steps of 2 windows on" in text
+    assert "After:" in text
+    assert "training" in bars
+    error = fails(
+        capsys, 3, "recover", small, "--out", tmp_path / "gated", *training, "1", *evaluation, "--gate", "kl<=0"
+    )
+    assert "gate kl<=0 missed" in error
+    assert (tmp_path / "gated" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (("recover", "{llama}", "--teacher", "none", "--train", "heads"), "unknown train 'heads'"),
+    (("recover", "{llama}"), "give --teacher, or --teacher none"),
+    (("recover", "{llama}", "--teacher", "none", "--gate", "ppl"), "cannot read gate 'ppl'"),
+    (("shrink", "{llama}", "--budget", "params=1.2x"), "is all of the dense model"),
+    (("shrink", "{llama}", "--budget", "params=0.9x", "--units", "wings"), "unknown unit 'wings'"),
+])  # fmt: skip
+def test_bad_requests_to_shrink_and_recover(command, message, tmp_path, llama, capsys):
+    arguments = [part.format(llama=llama) for part in command]
+    assert message in fails(capsys, 2, *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -479,7 +479,7 @@ class _Run:
         todo = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
-        tick = ticker(self.progress, label, shape.layers * len(batches) * 2)
+        tick = ticker(self.progress, label, (2 * shape.layers - 1) * len(batches))
         for step in stream(model, batches if kinds else [], tick=tick):
             was = kept_layers[step.index]
             record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
