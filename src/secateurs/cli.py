@@ -29,6 +29,12 @@ lab_app = typer.Typer(no_args_is_help=True, help="Small experiments on one layer
 app.add_typer(lab_app, name="lab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
+Gates = Annotated[list[str] | None, typer.Option(help="A floor: ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9; repeat it.")]
+EvalText = Annotated[str, typer.Option(help="Like --calibration of prune; of pydoc, its held-out part.")]
+EvalWindows = Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")]
+EvalSeqlen = Annotated[
+    int | None, typer.Option(help="Tokens an evaluation window. Default: 2048, or the model's limit.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -54,6 +60,15 @@ def _progress(show: bool) -> Iterator[Any]:
             bars.update(tasks[label], completed=done, total=total)
 
         yield progress
+
+
+def _check_gate(report: dict[str, Any]) -> None:
+    """Raises QualityGateError."""
+    from secateurs.errors import QualityGateError
+
+    missed = [g["missed"] for g in report["gate"] if not g["passed"]]
+    if missed:
+        raise QualityGateError("; ".join(missed) + "; the results are kept")
 
 
 def _print_json(data: Any) -> None:
@@ -123,7 +138,7 @@ def prune(
     allow_skips: Annotated[
         bool | None, typer.Option("--allow-skips", help="Layers that cannot are no failure.")
     ] = None,
-    gate: Annotated[list[str] | None, typer.Option(help="ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9; repeat it.")] = None,
+    gate: Gates = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Like --calibration. Default: pydoc, its held-out part.")
     ] = None,
@@ -198,15 +213,14 @@ def shrink(
     seqlen: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
     seed: Annotated[int, typer.Option(help="Orders the calibration text.")] = 0,
     damping: Annotated[float, typer.Option(help="Ridge in units of the Gram's mean diagonal.")] = 0.01,
-    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
-    eval_text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
-    eval_windows: Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")] = 24,
-    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window.")] = None,
+    gate: Gates = None,
+    eval_text: EvalText = "pydoc",
+    eval_windows: EvalWindows = 24,
+    eval_seqlen: EvalSeqlen = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Remove neurons, heads and blocks until a budget is met: a smaller dense model, which needs no kernel and no code of ours."""
-    from secateurs.errors import QualityGateError
     from secateurs.structured.shrink import ShrinkPlan
     from secateurs.structured.shrink import shrink as run
     from secateurs.summary import print_shrunk
@@ -222,9 +236,7 @@ def shrink(
         _print_json(report)
     elif not quiet:
         print_shrunk(report, _console(), str(out))
-    missed = [g["missed"] for g in report["gate"] if not g["passed"]]
-    if missed:
-        raise QualityGateError("; ".join(missed) + "; the results are kept")
+    _check_gate(report)
 
 
 @app.command()
@@ -253,15 +265,14 @@ def recover(
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: the model's.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a third more time.")] = False,
     seed: Annotated[int, typer.Option(help="Orders the text.")] = 0,
-    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
-    eval_text: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
-    eval_windows: Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")] = 24,
-    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window.")] = None,
+    gate: Gates = None,
+    eval_text: EvalText = "pydoc",
+    eval_windows: EvalWindows = 24,
+    eval_seqlen: EvalSeqlen = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train what pruning left until the quality is back; zeros stay zero. Alone, or in several processes under torchrun."""
-    from secateurs.errors import QualityGateError
     from secateurs.summary import print_recovered
     from secateurs.train import RecoverPlan
     from secateurs.train import recover as run
@@ -280,9 +291,7 @@ def recover(
         _print_json(report)
     elif not quiet:
         print_recovered(report, _console(), str(out))
-    missed = [g["missed"] for g in report["gate"] if not g["passed"]]
-    if missed:
-        raise QualityGateError("; ".join(missed) + "; the results are kept")
+    _check_gate(report)
 
 
 @app.command("eval")
@@ -292,7 +301,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="At most this many windows.")] = 24,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window. Default: 2048, or the model's limit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    gate: Annotated[list[str] | None, typer.Option(help="A floor, as in prune; repeat it.")] = None,
+    gate: Gates = None,
     tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
     tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
     as_json: Json = False,
