@@ -5,6 +5,7 @@
 quality: a quarter of every MLP's neurons goes (1536 to 1152), calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl,
 measured on 24 windows of 2048 tokens of WikiText-2. Torch-Pruning removes as many from each block by its own importance, on
 the same calibration windows where it asks for gradients; `pip install torch-pruning==1.6.1`, left out by name without it.
+Finished rows of bench/results/structured.json are not run again.
 
 latency: shrink to 0.8x and 0.6x, a prompt of 512 tokens and each of 32 after it; the finished model is timed anew beside the
 dense one.
@@ -25,11 +26,11 @@ from methods import ROOT, data, fetch
 
 QUARTER = ["--budget", "params=0.853x", "--units", "mlp", "--multiple", "128"]
 OURS = {
-    "obs+refit": [], "obs": ["--no-refit"], "magnitude+refit": ["--criterion", "magnitude"],
-    "magnitude": ["--criterion", "magnitude", "--no-refit"], "taylor+refit": ["--criterion", "taylor"],
+    "obs+refit": [], "magnitude": ["--criterion", "magnitude", "--no-refit"], "obs": ["--no-refit"],
+    "magnitude+refit": ["--criterion", "magnitude"], "taylor+refit": ["--criterion", "taylor"],
     "taylor": ["--criterion", "taylor", "--no-refit"],
 }  # fmt: skip
-PEERS = ("magnitude", "taylor", "hessian")
+PEERS = ("torch-pruning magnitude", "torch-pruning taylor", "torch-pruning hessian")
 WIDTH = 1152
 
 
@@ -83,35 +84,40 @@ def peer(model, kind, folder):
     return sum(p.numel() for p in net.parameters())
 
 
-def quality(model, found):
-    rows = {}
-    with tempfile.TemporaryDirectory() as name:
-        for method, more in OURS.items():
-            report = shrink(model, Path(name) / method, *QUARTER, *more)
-            rows[method] = {
-                "parameters": report["left"]["parameters"], "ppl": report["quality"]["ppl"]["value"],
-                "dense": report["quality"]["ppl_dense"]["value"], "seconds": report["seconds"]["shrink"],
-            }  # fmt: skip
-            say(method, rows[method])
-        if not importlib.util.find_spec("torch_pruning"):
-            print("torch-pruning is not installed: its rows are left out", file=sys.stderr)
-        for kind in PEERS if importlib.util.find_spec("torch_pruning") else ():
-            began = time.perf_counter()
-            folder = Path(name) / f"peer-{kind}"
-            parameters = peer(model, kind, folder)
-            seconds = time.perf_counter() - began
-            _, wikitext = data(ROOT.parent / "shared")
-            report = secateurs("eval", folder, "--text", wikitext, "--windows", 24, "--seqlen", 2048)
-            row = {
-                "parameters": parameters, "ppl": report["quality"]["ppl_dense"]["value"],
-                "dense": rows["magnitude"]["dense"], "seconds": seconds,
-            }  # fmt: skip
-            rows[f"torch-pruning {kind}"] = row
-            say(f"torch-pruning {kind}", row)
-    best = min(row["ppl"] for method, row in rows.items() if method.startswith("torch-pruning"))
-    print(f"obs+refit's excess: {excess(rows['obs+refit']) / excess(rows['magnitude']):.3f}x magnitude's, "
-          f"{excess(rows['obs+refit']) / math.log(best / rows['magnitude']['dense']):.3f}x Torch-Pruning's best")  # fmt: skip
-    found["quality"] = rows
+def quality(model, found, save):
+    rows = found.setdefault("quality", {})
+    known = importlib.util.find_spec("torch_pruning")
+    if not known:
+        print("torch-pruning is not installed: its rows are left out", file=sys.stderr)
+    # the two of the comparison first
+    order = [*list(OURS)[:2], *(PEERS if known else ()), *list(OURS)[2:]]
+    for method in order:
+        if method not in rows:
+            with tempfile.TemporaryDirectory() as name:
+                rows[method] = measured(model, method, Path(name) / "run", rows)
+            save()
+        say(method, rows[method])
+    best = min((row for method, row in rows.items() if method in PEERS), key=lambda row: row["ppl"], default=None)
+    if best:
+        print(f"obs+refit's excess: {excess(rows['obs+refit']) / excess(rows['magnitude']):.3f}x magnitude's, "
+              f"{excess(rows['obs+refit']) / excess(best):.3f}x Torch-Pruning's best")  # fmt: skip
+
+
+def measured(model, method, folder, rows):
+    """{parameters, ppl, dense, seconds}"""
+    if method in OURS:
+        report = shrink(model, folder, *QUARTER, *OURS[method])
+        return {
+            "parameters": report["left"]["parameters"], "ppl": report["quality"]["ppl"]["value"],
+            "dense": report["quality"]["ppl_dense"]["value"], "seconds": report["seconds"]["shrink"],
+        }  # fmt: skip
+    began = time.perf_counter()
+    parameters = peer(model, method.removeprefix("torch-pruning "), folder)
+    seconds = time.perf_counter() - began
+    _, wikitext = data(ROOT.parent / "shared")
+    report = secateurs("eval", folder, "--text", wikitext, "--windows", 24, "--seqlen", 2048)
+    ppl = report["quality"]["ppl_dense"]["value"]
+    return {"parameters": parameters, "ppl": ppl, "dense": rows["magnitude"]["dense"], "seconds": seconds}
 
 
 def excess(row):
@@ -125,7 +131,7 @@ def say(method, row):
     )
 
 
-def latency(model, found):
+def latency(model, found, save):
     from transformers import AutoModelForCausalLM
 
     from secateurs.structured.latency import measure
@@ -154,6 +160,7 @@ def latency(model, found):
                 flush=True,
             )  # fmt: skip
     found["latency"] = rows
+    save()
 
 
 def main():
@@ -164,10 +171,13 @@ def main():
     model = arguments.model or str(fetch())
     file = ROOT / "bench" / "results" / "structured.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
+
+    def save():
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
     for name, job in (("quality", quality), ("latency", latency)):
         if arguments.only in (None, name):
-            job(model, found)
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            job(model, found, save)
 
 
 if __name__ == "__main__":
