@@ -168,6 +168,9 @@ class _Run:
         model = self.source.skeleton()
         dense = self.teacher.skeleton() if self.teacher else None
         self._check(model, dense, ranks)
+        if not (plan.kl or plan.hidden):
+            # it is there to be compared with at the end
+            dense = None
         ranks.wait()
         if ranks.first:
             claim(self.out, plan.as_dict())
@@ -260,7 +263,7 @@ class _Run:
 
     def _ends(self, dense: Any, batches: Sequence[Any], ranks: Ranks) -> Callable[[int], Tensor] | None:
         """What leaves the teacher's last block, by batch; kept in work/. To compare hidden states, it stays in memory instead."""
-        if self.teacher is None:
+        if self.teacher is None or dense is None:
             return None
         if self.plan.hidden:
             self.teacher.load_whole(dense)
