@@ -60,7 +60,7 @@ def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
         text = LOCAL.format(name=name, file=shared / "data" / file)
         (definitions / f"{name}.yaml").write_text(text + (LAST_WORD if name == "lambada" else CHOICES))
     code = (
-        "import json, sys; from secateurs.evaluate import run_tasks; "
+        "import json, sys; from secateurs.tasks import run_tasks; "
         f"print(json.dumps(run_tasks({str(folder)!r}, {list(TASKS)!r}, {str(definitions)!r}, {limit})))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout

@@ -6,8 +6,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a module may import those on its own level and below
 LEVELS = [
-    {"errors", "families", "device", "files", "effort", "ranks"},
-    {"patterns", "stats", "report", "library", "semi_structured"},
+    {"errors", "families", "device", "files", "effort", "ranks", "estimate", "hardware"},
+    {"patterns", "stats", "report", "library", "semi_structured", "gates", "tasks"},
     {"formats"},
     {"scores", "attention", "card", "kernels"},
     {"measure", "linear", "profile"},
@@ -26,6 +26,9 @@ LEVELS = [
     {"structured.experts", "structured.width"},
     {"structured.losses", "structured.latency"},
     {"structured.channels", "structured.export", "structured.shrink"},
+    {"realize", "queueing"},
+    {"decide", "fleet", "charts"},
+    {"page"},
     {"summary", "hf"},
     {"__init__"},
     {"cli"},

@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from secateurs import evaluate
-from secateurs.evaluate import Estimate, Gate, Quality, Window, measure, summarise
+from secateurs.estimate import Estimate
+from secateurs.evaluate import Window, measure, summarise
 from secateurs.walk import AllLoaded
 
 IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(0))
@@ -68,42 +69,3 @@ def test_intervals_are_of_windows_and_the_ratio_is_paired():
     assert quality.ppl_ratio.low == pytest.approx(quality.ppl_ratio.high) == pytest.approx(math.exp(0.5))
     assert quality.kl.value == pytest.approx(0.1)
     assert quality.agree.value == pytest.approx(0.5)
-
-
-def quality(ppl=10.5, kl=0.1, agree=0.9):
-    def of(value):
-        return Estimate(value, value, value, 3)
-
-    return Quality(3, 30, of(10.0), of(ppl), of(ppl / 10), of(kl), of(agree))
-
-
-@pytest.mark.parametrize(
-    ("gate", "holds", "misses"),
-    [
-        ("ppl<=+5%", {"ppl": 10.5}, {"ppl": 10.51}),
-        ("ppl<=12.0", {"ppl": 12.0}, {"ppl": 12.1}),
-        ("kl<=0.1", {"kl": 0.1}, {"kl": 0.11}),
-        ("agree>=0.9", {"agree": 0.9}, {"agree": 0.89}),
-        (" agree >= 0.9 ", {"agree": 0.95}, {"agree": 0.1}),
-        ("kl<=0", {"kl": 0.0}, {"kl": 0.01}),
-    ],
-)
-def test_gates_hold_and_miss(gate, holds, misses):
-    assert Gate.parse(gate).missed(quality(**holds)) is None
-    missed = Gate.parse(gate).missed(quality(**misses))
-    assert missed is not None
-    assert "missed" in missed
-
-
-def test_a_missed_gate_says_by_how_much():
-    assert Gate.parse("ppl<=+5%").missed(quality(ppl=21)) == (
-        "gate ppl<=+5% missed: ppl is 21 [21, 21], the limit is 10.5, off by 10.5 (100.0%)"
-    )
-
-
-@pytest.mark.parametrize(
-    "text", ["ppl", "ppl>=3", "agree<=0.5", "ppl<=5%", "kl<=+5%", "ppl<=+5", "bleu<=1", "ppl<=-1", "ppl<=nan"]
-)
-def test_unreadable_gates_are_refused(text):
-    with pytest.raises(ValueError, match="cannot read gate"):
-        Gate.parse(text)

@@ -10,10 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from secateurs.device import machine, peak_memory
@@ -37,13 +36,15 @@ class Variant:
 
 
 def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
-    """What `secateurs bench` compares: a run's dense model with its packed one; a packed folder with itself made dense;
-    or any two folders."""
+    """What `secateurs bench` compares: a run's dense model with its packed or smaller one; a packed folder with itself made
+    dense; or any two folders."""
     main, dense = folder, None
     if (folder / "plan.json").is_file():
-        from secateurs.plan import Plan
-
-        main, dense = folder / "packed", Plan.read(folder / "plan.json").model
+        plan = json.loads((folder / "plan.json").read_text())
+        dense = plan["model"]
+        if "units" in plan:
+            return [Variant("dense", dense, "dense"), Variant("shrunk", str(folder / "model"), "dense")]
+        main = folder / "packed"
         if not (main / "config.json").is_file():
             raise CheckpointError(f"{folder} has no packed model; make one with `secateurs pack {folder}`")
     if against is not None:
@@ -52,6 +53,11 @@ def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
         raise PlanError(f"{main} is not packed: give a run, a packed folder, or a second folder with --against")
     other = Variant("dense", str(dense or main), "dense")
     return [other, Variant("packed", str(main), "packed")]
+
+
+def record_of(folder: Path) -> Path | None:
+    """Where a run directory keeps its measurement, which `fleet` and `report` read; None for another folder."""
+    return folder / "bench.json" if (folder / "plan.json").is_file() else None
 
 
 def _how(folder: Path) -> str:
@@ -63,61 +69,87 @@ def _how(folder: Path) -> str:
 
 
 def bench(
-    variants: list[Variant], prompt: int = 64, new: int = 64, repeats: int = 5, progress: Progress = _silent
+    variants: list[Variant],
+    prompt: int = 64,
+    new: int = 64,
+    repeats: int = 5,
+    progress: Progress = _silent,
+    batches: Sequence[int] = (1,),
 ) -> dict[str, Any]:
-    """Run all variants in turn; the first variant is the one that speedups are against. Raises CheckpointError."""
-    if min(prompt, repeats) < 1 or new < 2:
-        raise PlanError(f"prompt {prompt}, new {new}, repeats {repeats}: give at least 1, 2 and 1")
-    workers = []
-    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in variants]
-    total, done = len(variants) * (repeats + 1), 0
+    """Run all variants in turn; the first variant is the one that speedups are against. Raises CheckpointError.
+
+    batches: so many prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are of all
+    prompts together.
+    """
+    if min(prompt, repeats, *batches) < 1 or new < 2 or not batches:
+        raise PlanError(
+            f"prompt {prompt}, new {new}, repeats {repeats}, batches {list(batches)}: give at least 1, 2, 1 and 1"
+        )
+    workers: list[_Worker] = []
+    samples: list[dict[tuple[str, int], list[float]]] = [
+        {(stage, batch): [] for batch in batches for stage in ("prefill", "decode")} for _ in variants
+    ]
+    total, done = len(variants) * len(batches) * (repeats + 1), 0
     progress("runs", 0, total)
     try:
         for variant in variants:
             workers.append(_Worker(variant, prompt, new))
             workers[-1].ready()
         for number in range(repeats + 1):
-            for worker, kept in zip(workers, samples, strict=True):
-                run = worker.run()
-                # the first run warms up: allocator, threads, compiler
-                if number:
-                    kept["prefill"].append(prompt / run["first"])
-                    kept["decode"].append((new - 1) / (run["all"] - run["first"]))
-                done += 1
-                progress("runs", done, total)
+            for batch in batches:
+                for worker, kept in zip(workers, samples, strict=True):
+                    run = worker.run(batch)
+                    # the first run warms up: allocator, threads, compiler
+                    if number:
+                        kept["prefill", batch].append(batch * prompt / run["first"])
+                        kept["decode", batch].append(batch * (new - 1) / (run["all"] - run["first"]))
+                    done += 1
+                    progress("runs", done, total)
         peaks = [worker.finish() for worker in workers]
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
     rows = []
-    for variant, kept, peak in zip(variants, samples, peaks, strict=True):
-        row: dict[str, Any] = {
-            "name": variant.name,
-            "folder": variant.folder,
-            "how": variant.how,
-            "peak_memory_bytes": peak,
-        }
-        row["weights_bytes"] = sum(f.stat().st_size for f in Path(variant.folder).glob("*.safetensors"))
-        for stage, values in kept.items():
-            timing = Timing.of(values)
-            row[stage] = {
-                "tokens_per_second": timing.seconds,
-                "low": timing.low,
-                "high": timing.high,
-                "samples": values,
+    for variant, worker, kept, peak in zip(variants, workers, samples, peaks, strict=True):
+        measured = [
+            {
+                "batch": batch,
+                **{stage: _rate(kept[stage, batch], samples[0][stage, batch]) for stage in ("prefill", "decode")},
             }
-            base = samples[0][stage]
-            row[stage]["speedup"] = median(a / b for a, b in zip(values, base, strict=True))
-        rows.append(row)
+            for batch in batches
+        ]
+        rows.append(
+            {
+                "name": variant.name,
+                "folder": variant.folder,
+                "how": variant.how,
+                "peak_memory_bytes": peak,
+                "weights_bytes": sum(f.stat().st_size for f in Path(variant.folder).glob("*.safetensors")),
+                "kv_bytes_per_token": worker.kv_bytes_per_token,
+                "prefill": measured[0]["prefill"],
+                "decode": measured[0]["decode"],
+                "batches": measured,
+            }
+        )
     return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+
+
+def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
+    timing = Timing.of(values)
+    # each sample beside the first variant's of the same moment
+    speedups = Timing.of([a / b for a, b in zip(values, base, strict=True)])
+    return {
+        "tokens_per_second": timing.seconds, "low": timing.low, "high": timing.high, "samples": values,
+        "speedup": speedups.seconds, "speedup_low": speedups.low, "speedup_high": speedups.high,
+    }  # fmt: skip
 
 
 class _Worker:
     """A process with one model, which runs when told to and sleeps otherwise."""
 
     def __init__(self, variant: Variant, prompt: int, new: int) -> None:
-        self.variant = variant
+        self.variant, self.kv_bytes_per_token = variant, 0
         request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
         # a file: nobody reads while the model runs, and a full pipe would stop it
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -144,10 +176,10 @@ class _Worker:
         )
 
     def ready(self) -> None:
-        self._ask("")
+        self.kv_bytes_per_token = int(self._ask("")["kv_bytes_per_token"])
 
-    def run(self) -> dict[str, float]:
-        return self._ask("run")
+    def run(self, batch: int) -> dict[str, float]:
+        return self._ask(str(batch))
 
     def finish(self) -> int:
         return int(self._ask("finish")["peak"])
@@ -182,22 +214,35 @@ def _work(request: dict[str, Any]) -> None:
     model = load(request["folder"], request["how"], request["dtype"])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (1, request["prompt"]), generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if "compiled" in request["how"]:
         settings["cache_implementation"] = "static"
 
-    def seconds(new: int) -> float:
+    def seconds(new: int, batch: int) -> float:
+        prompts = prompt.expand(batch, -1).contiguous()
         begin = time.perf_counter()
         with torch.no_grad():
-            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, **settings)
+            model.generate(
+                prompts, max_new_tokens=new, min_new_tokens=new, attention_mask=torch.ones_like(prompts), **settings
+            )
         return time.perf_counter() - begin
 
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model)}), flush=True)
     for line in sys.stdin:
         if line.strip() == "finish":
             print(json.dumps({"peak": peak_memory()}), flush=True)
             return
-        print(json.dumps({"first": seconds(1), "all": seconds(request["new"])}), flush=True)
+        batch = int(line)
+        print(json.dumps({"first": seconds(1, batch), "all": seconds(request["new"], batch)}), flush=True)
+
+
+def _kv_bytes_per_token(model: Any) -> int:
+    """Keys and values of all blocks for one token, in the model's dtype."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kept * width * model.dtype.itemsize)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from secateurs.errors import CalibrationError
 
 # a token takes 3 to 5 characters of English; this many are tokenized per token wanted, then twice as many if short
 _CHARACTERS_PER_TOKEN = 8
+# text of another kind overlaps by less than this share of what text of one kind does (docs/calibration.md)
+ALIKE = 0.5
 # every third topic is held out, so that both parts cover the whole alphabet
 _HELD_OUT = 3
 
@@ -112,6 +114,53 @@ def overlap(calibration: Tensor, evaluation: Tensor, length: int = 50) -> float:
     known = np.unique(_runs(calibration, length))
     hits = np.isin(_runs(evaluation, length), known).any(1)
     return float(hits.mean())
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far calibration text lies from evaluation text. overlap: of their token frequencies p and q, sum_v min(p_v, q_v), 1 where
+    they are equal; within: the same between two halves of either, the smaller, which is what text of one kind gives at this length.
+    ppl_*: the dense model's perplexity on each, or None where it was not measured.
+    """
+
+    overlap: float
+    within: float
+    ppl_calibration: float | None = None
+    ppl_evaluation: float | None = None
+
+    @property
+    def mismatch(self) -> str | None:
+        """The sentence to warn with, or None."""
+        if self.overlap >= ALIKE * self.within:
+            return None
+        ppl = ""
+        if self.ppl_calibration is not None and self.ppl_evaluation is not None:
+            ppl = f"; the dense model's perplexity is {self.ppl_calibration:.4g} and {self.ppl_evaluation:.4g}"
+        return (
+            f"calibration text is unlike evaluation text: their token frequencies overlap by {self.overlap:.0%}, where text of one "
+            f"kind overlaps by {self.within:.0%}{ppl}; calibrate on text like what the model will see"
+        )
+
+
+def distance(calibration: Tensor, evaluation: Tensor) -> Distance:
+    """Of windows [N, S]; both are cut to the same number of tokens, for shorter texts overlap less."""
+    a, b = calibration.flatten(), evaluation.flatten()
+    n = min(len(a), len(b))
+    # halves are taken window by window in turn, so that both have something of every document
+    halves = (a[:n], b[:n])
+    within = min(_common(*_halved(t)) for t in halves)
+    return Distance(_common(_halved(a[:n])[0], _halved(b[:n])[1]), within)
+
+
+def _halved(tokens: Tensor, piece: int = 64) -> tuple[Tensor, Tensor]:
+    pieces = torch.split(tokens, piece)
+    return torch.cat(list(pieces[::2])), torch.cat(list(pieces[1::2]) or [tokens[:0]])
+
+
+def _common(a: Tensor, b: Tensor) -> float:
+    size = int(max(a.max(), b.max() if len(b) else 0)) + 1
+    p, q = (torch.bincount(t, minlength=size).double() / max(1, len(t)) for t in (a, b))
+    return float(torch.minimum(p, q).sum())
 
 
 def _runs(windows: Tensor, length: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +29,18 @@ lab_app = typer.Typer(no_args_is_help=True, help="Small experiments on one layer
 app.add_typer(lab_app, name="lab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
-Gates = Annotated[list[str] | None, typer.Option(help="A floor: ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9; repeat it.")]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(help="A floor: ppl<=+5%, ppl<=12, kl<=0.1, agree>=0.9, TASK>=0.3, TASK>=dense-0.02; repeat it."),
+]
 EvalText = Annotated[str, typer.Option(help="Like --calibration of prune; of pydoc, its held-out part.")]
 EvalWindows = Annotated[int, typer.Option(help="Evaluation windows; 0 for none.")]
 EvalSeqlen = Annotated[
     int | None, typer.Option(help="Tokens an evaluation window. Default: 2048, or the model's limit.")
 ]
+Tasks = Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")]
+TasksPath = Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")]
+TasksLimit = Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -60,6 +66,43 @@ def _progress(show: bool) -> Iterator[Any]:
             bars.update(tasks[label], completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def _live_table(show: bool) -> Iterator[tuple[Any, Any]]:
+    """A progress callback, and one that redraws a table of candidates above the bars; on standard error."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from secateurs.summary import decision_table
+
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    console = Console(stderr=True)
+    with Live(console=console, refresh_per_second=4) if show and console.is_terminal else nullcontext() as live:
+
+        def draw() -> None:
+            if live is not None:
+                live.update(Group(decision_table(rows), bars))
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                # the last stages are enough on a screen
+                for old in list(tasks)[:-2]:
+                    bars.update(tasks[old], visible=False)
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+            draw()
+
+        def changed(found: list[dict[str, Any]]) -> None:
+            rows[:] = found
+            draw()
+            if show and live is None:
+                state = ", ".join(f"{row['candidate']} {row['status']}" for row in rows)
+                console.print(state, highlight=False)
+
+        yield progress, changed
 
 
 def _check_gate(report: dict[str, Any]) -> None:
@@ -144,8 +187,9 @@ def prune(
     ] = None,
     eval_windows: Annotated[int | None, typer.Option(help="Evaluation windows; 0 for none. Default: 24.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(help="Tokens an evaluation window. Default: 2048.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
-    tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    tasks_limit: TasksLimit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -302,21 +346,23 @@ def evaluate(
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window. Default: 2048, or the model's limit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     gate: Gates = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="An lm-eval task; repeat it.")] = None,
-    tasks_path: Annotated[str | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    tasks_limit: TasksLimit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure a run directory against its dense model, or one model alone."""
+    from secateurs import gates
+    from secateurs import tasks as lm_eval_tasks
     from secateurs.checkpoint import Checkpoint
-    from secateurs.errors import CalibrationError, PlanError, QualityGateError
-    from secateurs.evaluate import Gate, run_tasks
+    from secateurs.errors import CalibrationError, PlanError
     from secateurs.plan import Plan
     from secateurs.prune import quality
     from secateurs.summary import print_quality, print_tasks
 
     try:
-        gates = [Gate.parse(g) for g in gate or ()]
+        gates.check(gate or (), tasks or ())
     except ValueError as error:
         raise PlanError(str(error)) from None
     if windows < 1:
@@ -332,7 +378,10 @@ def evaluate(
         raise CalibrationError(f"{target} predicts no next token, so it has no perplexity")
     result: dict[str, Any] = {"evaluation": found[1].facts(), "quality": found[0].as_dict()}
     if tasks:
-        result["tasks"] = {name: run_tasks(c.folder, tasks, tasks_path) for name, c in models.items()}
+        results = {n: lm_eval_tasks.run_tasks(c.folder, tasks, tasks_path, tasks_limit) for n, c in models.items()}
+        result["tasks"] = {name: lm_eval_tasks.without_scores(found) for name, found in results.items()}
+        result["compared"] = lm_eval_tasks.compare(results["dense"], results["pruned"]) if "pruned" in results else {}
+    result["gate"] = gates.judge(gate or (), result["quality"], result.get("compared"))
     if as_json:
         _print_json(result)
     elif not quiet:
@@ -340,9 +389,7 @@ def evaluate(
         print_quality(result["quality"], result["evaluation"], console)
         if tasks:
             print_tasks(result["tasks"], console)
-    missed = [words for g in gates if (words := g.missed(found[0]))]
-    if missed:
-        raise QualityGateError("; ".join(missed))
+    _check_gate(result)
 
 
 @app.command()
@@ -458,29 +505,191 @@ def probe(
 
 @app.command()
 def bench(
-    folder: Annotated[Path, typer.Argument(help="A run directory with a packed model, or a packed folder.")],
+    folder: Annotated[Path, typer.Argument(help="A run directory of prune (packed) or shrink, or a packed folder.")],
     against: Annotated[Path | None, typer.Option(help="Another folder. Default: the dense model.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
     new: Annotated[int, typer.Option(help="New tokens to generate.")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turn.")] = 5,
+    batch: Annotated[str, typer.Option(help="Prompts at once, e.g. 1,4,16, as `secateurs fleet` needs.")] = "1",
+    out: Annotated[
+        Path | None, typer.Option(help="Where the numbers go. Default: bench.json in a run directory.")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="The dense model under torch.compile, as well.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure tokens per second through generate, dense against packed: prefill, decode, peak memory."""
-    from secateurs.bench import Variant, variants_of
+    from secateurs.bench import Variant, record_of, variants_of
     from secateurs.bench import bench as measure
+    from secateurs.files import write_json
+    from secateurs.probe import read_list
     from secateurs.summary import print_bench
+
+    batches = read_list(batch, int, "batches")
 
     variants = variants_of(folder.expanduser(), against)
     if compiled:
         variants.insert(1, Variant("dense, compiled", variants[0].folder, "compiled"))
     with _progress(not quiet and not as_json) as progress:
-        result = measure(variants, prompt, new, repeats, progress)
+        result = measure(variants, prompt, new, repeats, progress, batches)
+    file = out or record_of(folder.expanduser())
+    if file is not None:
+        write_json(file.expanduser(), result)
     if as_json:
         _print_json(result)
     elif not quiet:
         print_bench(result, _console())
+
+
+@app.command()
+def realize(
+    candidates: Annotated[
+        list[str] | None, typer.Argument(help="0.7, 2:4, 16x16:0.5, shrink:flops=0.7x. Default: a range of them.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A file of `secateurs probe`, or a100, h100, l4, rtx3090, avx2. Default: this machine's."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What zeros would be worth on a machine, before any is made: nominal FLOPs and bytes against realizable ones, and why."""
+    from secateurs.realize import USUAL, Candidate, machine_named, rank
+    from secateurs.summary import print_worth
+
+    machine = machine_named(profile)
+    rows = rank([Candidate.parse(text) for text in candidates or USUAL], machine, dtype)
+    if as_json:
+        _print_json({"machine": machine.name, "rows": [dataclasses.asdict(row) for row in rows]})
+    elif not quiet:
+        print_worth(rows, machine.name, getattr(machine, "sources", {}), _console())
+
+
+@app.command()
+def decide(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
+    gate: Gates = None,
+    candidates: Annotated[
+        str, typer.Option(help="0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x; commas between.")
+    ] = "0.5,0.7,2:4,shrink:latency=0.8x",
+    budget: Annotated[
+        str | None, typer.Option(help="seconds=0.8x (of a request) or bytes=0.6x, of the dense model's.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of `secateurs probe`, or a100, h100, l4, rtx3090, avx2. Default: this machine's, measured if need be."
+        ),
+    ] = None,
+    allow_foreign_profile: Annotated[
+        bool, typer.Option("--allow-foreign-profile", help="Decide for another machine by its profile's estimates.")
+    ] = False,
+    effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    calibration: Annotated[str, typer.Option(help="Like --calibration of prune.")] = "pydoc",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Orders the calibration text.")] = 0,
+    eval_text: EvalText = "pydoc",
+    eval_windows: EvalWindows = 24,
+    eval_seqlen: EvalSeqlen = None,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    tasks_limit: TasksLimit = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that speed is measured with.")] = 256,
+    new: Annotated[int, typer.Option(help="New tokens after it.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each model, in turn.")] = 5,
+    multiple: Annotated[int, typer.Option(help="MLP widths of shrink are multiples of this.")] = 64,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which candidate to ship on this machine: estimated, pruned, held to the floor, timed; one sentence says. Exit 5: none."""
+    from secateurs.decide import DecidePlan
+    from secateurs.decide import decide as run
+    from secateurs.errors import NothingPaysError
+    from secateurs.summary import print_decision
+
+    plan = DecidePlan(
+        model, tuple(gate or ()), tuple(c.strip() for c in candidates.split(",") if c.strip()), budget=budget, profile=profile,
+        foreign=allow_foreign_profile, effort=effort, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+        eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen, tasks=tuple(tasks or ()), tasks_path=tasks_path,
+        tasks_limit=tasks_limit, prompt=prompt, new=new, repeats=repeats, multiple=multiple,
+    )  # fmt: skip
+    with _live_table(not quiet and not as_json) as (progress, show):
+        result = run(plan, out.expanduser(), progress, show)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        print_decision(result, _console(), str(out))
+    if result["recommended"] == "dense":
+        raise NothingPaysError(result["sentence"])
+
+
+@app.command()
+def fleet(
+    source: Annotated[
+        Path, typer.Argument(help="A run directory that `secateurs bench --batch 1,4,16` measured, or its bench.json.")
+    ],
+    price: Annotated[str, typer.Option(help="Of a node-hour, with its currency: '2.50 USD'.")],
+    rate: Annotated[float | None, typer.Option(help="Requests a second, on average. Default: the trace's.")] = None,
+    peak: Annotated[float | None, typer.Option(help="Requests a second at the peak. Default: the mean.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Tokens: 512, uniform:16,1024 or lognormal:512,0.8 (mean, variation).")
+    ] = "512",
+    output: Annotated[str, typer.Option(help="Tokens of the answer, written alike.")] = "128",
+    trace: Annotated[
+        Path | None, typer.Option(help='JSONL of {"time", "prompt", "output"} instead of the above.')
+    ] = None,
+    ttft: Annotated[float, typer.Option(help="Seconds to the first token, at most.")] = 1.0,
+    tpot: Annotated[float, typer.Option(help="Seconds a token after it, at most.")] = 0.1,
+    percentile: Annotated[float, typer.Option(help="Percent of requests that keep both.")] = 95.0,
+    headroom: Annotated[float, typer.Option(help="Share of every replica that stays free at the peak.")] = 0.2,
+    memory: Annotated[float | None, typer.Option(help="GB of a replica. Default: the measured machine's.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests to simulate.", min=100)] = 100_000,
+    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the numbers go. Default: fleet.json beside the measurement.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How many replicas the traffic takes, dense and pruned, what they would see and what is saved a year."""
+    from secateurs.files import write_json
+    from secateurs.fleet import Service, read_price, read_speeds, requests_of
+    from secateurs.fleet import fleet as size_all
+    from secateurs.summary import print_fleet
+
+    amount, currency = read_price(price)
+    asked = requests_of(trace, rate, peak, prompt, output, requests, seed)
+    mean = rate if rate is not None else asked.rate
+    service = Service(
+        mean, peak if peak is not None else mean, ttft, tpot, percentile, amount, currency, headroom,
+        int(memory * 1e9) if memory is not None else None,
+    )  # fmt: skip
+    with _progress(not quiet and not as_json) as progress:
+        result = size_all(read_speeds(source), service, asked, progress)
+    write_json(out or (source if source.is_dir() else source.parent) / "fleet.json", result)
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        print_fleet(result, _console())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories of decide, prune or shrink; several stand side by side.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the first directory.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML file, fit for a review: the decision, quality, speed, bytes, layers, the fleet, and how to measure it all again."""
+    from secateurs.page import write
+
+    file = write(runs, out)
+    if not quiet:
+        _console().print(f"[bold]{file}[/]: {file.stat().st_size / 1e6:.1f} MB, needs no network.", soft_wrap=True)
 
 
 @app.command()

@@ -33,7 +33,7 @@ PLAIN = Effort("plain", "", "the method that was named and nothing else")
 EFFORTS: dict[str, Effort] = {
     e.name: e
     for e in (
-        Effort("fast", "wanda+refit", "Wanda's mask, survivors refit"),
+        Effort("fast", "wanda+refit", "Wanda's mask, survivors refit", cost="1.2x", fixed_cost="1.2x"),
         Effort(
             "balanced", "admm",
             "ADMM; zeros go where the model's loss depends least on them; with N:M inputs are reordered, blocks tuned",

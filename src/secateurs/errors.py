@@ -10,6 +10,7 @@
     ├── DeviceError (1)         this machine lacks what was asked: an instruction set, a GPU, a compiled kernel
     ├── VerifyError (1)         the result on disk is not what the report says
     ├── QualityGateError (3)    a floor was missed; the results are kept
+    ├── NothingPaysError (5)    no candidate passes the floor and is worth shipping on this machine
     └── SkippedLayersError (4)  layers could not take the pattern and --allow-skips was not given; the results are kept
 
 Inner functions raise ValueError with the numbers; the stage that called them adds the layer's name.
@@ -52,6 +53,12 @@ class QualityGateError(SecateursError):
     """A quality floor was missed."""
 
     exit_code = 3
+
+
+class NothingPaysError(SecateursError):
+    """The dense model is what to ship."""
+
+    exit_code = 5
 
 
 class SkippedLayersError(SecateursError):

@@ -1,15 +1,12 @@
-"""What pruning cost: perplexity, KL and top-1 agreement with the dense model on the same tokens, each with n and an
-interval; and the gate that a result must pass.
+"""What pruning cost: perplexity, KL and top-1 agreement with the dense model on the same tokens, each with an interval.
 
 Windows are not overlapping, so the stride is the window. Position 0 of a window predicts nothing. Both models run in
 their own dtype; logits are compared in fp32. V vocabulary, S positions.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import CalibrationError
+from secateurs.estimate import RESAMPLES, Estimate
 from secateurs.walk import Batch, InMemory, Loader, leave, stream
 
-_RESAMPLES = 10_000
 # logits compared at a time, as fp32; more fall out of the cache and take three times as long
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95% bootstrap interval over n windows."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 @dataclass(frozen=True)
@@ -125,7 +109,7 @@ def compare(batch: Batch, logits: list[Tensor]) -> Window:
 def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
     """Means over tokens, intervals from 10,000 resamples of whole windows (tokens inside one are not independent)."""
     n = len(windows)
-    pick = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
+    pick = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     tokens = np.array([w.tokens for w in windows], dtype=np.float64)
 
     def mean(name: str) -> tuple[float, Any]:
@@ -151,77 +135,3 @@ def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
         estimate(*mean("kl")),
         estimate(*mean("agree")),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ the gate
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One floor: 'ppl<=+5%' (relative to dense), 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9'."""
-
-    text: str
-    metric: str
-    limit: float
-    relative: bool
-
-    @classmethod
-    def parse(cls, text: str) -> "Gate":
-        """Raises ValueError naming what was written and what may be."""
-        found = re.fullmatch(r"\s*(ppl|kl|agree)\s*(<=|>=)\s*(\+?)(\d+(?:\.\d+)?)(%?)\s*", text)
-        if found:
-            metric, sign, plus, number, percent = found.groups()
-            relative = bool(plus or percent)
-            right_way = sign == (">=" if metric == "agree" else "<=")
-            if right_way and (not relative or (metric == "ppl" and plus and percent)):
-                return cls(text.strip(), metric, float(number), relative)
-        raise ValueError(f"cannot read gate '{text}'; write 'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1' or 'agree>=0.9'")
-
-    def missed(self, quality: Quality) -> str | None:
-        """None if the floor holds, else by how much it was missed."""
-        estimate = getattr(quality, self.metric)
-        if estimate is None:
-            return f"gate {self.text}: {self.metric} was not measured"
-        limit = quality.ppl_dense.value * (1 + self.limit / 100) if self.relative else self.limit
-        value = estimate.value
-        holds = value >= limit if self.metric == "agree" else value <= limit
-        if holds:
-            return None
-        return (
-            f"gate {self.text} missed: {self.metric} is {estimate}, the limit is {limit:.4g}, "
-            f"off by {abs(value - limit):.4g} ({abs(value / limit - 1):.1%})"
-            if limit
-            else f"gate {self.text} missed: {self.metric} is {estimate}"
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
-
-
-def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit: int | None = None) -> dict[str, Any]:
-    """lm-eval tasks on a model folder: {task: {metric: value, metric_stderr: value}}. Loads the whole model.
-
-    tasks_path: a folder of YAML task files (and the JSONL they name). Raises CalibrationError without lm-eval, or
-    for a task that it does not know.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise CalibrationError("tasks need the library lm-eval; pip install 'secateurs[tasks]'") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown:
-        where = tasks_path or "lm-eval"
-        raise CalibrationError(f"no task '{unknown[0]}' in {where}; it has {', '.join(sorted(manager.all_tasks)[:12])}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-    found = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000)
-    out: dict[str, Any] = {}
-    for task, row in found["results"].items():
-        out[task] = {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, (int, float))}
-    return out

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateurs import patterns, solvers
+from secateurs import gates, patterns, solvers
 from secateurs.allocate import ALLOCATIONS, Allocation
 from secateurs.effort import EFFORTS, PLAIN
 from secateurs.errors import PlanError
-from secateurs.evaluate import Gate
 from secateurs.stats import Stats
 
 SCOPES = ("row", "layer")
@@ -43,7 +42,7 @@ class Plan:
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
     skip: globs of layer names to leave dense. allow_skips: layers that cannot take the pattern are no failure.
     gate: quality floors. eval_text, eval_windows, eval_seqlen: where quality is measured; eval_windows 0: not at all.
-    tasks: names of lm-eval tasks; tasks_path: a folder of task files of your own.
+    tasks: names of lm-eval tasks; tasks_path: a folder of task files of your own; tasks_limit: questions of each, None for all.
     """
 
     model: str = ""
@@ -75,6 +74,7 @@ class Plan:
     eval_seqlen: int | None = None
     tasks: tuple[str, ...] = ()
     tasks_path: str | None = None
+    tasks_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("skip", "gate", "tasks"):
@@ -83,8 +83,7 @@ class Plan:
         try:
             parsed = [patterns.parse(text) for text in self.pattern.split(",")]
             solver = solvers.find(self.method or "")
-            for text in self.gate:
-                Gate.parse(text)
+            gates.check(self.gate, self.tasks)
         except ValueError as error:
             raise PlanError(str(error)) from None
         self._check_allocation(parsed)
@@ -180,7 +179,7 @@ class Plan:
             raise PlanError(f"cannot propagate '{self.propagate}'; write pruned or dense")
         limits = (
             ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0),
-            ("distill", 0),
+            ("distill", 0), ("tasks_limit", 1),
         )  # fmt: skip
         for name, least in limits:
             value = getattr(self, name)
@@ -194,7 +193,7 @@ class Plan:
             )
         if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
-        if self.gate and not self.eval_windows:
+        if not self.eval_windows and any(gates.Gate.parse(text).task is None for text in self.gate):
             raise PlanError("a gate needs an evaluation, and eval-windows is 0")
         if self.propagate == "dense" and (self.blend or self.reconstruct):
             raise PlanError("blend and reconstruct need the inputs that pruned blocks give; propagate dense hides them")

@@ -82,6 +82,11 @@ class DeviceProfile:
         """The profile that probe left, if it is of this processor and thread count."""
         if not default_file().is_file():
             return None
-        profile, here = cls.read(default_file()), machine()
-        same = all(profile.machine.get(k) == here[k] for k in ("processor", "isa", "threads"))
-        return profile if same else None
+        profile = cls.read(default_file())
+        return profile if profile.of_here else None
+
+    @property
+    def of_here(self) -> bool:
+        """Whether it was measured on this processor, with this instruction set and as many threads."""
+        here = machine()
+        return all(self.machine.get(k) == here[k] for k in ("processor", "isa", "threads"))

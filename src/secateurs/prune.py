@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs import calibrate, checkpoint, evaluate, families
+from secateurs import calibrate, checkpoint, evaluate, families, gates, tasks
 from secateurs.apportion import Cost, Shares, apportion, kept_weights
 from secateurs.block import Guide, prune_block, seed_of, take_up
 from secateurs.card import model_card
@@ -41,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 _TOKENS_PER_BATCH = 4096
 # windows run back together: their logits and the gradients of these are in memory at once
 _TOKENS_BACK = 1024
+# of calibration text whose perplexity is shown beside that of the evaluation text
+_TOKENS_TOLD = 4096
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
 # Adam's rate when all blocks are tuned together, times the size of each tensor's survivors (docs/log.md)
@@ -477,30 +479,51 @@ class Run:
                 source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
             )
             if measured is None:
-                if plan.gate:
+                if any(gates.Gate.parse(text).task is None for text in plan.gate):
                     raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
                 report.warnings.append("quality was not measured: the model predicts no next token")
             else:
                 found, text = measured
                 report.evaluation, report.quality = text.facts(), found.as_dict()
-                self._overlap(report, text)
-                for gate in plan.gate:
-                    missed = evaluate.Gate.parse(gate).missed(found)
-                    report.gate.append({"gate": gate, "passed": missed is None, "missed": missed})
+                self._against_calibration(source, report, text)
         if plan.tasks and report.tasks is None:
-            report.tasks = {
-                name: evaluate.run_tasks(folder, plan.tasks, plan.tasks_path)
+            results = {
+                name: self._tasks(name, folder)
                 for name, folder in (("dense", source.folder), ("pruned", self.model_folder))
             }
+            report.tasks = {name: tasks.without_scores(found) for name, found in results.items()}
+            report.compared = tasks.compare(results["dense"], results["pruned"], plan.seed)
+        report.gate = gates.judge(plan.gate, report.quality, report.compared)
         report.seconds["evaluate"] = time.perf_counter() - began
 
-    def _overlap(self, report: Report, text: calibrate.Text) -> None:
+    def _tasks(self, name: str, folder: Path) -> dict[str, Any]:
+        """Results of one model; kept, for a run that goes on."""
+        file = self.work / f"tasks-{name}.json"
+        if not file.is_file():
+            write_json(file, tasks.run_tasks(folder, self.plan.tasks, self.plan.tasks_path, self.plan.tasks_limit))
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    def _against_calibration(self, source: checkpoint.Checkpoint, report: Report, text: calibrate.Text) -> None:
+        """Whether the two texts share passages, or are of different kinds."""
         file = self.work / "calibration.safetensors"
         if not file.is_file():
             return
         from safetensors.torch import load_file
 
-        report.warnings += overlap_warning(load_file(file)["windows"], text.windows)
+        windows = load_file(file)["windows"]
+        report.warnings += overlap_warning(windows, text.windows)
+        some = windows[: max(1, _TOKENS_TOLD // windows.shape[1])]
+        found = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), self.plan.seed)
+        assert report.quality is not None
+        apart = dataclasses.replace(
+            calibrate.distance(windows, text.windows),
+            ppl_calibration=found.ppl_dense.value,
+            ppl_evaluation=report.quality["ppl_dense"]["value"],
+        )
+        report.distance = dataclasses.asdict(apart)
+        if apart.mismatch:
+            report.warnings.append(apart.mismatch)
 
     def _finish(self, report: Report) -> None:
         from secateurs.verify import check_run

@@ -49,7 +49,8 @@ class Report:
     tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
     reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
     model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
-    the model before, or None.
+    the model before, or None. compared: tasks, dense and pruned question by question. distance: of
+    calibration from evaluation text (calibrate.Distance), or None.
     """
 
     plan: dict[str, Any]
@@ -58,8 +59,10 @@ class Report:
     status: str = "pruned"
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    distance: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
     gate: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

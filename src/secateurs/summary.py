@@ -393,18 +393,106 @@ def _short(kernel: str, dtype: str, isa: str) -> str:
 
 
 def print_bench(result: dict[str, Any], console: Console) -> None:
-    """Tokens per second of every variant."""
+    """Tokens per second of every variant at every batch."""
     console.print(
-        f"Prompt of {result['prompt']} tokens, {result['new']} new ones, {result['repeats']} runs in turn, "
-        f"{result['machine']['threads']} threads; median, and 10th to 90th percentile"
+        f"Prompts of {result['prompt']} tokens, {result['new']} new ones, {result['repeats']} runs in turn, "
+        f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
     )
-    table = _table("", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
+    table = _table("", "prompts", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
     for row in result["variants"]:
-        cells = []
-        for stage in ("prefill", "decode"):
-            found = row[stage]
-            cells += [
-                f"{found['tokens_per_second']:.1f} [{found['low']:.1f}, {found['high']:.1f}]", f"{found['speedup']:.2f}x"
-            ]  # fmt: skip
-        table.add_row(escape(row["name"]), *cells, megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"]))
+        sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
+        for number, measured in enumerate(row["batches"]):
+            cells = []
+            for stage in ("prefill", "decode"):
+                found = measured[stage]
+                cells += [
+                    f"{found['tokens_per_second']:.1f} [{found['low']:.1f}, {found['high']:.1f}]",
+                    f"{found['speedup']:.2f}x",
+                ]
+            name = "" if number else escape(row["name"])
+            table.add_row(name, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
     console.print(table)
+
+
+def decision_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Candidates as they stand; estimates are in brackets."""
+    table = _table("candidate", "perplexity", "floor", "prefill", "decode", "request", "bytes", "state")
+    for row in rows:
+        quality = row["quality"]
+        numbers = [
+            f"{row['prefill']:.2f}x",
+            f"{row['decode']:.2f}x",
+            f"{row['seconds_ratio']['value']:.2f}x s",
+            f"{row['bytes_ratio']:.2f}x",
+        ]
+        if not row["measured"]:
+            numbers = [f"({number})" for number in numbers]
+        floor = "" if row["passed"] is None else "[green]passed[/]" if row["passed"] else "[red]missed[/]"
+        table.add_row(
+            row["candidate"],
+            f"{quality['ppl_ratio']['value'] - 1:+.1%}" if quality else "",
+            floor,
+            *numbers,
+            row["status"],
+        )
+    return table
+
+
+def print_decision(result: dict[str, Any], console: Console, folder: str) -> None:
+    """The table, why each one is out, the front, and the sentence."""
+    console.print(decision_table(result["rows"]))
+    for row in result["rows"]:
+        if row["reason"]:
+            console.print(f"{row['candidate']}: {escape(row['reason'])}.", highlight=False)
+        for warning in row["warnings"]:
+            console.print(f"[yellow]Warning[/] ({row['candidate']}): {escape(warning)}.")
+    if result["front"]:
+        console.print(f"No other is both faster and better than: {', '.join(result['front'])}.")
+    console.print(f"[bold]{escape(result['sentence'])}[/]")
+    console.print(f"[bold]{folder}/decide.json[/] has the rest; `secateurs report {folder}` makes a page of it.")
+
+
+def print_worth(rows: Sequence[Any], name: str, sources: dict[str, str], console: Console) -> None:
+    """Nominal and realizable fractions, those that need least first."""
+    console.print(f"[bold]{escape(name)}[/]" + (": published figures, not measured" if sources else ", measured"))
+    table = _table("candidate", "nominal FLOPs", "bytes", "realizable FLOPs", "bytes", "prefill s", "decode s", "by")
+    for w in rows:
+        numbers = (w.nominal_flops, w.nominal_bytes, w.flops, w.nbytes, w.prefill, w.decode)
+        table.add_row(w.candidate, *(f"{n:.2f}x" for n in numbers), w.kernel)
+    console.print(table)
+    for w in rows:
+        if w.why:
+            console.print(f"{w.candidate}: {escape(w.why)}.", highlight=False)
+    for figure, source in sources.items():
+        console.print(f"[dim]{figure}: {escape(source)}.[/]")
+
+
+def print_fleet(result: dict[str, Any], console: Console) -> None:
+    """Replicas, what they see, what they cost, what is saved."""
+    service, requests = result["service"], result["requests"]
+    money = service["currency"]
+    console.print(
+        f"{service['rate']:g} requests/s, peak {service['peak']:g}; prompts of {requests['prompt_mean']:.0f} tokens, answers of "
+        f"{requests['output_mean']:.0f}, on average; {service['percentile']:g}% within {service['first_seconds']:g} s to the first "
+        f"token and {service['pace_seconds']:g} s a token; {service['headroom']:.0%} free at the peak; "
+        f"{service['price']:g} {money} a node-hour; {requests['simulated']:,} requests simulated"
+    )
+    table = _table("", "replicas", "load", "first token s", "s a token", f"{money}/M tokens", f"saved {money} a year")
+    for row in result["variants"]:
+        if row["why_not"]:
+            table.add_row(escape(row["name"]), "none")
+            continue
+        saved = ""
+        if "saved_a_year" in row:
+            saved = f"{row['saved_a_year']:,.0f} [{row['saved_a_year_low']:,.0f}, {row['saved_a_year_high']:,.0f}]"
+        table.add_row(
+            escape(row["name"]), f"{row['replicas']:,} [{row['replicas_low']:,}, {row['replicas_high']:,}]",
+            f"{row['load']:.0%}", f"{row['first_seconds']:.3g}", f"{row['pace_seconds']:.3g}",
+            f"{row['cost_per_million_tokens']:.4g}", saved,
+        )  # fmt: skip
+    console.print(table)
+    for row in result["variants"]:
+        if row["why_not"]:
+            console.print(f"[yellow]{escape(row['why_not'])}[/]")
+    ends = {row["name"]: f"{row['slots']}, {row['slots_end']}" for row in result["variants"] if not row["why_not"]}
+    console.print("Sequences a replica: " + "; ".join(f"{escape(n)} {e}" for n, e in ends.items()) + ".")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs import calibrate, checkpoint, evaluate, families
+from secateurs import calibrate, checkpoint, families, gates
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
 from secateurs.files import claim, locked, write_json, write_tensors, write_text
@@ -93,8 +93,7 @@ class ShrinkPlan:
         if self.criterion not in columns.CRITERIA:
             raise PlanError(f"unknown criterion '{self.criterion}'; write {', '.join(columns.CRITERIA)}")
         try:
-            for gate in self.gate:
-                evaluate.Gate.parse(gate)
+            gates.check(self.gate)
         except ValueError as error:
             raise PlanError(str(error)) from None
         for name, least in (("multiple", 1), ("prompt", 1), ("new", 1), ("samples", 1), ("eval_windows", 0)):
@@ -612,9 +611,7 @@ class _Run:
             return
         found, text = measured
         report["quality"], report["evaluation"] = found.as_dict(), text.facts()
-        for gate in plan.gate:
-            missed = evaluate.Gate.parse(gate).missed(found)
-            report["gate"].append({"gate": gate, "passed": missed is None, "missed": missed})
+        report["gate"] = gates.judge(plan.gate, report["quality"])
         report["seconds"]["evaluate"] = time.perf_counter() - began
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs import calibrate, checkpoint, evaluate
+from secateurs import calibrate, checkpoint, evaluate, gates
 from secateurs.device import machine, peak_memory
 from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
 from secateurs.errors import PlanError, VerifyError
@@ -110,8 +110,7 @@ class RecoverPlan:
             if value is not None and not value >= 0:
                 raise PlanError(f"{name} {value:g} is below 0")
         try:
-            for gate in self.gate:
-                evaluate.Gate.parse(gate)
+            gates.check(self.gate)
         except ValueError as error:
             raise PlanError(str(error)) from None
         if self.gate and not self.eval_windows:
@@ -376,9 +375,7 @@ class _Run:
                 report["recovered"] = _recovered(report)
                 trained_on = self._text(self.source.skeleton())
                 report["warnings"] += overlap_warning(trained_on.windows, text.windows)
-                for gate in plan.gate:
-                    missed = evaluate.Gate.parse(gate).missed(found)
-                    report["gate"].append({"gate": gate, "passed": missed is None, "missed": missed})
+                report["gate"] = gates.judge(plan.gate, report["quality"])
                 report["seconds"]["evaluate"] = time.perf_counter() - began
             report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
             write_json(self.out / "report.json", report)

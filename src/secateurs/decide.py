@@ -1,0 +1,374 @@
+"""What to ship on this machine: candidates are estimated, then pruned and measured, held to the floor, and one is recommended.
+
+The run directory holds plan.json, profile.json, candidates/NAME (a run directory of prune or shrink each, with its packed model and
+bench.json) and decide.json. Everything that was measured is found again after a kill, and not measured twice.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateurs import checkpoint, gates, tasks
+from secateurs.bench import Variant, bench, record_of, variants_of
+from secateurs.device import machine
+from secateurs.errors import DeviceError, PlanError, SecateursError
+from secateurs.files import claim, locked, write_json
+from secateurs.hardware import Hardware
+from secateurs.measure import Timing
+from secateurs.pack import pack_run
+from secateurs.plan import Plan
+from secateurs.probe import Question, probe, shapes_of
+from secateurs.profile import DeviceProfile
+from secateurs.prune import Run, silent
+from secateurs.realize import GAIN, Candidate, machine_named, realize
+from secateurs.structured.shrink import ShrinkPlan, shrink
+
+Progress = Callable[[str, int, int], None]
+Show = Callable[[list[dict[str, Any]]], None]
+
+DEFAULT_CANDIDATES = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DecidePlan:
+    """Which candidates for which machine, and what they must be worth. Raises PlanError.
+
+    candidates: as Candidate.parse() reads them. gate: floors, at least one. budget: 'seconds=0.8x' (of a request of `prompt` tokens
+    and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of `secateurs probe`, or a name of HARDWARE; None for the
+    one at hand, which is measured where there is none. foreign: let a profile of another machine decide, by estimates.
+    effort, calibration, samples, seqlen, seed, eval_*, tasks*: as in Plan. repeats: runs of each model, in turn. multiple: as in
+    ShrinkPlan.
+    """
+
+    model: str
+    gate: tuple[str, ...]
+    candidates: tuple[str, ...] = DEFAULT_CANDIDATES
+    budget: str | None = None
+    profile: str | None = None
+    foreign: bool = False
+    effort: str = "balanced"
+    calibration: str = "pydoc"
+    samples: int = 64
+    seqlen: int | None = 512
+    seed: int = 0
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: str | None = None
+    tasks_limit: int | None = None
+    prompt: int = 256
+    new: int = 64
+    repeats: int = 5
+    multiple: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("gate", "candidates", "tasks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.gate:
+            raise PlanError("a decision needs a floor: give --gate, e.g. 'ppl<=+5%'")
+        if not self.candidates:
+            raise PlanError("no candidates to decide between; leave --candidates out for the usual ones")
+        _ = self.limit
+        for candidate in self.parsed:
+            # whatever is wrong with a plan is found before the first one is run
+            self.plan_of(candidate)
+        if min(self.prompt, self.repeats) < 1 or self.new < 2:
+            raise PlanError(f"prompt {self.prompt}, new {self.new}, repeats {self.repeats}: give at least 1, 2 and 1")
+
+    @property
+    def parsed(self) -> list[Candidate]:
+        return [Candidate.parse(text) for text in dict.fromkeys(self.candidates) if text.strip() != "dense"]
+
+    @property
+    def limit(self) -> tuple[str, float] | None:
+        """('seconds' or 'bytes', the fraction of the dense model's that it may take)."""
+        if self.budget is None:
+            return None
+        found = re.fullmatch(r"(seconds|bytes)=(0?\.\d+)x?", self.budget)
+        if not found or not float(found[2]) > 0:
+            raise PlanError(
+                f"cannot read budget '{self.budget}'; write seconds=0.8x or bytes=0.6x, of the dense model's"
+            )
+        return found[1], float(found[2])
+
+    def plan_of(self, candidate: Candidate) -> Plan | ShrinkPlan:
+        """What prune or shrink is asked for."""
+        shared: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("calibration", "samples", "seqlen", "seed", "gate", "eval_text", "eval_windows", "eval_seqlen")
+        }
+        if candidate.kind == "shrink":
+            # shrink runs no tasks: they are asked of its result here
+            asked = tuple(g for g in self.gate if gates.Gate.parse(g).task is None)
+            return ShrinkPlan(
+                self.model,
+                candidate.budget,
+                prompt=self.prompt,
+                new=self.new,
+                multiple=self.multiple,
+                **{**shared, "gate": asked},
+            )
+        return Plan(
+            self.model, pattern=candidate.pattern, sparsity=candidate.sparsity, effort=self.effort, allow_skips=True,
+            tasks=self.tasks, tasks_path=self.tasks_path, tasks_limit=self.tasks_limit, **shared,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+
+def decide(
+    plan: DecidePlan, out: str | Path, progress: Progress = silent, show: Show = lambda rows: None
+) -> dict[str, Any]:
+    """Do what is left of a decision and return decide.json. show: called with all rows whenever one changes.
+
+    Raises SecateursError; that nothing pays is in the result's `recommended`, which is then 'dense', and no error here.
+    """
+    return _Decision(plan, Path(out).expanduser(), progress, show).complete()
+
+
+class _Decision:
+    def __init__(self, plan: DecidePlan, out: Path, progress: Progress, show: Show) -> None:
+        folder = Path(plan.model).expanduser()
+        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.out, self.progress, self.show = out, progress, show
+
+    def complete(self) -> dict[str, Any]:
+        checkpoint.Checkpoint(self.plan.model)
+        given = self._given_profile()
+        claim(self.out, self.plan.as_dict())
+        with locked(self.out):
+            self.here = given if given is not None else self._own_profile()
+            self.estimated = not (isinstance(self.here, DeviceProfile) and self.here.of_here)
+            self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]
+            self.show(self.rows)
+            # the mildest of a kind first: where it misses the floor, those that remove more need not be tried
+            order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept)
+            for i in order:
+                self._settle(i)
+                self.show(self.rows)
+            result = self._result()
+            write_json(self.out / "decide.json", result)
+        return result
+
+    # ------------------------------------------------------------------------------------------------- estimates
+
+    def _given_profile(self) -> DeviceProfile | Hardware | None:
+        plan = self.plan
+        if plan.profile is None:
+            return None
+        found = machine_named(plan.profile)
+        if isinstance(found, DeviceProfile) and not (found.of_here or plan.foreign):
+            here = machine()
+            raise DeviceError(
+                f"{plan.profile} is of {found.name}, this machine is {here['processor']}, {here['threads']} threads, and times do "
+                "not carry over; run `secateurs probe` here, or pass --allow-foreign-profile to decide by its estimates"
+            )
+        return found
+
+    def _own_profile(self) -> DeviceProfile:
+        """The one of this machine: kept here, left by `secateurs probe`, or measured now on the model's own shapes."""
+        file = self.out / "profile.json"
+        if file.is_file():
+            return DeviceProfile.read(file)
+        profile = DeviceProfile.at_hand()
+        if profile is None:
+            masks = [c for c in self.plan.parsed if c.kind == "mask"]
+            sparsities = tuple(sorted({c.sparsity for c in masks} or {0.5}))
+            question = Question(
+                shapes_of(self.plan.model, 2), sparsities, ("unstructured",), tokens=(1, 256), dtypes=(self._dtype(),),
+                seconds_per_cell=1.0,
+            )  # fmt: skip
+            profile = probe(question, self.progress)
+        profile.write(file)
+        return profile
+
+    def _dtype(self) -> str:
+        stored = str(checkpoint.Checkpoint(self.plan.model).raw_config.get("dtype") or "float32")
+        return {"bfloat16": "bf16", "float16": "fp16"}.get(stored.removeprefix("torch."), "fp32")
+
+    def _estimate(self, candidate: Candidate) -> dict[str, Any]:
+        worth = realize(candidate, self.here, self._dtype())
+        row: dict[str, Any] = {
+            "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
+            "gate": [], "passed": None, "bytes_ratio": worth.nbytes, "seconds_ratio": self._estimated_seconds(worth),
+            "prefill": 1 / worth.prefill, "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [],
+        }  # fmt: skip
+        if not worth.pays:
+            row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
+        elif reason := self._over_budget(row, slack=GAIN):
+            row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
+        return row
+
+    def _estimated_seconds(self, worth: Any) -> dict[str, float]:
+        """Of a request, over the dense model's: prompts wait for products, tokens for memory."""
+        flops = self.here.flops_per_second
+        rate = flops.get(self._dtype(), max(flops.values())) if isinstance(flops, dict) else flops
+        itemsize = 4 if self._dtype() == "fp32" else 2
+        prefill = 2 * self.plan.prompt / rate
+        decode = itemsize * self.plan.new / self.here.bytes_per_second
+        ratio = (worth.prefill * prefill + worth.decode * decode) / (prefill + decode)
+        return {"value": ratio, "low": ratio, "high": ratio}
+
+    # ------------------------------------------------------------------------------------------------ measurements
+
+    def _settle(self, i: int) -> None:
+        row, candidate = self.rows[i], self.plan.parsed[i]
+        if row["status"] == "dropped":
+            return
+        for other, settled in zip(self.plan.parsed, self.rows, strict=True):
+            milder = other.family == candidate.family and other.kept > candidate.kept
+            missed = [g["missed"] for g in settled["gate"] if g["verdict"] == "missed"]
+            if milder and missed:
+                row |= {"status": "dropped", "reason": f"{other.text} removes less and already fails: {missed[0]}"}
+                return
+        row["status"] = "running"
+        self.show(self.rows)
+        try:
+            self._measure(row, candidate)
+        except SecateursError as error:
+            # the others may still be worth something
+            row |= {"status": "failed", "reason": str(error)}
+
+    def _measure(self, row: dict[str, Any], candidate: Candidate) -> None:
+        folder = self.out / "candidates" / re.sub(r"[^\w.=]+", "-", candidate.text)
+        asked = self.plan.plan_of(candidate)
+        label = candidate.text
+
+        def progress(what: str, done: int, total: int) -> None:
+            self.progress(f"{label}: {what}", done, total)
+
+        if isinstance(asked, ShrinkPlan):
+            report = shrink(asked, folder, progress)
+            nbytes = report["bytes"]
+            report |= self._tasks(folder, report)
+        else:
+            Run(asked, folder, progress).complete()
+            report = json.loads((folder / "report.json").read_text())
+            if report["packed"] is None:
+                profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
+                pack_run(folder, None, profile, progress)
+                report = json.loads((folder / "report.json").read_text())
+            nbytes = report["bytes"]
+        row |= {
+            "quality": report["quality"], "gate": report["gate"], "compared": report.get("compared", {}),
+            "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"],
+            "bytes_ratio": nbytes.get("packed", nbytes.get("left")) / nbytes["dense"], "bytes": nbytes, "folder": str(folder),
+        }  # fmt: skip
+        if self.estimated:
+            # what the other machine would read, not what ours has packed
+            row |= {"bytes_ratio": row["worth"]["nbytes"], "status": "measured"}
+        else:
+            self._time(row, folder, progress)
+        self._judge(row)
+
+    def _tasks(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+        """The tasks of a smaller model beside the dense one, and all gates in the order of the plan."""
+        plan = self.plan
+        if not plan.tasks:
+            return {}
+        results = []
+        dense = checkpoint.Checkpoint(plan.model).folder
+        for file, model in ((self.out / "tasks-dense.json", dense), (folder / "tasks.json", folder / "model")):
+            if not file.is_file():
+                write_json(file, tasks.run_tasks(model, plan.tasks, plan.tasks_path, plan.tasks_limit))
+            results.append(json.loads(file.read_text()))
+        compared = tasks.compare(results[0], results[1], plan.seed)
+        return {"compared": compared, "gate": gates.judge(plan.gate, report["quality"], compared)}
+
+    def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
+        file = record_of(folder)
+        assert file is not None
+        if not file.is_file():
+            plan = self.plan
+            variants: list[Variant] = variants_of(folder)
+            write_json(file, bench(variants, plan.prompt, plan.new, plan.repeats, progress))
+        found = json.loads(file.read_text())
+        dense, ours = found["variants"]
+
+        def seconds(variant: dict[str, Any]) -> list[float]:
+            stages = (variant[stage]["samples"] for stage in ("prefill", "decode"))
+            return [found["prompt"] / a + (found["new"] - 1) / b for a, b in zip(*stages, strict=True)]
+
+        ratio = Timing.of([a / b for a, b in zip(seconds(ours), seconds(dense), strict=True)])
+        row |= {
+            "seconds_ratio": {"value": ratio.seconds, "low": ratio.low, "high": ratio.high},
+            "prefill": ours["prefill"]["speedup"], "decode": ours["decode"]["speedup"], "measured": True, "status": "measured",
+        }  # fmt: skip
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        seconds, nbytes = row["seconds_ratio"], row["bytes_ratio"]
+        if not row["passed"]:
+            row["reason"] = next(g["missed"] for g in row["gate"] if not g["passed"])
+        elif reason := self._over_budget(row):
+            row["reason"] = reason
+        elif not (seconds["high"] < 1 and seconds["value"] < 1 / GAIN) and nbytes > 1 / GAIN:
+            row["reason"] = f"does not pay: {seconds['value']:.2f}x the seconds and {nbytes:.2f}x the bytes"
+
+    def _over_budget(self, row: dict[str, Any], slack: float = 1.0) -> str | None:
+        if self.plan.limit is None:
+            return None
+        kind, limit = self.plan.limit
+        takes = row["seconds_ratio"]["value"] if kind == "seconds" else row["bytes_ratio"]
+        return f"it takes {takes:.2f}x the {kind}, and the budget is {limit:g}x" if takes > limit * slack else None
+
+    # ------------------------------------------------------------------------------------------------- the decision
+
+    def _result(self) -> dict[str, Any]:
+        fit = [r for r in self.rows if r["status"] == "measured" and r["reason"] is None]
+        best = min(fit, key=lambda r: (r["seconds_ratio"]["value"], r["bytes_ratio"]), default=None)
+        return {
+            "format": FORMAT,
+            "plan": self.plan.as_dict(),
+            "machine": machine(),
+            "profile": self.here.name,
+            "estimated": self.estimated,
+            "rows": self.rows,
+            "front": [r["candidate"] for r in front(self.rows)],
+            "recommended": best["candidate"] if best else "dense",
+            "sentence": _sentence(best, self.rows, self.here.name, self.estimated),
+        }
+
+
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those measured that no other beats in both perplexity and seconds, the fastest first."""
+    known = [r for r in rows if r["status"] == "measured" and r["quality"]]
+
+    def point(row: dict[str, Any]) -> tuple[float, float]:
+        return row["seconds_ratio"]["value"], row["quality"]["ppl_ratio"]["value"]
+
+    kept = []
+    for row in known:
+        seconds, quality = point(row)
+        others = [point(o) for o in known if o is not row]
+        if not any(s <= seconds and q <= quality and (s, q) != (seconds, quality) for s, q in others):
+            kept.append(row)
+    return sorted(kept, key=point)
+
+
+def _sentence(best: dict[str, Any] | None, rows: list[dict[str, Any]], where: str, estimated: bool) -> str:
+    how = f"by estimate for {where}" if estimated else f"measured on {where}"
+    if best is None:
+        reasons = "; ".join(f"{r['candidate']}: {r['reason']}" for r in rows)
+        return f"Ship the dense model: no candidate both passes the floor and pays ({how}). {reasons}."
+    seconds, quality = best["seconds_ratio"], best["quality"]
+    time = f"{seconds['value']:.2f}x the time" + (
+        "" if estimated else f" [{seconds['low']:.2f}, {seconds['high']:.2f}]"
+    )
+    lost = ""
+    if quality:
+        ratio = quality["ppl_ratio"]
+        change = f"{ratio['value'] - 1:+.1%} [{ratio['low'] - 1:+.1%}, {ratio['high'] - 1:+.1%}]"
+        lost = f" Perplexity against the dense model's: {change}."
+    passed = ", ".join(g["gate"] for g in best["gate"])
+    return (
+        f"Ship {best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), and it "
+        f"passes {passed}.{lost}"
+    )

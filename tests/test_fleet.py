@@ -1,0 +1,201 @@
+"""Queues against their closed form, fleets against what can be worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from secateurs.errors import OutputError, PlanError
+from secateurs.fleet import Service, Speed, fleet, read_lengths, read_price, read_speeds, read_trace, requests_of, size
+from secateurs.queueing import Lengths, Requests, erlang_wait, poisson, simulate
+
+
+def speed(name="dense", decode=100.0, spread=0.0, **more):
+    three = (decode, decode * (1 - spread), decode * (1 + spread))
+    batches = {b: tuple(v * b**0.5 for v in three) for b in (1, 4, 16)}
+    given = {"weights_bytes": 10**9, "kv_bytes_per_token": 10**5, "memory_bytes": 24 * 10**9}
+    return Speed(name, (1000.0, 1000.0, 1000.0), batches, **{**given, **more})
+
+
+def service(**more):
+    return Service(**{"rate": 10.0, "peak": 10.0, "first_seconds": 2.0, "pace_seconds": 0.1, "percentile": 95.0, "price": 2.0,
+                      "currency": "USD", **more})  # fmt: skip
+
+
+def requests(rate=10.0, n=20_000):
+    return poisson(rate, n, Lengths("fixed", (100,)), Lengths("fixed", (50,)), 0)
+
+
+@pytest.mark.parametrize(("servers", "load"), [(1, 0.5), (1, 0.8), (4, 0.7)])
+def test_simulated_waits_are_those_of_the_closed_form(servers, load):
+    random = np.random.default_rng(1)
+    n, rate = 1_000_000, servers * load
+    exponential = Requests(np.cumsum(random.exponential(1 / rate, n)), np.ones(n), random.exponential(1.0, n))
+    found = simulate(exponential, servers, 0.0, [1.0])
+    assert found.wait.mean() == pytest.approx(erlang_wait(rate, 1.0, servers), rel=0.02)
+
+
+def test_the_closed_form_by_hand():
+    # M/M/1: rho / (mu - lambda); M/M/2 at load 1: C = 1/3, wait = C / (2 - 1)
+    assert erlang_wait(0.5, 1.0, 1) == pytest.approx(1.0)
+    assert erlang_wait(1.0, 1.0, 2) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="never ends"):
+        erlang_wait(2.0, 1.0, 2)
+
+
+def test_a_queue_by_hand():
+    # one replica of one sequence, a second of work each, arrivals at 0, 0.25 and 5
+    asked = Requests(np.array([0.0, 0.25, 5.0]), np.ones(3), np.ones(3))
+    found = simulate(asked, 1, 0.5, [0.5], warm=0)
+    assert found.wait.tolist() == [0.0, 0.75, 0.0]
+    assert found.first.tolist() == [1.0, 1.75, 1.0]
+    # two sequences a replica: the second starts at once, at the pace of two
+    found = simulate(asked, 1, 0.5, [0.5, 0.8], warm=0)
+    assert found.wait.tolist() == [0.0, 0.0, 0.0]
+    assert found.pace.tolist() == [0.5, 0.8, 0.5]
+
+
+def test_sequences_are_spread_over_replicas():
+    asked = Requests(np.array([0.0, 0.1, 0.2]), np.ones(3), np.ones(3))
+    assert simulate(asked, 3, 0.0, [1.0, 2.0], warm=0).pace.tolist() == [1.0, 1.0, 1.0]
+    assert simulate(asked, 2, 0.0, [1.0, 2.0], warm=0).pace.tolist() == [1.0, 1.0, 2.0]
+
+
+def test_a_fleet_by_hand():
+    # 16 sequences make 400 tokens a second: 40 ms a token, and each waits for 15 prompts of 0.1 s in 50 tokens: 30 ms more.
+    # A request takes 0.1 + 50 * 0.07 = 3.6 s, a replica serves 16 / 3.6 = 4.44 a second, 3.56 with a fifth free: 3 for 10 a second
+    found = size(speed(), service(), requests())
+    assert found.slots == 16
+    assert found.replicas == 3
+    assert found.load == pytest.approx(10 / (3 * 16 / 3.6))
+    assert found.first_seconds <= 2.0
+
+
+def test_a_tight_objective_takes_more_replicas_than_the_load_does():
+    asked, busy = requests(100.0), {"rate": 100.0, "peak": 100.0, "headroom": 0.0}
+    loose = size(speed(), service(first_seconds=10.0, **busy), asked)
+    tight = size(speed(), service(first_seconds=0.2, **busy), asked)
+    assert tight.replicas > loose.replicas == 23
+    assert tight.first_seconds <= 0.2
+    # one fewer misses it
+    fewer = simulate(asked, tight.replicas - 1, 1 / 1000, [speed().step(b) + (b - 1) * 0.1 / 50 for b in range(1, 17)])
+    assert np.percentile(fewer.first, 95) > 0.2
+
+
+def test_what_ends_a_replica_s_batch_is_said():
+    assert size(speed(), service(), requests()).slots_end == "the largest batch that was measured"
+    # 5 sequences of 150 tokens at 100 kB take 75 MB beside 1 GB of weights
+    small = size(speed(), service(memory_bytes=1_075_000_000), requests())
+    assert (small.slots, small.slots_end) == (5, "memory for the cache")
+    # alone 10 ms; with 4 at once 20 and 6 ms of prompts
+    paced = size(speed(), service(pace_seconds=0.0265), requests())
+    assert (paced.slots, paced.slots_end) == (4, "the pace that is asked")
+
+
+def test_fewer_bytes_hold_more_sequences():
+    memory = {"memory_bytes": 1_075_000_000}
+    fat = size(speed(), service(**memory), requests())
+    thin = size(speed(weights_bytes=900_000_000), service(**memory), requests())
+    assert thin.slots > fat.slots
+    assert thin.replicas <= fat.replicas
+
+
+def test_savings_have_the_interval_of_the_speeds():
+    found = fleet(
+        [speed(spread=0.1), speed("half", 200.0, spread=0.1)], service(rate=100.0, peak=200.0), requests(200.0)
+    )
+    dense, half = found["variants"]
+    assert dense["replicas_low"] <= dense["replicas"] <= dense["replicas_high"]
+    assert half["replicas_saved"] == dense["replicas"] - half["replicas"] > 0
+    assert half["saved_a_year"] == half["replicas_saved"] * 2.0 * 8760
+    assert half["saved_a_year_low"] < half["saved_a_year"] < half["saved_a_year_high"]
+    # tokens an hour at the mean rate: 100 * 3600 * 150
+    assert half["cost_per_million_tokens"] == pytest.approx(half["replicas"] * 2.0 / 54.0)
+
+
+def test_a_candidate_that_cannot_serve_says_why_and_a_dense_model_raises():
+    found = fleet([speed(), speed("slow", 5.0)], service(), requests())
+    assert "slow cannot serve this on any number of replicas: the pace that is asked" in found["variants"][1]["why_not"]
+    with pytest.raises(PlanError, match="cannot serve"):
+        fleet([speed("slow", 5.0)], service(), requests())
+    with pytest.raises(PlanError, match="the first token takes"):
+        fleet([speed()], service(first_seconds=0.05), requests())
+    with pytest.raises(PlanError, match="memory for the cache leaves no sequence"):
+        fleet([speed()], service(memory_bytes=10**9), requests())
+
+
+def test_ten_thousand_replicas_and_a_million_requests():
+    # 44 400 a second fill them; nothing waits where there is room for all
+    asked = requests(20_000.0, 1_000_000)
+    found = simulate(asked, 10_000, 1e-3, [speed().step(b) + (b - 1) * 0.1 / 50 for b in range(1, 17)])
+    assert len(found.wait) == 900_000
+    assert found.wait.max() == 0
+    assert 0 < found.held < 16
+
+
+def test_lengths_have_the_mean_that_was_asked():
+    random = np.random.default_rng(0)
+    drawn = read_lengths("lognormal:512,0.8", "prompt").draw(200_000, random)
+    assert drawn.mean() == pytest.approx(512, rel=0.01)
+    assert drawn.std() / drawn.mean() == pytest.approx(0.8, rel=0.02)
+    drawn = read_lengths("uniform:16,1024", "prompt").draw(200_000, random)
+    assert (drawn.min(), drawn.max()) == (16, 1024)
+    assert set(read_lengths("128", "prompt").draw(5, random)) == {128.0}
+
+
+def test_a_trace_is_read_in_order_of_time(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    rows = [{"time": 2.0, "prompt": 30, "output": 3}, {"time": 1.0, "prompt": 10, "output": 1}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found = read_trace(file)
+    assert found.arrival.tolist() == [1.0, 2.0]
+    assert found.prompt.tolist() == [10, 30]
+    assert found.at(4.0).rate == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["{}", "{}"], "line 1 is no request"),
+        (['{"time": 0, "prompt": 1, "output": 1}', "oh"], "line 2 is no request"),
+        (['{"time": 0, "prompt": 0, "output": 1}'], "less than one token"),
+        (['{"time": 0, "prompt": 1, "output": 1}'] * 2, "two or more, at different times"),
+        ([], "0 requests"),
+    ],
+)
+def test_broken_traces_are_refused_by_line(tmp_path, lines, words):
+    file = tmp_path / "trace.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(PlanError, match=words):
+        read_trace(file)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"rate": 0.0}, "traffic of 0 requests"),
+        ({"rate": -1.0}, "traffic of -1 requests"),
+        ({"peak": 5.0}, "below the mean"),
+        ({"percentile": 100.0}, "percentile 100 cannot be kept"),
+        ({"first_seconds": 0.0}, "ttft 0 is not above 0"),
+        ({"headroom": 1.0}, "headroom 1 is not"),
+    ],
+)
+def test_impossible_services_are_refused(more, words):
+    with pytest.raises(PlanError, match=words):
+        service(**more)
+
+
+def test_other_bad_input_is_refused(tmp_path):
+    with pytest.raises(PlanError, match="an amount and its currency"):
+        read_price("2.50")
+    assert read_price("2.50 usd") == (2.5, "USD")
+    with pytest.raises(PlanError, match="prompt tokens 'many'"):
+        read_lengths("many", "prompt")
+    with pytest.raises(PlanError, match="no traffic"):
+        requests_of(None, None, None, "1", "1", 10, 0)
+    with pytest.raises(OutputError, match="secateurs bench DIR --batch"):
+        read_speeds(tmp_path)
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(OutputError, match="not a measurement"):
+        read_speeds(tmp_path)
