@@ -50,7 +50,8 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         first = time.perf_counter()
         for i in range(new):
-            cache = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+            at = i % prompt
+            cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
         return Seconds(first - begin, (time.perf_counter() - first) / new)
 
 
