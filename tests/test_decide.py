@@ -25,10 +25,8 @@ def profile(file, here=True, speedup=1.6):
     return str(file)
 
 
-@pytest.fixture
-def stated(monkeypatch):
+def stated_bench(runs):
     """A bench that states speeds and counts its runs."""
-    runs = []
 
     def bench(variants, prompt, new, repeats, progress, batches=(1,)):
         runs.append(variants[1].folder)
@@ -58,7 +56,13 @@ def stated(monkeypatch):
             )
         return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
 
-    monkeypatch.setattr(module, "bench", bench)
+    return bench
+
+
+@pytest.fixture
+def stated(monkeypatch):
+    runs = []
+    monkeypatch.setattr(module, "bench", stated_bench(runs))
     return runs
 
 

@@ -35,6 +35,11 @@ def _chart(description: str, values: Sequence[dict[str, Any]], **parts: Any) -> 
     }
 
 
+def _height(rows: int, each: int) -> int:
+    """Pixels. A height by steps makes Vega-Lite warn that it cannot fit as well."""
+    return max(1, rows) * each
+
+
 def _field(name: str, kind: str, title: str | None, **more: Any) -> Spec:
     return {"field": name, "type": kind, "title": title, **more}
 
@@ -75,7 +80,7 @@ def speed(rows: Sequence[dict[str, Any]]) -> Spec:
     return _chart(
         "Tokens a second of each model, prefill and decoding, with the 10th to 90th percentile of its runs",
         [{**r, "label": f"{r['stage']}, {r['batch']} at once: {r['name']}"} for r in rows],
-        height={"step": 22},
+        height=_height(len(rows), 22),
         layer=[
             {"mark": "rule", "encoding": {"y": y, "x": low, "x2": {"field": "high"}, "color": colour}},
             {
@@ -91,7 +96,7 @@ def nbytes(rows: Sequence[dict[str, Any]]) -> Spec:
     return _chart(
         "Megabytes of each model's weight files by what they hold",
         rows,
-        height={"step": 30},
+        height=_height(len({r["name"] for r in rows}), 30),
         mark="bar",
         encoding={
             "y": _field("name", "nominal", None, sort=None, axis={"labelLimit": 260}),
@@ -109,7 +114,7 @@ def heat(rows: Sequence[dict[str, Any]], value: str, title: str) -> Spec:
     return _chart(
         f"{title} of every layer: blocks from left to right, kinds of layer from top to bottom; darker is more",
         rows,
-        height={"step": 20},
+        height=_height(len({r["kind"] for r in rows}), 20),
         mark={"type": "rect", "tooltip": True},
         encoding={
             "x": _field(
@@ -132,7 +137,7 @@ def replicas(rows: Sequence[dict[str, Any]]) -> Spec:
     return _chart(
         "Replicas that the traffic takes, with the interval of the speed measurement",
         rows,
-        height={"step": 30},
+        height=_height(len(rows), 30),
         layer=[
             {"mark": {"type": "bar", "color": PALETTE[0]}, "encoding": {"y": y, "x": x}},
             {"mark": rule, "encoding": {"y": y, "x": low, "x2": {"field": "replicas_high"}}},
