@@ -21,7 +21,7 @@ LEVELS = [
     {"train.pruning", "train.masked", "train.lottery", "train.callbacks", "train.lora"},
     {"train.recover"},
     {"train"},
-    {"structured", "structured.budget", "structured.columns", "structured.graph"},
+    {"structured", "structured.budget", "structured.columns", "structured.graph", "structured.bridge"},
     {"structured.units"},
     {"structured.experts", "structured.width"},
     {"structured.losses", "structured.latency"},

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_decide import plan, stated_bench
+from test_decide import module, plan, stated_bench
 from typer.testing import CliRunner
 
-from secateurs import decide as module
 from secateurs import page
 from secateurs.decide import decide
 from secateurs.errors import OutputError

@@ -2,8 +2,10 @@
 
 # importing hf registers the packed format with transformers
 from secateurs import formats, hf, kernels, patterns, scores, solvers, train
+from secateurs.decide import DecidePlan, decide
 from secateurs.errors import SecateursError
 from secateurs.linear import accelerate
+from secateurs.pack import pack_run
 from secateurs.plan import Plan
 from secateurs.prune import prune
 from secateurs.report import Report
@@ -13,15 +15,18 @@ from secateurs.structured.shrink import ShrinkPlan, shrink
 from secateurs.verify import verify
 
 __all__ = [
+    "DecidePlan",
     "Plan",
     "Report",
     "SecateursError",
     "ShrinkPlan",
     "Stats",
     "accelerate",
+    "decide",
     "formats",
     "hf",
     "kernels",
+    "pack_run",
     "patterns",
     "prune",
     "scores",

@@ -55,7 +55,7 @@ def front(rows: Sequence[dict[str, Any]]) -> Spec:
         "x": x,
         "y": y,
         "color": colour,
-        "shape": _field("name", "nominal", None),
+        "shape": colour,
         "tooltip": [{"field": f} for f in ("name", "seconds", "ppl", "passed")],
     }
     return _chart(
@@ -76,7 +76,6 @@ def speed(rows: Sequence[dict[str, Any]]) -> Spec:
     y = _field("label", "nominal", None, sort=None, axis={"labelLimit": 260})
     colour = _field("name", "nominal", None, legend={"orient": "top", "columns": 3})
     low, value = (_field(name, "quantitative", "tokens a second") for name in ("low", "value"))
-    shape = _field("name", "nominal", None)
     return _chart(
         "Tokens a second of each model, prefill and decoding, with the 10th to 90th percentile of its runs",
         [{**r, "label": f"{r['stage']}, {r['batch']} at once: {r['name']}"} for r in rows],
@@ -85,7 +84,7 @@ def speed(rows: Sequence[dict[str, Any]]) -> Spec:
             {"mark": "rule", "encoding": {"y": y, "x": low, "x2": {"field": "high"}, "color": colour}},
             {
                 "mark": {"type": "point", "filled": True, "size": 80},
-                "encoding": {"y": y, "x": value, "color": colour, "shape": shape},
+                "encoding": {"y": y, "x": value, "color": colour, "shape": colour},
             },
         ],
     )
@@ -108,9 +107,10 @@ def nbytes(rows: Sequence[dict[str, Any]]) -> Spec:
     )
 
 
-def heat(rows: Sequence[dict[str, Any]], value: str, title: str) -> Spec:
-    """rows: block, kind, and `value` from 0 to 1, of every layer."""
+def heat(rows: Sequence[dict[str, Any]], value: str, title: str, most: float | None = None) -> Spec:
+    """rows: block, kind, and `value` of every layer. most: the scale's end; None for the highest there is."""
     blocks = {r["block"] for r in rows}
+    scale = {"scheme": "cividis", "reverse": True, **({"domain": [0, most]} if most else {})}
     return _chart(
         f"{title} of every layer: blocks from left to right, kinds of layer from top to bottom; darker is more",
         rows,
@@ -121,9 +121,7 @@ def heat(rows: Sequence[dict[str, Any]], value: str, title: str) -> Spec:
                 "block", "ordinal", "block", axis={"labelOverlap": True, "labelAngle": 0 if len(blocks) < 50 else -90}
             ),
             "y": _field("kind", "nominal", None, sort=None, axis={"labelLimit": 200}),
-            "color": _field(
-                value, "quantitative", title, scale={"scheme": "cividis", "reverse": True}, legend={"orient": "top"}
-            ),
+            "color": _field(value, "quantitative", title, scale=scale, legend={"orient": "top"}),
         },
     )
 

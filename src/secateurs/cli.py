@@ -679,7 +679,8 @@ def fleet(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Run directories of decide, prune or shrink; several stand side by side.")
+        list[Path],
+        typer.Argument(help="Run directories of decide, prune, shrink or recover; several stand side by side."),
     ],
     out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the first directory.")] = None,
     quiet: Quiet = False,

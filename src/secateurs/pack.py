@@ -119,9 +119,14 @@ def pack(
 
 
 def pack_run(
-    run: Path, out: Path | None = None, profile: Any = None, progress: Progress = _silent, merge_zeros: bool = False
+    run: str | Path,
+    out: Path | None = None,
+    profile: Any = None,
+    progress: Progress = _silent,
+    merge_zeros: bool = False,
 ) -> dict[str, Any]:
     """pack() for a run directory: its model to `out`, or to its folder `packed`, and the choices into its report."""
+    run = Path(run).expanduser()
     report = Report.read(run / "report.json")
     folder = out or run / "packed"
     result = pack(run / "model", folder, profile, progress, merge_zeros)

@@ -20,7 +20,7 @@ from secateurs.profile import DeviceProfile
 
 
 def write(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Make the page of run directories of decide, prune or shrink. Raises OutputError for one that is incomplete."""
+    """Make the page of run directories of decide, prune, shrink or recover. Raises OutputError for one that is incomplete."""
     try:
         import vl_convert
     except ImportError:
@@ -115,16 +115,19 @@ def _model(folder: Path, name: str) -> dict[str, Any]:
             f"{folder} is incomplete: it is {report['status']}; run the command that made it again, it goes on"
         )
     plan = _json(folder / "plan.json")
+    kind = "shrunk" if "left" in report else "recovered" if "training" in report else "pruned"
     return {
         "name": name, "folder": str(folder), "source": str(file), "report": report, "plan": plan,
         "bench": _maybe(folder / "bench.json"), "bench_source": str(folder / "bench.json"), "fleet": _maybe(folder / "fleet.json"),
-        "kind": "shrunk" if "left" in report else "pruned", "parts": _parts(report), "layers": _layers(report),
-        "command": _command("shrink" if "units" in plan else "prune", plan, folder),
+        "kind": kind, "parts": _parts(report), "layers": _layers(report),
+        "command": _command({"shrunk": "shrink", "recovered": "recover"}.get(kind, "prune"), plan, folder),
     }  # fmt: skip
 
 
 def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Bytes of the weight files by what they hold: dense, then as shipped."""
+    if "bytes" not in report:
+        return []
     dense = report["bytes"]["dense"]
     rows = [{"model": "dense", "part": "dense weights", "nbytes": dense}]
     if "left" in report:
@@ -216,7 +219,7 @@ def _charts(runs: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) ->
         specs["speed"] = charts.speed(
             sorted(first.values(), key=lambda r: (r["stage"], r["batch"], r["name"] != "dense"))
         )
-    if models:
+    if any(m["parts"] for m in models):
         parts = [
             {"name": "dense" if p["model"] == "dense" else label, "part": p["part"], "megabytes": p["nbytes"] / 1e6, "order": i}
             for number, (label, m) in enumerate(zip(labels, models, strict=True))
@@ -229,7 +232,7 @@ def _charts(runs: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) ->
                 {"block": r["block"], "kind": r["kind"], "zeros": r["zeros"], "error": r["error"] or 0}
                 for r in m["layers"]
             ]
-            specs[f"zeros-{number}"] = charts.heat(cells, "zeros", "zeros")
+            specs[f"zeros-{number}"] = charts.heat(cells, "zeros", "zeros", 1.0)
             specs[f"error-{number}"] = charts.heat(cells, "error", "output error")
     return specs
 

@@ -366,7 +366,7 @@ class Step:
     _forward: Callable[[int], Tensor] = field(repr=False)
     _keep_output: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
     _tick: Callable[[], None] = field(default=lambda: None, repr=False)
-    _call: Callable[[Tensor, int], Tensor] | None = field(default=None, repr=False)
+    _call: Callable[..., Tensor] | None = field(default=None, repr=False)
     _teacher: Activations | None = field(default=None, repr=False)
     _store: Activations | None = field(default=None, repr=False)
     _targets: Activations | None = field(default=None, repr=False)
@@ -389,6 +389,11 @@ class Step:
         """The block, as it now is, on some windows of a batch: hidden states in, hidden states out."""
         assert self._call
         return self._call(hidden, batch)
+
+    def through(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+        """Another block of the same kind, called as this one is."""
+        assert self._call
+        return self._call(hidden, batch, block=block)
 
     def inputs(self, batch: int) -> Tensor:
         """The hidden states that enter the block, from the blocks before it as they now are."""

@@ -26,6 +26,7 @@ from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.stats import Stats
 from secateurs.structured import columns, experts, losses, units, width
+from secateurs.structured.bridge import bridge
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
@@ -479,13 +480,19 @@ class _Run:
             for module in block.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx = index  # type: ignore[assignment]
+        # what came after each kept block and is gone: what it did may be made up for
+        ends = [*kept_layers[1:], len(container)]
+        gone = {
+            was: [container[i] for i in range(was + 1, end)] for was, end in zip(kept_layers, ends, strict=True)
+        }  # fmt: skip
+        bridged = self.plan.refit and any(gone.values()) and bool(family.mlp)
         setattr(parent, path.rpartition(".")[2], kept)
         config.num_hidden_layers = shape.layers
         todo = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
         tick = ticker(self.progress, label, (2 * shape.layers - 1) * len(batches))
-        for step in stream(model, batches if kinds else [], tick=tick):
+        for step in stream(model, batches if kinds or bridged else [], tick=tick):
             was = kept_layers[step.index]
             record: dict[str, Any] = {"block": f"{path}.{was}", "units": {}}
             file = work / f"block-{step.index:04d}.safetensors"
@@ -517,11 +524,25 @@ class _Run:
                 if f"taylor {at_first}" in sensitive:
                     sensitive[f"taylor {at_first}"] = sensitive[f"taylor {at_first}"][:, kept_K]
                 now = replace(now, **{kind: shape.steps(kind)})
-            if kinds:
+            if bridged and gone[was]:
+                record["bridge"] = self._bridge(step, family, gone[was])
+            if kinds or bridged:
                 write_json(file.with_suffix(".json"), record)
                 write_tensors(file, {n: p.detach() for n, p in step.block.named_parameters()})
             records.append(record)
         return records
+
+    def _bridge(self, step: Step, family: families.Family, gone: Sequence[nn.Module]) -> dict[str, Any]:
+        """Let the block do what it can of what the removed blocks after it did."""
+        assert family.mlp
+        layers = {layer.name: layer for layer in layers_of(step.block, step.name, family.experts)}
+        layer = layers.get(f"{step.name}.{family.mlp[1]}")
+        if layer is None or layer.kind == "expert":
+            return {"blocks": len(gone), "left": None}
+        try:
+            return {"blocks": len(gone), "left": bridge(step, layer, gone, self.plan.damping)}
+        except ValueError as error:
+            raise LayerError(f"{layer.name}: {error}") from None
 
     def _narrow(
         self, model: nn.Module, family: families.Family, windows: Tensor, sensitive: dict[str, Tensor],

@@ -1,0 +1,84 @@
+"""The block before removed ones takes over what it can of them: brute-force least squares, and only where it helps."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+from secateurs.structured.bridge import bridge
+from secateurs.structured.shrink import ShrinkPlan, shrink
+from secateurs.walk import layers_of, stream
+
+
+@pytest.fixture
+def model(llama):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+
+
+def batches(n=64, tokens=64, each=5):
+    ids = torch.randint(0, 256, (n, tokens), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": part} for part in torch.split(ids, each)]
+
+
+def first_step(model, found):
+    return next(iter(stream(model, found)))
+
+
+def down(step):
+    return next(x for x in layers_of(step.block, step.name) if x.name.endswith("mlp.down_proj"))
+
+
+def test_it_is_ridge_regression_by_brute_force(model):
+    found = batches()
+    step = first_step(model, found)
+    layer, gone = down(step), list(model.model.layers[1:])
+    weight = layer.read().clone().double()
+    seen, wanted = [], []
+    hook = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in range(step.batches):
+            left = step.call(step.inputs(batch), batch)
+            out = left
+            for block in gone:
+                out = step.through(block, out, batch)
+            wanted.append(out - left)
+    hook.remove()
+    # every eighth window is held out
+    keep = [i for i in range(64) if i % 8 != 7]
+    a = torch.cat(seen)[keep].flatten(0, 1).double()
+    d = torch.cat(wanted)[keep].flatten(0, 1).double()
+    ridge = 0.01 * (a.T @ a).diagonal().mean() * torch.eye(a.shape[1], dtype=torch.float64)
+    want = weight + torch.linalg.solve(a.T @ a + ridge, a.T @ d).T
+    share = bridge(step, layer, gone, 0.01)
+    assert 0 < share < 1
+    torch.testing.assert_close(layer.read().double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_that_did_nothing_leave_nothing_to_do(model):
+    with torch.no_grad():
+        for block in model.model.layers[1:]:
+            block.mlp.down_proj.weight.zero_()
+            block.self_attn.o_proj.weight.zero_()
+    step = first_step(model, batches())
+    layer = down(step)
+    before = layer.read().clone()
+    assert bridge(step, layer, list(model.model.layers[1:]), 0.01) is None
+    assert torch.equal(layer.read(), before)
+
+
+def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):
+    llama = tiny.save(tmp_path / "dense", shard="10MB")
+    plan = ShrinkPlan(
+        str(llama), "params=0.7x", units=("layers",), calibration=str(words), samples=32, seqlen=32, eval_text=str(words),
+        eval_windows=8, eval_seqlen=32,
+    )  # fmt: skip
+    found = {refit: shrink(dataclasses.replace(plan, refit=refit), tmp_path / str(refit)) for refit in (True, False)}
+    assert found[True]["left"]["kept_layers"] == found[False]["left"]["kept_layers"]
+    assert found[True]["quality"]["kl"]["value"] < found[False]["quality"]["kl"]["value"]
+    bridges = [b["bridge"] for b in found[True]["blocks"] if "bridge" in b]
+    assert bridges
+    assert all(b["left"] is None or b["left"] < 1 for b in bridges)
+    assert not any("bridge" in b for b in found[False]["blocks"])
