@@ -137,3 +137,34 @@ def test_a_model_s_own_samples_follow_its_distribution():
     likely = int(chance.argmax())
     assert abs(float(seen[likely] - chance[likely])) < 4 * float(chance[likely] * (1 - chance[likely]) / 400) ** 0.5
     assert torch.equal(got.windows, calibrate.sample_from(model, TOKENIZER, 400, 3, 0, lambda: None).windows)
+
+
+def test_texts_of_one_kind_overlap_and_others_do_not():
+    random = torch.Generator().manual_seed(0)
+    # two kinds of text: tokens 0..99 and 50..149, each as often as the others
+    first, again, other = (torch.randint(low, low + 100, (40, 100), generator=random) for low in (0, 0, 50))
+    alike, apart = calibrate.distance(first, again), calibrate.distance(first, other)
+    # half of the tokens are common; what samples of one kind share is below 1
+    assert apart.overlap == pytest.approx(0.5 * apart.within, abs=0.05)
+    assert 0.8 < alike.within < 1
+    assert alike.overlap == pytest.approx(alike.within, abs=0.05)
+    assert alike.mismatch is None
+    assert calibrate.distance(first, other + 40).mismatch is not None
+
+
+def test_overlap_by_hand():
+    # 64 tokens of 0 and 64 of 1 in turn: halves are all 0 and all 1, so even one text has nothing in common with itself
+    text = torch.tensor([[0] * 64 + [1] * 64])
+    assert calibrate.distance(text, text).within == 0.0
+    mixed = torch.tensor([[0, 1] * 64])
+    assert calibrate.distance(mixed, mixed).overlap == 1.0
+    # a: half 0, half 1; b: half 0, half 2
+    assert calibrate.distance(mixed, mixed * 2).overlap == pytest.approx(0.5)
+
+
+def test_a_mismatch_says_both_numbers():
+    words = calibrate.Distance(0.2, 0.7, 12.0, 34.5).mismatch
+    assert words is not None
+    assert "overlap by 20%" in words
+    assert "overlaps by 70%; the dense model's perplexity is 12 and 34.5" in words
+    assert calibrate.Distance(0.35, 0.7).mismatch is None

@@ -323,3 +323,81 @@ def test_bad_requests_to_shrink_and_recover(command, message, tmp_path, llama, c
     arguments = [part.format(llama=llama) for part in command]
     assert message in fails(capsys, 2, *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+BENCH = {
+    "machine": {"memory_bytes": 24 * 10**9},
+    "variants": [
+        {
+            "name": name, "weights_bytes": 10**8, "kv_bytes_per_token": 10**4,
+            "prefill": {"tokens_per_second": 1000, "low": 950, "high": 1050},
+            "batches": [{"batch": b, "decode": {"tokens_per_second": rate * b, "low": 0.9 * rate * b, "high": 1.1 * rate * b}} for b in (1, 4)],
+        }
+        for name, rate in (("dense", 20), ("packed", 40))
+    ],
+}  # fmt: skip
+TRAFFIC = ("--rate", "5", "--price", "2 USD", "--prompt", "100", "--output", "50", "--requests", "2000")
+
+
+def test_a_fleet_is_sized_written_and_shown(tmp_path):
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(BENCH))
+    text, _ = run("fleet", file, *TRAFFIC)
+    found = json.loads((tmp_path / "fleet.json").read_text())
+    dense, packed = found["variants"]
+    assert packed["replicas"] < dense["replicas"]
+    assert f"{packed['saved_a_year']:,.0f} [" in text
+    assert "2 USD a node-hour; 2,000 requests simulated" in " ".join(text.split())
+    assert json.loads(run("fleet", file, *TRAFFIC, "--json")[0]) == found
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--rate", "0"), "traffic of 0 requests a second needs no fleet"),
+    (("--rate", "-3"), "traffic of -3 requests a second needs no fleet"),
+    (("--rate", "5", "--percentile", "100"), "percentile 100 cannot be kept"),
+    (("--rate", "5", "--price", "2"), "price '2' cannot be read; write an amount and its currency"),
+    (("--trace", "{trace}"), "line 2 is no request"),
+    ((), "no traffic: give --rate"),
+])  # fmt: skip
+def test_bad_requests_to_fleet(options, message, tmp_path, capsys):
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    (tmp_path / "trace.jsonl").write_text('{"time": 0, "prompt": 1, "output": 1}\nbroken\n')
+    arguments = [part.format(trace=tmp_path / "trace.jsonl") for part in options]
+    price = () if "--price" in options else ("--price", "2 USD")
+    assert message in fails(capsys, 2, "fleet", tmp_path / "bench.json", *price, *arguments)
+    assert not (tmp_path / "fleet.json").exists()
+
+
+def test_what_zeros_are_worth_elsewhere():
+    text = " ".join(run("realize", "0.9", "2:4", "shrink:flops=0.7x", "--profile", "a100")[0].split())
+    assert "published figures, not measured" in text
+    rows = json.loads(run("realize", "0.9", "2:4", "shrink:flops=0.7x", "--profile", "a100", "--json")[0])["rows"]
+    assert [row["candidate"] for row in rows] == ["2:4", "shrink:flops=0.7x", "0.9"]
+
+
+def test_decide_and_report_end_to_end(tmp_path, llama, words):
+    """On a machine that was never probed, with candidates of which none can pay: a random net of 32 channels."""
+    options = ["--calibration", words, "--eval-text", words, *FAST, "--candidates", "0.5,shrink:params=0.9x", "--multiple", "8",
+               "--prompt", "8", "--new", "8", "--repeats", "2", "--effort", "fast"]  # fmt: skip
+    _, error = run("decide", llama, "--out", tmp_path / "run", "--gate", "kl<=0", *options, code=5)
+    assert "Ship the dense model: no candidate both passes the floor and pays" in " ".join(error.split())
+    found = json.loads((tmp_path / "run" / "decide.json").read_text())
+    assert found["recommended"] == "dense"
+    assert (tmp_path / "run" / "profile.json").is_file()
+    run("report", tmp_path / "run")
+    assert "Ship the dense model" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("command", "code", "message"), [
+    (("decide", "{llama}", "--out", "{out}"), 2, "a decision needs a floor"),
+    (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--candidates", "many"), 2, "cannot read candidate 'many'"),
+    (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--budget", "2"), 2, "cannot read budget '2'"),
+    (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--profile", "b200"), 1, "no profile 'b200'"),
+    (("report", "{out}"), 1, "no run directory: it has no plan.json"),
+    (("realize", "--profile", "none.json"), 1, "no profile 'none.json'"),
+    (("realize", "3:2", "--profile", "a100"), 2, "cannot read candidate '3:2'"),
+])  # fmt: skip
+def test_bad_requests_to_decide_and_report(command, code, message, tmp_path, llama, capsys):
+    arguments = [part.format(llama=llama, out=tmp_path / "out") for part in command]
+    assert message in fails(capsys, code, *arguments)
+    assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from secateurs.errors import OutputError, PlanError
-from secateurs.fleet import Service, Speed, fleet, read_lengths, read_price, read_speeds, read_trace, requests_of, size
+from secateurs.fleet import Service, Speed, fleet, read_lengths, read_price, read_speeds, read_trace, service_of, size
 from secateurs.queueing import Lengths, Requests, erlang_wait, poisson, simulate
 
 
@@ -49,9 +49,9 @@ def test_a_queue_by_hand():
     found = simulate(asked, 1, 0.5, [0.5], warm=0)
     assert found.wait.tolist() == [0.0, 0.75, 0.0]
     assert found.first.tolist() == [1.0, 1.75, 1.0]
-    # two sequences a replica: the second starts at once, at the pace of two
+    # two sequences a replica: the second waits for the first one's prompt, and goes on at the pace of two
     found = simulate(asked, 1, 0.5, [0.5, 0.8], warm=0)
-    assert found.wait.tolist() == [0.0, 0.0, 0.0]
+    assert found.wait.tolist() == [0.0, 0.25, 0.0]
     assert found.pace.tolist() == [0.5, 0.8, 0.5]
 
 
@@ -170,12 +170,30 @@ def test_broken_traces_are_refused_by_line(tmp_path, lines, words):
         read_trace(file)
 
 
+def test_prompts_wait_for_each_other():
+    # prompts of a second, one every two seconds, on one replica with room for many: M/D/1 waits rho / (2 mu (1 - rho)) = 0.5 s
+    random = np.random.default_rng(0)
+    n = 200_000
+    asked = Requests(np.cumsum(random.exponential(2.0, n)), np.full(n, 1000.0), np.ones(n))
+    assert simulate(asked, 1, 1e-3, [1e-3] * 64).wait.mean() == pytest.approx(0.5, rel=0.03)
+
+
+def test_an_objective_between_prompts_that_count_and_those_that_do_not_ends():
+    """The first tenth is not counted; their long prompts must not make a search that no fleet ends."""
+    asked = Requests(np.arange(1000) / 10, np.array([5000.0] * 100 + [100.0] * 900), np.full(1000, 50.0))
+    assert size(speed(), service(first_seconds=1.0), asked).first_seconds <= 1.0
+    late = Requests(asked.arrival, asked.prompt[::-1].copy(), asked.output)
+    with pytest.raises(PlanError, match="the first token takes"):
+        size(speed(), service(first_seconds=1.0), late)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ({"peak": float("inf")}, "no number at or above the mean"),
         ({"rate": 0.0}, "traffic of 0 requests"),
         ({"rate": -1.0}, "traffic of -1 requests"),
-        ({"peak": 5.0}, "below the mean"),
+        ({"peak": 5.0}, "no number at or above the mean of 10"),
         ({"percentile": 100.0}, "percentile 100 cannot be kept"),
         ({"first_seconds": 0.0}, "ttft 0 is not above 0"),
         ({"headroom": 1.0}, "headroom 1 is not"),
@@ -193,9 +211,21 @@ def test_other_bad_input_is_refused(tmp_path):
     with pytest.raises(PlanError, match="prompt tokens 'many'"):
         read_lengths("many", "prompt")
     with pytest.raises(PlanError, match="no traffic"):
-        requests_of(None, None, None, "1", "1", 10, 0)
+        service_of(None, None, None, 1.0, 0.1, 95.0, "2 USD", 0.2, None)
+    with pytest.raises(PlanError, match="memory of nan GB"):
+        service_of(None, 1.0, None, 1.0, 0.1, 95.0, "2 USD", 0.2, float("nan"))
     with pytest.raises(OutputError, match="secateurs bench DIR --batch"):
         read_speeds(tmp_path)
-    (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(OutputError, match="not a measurement"):
-        read_speeds(tmp_path)
+    row = {
+        "name": "dense",
+        "weights_bytes": 1,
+        "kv_bytes_per_token": 1,
+        "prefill": {"tokens_per_second": 1, "low": 1, "high": 1},
+    }
+    zero = {"batch": 1, "decode": {"tokens_per_second": 0, "low": 0, "high": 0}}
+    for text in ("{}", "[]", "{", *(json.dumps({"machine": {"memory_bytes": 1}, "variants": v}) for v in (
+        [], [row], [{**row, "batches": []}], [{**row, "batches": [zero]}],
+    ))):  # fmt: skip
+        (tmp_path / "bench.json").write_text(text)
+        with pytest.raises(OutputError, match="not a measurement"):
+            read_speeds(tmp_path)

@@ -87,6 +87,22 @@ def test_more_samples_settle_what_was_said_that_they_would():
     assert low == pytest.approx(0.36, abs=0.005)
 
 
+@pytest.mark.parametrize("n", [1, 7])
+def test_few_windows_decide_nothing(n):
+    verdict = Gate.parse("kl<=0.2").judge({"kl": vars(Estimate(0.1, 0.1, 0.1, n))}, {})
+    assert (verdict["verdict"], verdict["more"]) == ("undecided", 8 - n)
+    assert "fewer than 8 windows decide nothing" in verdict["missed"]
+
+
+def test_equal_answers_are_not_certain():
+    ones = {"sums": {"metric": "acc", "scores": [1.0] * 100}}
+    found = compare(ones, ones)["sums"]
+    # three in a hundred may be wrong and not be seen
+    assert (found["pruned"]["low"], found["pruned"]["high"]) == (0.97, 1.0)
+    assert (found["difference"]["low"], found["difference"]["high"]) == (-0.03, 0.03)
+    assert Gate.parse("sums>=dense-0.02").judge(None, {"sums": found})["verdict"] == "undecided"
+
+
 def test_tasks_pass_on_the_low_end_of_the_paired_difference():
     assert Gate.parse("sums>=dense-0.02").judge(None, compared((0.0, -0.015, 0.015)))["passed"]
     assert Gate.parse("sums>=dense-0.02").judge(None, compared((0.0, -0.03, 0.03)))["verdict"] == "undecided"
@@ -99,7 +115,7 @@ def test_questions_are_paired():
     scores = np.array([1.0, 0.0] * 50)
     result = {"sums": {"metric": "acc", "scores": list(scores)}}
     same = compare(result, result)["sums"]
-    assert same["difference"] == vars(Estimate(0.0, 0.0, 0.0, 100))
+    assert same["difference"] == vars(Estimate(0.0, -0.03, 0.03, 100))
     assert same["dense"]["low"] < 0.5 < same["dense"]["high"]
     # a bootstrap interval of a share of one half of 100 is 0.5 -+ 1.96 * 0.05
     assert same["dense"]["low"] == pytest.approx(0.402, abs=0.011)

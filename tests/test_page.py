@@ -27,7 +27,7 @@ def made(tmp_path_factory, llama, words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "bench", stated_bench([]))
         decide(plan(llama, words, folder, candidates=candidates, gate=("agree>=0",)), folder / "run")
-    shutil.copy(folder / "run" / "candidates" / "0.5" / "bench.json", folder)
+    shutil.copy(folder / "run" / "candidates" / "0.5" / "timing.json", folder / "bench.json")
     options = [
         "--rate",
         "2",
@@ -109,10 +109,10 @@ def test_numbers_on_the_page_are_those_of_the_files(run):
     sources = {}
     for source, key, form, shown in visit.numbers:
         at = sources.setdefault(source, json.loads(Path(source).read_text()))
-        for part in key.split("."):
+        for part in key.split("/"):
             at = at[int(part)] if isinstance(at, list) else at[part]
         assert form.format(at) == shown, (source, key)
-    assert {s.rsplit("/", 1)[1] for s in sources} == {"decide.json", "report.json", "bench.json", "fleet.json"}
+    assert {s.rsplit("/", 1)[1] for s in sources} == {"decide.json", "report.json", "timing.json", "fleet.json"}
 
 
 @needs_browser

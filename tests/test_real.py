@@ -229,3 +229,50 @@ def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_p
     b = {k: t for f in (tmp_path / "back").glob("*.safetensors") for k, t in load_file(f).items()}
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+
+
+def test_a_decision_on_a_trained_model(tmp_path):
+    """Real quality, real bytes, real times of a model of a second: what is recommended is what the numbers say."""
+    from secateurs.decide import DecidePlan, decide, front
+
+    model, text = data("stories260K"), str(data("tinystories_30KB.txt"))
+    plan = DecidePlan(
+        str(model), ("ppl<=+400%",), ("0.5", "0.7", "2:4", "shrink:params=0.9x"), calibration=text, samples=16, seqlen=256,
+        eval_text=text, eval_windows=8, eval_seqlen=256, prompt=32, new=16, repeats=3, multiple=4,
+    )  # fmt: skip
+    result = decide(plan, tmp_path / "run")
+    rows = {row["candidate"]: row for row in result["rows"]}
+    measured = [row for row in rows.values() if row["status"] == "measured"]
+    print({name: (row["status"], row["reason"]) for name, row in rows.items()}, result["sentence"])
+    assert measured
+    for row in measured:
+        assert row["quality"]["ppl_ratio"]["value"] > 1
+        assert row["bytes_ratio"] < 1
+    good = [row for row in measured if row["reason"] is None]
+    best = min(good, key=lambda r: (r["seconds_ratio"]["value"], r["bytes_ratio"]), default={"candidate": "dense"})
+    assert result["recommended"] == best["candidate"]
+    assert {r["candidate"] for r in front(result["rows"])} == set(result["front"]) > set()
+    assert decide(plan, tmp_path / "run") == result
+
+
+def test_prose_and_code_are_told_apart(tmp_path, smollm2):
+    import sysconfig
+
+    from transformers import AutoTokenizer
+
+    from secateurs import calibrate
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    for part in (0, 1):
+        modules = [f.read_text(encoding="utf-8", errors="ignore") for f in files[part::2]]
+        (tmp_path / f"code-{part}.txt").write_text("\n\n".join(modules))
+    sources = {
+        "c4": f"{data('c4_sample.jsonl')}:prefix+gold_completion", "wikitext": str(data("wikitext-2-raw.test.txt")),
+        "code": str(tmp_path / "code-0.txt"), "other code": str(tmp_path / "code-1.txt"),
+    }  # fmt: skip
+    windows = {name: calibrate.load(source, tokenizer, 32, 512, 0).windows for name, source in sources.items()}
+    for a, b, alike in (
+        ("c4", "wikitext", True), ("code", "other code", True), ("c4", "code", False), ("wikitext", "code", False),
+    ):  # fmt: skip
+        assert (calibrate.distance(windows[a], windows[b]).mismatch is None) == alike, (a, b)

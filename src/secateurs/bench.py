@@ -210,6 +210,17 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
 
 def _work(request: dict[str, Any]) -> None:
     import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Clock(LogitsProcessor):
+        """Notes when the logits of every new token are there."""
+
+        def __init__(self) -> None:
+            self.ticks: list[float] = []
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            self.ticks.append(time.perf_counter())
+            return scores
 
     model = load(request["folder"], request["how"], request["dtype"])
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -218,22 +229,26 @@ def _work(request: dict[str, Any]) -> None:
     if "compiled" in request["how"]:
         settings["cache_implementation"] = "static"
 
-    def seconds(new: int, batch: int) -> float:
+    new = request["new"]
+
+    def seconds(batch: int) -> dict[str, float]:
+        """Until the first token, and until the last."""
         prompts = prompt.expand(batch, -1).contiguous()
+        clock = Clock()
         begin = time.perf_counter()
         with torch.no_grad():
             model.generate(
-                prompts, max_new_tokens=new, min_new_tokens=new, attention_mask=torch.ones_like(prompts), **settings
-            )
-        return time.perf_counter() - begin
+                prompts, max_new_tokens=new, min_new_tokens=new, attention_mask=torch.ones_like(prompts),
+                logits_processor=LogitsProcessorList([clock]), **settings,
+            )  # fmt: skip
+        return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
 
     print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model)}), flush=True)
     for line in sys.stdin:
         if line.strip() == "finish":
             print(json.dumps({"peak": peak_memory()}), flush=True)
             return
-        batch = int(line)
-        print(json.dumps({"first": seconds(1, batch), "all": seconds(request["new"], batch)}), flush=True)
+        print(json.dumps(seconds(int(line))), flush=True)
 
 
 def _kv_bytes_per_token(model: Any) -> int:

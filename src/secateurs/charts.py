@@ -59,8 +59,8 @@ def front(rows: Sequence[dict[str, Any]]) -> Spec:
         "tooltip": [{"field": f} for f in ("name", "seconds", "ppl", "passed")],
     }
     return _chart(
-        "Perplexity against seconds of a request, both over the dense model's, one mark a candidate with 95% intervals; "
-        "down and left is better",
+        "Perplexity against seconds of a request, both over the dense model's, one mark a candidate, with 95% intervals of quality "
+        "and the 10th to 90th percentile of times; down and left is better",
         rows,
         height=280,
         layer=[

@@ -1,6 +1,7 @@
 """The command line: typer over Plan and the stages. Parsing, progress and printing; no logic.
 
-Exit codes: 0 done; 1 it cannot be done; 2 the request cannot be read; 3 a gate was missed; 4 layers were skipped.
+Exit codes: 0 done; 1 it cannot be done; 2 the request cannot be read; 3 a gate was missed; 4 layers were skipped;
+5 nothing pays.
 """
 
 import dataclasses
@@ -656,17 +657,12 @@ def fleet(
 ) -> None:
     """How many replicas the traffic takes, dense and pruned, what they would see and what is saved a year."""
     from secateurs.files import write_json
-    from secateurs.fleet import Service, read_price, read_speeds, requests_of
     from secateurs.fleet import fleet as size_all
+    from secateurs.fleet import read_speeds, requests_of, service_of
     from secateurs.summary import print_fleet
 
-    amount, currency = read_price(price)
-    asked = requests_of(trace, rate, peak, prompt, output, requests, seed)
-    mean = rate if rate is not None else asked.rate
-    service = Service(
-        mean, peak if peak is not None else mean, ttft, tpot, percentile, amount, currency, headroom,
-        int(memory * 1e9) if memory is not None else None,
-    )  # fmt: skip
+    service = service_of(trace, rate, peak, ttft, tpot, percentile, price, headroom, memory)
+    asked = requests_of(trace, service.peak, requests, prompt, output, seed)
     with _progress(not quiet and not as_json) as progress:
         result = size_all(read_speeds(source), service, asked, progress)
     write_json(out or (source if source.is_dir() else source.parent) / "fleet.json", result)

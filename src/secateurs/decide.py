@@ -1,30 +1,32 @@
 """What to ship on this machine: candidates are estimated, then pruned and measured, held to the floor, and one is recommended.
 
 The run directory holds plan.json, profile.json, candidates/NAME (a run directory of prune or shrink each, with its packed model and
-bench.json) and decide.json. Everything that was measured is found again after a kill, and not measured twice.
+timing.json) and decide.json. Everything that was measured is found again after a kill, and not measured twice.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateurs import checkpoint, gates, tasks
-from secateurs.bench import Variant, bench, record_of, variants_of
+from secateurs.bench import bench, variants_of
 from secateurs.device import machine
 from secateurs.errors import DeviceError, PlanError, SecateursError
 from secateurs.files import claim, locked, write_json
+from secateurs.formats import DTYPES
 from secateurs.hardware import Hardware
+from secateurs.linear import linears
 from secateurs.measure import Timing
 from secateurs.pack import pack_run
 from secateurs.plan import Plan
 from secateurs.probe import Question, probe, shapes_of
 from secateurs.profile import DeviceProfile
 from secateurs.prune import Run, silent
-from secateurs.realize import GAIN, Candidate, machine_named, realize
+from secateurs.realize import GAIN, Candidate, Worth, machine_named, realize
 from secateurs.structured.shrink import ShrinkPlan, shrink
 
 Progress = Callable[[str, int, int], None]
@@ -72,6 +74,10 @@ class DecidePlan:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.gate:
             raise PlanError("a decision needs a floor: give --gate, e.g. 'ppl<=+5%'")
+        try:
+            gates.check(self.gate, self.tasks)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
         if not self.candidates:
             raise PlanError("no candidates to decide between; leave --candidates out for the usual ones")
         _ = self.limit
@@ -139,9 +145,15 @@ class _Decision:
         folder = Path(plan.model).expanduser()
         self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
         self.out, self.progress, self.show = out, progress, show
+        self.errors: list[SecateursError] = []
 
     def complete(self) -> dict[str, Any]:
-        checkpoint.Checkpoint(self.plan.model)
+        source = checkpoint.Checkpoint(self.plan.model)
+        skeleton = source.skeleton()
+        self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
+        self.share = _share(skeleton, source.block_names(skeleton))
+        if self.plan.tasks:
+            tasks.check(self.plan.tasks, self.plan.tasks_path)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
@@ -154,6 +166,9 @@ class _Decision:
             for i in order:
                 self._settle(i)
                 self.show(self.rows)
+            if not any(_fits(r) for r in self.rows) and self.errors:
+                # a fault is no decision
+                raise self.errors[0]
             result = self._result()
             write_json(self.out / "decide.json", result)
         return result
@@ -177,29 +192,32 @@ class _Decision:
         """The one of this machine: kept here, left by `secateurs probe`, or measured now on the model's own shapes."""
         file = self.out / "profile.json"
         if file.is_file():
-            return DeviceProfile.read(file)
-        profile = DeviceProfile.at_hand()
-        if profile is None:
+            profile = DeviceProfile.read(file)
+            if not profile.of_here:
+                raise DeviceError(
+                    f"{self.out} was begun on {profile.name}, this is another machine or number of threads, and times do not carry "
+                    "over; go on there, or choose another folder"
+                )
+            return profile
+        at_hand = DeviceProfile.at_hand()
+        if at_hand is None or not any(r["dtype"] == self.dtype for r in at_hand.rows):
             masks = [c for c in self.plan.parsed if c.kind == "mask"]
             sparsities = tuple(sorted({c.sparsity for c in masks} or {0.5}))
             question = Question(
-                shapes_of(self.plan.model, 2), sparsities, ("unstructured",), tokens=(1, 256), dtypes=(self._dtype(),),
+                shapes_of(self.plan.model, 2), sparsities, ("unstructured",), tokens=(1, 256), dtypes=(self.dtype,),
                 seconds_per_cell=1.0,
             )  # fmt: skip
-            profile = probe(question, self.progress)
-        profile.write(file)
-        return profile
-
-    def _dtype(self) -> str:
-        stored = str(checkpoint.Checkpoint(self.plan.model).raw_config.get("dtype") or "float32")
-        return {"bfloat16": "bf16", "float16": "fp16"}.get(stored.removeprefix("torch."), "fp32")
+            at_hand = probe(question, self.progress)
+        at_hand.write(file)
+        return at_hand
 
     def _estimate(self, candidate: Candidate) -> dict[str, Any]:
-        worth = realize(candidate, self.here, self._dtype())
+        worth = realize(candidate, self.here, self.dtype)
+        nbytes, seconds = self._of_all(worth.nbytes, candidate), self._estimated_seconds(worth, candidate)
         row: dict[str, Any] = {
             "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
-            "gate": [], "passed": None, "bytes_ratio": worth.nbytes, "seconds_ratio": self._estimated_seconds(worth),
-            "prefill": 1 / worth.prefill, "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [],
+            "gate": [], "passed": None, "bytes_ratio": nbytes, "seconds_ratio": seconds, "prefill": 1 / worth.prefill,
+            "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [],
         }  # fmt: skip
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
@@ -207,14 +225,18 @@ class _Decision:
             row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
         return row
 
-    def _estimated_seconds(self, worth: Any) -> dict[str, float]:
+    def _of_all(self, fraction: float, candidate: Candidate) -> float:
+        """A fraction of the pruned layers as one of the whole model: the rest, embeddings and head, stays as it is."""
+        return fraction if candidate.kind == "shrink" else 1 - (1 - fraction) * self.share
+
+    def _estimated_seconds(self, worth: Worth, candidate: Candidate) -> dict[str, float]:
         """Of a request, over the dense model's: prompts wait for products, tokens for memory."""
         flops = self.here.flops_per_second
-        rate = flops.get(self._dtype(), max(flops.values())) if isinstance(flops, dict) else flops
-        itemsize = 4 if self._dtype() == "fp32" else 2
+        rate = flops.get(self.dtype, max(flops.values())) if isinstance(flops, dict) else flops
+        itemsize = 4 if self.dtype == "fp32" else 2
         prefill = 2 * self.plan.prompt / rate
         decode = itemsize * self.plan.new / self.here.bytes_per_second
-        ratio = (worth.prefill * prefill + worth.decode * decode) / (prefill + decode)
+        ratio = self._of_all((worth.prefill * prefill + worth.decode * decode) / (prefill + decode), candidate)
         return {"value": ratio, "low": ratio, "high": ratio}
 
     # ------------------------------------------------------------------------------------------------ measurements
@@ -236,6 +258,7 @@ class _Decision:
         except SecateursError as error:
             # the others may still be worth something
             row |= {"status": "failed", "reason": str(error)}
+            self.errors.append(error)
 
     def _measure(self, row: dict[str, Any], candidate: Candidate) -> None:
         folder = self.out / "candidates" / re.sub(r"[^\w.=]+", "-", candidate.text)
@@ -259,13 +282,15 @@ class _Decision:
             nbytes = report["bytes"]
         row |= {
             "quality": report["quality"], "gate": report["gate"], "compared": report.get("compared", {}),
-            "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"],
-            "bytes_ratio": nbytes.get("packed", nbytes.get("left")) / nbytes["dense"], "bytes": nbytes, "folder": str(folder),
+            "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"], "bytes": nbytes,
+            "folder": str(folder.relative_to(self.out)), "status": "measured",
         }  # fmt: skip
-        if self.estimated:
-            # what the other machine would read, not what ours has packed
-            row |= {"bytes_ratio": row["worth"]["nbytes"], "status": "measured"}
-        else:
+        if [g["gate"] for g in row["gate"]] != list(self.plan.gate):
+            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.gate)}")
+        # another machine reads our packed files as they are, or a format of its own, which is an estimate
+        if not self.estimated or row["worth"]["kernel"] in ("bitmask", "dense"):
+            row["bytes_ratio"] = nbytes.get("packed", nbytes.get("left")) / nbytes["dense"]
+        if not self.estimated:
             self._time(row, folder, progress)
         self._judge(row)
 
@@ -284,23 +309,23 @@ class _Decision:
         return {"compared": compared, "gate": gates.judge(plan.gate, report["quality"], compared)}
 
     def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
-        file = record_of(folder)
-        assert file is not None
+        plan, file = self.plan, folder / "timing.json"
+        asked = {"prompt": plan.prompt, "new": plan.new, "repeats": plan.repeats}
         if not file.is_file():
-            plan = self.plan
-            variants: list[Variant] = variants_of(folder)
-            write_json(file, bench(variants, plan.prompt, plan.new, plan.repeats, progress))
+            write_json(file, bench(variants_of(folder), plan.prompt, plan.new, plan.repeats, progress))
         found = json.loads(file.read_text())
+        if {name: found[name] for name in asked} != asked:
+            raise PlanError(f"{file} was not measured by this plan; delete it, and it is measured again")
         dense, ours = found["variants"]
 
         def seconds(variant: dict[str, Any]) -> list[float]:
             stages = (variant[stage]["samples"] for stage in ("prefill", "decode"))
-            return [found["prompt"] / a + (found["new"] - 1) / b for a, b in zip(*stages, strict=True)]
+            return [plan.prompt / a + (plan.new - 1) / b for a, b in zip(*stages, strict=True)]
 
         ratio = Timing.of([a / b for a, b in zip(seconds(ours), seconds(dense), strict=True)])
         row |= {
             "seconds_ratio": {"value": ratio.seconds, "low": ratio.low, "high": ratio.high},
-            "prefill": ours["prefill"]["speedup"], "decode": ours["decode"]["speedup"], "measured": True, "status": "measured",
+            "prefill": ours["prefill"]["speedup"], "decode": ours["decode"]["speedup"], "measured": True,
         }  # fmt: skip
 
     def _judge(self, row: dict[str, Any]) -> None:
@@ -309,8 +334,14 @@ class _Decision:
             row["reason"] = next(g["missed"] for g in row["gate"] if not g["passed"])
         elif reason := self._over_budget(row):
             row["reason"] = reason
-        elif not (seconds["high"] < 1 and seconds["value"] < 1 / GAIN) and nbytes > 1 / GAIN:
+        elif not (self._faster(seconds) or nbytes < 1 / GAIN):
             row["reason"] = f"does not pay: {seconds['value']:.2f}x the seconds and {nbytes:.2f}x the bytes"
+        elif seconds["value"] > GAIN and (self.plan.limit or ("seconds",))[0] == "seconds":
+            row["reason"] = f"takes {seconds['value']:.2f}x the seconds; with --budget bytes=… that would not count"
+
+    @staticmethod
+    def _faster(seconds: dict[str, float]) -> bool:
+        return seconds["value"] < 1 / GAIN and seconds["high"] < 1
 
     def _over_budget(self, row: dict[str, Any], slack: float = 1.0) -> str | None:
         if self.plan.limit is None:
@@ -322,7 +353,7 @@ class _Decision:
     # ------------------------------------------------------------------------------------------------- the decision
 
     def _result(self) -> dict[str, Any]:
-        fit = [r for r in self.rows if r["status"] == "measured" and r["reason"] is None]
+        fit = [r for r in self.rows if _fits(r)]
         best = min(fit, key=lambda r: (r["seconds_ratio"]["value"], r["bytes_ratio"]), default=None)
         return {
             "format": FORMAT,
@@ -335,6 +366,18 @@ class _Decision:
             "recommended": best["candidate"] if best else "dense",
             "sentence": _sentence(best, self.rows, self.here.name, self.estimated),
         }
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    return row["status"] == "measured" and row["reason"] is None
+
+
+def _share(skeleton: Any, blocks: Sequence[str]) -> float:
+    """The share of a model's parameters that lies in the linear layers of its blocks."""
+    inside = sum(
+        module.weight.numel() for name, module, _ in linears(skeleton) if name.startswith(tuple(f"{b}." for b in blocks))
+    )  # fmt: skip
+    return float(inside / sum(p.numel() for p in skeleton.parameters()))
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -360,12 +403,12 @@ def _sentence(best: dict[str, Any] | None, rows: list[dict[str, Any]], where: st
         return f"Ship the dense model: no candidate both passes the floor and pays ({how}). {reasons}."
     seconds, quality = best["seconds_ratio"], best["quality"]
     time = f"{seconds['value']:.2f}x the time" + (
-        "" if estimated else f" [{seconds['low']:.2f}, {seconds['high']:.2f}]"
+        "" if estimated else f" (10th to 90th percentile {seconds['low']:.2f} to {seconds['high']:.2f})"
     )
     lost = ""
     if quality:
         ratio = quality["ppl_ratio"]
-        change = f"{ratio['value'] - 1:+.1%} [{ratio['low'] - 1:+.1%}, {ratio['high'] - 1:+.1%}]"
+        change = f"{ratio['value'] - 1:+.1%}, 95% interval {ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%}"
         lost = f" Perplexity against the dense model's: {change}."
     passed = ", ".join(g["gate"] for g in best["gate"])
     return (

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from secateurs.errors import OutputError, PlanError
-from secateurs.queueing import Lengths, Requests, poisson, simulate
+from secateurs.queueing import WARM, Lengths, Requests, poisson, simulate
 
 HOURS_A_YEAR = 8760
 
@@ -73,9 +73,9 @@ class Service:
     def __post_init__(self) -> None:
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise PlanError(f"traffic of {self.rate:g} requests a second needs no fleet; give --rate above 0")
-        if not self.peak >= self.rate:
+        if not (self.peak >= self.rate and math.isfinite(self.peak)):
             raise PlanError(
-                f"a peak of {self.peak:g} requests a second is below the mean of {self.rate:g}; raise --peak"
+                f"a peak of {self.peak:g} requests a second is no number at or above the mean of {self.rate:g}; raise --peak"
             )
         if not 0 < self.percentile < 100:
             raise PlanError(
@@ -140,7 +140,15 @@ def read_speeds(source: Path) -> list[Speed]:
     file = source / "bench.json" if source.is_dir() else source
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        return [Speed.of(row, data["machine"]) for row in data["variants"]]
+        speeds = [Speed.of(row, data["machine"]) for row in data["variants"]]
+        rates = [rate for s in speeds for three in (s.prefill, *s.decode.values()) for rate in three]
+        if (
+            not speeds
+            or not all(s.decode for s in speeds)
+            or not all(rate > 0 and math.isfinite(rate) for rate in rates)
+        ):
+            raise ValueError("a variant has no speed above 0")
+        return speeds
     except OSError as error:
         raise OutputError(
             f"{file} cannot be read: {error.strerror}; `secateurs bench DIR --batch 1,4,16` measures speed and writes it"
@@ -156,7 +164,8 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
     shared = each * prompt / output
     measured = max(speed.decode)
     limits = {"the largest batch that was measured": measured}
-    memory = service.memory_bytes or speed.memory_bytes
+    memory = speed.memory_bytes if service.memory_bytes is None else service.memory_bytes
+    end = ("", " at the low end of its measured speed", " at the high end of its measured speed")[which]
     if speed.kv_bytes_per_token:
         room = memory - speed.weights_bytes
         limits["memory for the cache"] = max(0, int(room / (speed.kv_bytes_per_token * (prompt + output))))
@@ -165,14 +174,15 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
     slots, why = min((n, why) for why, n in limits.items())
     if slots < 1:
         raise PlanError(
-            f"{speed.name} cannot serve this on any number of replicas: {why} leaves no sequence (a token takes "
+            f"{speed.name} cannot serve this on any number of replicas{end}: {why} leaves no sequence (a token takes "
             f"{paces[0]:.4g} s alone, {service.pace_seconds:g} s is asked; weights take {speed.weights_bytes / 1e9:.3g} of "
             f"{memory / 1e9:.3g} GB)"
         )
-    alone = float(np.percentile(requests.prompt, service.percentile)) * each + paces[0]
+    counted = requests.prompt[int(len(requests) * WARM) :]
+    alone = float(np.percentile(counted, service.percentile)) * each + paces[0]
     if alone > service.first_seconds:
         raise PlanError(
-            f"{speed.name} cannot serve this on any number of replicas: the first token takes {alone:.4g} s without any waiting, "
+            f"{speed.name} cannot serve this on any number of replicas{end}: the first token takes {alone:.4g} s without a wait, "
             f"at the {service.percentile:g}th percentile of prompts, and {service.first_seconds:g} s is asked"
         )
     return each, paces[:slots], why
@@ -275,14 +285,26 @@ def fleet(
     }  # fmt: skip
 
 
-def requests_of(
-    trace: Path | None, rate: float | None, peak: float | None, prompt: str, output: str, n: int, seed: int
-) -> Requests:
-    """A trace's requests, or n at random. Raises PlanError."""
+def requests_of(trace: Path | None, rate: float, n: int, prompt: str, output: str, seed: int) -> Requests:
+    """A trace's requests, or n at random, `rate` a second. Raises PlanError."""
     if trace is not None:
         return read_trace(trace)
+    return poisson(rate, n, read_lengths(prompt, "prompt"), read_lengths(output, "output"), seed)
+
+
+def service_of(
+    trace: Path | None, rate: float | None, peak: float | None, ttft: float, tpot: float, percentile: float, price: str,
+    headroom: float, memory: float | None,
+) -> Service:  # fmt: skip
+    """The options of `secateurs fleet`; without a rate, the trace's. memory: in GB. Raises PlanError."""
+    amount, currency = read_price(price)
     if rate is None:
-        raise PlanError("no traffic: give --rate in requests a second, or a --trace")
-    if not rate > 0:
-        raise PlanError(f"traffic of {rate:g} requests a second needs no fleet; give --rate above 0")
-    return poisson(peak or rate, n, read_lengths(prompt, "prompt"), read_lengths(output, "output"), seed)
+        if trace is None:
+            raise PlanError("no traffic: give --rate in requests a second, or a --trace")
+        rate = read_trace(trace).rate
+    if memory is not None and not (memory > 0 and math.isfinite(memory)):
+        raise PlanError(f"memory of {memory:g} GB holds nothing; give --memory above 0, in GB")
+    return Service(
+        rate, rate if peak is None else peak, ttft, tpot, percentile, amount, currency, headroom,
+        None if memory is None else int(memory * 1e9),
+    )  # fmt: skip

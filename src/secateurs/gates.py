@@ -16,6 +16,8 @@ from typing import Any
 from secateurs.estimate import Estimate
 
 METRICS = ("ppl", "kl", "agree")
+# an interval of fewer samples than this says nothing
+LEAST = {"windows": 8, "questions": 20}
 _FORMS = "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'TASK>=0.35' or 'TASK>=dense-0.02'"
 
 
@@ -73,7 +75,8 @@ class Gate:
         """The gate's record in a report. quality: as in the report. compared: of tasks.compare().
 
         verdict: 'passed' if the bad end of the interval holds, 'missed' if the good end does not, else 'undecided', which is no
-        pass. more: how many more windows or questions would settle it, if the mean stays: an interval narrows with their root.
+        pass; so are fewer samples than LEAST. more: how many more windows or questions would settle it, if the mean stays, for an
+        interval narrows with their root.
         missed: the sentence, or None.
         """
         estimate, unit = self._estimate(quality, compared)
@@ -91,8 +94,14 @@ class Gate:
         what += " less the dense model's" if self.task and self.against_dense else ""
         measured = f"{what} is {estimate} over {estimate.n} {unit}, the limit is {self.limit:.4g}"
         more = None
-        if self._holds(bad):
-            verdict, missed = "passed", None
+        if estimate.n < LEAST[unit]:
+            more = LEAST[unit] - estimate.n
+            missed = (
+                f"gate {self.text} undecided, so not passed: {measured}; fewer than {LEAST[unit]} {unit} decide nothing"
+            )
+            verdict = "undecided"
+        elif self._holds(bad):
+            verdict, missed = "passed", ""
         elif not self._holds(good):
             off = abs(estimate.value - self.limit)
             share = f" ({off / abs(self.limit):.1%})" if self.limit else ""
@@ -103,7 +112,7 @@ class Gate:
                 f"about {more} more {unit} would settle it if the mean stays"
             )  # fmt: skip
             verdict, missed = "undecided", f"gate {self.text} undecided, so not passed: {measured}; {settle}"
-        return {**record, "verdict": verdict, "passed": missed is None, "more": more, "missed": missed}
+        return {**record, "verdict": verdict, "passed": verdict == "passed", "more": more, "missed": missed or None}
 
     def _holds(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit

@@ -1,7 +1,8 @@
 """report.html: run directories as one file that needs no network, for whoever reviews the decision.
 
-page.html is the template; charts.py the charts. Numbers are shown from the JSON files as they are, never computed anew but for
-ratios; each carries the file and key that it is from (`data-from`), so that a test can hold the page against them.
+page.html is the template; charts.py the charts. Numbers are shown from the JSON files as they are, but for sums of bytes. Those of
+decisions, quality, speed, errors and fleets carry the file and key that they are from (`data-from`), so that a test can hold the
+page against them.
 """
 
 import json
@@ -29,7 +30,14 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         ) from None
     import jinja2
 
-    found = [_read(Path(run).expanduser()) for run in runs]
+    found = []
+    for run in runs:
+        try:
+            found.append(_read(Path(run).expanduser()))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise OutputError(
+                f"{run} holds a file that is not as secateurs writes it ({error!r}); run its command again"
+            ) from None
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("secateurs").joinpath("page.html").read_text(encoding="utf-8")
     )
@@ -56,7 +64,7 @@ def _value(source: str, data: Any, path: str, form: str = "{:.4g}") -> Any:
     import markupsafe
 
     at = data
-    for key in path.split("."):
+    for key in path.split("/"):
         at = at[int(key)] if isinstance(at, list) else at[key]
     shown = form.format(at) if isinstance(at, (int, float)) else str(at)
     return markupsafe.Markup('<span data-from="{}" data-key="{}" data-form="{}">{}</span>').format(
@@ -94,7 +102,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder} is incomplete: the decision is not made yet; run the same `secateurs decide` again"
         )
     decision = _json(folder / "decide.json")
-    models = [_model(Path(r["folder"]), r["candidate"]) for r in decision["rows"] if r["status"] == "measured"]
+    models = [_model(folder / r["folder"], r["candidate"]) for r in decision["rows"] if r["status"] == "measured"]
     profile = DeviceProfile.read(folder / "profile.json") if (folder / "profile.json").is_file() else None
     return {
         "folder": str(folder), "plan": plan, "decision": decision, "models": models, "fleet": _maybe(folder / "fleet.json"),
@@ -115,10 +123,11 @@ def _model(folder: Path, name: str) -> dict[str, Any]:
             f"{folder} is incomplete: it is {report['status']}; run the command that made it again, it goes on"
         )
     plan = _json(folder / "plan.json")
+    timed = next((f for f in (folder / "bench.json", folder / "timing.json") if f.is_file()), None)
     kind = "shrunk" if "left" in report else "recovered" if "training" in report else "pruned"
     return {
         "name": name, "folder": str(folder), "source": str(file), "report": report, "plan": plan,
-        "bench": _maybe(folder / "bench.json"), "bench_source": str(folder / "bench.json"), "fleet": _maybe(folder / "fleet.json"),
+        "bench": _json(timed) if timed else None, "bench_source": str(timed), "fleet": _maybe(folder / "fleet.json"),
         "kind": kind, "parts": _parts(report), "layers": _layers(report),
         "command": _command({"shrunk": "shrink", "recovered": "recover"}.get(kind, "prune"), plan, folder),
     }  # fmt: skip
@@ -169,20 +178,26 @@ def _products(profile: DeviceProfile | None, models: Sequence[dict[str, Any]]) -
     return {"name": profile.name, "rows": rows} if profile and rows else None
 
 
+# options that --no-… turns off
+_ON_BY_DEFAULT = ("permute", "refit", "uniform")
+
+
 def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
     """The command that makes a run again."""
     words = ["secateurs", stage, plan["model"], "--out", str(folder)]
     names = {"foreign": "allow_foreign_profile"}
     for name, value in plan.items():
-        if name == "model" or value in (None, "", [], False):
+        if name == "model" or value is None or value in ("", []):
             continue
         option = "--" + names.get(name, name).replace("_", "-")
+        if value is False:
+            words += [option.replace("--", "--no-", 1)] if name in _ON_BY_DEFAULT else []
+            continue
         if name in ("units", "candidates"):
             words += [option, ",".join(value)]
         elif isinstance(value, list):
             words += [word for item in value for word in (option, str(item))]
         elif value is True:
-            # on by default, or of no value
             words += [option]
         else:
             words += [option, str(value)]
@@ -206,26 +221,31 @@ def _charts(runs: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) ->
             specs[f"replicas-{number}"] = charts.replicas(
                 [{k: r[k] for k in ("name", "replicas", "replicas_low", "replicas_high")} for r in sized]
             )
-    labels = [f"{Path(run['folder']).name}: {m['name']}" if many else m["name"] for run in runs for m in run["models"]]
-    rates = [
-        {"name": "dense" if v is m["bench"]["variants"][0] else label, "stage": stage, "batch": b["batch"],
-         "value": b[stage]["tokens_per_second"], "low": b[stage]["low"], "high": b[stage]["high"]}
-        for label, m in zip(labels, models, strict=True) if m["bench"]
-        for stage in ("prefill", "decode") for v in m["bench"]["variants"] for b in v["batches"]
-    ]  # fmt: skip
+    names = [(Path(run["folder"]).name if many else "", m) for run in runs for m in run["models"]]
+    # a dense model is timed beside each candidate: the first of a run stands for all in the picture
+    rates: dict[tuple[str, str, int], dict[str, Any]] = {}
+    parts: dict[tuple[str, str], dict[str, Any]] = {}
+    for run_name, m in names:
+        prefix = f"{run_name}: " if run_name else ""
+        label, dense = prefix + m["name"], prefix + "dense"
+        for number, v in enumerate((m["bench"] or {}).get("variants", [])):
+            # what was timed besides, such as a compiled dense model, has its own name
+            shown = dense if not number else label if v["name"] in ("packed", "shrunk") else f"{label}, {v['name']}"
+            for b in v["batches"]:
+                for stage in ("prefill", "decode"):
+                    rate = {
+                        "name": shown, "stage": stage, "batch": b["batch"], "value": b[stage]["tokens_per_second"],
+                        "low": b[stage]["low"], "high": b[stage]["high"],
+                    }  # fmt: skip
+                    rates.setdefault((stage, shown, b["batch"]), rate)
+        for order, part in enumerate(m["parts"]):
+            shown = dense if part["model"] == "dense" else label
+            bar = {"name": shown, "part": part["part"], "megabytes": part["nbytes"] / 1e6, "order": order}
+            parts.setdefault((shown, part["part"]), bar)
     if rates:
-        # a dense model was timed beside each candidate: the first stands for all in the picture
-        first = {(r["name"], r["stage"], r["batch"]): r for r in reversed(rates)}
-        specs["speed"] = charts.speed(
-            sorted(first.values(), key=lambda r: (r["stage"], r["batch"], r["name"] != "dense"))
-        )
-    if any(m["parts"] for m in models):
-        parts = [
-            {"name": "dense" if p["model"] == "dense" else label, "part": p["part"], "megabytes": p["nbytes"] / 1e6, "order": i}
-            for number, (label, m) in enumerate(zip(labels, models, strict=True))
-            for i, p in enumerate(m["parts"]) if p["model"] != "dense" or number == 0
-        ]  # fmt: skip
-        specs["bytes"] = charts.nbytes(parts)
+        specs["speed"] = charts.speed(sorted(rates.values(), key=lambda r: (r["stage"], r["batch"])))
+    if parts:
+        specs["bytes"] = charts.nbytes(list(parts.values()))
     for number, m in enumerate(models):
         if m["layers"]:
             cells = [

@@ -253,6 +253,8 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
+        if self.plan.tasks:
+            tasks.check(self.plan.tasks, self.plan.tasks_path)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             if self.report_file.is_file():

@@ -1,19 +1,23 @@
 """Requests that wait for replicas, simulated: one queue, served in the order of arrival, replicas that batch what they hold.
 
-A replica holds up to `slots` sequences. A request that starts when replicas hold b sequences each keeps the pace of that batch to
-its end; later ones do not slow it, and neither speed it up when they leave. Sequences are spread evenly over replicas. With
-one slot and exponential work this is M/M/c, whose waiting time has a closed form (erlang_wait).
+A replica holds up to `slots` sequences and works on one prompt at a time. A request that starts when replicas hold b sequences each
+keeps the pace of that batch to its end; later ones do not slow it, and neither speed it up when they leave. Sequences are spread
+evenly over replicas. With one slot and exponential work this is M/M/c, whose waiting time has a closed form (erlang_wait).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+# the share of the first requests that finds a fleet too empty
+WARM = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,15 @@ class Waits:
 
 
 def simulate(
-    requests: Requests, replicas: int, prompt_seconds: float, token_seconds: Sequence[float], warm: float = 0.1
+    requests: Requests, replicas: int, prompt_seconds: float, token_seconds: Sequence[float], warm: float = WARM
 ) -> Waits:
     """prompt_seconds: of one token of a prompt. token_seconds[b - 1]: seconds between tokens of a sequence when a replica holds b;
-    its length is the slots of a replica. warm: the share of the first requests that finds a fleet too empty and is not counted.
+    its length is the slots of a replica. warm: the share of the first requests that is not counted.
     """
     slots = len(token_seconds)
     capacity = replicas * slots
+    # when each replica has done the prompts that it was sent; the next one goes where it starts first
+    free = [0.0] * replicas
     # when each sequence in service ends, earliest first; a full fleet's next start is its earliest end
     ends: list[float] = []
     wait, pace = np.empty(len(requests)), np.empty(len(requests))
@@ -71,6 +77,8 @@ def simulate(
         if len(ends) == capacity:
             start = heappop(ends)
         each = token_seconds[len(ends) // replicas]
+        start = max(start, free[0])
+        heapreplace(free, start + prompt)
         heappush(ends, start + prompt + tokens * each)
         wait[i], pace[i] = start - now, each
         if i >= first_counted:

@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def kept(self) -> float:
-        """Nominal fraction of the work that is left; of a budget that is no fraction, 1."""
+        """Nominal fraction of the work that is left; of a budget in seconds, which says no fraction, 1."""
         if self.kind == "mask":
             return 1 - self.sparsity
         found = re.fullmatch(r"\w+=(0?\.\d+)x?", self.budget)
@@ -68,7 +68,7 @@ class Candidate:
     @property
     def family(self) -> str:
         """Candidates of one family differ only in how much goes."""
-        return self.pattern if self.kind == "mask" else self.kind
+        return self.pattern or self.budget.partition("=")[0] or self.kind
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,21 @@ class Worth:
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster in prefill or decoding, or smaller, by more than noise."""
+        """Whether it is faster in prefill or decoding, or smaller, by more than noise; of a budget in seconds nobody knows yet."""
+        if self.candidate.startswith("shrink:seconds"):
+            return True
         return min(self.flops, self.nbytes, self.prefill, self.decode) < 1 / GAIN
 
 
 def realize(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: str = "bf16") -> Worth:
     """Raises PlanError if a measured profile has no rows for the dtype."""
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise PlanError(f"unknown dtype '{dtype}'; write bf16, fp16 or fp32")
     kept, measured = candidate.kept, isinstance(machine, DeviceProfile)
     if candidate.kind != "mask":
         why = "" if candidate.kind == "dense" else "what is left is dense and runs anywhere"
+        if kept > 1 / GAIN and candidate.kind == "shrink" and not candidate.budget.startswith("seconds"):
+            why = f"no more than {1 - kept:.0%} goes, which is not told from noise"
         return Worth(candidate.text, kept, kept, kept, kept, kept, kept, "dense", why, measured)
     if isinstance(machine, Hardware):
         return _published(candidate, machine, dtype)

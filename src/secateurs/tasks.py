@@ -1,16 +1,36 @@
 """Tasks beside perplexity: lm-eval's, or files of one's own; dense and pruned compared question by question."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from secateurs.errors import CalibrationError
-from secateurs.estimate import mean_of
+from secateurs.estimate import Estimate, mean_of
 
 # a task's own metric is the first of these that it has
 _PREFERRED = ("acc", "exact_match", "acc_norm", "f1")
+
+
+def check(tasks: Sequence[str], tasks_path: str | None) -> Any:
+    """lm-eval's task manager, if it knows them all. Raises CalibrationError without lm-eval, for unknown tasks and groups."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise CalibrationError("tasks need the library lm-eval; pip install 'secateurs[tasks]'") from None
+    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
+    for name in tasks:
+        if name in (*manager.all_groups, *manager.all_tags):
+            raise CalibrationError(
+                f"'{name}' is a group of lm-eval tasks, which has no questions of its own; name its tasks"
+            )
+        if name not in manager.all_tasks:
+            where = tasks_path or "lm-eval"
+            known = ", ".join(sorted(manager.all_subtasks)[:12])
+            raise CalibrationError(f"no task '{name}' in {where}; it has {known}")
+    return manager
 
 
 def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit: int | None = None) -> dict[str, Any]:
@@ -20,19 +40,11 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
     files (and the JSONL they name). limit: questions of each task. Raises CalibrationError without lm-eval, or for a task that
     it does not know.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise CalibrationError("tasks need the library lm-eval; pip install 'secateurs[tasks]'") from None
+    manager = check(tasks, tasks_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown:
-        where = tasks_path or "lm-eval"
-        raise CalibrationError(f"no task '{unknown[0]}' in {where}; it has {', '.join(sorted(manager.all_tasks)[:12])}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
@@ -62,12 +74,20 @@ def compare(dense: dict[str, Any], pruned: dict[str, Any], seed: int = 0) -> dic
         if "scores" not in row or "scores" not in pruned.get(task, {}):
             continue
         a, b = np.array(row["scores"]), np.array(pruned[task]["scores"])
-        estimates = {"dense": a, "pruned": b, "difference": b - a}
+        estimates = {"dense": (a, 0.0), "pruned": (b, 0.0), "difference": (b - a, -1.0)}
         out[task] = {
             "metric": row["metric"],
-            **{name: vars(mean_of(values, seed)) for name, values in estimates.items()},
+            **{name: vars(_certain(mean_of(values, seed), least)) for name, (values, least) in estimates.items()},
         }
     return out
+
+
+def _certain(found: Estimate, least: float) -> Estimate:
+    """Equal answers leave a bootstrap no spread: the rule of three, 3/n, bounds what was not seen (Hanley, Lippman-Hand 1983)."""
+    if found.low < found.high:
+        return found
+    rare = 3 / found.n
+    return replace(found, low=max(least, found.low - rare), high=min(1.0, found.high + rare))
 
 
 def without_scores(results: dict[str, Any]) -> dict[str, Any]:

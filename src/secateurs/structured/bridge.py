@@ -4,7 +4,8 @@ The block before ends in a matrix W whose product is added to the residual strea
 inputs and D_T what the removed blocks would add to what now leaves the block,
     W + argmin_V sum_t ||D_t - V a_t||^2 + damping * mean diag(A'A) * ||V||^2
 takes their place as far as a linear map of a can. ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) fits a map of the
-hidden state instead. O outputs, I inputs, T tokens.
+hidden state instead. Where a block norms that product before it adds it, this is a guess for the held-out windows to judge.
+O outputs, I inputs, T tokens.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
                 number = torch.arange(done, done + windows)
                 done += windows
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
-                a_TI = seen[0][~out].reshape(-1, inputs).float()
+                # OPT's comes as one row of tokens
+                a_TI = seen[0].reshape(windows, -1, inputs)[~out].flatten(0, 1).float()
                 d_TO = (wanted.float() - left.float())[~out].reshape(-1, layer.shape[0])
                 gram_II.addmm_(a_TI.T, a_TI)
                 cross_OI.addmm_(d_TO.T, a_TI)
@@ -51,6 +53,9 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
     finally:
         hook.remove()
     mean = gram_II.diagonal().mean()
+    if not mean > 0:
+        # the only window is held out
+        return None
     gram_II.diagonal().add_(damping * mean)
     lower_II, failed = torch.linalg.cholesky_ex(gram_II.double())
     if failed:

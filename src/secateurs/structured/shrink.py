@@ -510,9 +510,11 @@ class _Run:
             stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
             if todo["experts"]:
                 x_TH = experts.inputs(step, family)
-                gone, cost = experts.removal(step.block, family, x_TH, sensitive.get(f"{path}.{was}"), todo["experts"])
-                experts.cut(step.block, family, gone)
-                record["units"]["experts"] = {"removed": sorted(gone), "loss": cost[-1]}
+                removed, cost = experts.removal(
+                    step.block, family, x_TH, sensitive.get(f"{path}.{was}"), todo["experts"]
+                )
+                experts.cut(step.block, family, removed)
+                record["units"]["experts"] = {"removed": sorted(removed), "loss": cost[-1]}
             for kind in of_columns:
                 found = self._units(kind, step, family, now)
                 name = found.consumer.name
@@ -629,6 +631,7 @@ class _Run:
         )
         if measured is None:
             report["warnings"].append("quality was not measured: the model predicts no next token")
+            report["gate"] = gates.judge(plan.gate, None)
             return
         found, text = measured
         report["quality"], report["evaluation"] = found.as_dict(), text.facts()
