@@ -212,7 +212,7 @@ def _work(request: dict[str, Any]) -> None:
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    class Clock(LogitsProcessor):
+    class Clock(LogitsProcessor):  # type: ignore[misc]
         """Notes when the logits of every new token are there."""
 
         def __init__(self) -> None:

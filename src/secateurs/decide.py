@@ -374,10 +374,9 @@ def _fits(row: dict[str, Any]) -> bool:
 
 def _share(skeleton: Any, blocks: Sequence[str]) -> float:
     """The share of a model's parameters that lies in the linear layers of its blocks."""
-    inside = sum(
-        module.weight.numel() for name, module, _ in linears(skeleton) if name.startswith(tuple(f"{b}." for b in blocks))
-    )  # fmt: skip
-    return float(inside / sum(p.numel() for p in skeleton.parameters()))
+    inside = tuple(f"{block}." for block in blocks)
+    weights: list[Any] = [module.weight for name, module, _ in linears(skeleton) if name.startswith(inside)]
+    return float(sum(w.numel() for w in weights) / sum(p.numel() for p in skeleton.parameters()))
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from secateurs.estimate import Estimate
 
 METRICS = ("ppl", "kl", "agree")
-# an interval of fewer samples than this says nothing
+# fewer samples than this pass nothing: their interval is too narrow to be believed
 LEAST = {"windows": 8, "questions": 20}
 _FORMS = "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'TASK>=0.35' or 'TASK>=dense-0.02'"
 
@@ -76,8 +76,7 @@ class Gate:
 
         verdict: 'passed' if the bad end of the interval holds, 'missed' if the good end does not, else 'undecided', which is no
         pass; so are fewer samples than LEAST. more: how many more windows or questions would settle it, if the mean stays, for an
-        interval narrows with their root.
-        missed: the sentence, or None.
+        interval narrows with their root. missed: the sentence, or None.
         """
         estimate, unit = self._estimate(quality, compared)
         record: dict[str, Any] = {"gate": self.text, "metric": self.metric, "limit": self.limit}
@@ -94,18 +93,16 @@ class Gate:
         what += " less the dense model's" if self.task and self.against_dense else ""
         measured = f"{what} is {estimate} over {estimate.n} {unit}, the limit is {self.limit:.4g}"
         more = None
-        if estimate.n < LEAST[unit]:
-            more = LEAST[unit] - estimate.n
-            missed = (
-                f"gate {self.text} undecided, so not passed: {measured}; fewer than {LEAST[unit]} {unit} decide nothing"
-            )
-            verdict = "undecided"
-        elif self._holds(bad):
-            verdict, missed = "passed", ""
-        elif not self._holds(good):
+        if not self._holds(good):
             off = abs(estimate.value - self.limit)
             share = f" ({off / abs(self.limit):.1%})" if self.limit else ""
             verdict, missed = "missed", f"gate {self.text} missed: {measured}, off by {off:.4g}{share}"
+        elif estimate.n < LEAST[unit]:
+            more = LEAST[unit] - estimate.n
+            settle = f"fewer than {LEAST[unit]} {unit} cannot pass it"
+            verdict, missed = "undecided", f"gate {self.text} undecided, so not passed: {measured}; {settle}"
+        elif self._holds(bad):
+            verdict, missed = "passed", ""
         else:
             more = _more(estimate, self.limit, bad if self._holds(estimate.value) else good)
             settle = "no number of samples would settle a mean at the limit" if more is None else (
