@@ -48,7 +48,8 @@ def front(rows: Sequence[dict[str, Any]]) -> Spec:
     """rows: name, seconds, seconds_low, seconds_high, ppl, ppl_low, ppl_high (fractions over dense), passed."""
     x = _field("seconds", "quantitative", "seconds of a request, dense = 1", scale={"zero": False, "nice": True})
     y = _field("ppl", "quantitative", "perplexity, dense = 1", scale={"type": "log", "nice": True})
-    colour = _field("name", "nominal", None, legend={"orient": "top", "columns": 3})
+    # names stand beside their marks
+    colour = _field("name", "nominal", None, legend=None)
     across = {"x": {**x, "field": "seconds_low"}, "x2": {"field": "seconds_high"}, "y": y, "color": colour}
     upright = {"x": x, "y": {**y, "field": "ppl_low"}, "y2": {"field": "ppl_high"}, "color": colour}
     point = {
@@ -67,6 +68,10 @@ def front(rows: Sequence[dict[str, Any]]) -> Spec:
             {"mark": "rule", "encoding": across},
             {"mark": "rule", "encoding": upright},
             {"mark": {"type": "point", "filled": True, "size": 110}, "encoding": point},
+            {
+                "mark": {"type": "text", "dy": -14, "color": _TEXT},
+                "encoding": {"x": x, "y": y, "text": {"field": "name"}},
+            },
         ],
     )
 
@@ -74,8 +79,9 @@ def front(rows: Sequence[dict[str, Any]]) -> Spec:
 def speed(rows: Sequence[dict[str, Any]]) -> Spec:
     """rows: name, stage, batch, value, low, high (tokens a second)."""
     y = _field("label", "nominal", None, sort=None, axis={"labelLimit": 260})
-    colour = _field("name", "nominal", None, legend={"orient": "top", "columns": 3})
-    low, value = (_field(name, "quantitative", "tokens a second") for name in ("low", "value"))
+    # names stand beside their marks
+    colour = _field("name", "nominal", None, legend=None)
+    low, value = (_field(name, "quantitative", "tokens a second", scale={"type": "log"}) for name in ("low", "value"))
     return _chart(
         "Tokens a second of each model, prefill and decoding, with the 10th to 90th percentile of its runs",
         [{**r, "label": f"{r['stage']}, {r['batch']} at once: {r['name']}"} for r in rows],

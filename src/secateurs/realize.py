@@ -179,12 +179,10 @@ def _measured(candidate: Candidate, profile: DeviceProfile, dtype: str) -> Worth
     nbytes = _stored(kept, _BITMASK, dtype)
     # a layer is packed only where that is faster for few tokens, and then it is packed for many as well
     if few < GAIN:
-        why = (
-            f"packed products are no faster here at {candidate.sparsity:.0%} zeros ({few:.2f}x for {tokens[0]} tokens)"
-        )
+        why = f"packed products are no faster here at {candidate.sparsity:.0%} zeros ({few:.2f}x at {tokens[0]} tokens at once)"
         return _dense(candidate, why, True)
     why = (
-        f"measured {few:.2f}x for {tokens[0]} tokens and {many:.2f}x for {tokens[-1]}: zeros are not read, but survivors are "
+        f"measured {few:.2f}x at {tokens[0]} and {many:.2f}x at {tokens[-1]} tokens at once: zeros are not read, but survivors are "
         "expanded before they are multiplied"
     )
     return Worth(candidate.text, kept, kept, min(1.0, 1 / many), nbytes, 1 / many, 1 / few, "bitmask", why, True)
