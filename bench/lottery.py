@@ -5,12 +5,13 @@
 digits: scikit-learn's 1797 images of 8 x 8, a third held out; a net of 64, 300, 100 and 10 units, Adam at 1.2e-3, 900 steps of
 60 images. fashion: Fashion-MNIST's first 12,000 training images and all 10,000 test images; a residual convolution net
 (tools/fashion_mnist.py, width 16), AdamW with a one-cycle rate, 3 epochs of batches of 128, rewound to step 30. Seeds 0, 1 and 2;
-each round removes a quarter of what is left over the whole net. At 90%: gradual pruning (cubic, from a tenth to two thirds of
-the steps) and one-shot magnitude of the dense net, with and without half of the steps after it. Runs lie under runs/lottery
-and go on where they were.
+each round removes a quarter of what is left over the whole net. At 90%: gradual pruning from scratch (cubic, from a tenth to two
+thirds of the steps); the trained dense net, gradually pruned in a third of as many steps again (cubic); one-shot magnitude of the
+dense net, with and without half of the steps after it. Runs lie under runs/lottery and go on where they were.
 """
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -105,7 +106,7 @@ class Fashion(Digits):
 
 def others(task):
     """{how: [score of every seed]} at 90%, beside iterative pruning."""
-    found = {"gradual": [], "one-shot": [], "one-shot, then half of the steps": []}
+    found = {"gradual": [], "dense, then gradual": [], "one-shot": [], "one-shot, then half of the steps": []}
     for seed in SEEDS:
         model = task.make(seed)
         schedule = sc.train.cubic(AT, task.steps // 10, 2 * task.steps // 3, every=max(1, task.steps // 30))
@@ -113,6 +114,12 @@ def others(task):
         found["gradual"].append(task.score(model))
         model = task.make(seed)
         task.train(model, lambda o: None, 0, task.steps, seed)
+        trained = copy.deepcopy(model)
+        again = sc.train.cubic(AT, 0, task.steps // 3, every=max(1, task.steps // 60))
+        task.train(
+            trained, lambda o, m=trained, s=again: sc.train.gradual(m, o, s, scope="global"), 0, task.steps, seed
+        )
+        found["dense, then gradual"].append(task.score(trained))
         flat = torch.cat([p.detach().abs().flatten() for _, p in prunable(model)])
         bar = flat.kthvalue(round(AT * len(flat))).values
         for _, p in prunable(model):

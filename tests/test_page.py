@@ -80,9 +80,10 @@ class Visit:
                 "found => found.map(e => [e.id, e.getAttribute('aria-label'), e.querySelectorAll('svg path').length])",
             )
             self.overflow = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            self.ink = tab.evaluate(
-                "[getComputedStyle(document.body).color, getComputedStyle(document.querySelector('.chart svg text')).fill]"
-            )
+            self.ink = tab.evaluate("""() => {
+                const text = document.querySelector(".chart svg text");
+                return [getComputedStyle(document.body).color, text && getComputedStyle(text).fill];
+            }""")
             self.text = tab.inner_text("body")
             tab.keyboard.press("Tab")
             self.first_stop = tab.evaluate("document.activeElement.textContent")
@@ -168,3 +169,31 @@ def test_what_a_model_is_called_cannot_break_the_page(run):
     text = page.write([run]).read_text()
     assert "<script>alert(1)" not in text
     assert "</script><b>" not in text
+
+
+@needs_browser
+def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
+    from secateurs.train import RecoverPlan, recover
+
+    asked = RecoverPlan(
+        str(run / "candidates" / "0.5"), data=str(words), samples=8, seqlen=32, steps=2, batch=2, eval_text=str(words), eval_windows=8,
+        eval_seqlen=32,
+    )  # fmt: skip
+    report = recover(asked, tmp_path / "recovered")
+    visit = Visit(page.write([tmp_path / "recovered"]))
+    assert visit.errors == []
+    assert f"All {report['zeros']:,} zeros of {report['of_weights']:,} weights are zeros still" in visit.text
+
+
+def test_commands_on_the_page_make_the_same_run(run):
+    plan_of = json.loads((run / "plan.json").read_text())
+    words_of = page._command("decide", {**plan_of, "tasks_limit": 0, "profile": None}, run).split()
+    assert words_of[:2] == ["secateurs", "decide"]
+    assert "--tasks-limit" in words_of
+    assert "--profile" not in words_of
+    shrink = page._command(
+        "shrink",
+        {"model": "m", "budget": "params=0.9x", "units": ["mlp", "heads"], "refit": False, "uniform": True},
+        run,
+    )
+    assert "--units mlp,heads --no-refit --uniform" in shrink
