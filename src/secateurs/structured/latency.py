@@ -4,6 +4,7 @@
 is fitted to measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,11 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
 
 
 def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of that shape whose weights are all one small number: as fast as a trained one."""
+    """A model of that shape whose weights are all one small number, loaded from a folder as a trained one is.
+
+    Memory that from_pretrained fills lies otherwise than what a tensor is made in: on two cores of an EPYC the one decoded 6%
+    faster and read prompts half as fast as the other (docs/log.md).
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -68,7 +73,11 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
                 filled = torch.full(parameter.shape, 0.01, dtype=dtype)
                 module._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
     model.tie_weights()
-    return model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        # the files may go while they are mapped
+        return cls.from_pretrained(folder, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
