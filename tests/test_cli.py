@@ -265,12 +265,26 @@ def test_tasks_of_one_s_own_run_offline(tmp_path, llama):
         "sums",
         "--tasks-path",
         tmp_path / "tasks",
+        "--gate",
+        "sums>=0.01",
+        "--gate",
+        "sums>=0.99",
         "--quiet",
+        code=3,
     )
-    tasks = json.loads((folder / "report.json").read_text())["tasks"]
+    report = json.loads((folder / "report.json").read_text())
+    tasks = report["tasks"]
     for results in (tasks["dense"], tasks["pruned"]):
         assert 0 <= results["sums"]["acc"] <= 1
         assert results["sums"]["acc_stderr"] > 0
+    # by question: the difference of means is the mean of differences, and its interval is paired
+    compared = report["compared"]["sums"]
+    assert compared["difference"]["value"] == pytest.approx(
+        tasks["pruned"]["sums"]["acc"] - tasks["dense"]["sums"]["acc"]
+    )
+    assert compared["pruned"]["n"] == 36
+    assert [g["verdict"] for g in report["gate"]] == ["passed", "missed"]
+    assert "over 36 questions, the limit is 0.99" in report["gate"][1]["missed"]
     _, error = run(
         "eval", llama, "--windows", 1, "--tasks", "none", "--tasks-path", tmp_path / "tasks", "--quiet", code=1
     )
