@@ -50,13 +50,14 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# hours: every method and effort on SmolLM2-135M; units and channels; tickets; one packed layer; a 1B-shaped model's decoding
+# hours: every method and effort on SmolLM2-135M; units and channels; tickets; calibration text; one packed layer; a 1B-shaped model's decoding
 bench: $(READY)
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/structured.py
 	$(BIN)/python bench/channels.py
 	$(BIN)/python bench/lottery.py
+	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/decode.py
 

@@ -95,10 +95,20 @@ def test_a_profile_without_the_dtype_says_what_to_run():
         of("0.5", profile(**{"0.5": (1.6, 1.0)}), "fp32")
 
 
-@pytest.mark.parametrize("text", ["", "1.5", "3:2", "shrink:", "shrink:latency=2x", "16x16", "unstructured", "half"])
+@pytest.mark.parametrize(
+    "text", ["", "1.5", "3:2", "shrink:", "shrink:latency=2x", "shrink:mlp:", "16x16", "unstructured", "half"]
+)
 def test_unreadable_candidates_are_refused(text):
     with pytest.raises(PlanError, match="cannot read|all of the dense"):
         Candidate.parse(text)
+
+
+def test_width_and_depth_are_candidates():
+    width = Candidate.parse("shrink:mlp+heads:params=0.8x")
+    assert (width.units, width.budget, width.kept) == (("mlp", "heads"), "params=0.8x", 0.8)
+    depth, usual = Candidate.parse("shrink:layers:params=0.8x"), Candidate.parse("shrink:params=0.7x")
+    # more of one kind says nothing of another
+    assert len({width.family, depth.family, usual.family}) == 3
 
 
 def test_unknown_machines_are_refused():

@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 
+from secateurs import families
 from secateurs.errors import OutputError, PlanError
+from secateurs.structured import units
 from secateurs.structured.shrink import ShrinkPlan, shrink
 
 SMALL = {"multiple": 4, "samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32}
@@ -341,3 +343,26 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
     assert f"Shrunk before that to params=0.8x: {small['left']['parameters']:,} of" in text
     steps = (small["quality"]["ppl_dense"], small["quality"]["ppl"], report.quality["ppl"])
     assert " to ".join(format(step["value"], ".2f") for step in steps) in text
+
+
+def test_head_counts_that_transformers_refuses_are_not_chosen(tmp_path, words):
+    """32 channels and 4 KV heads of one query each: three heads do not divide the width, so two stay."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    llama = tmp_path / "dense"
+    AutoModelForCausalLM.from_config(config).save_pretrained(llama)
+    tiny.tokenizer().save_pretrained(llama)
+    report = shrink(plan(llama, words, "params=0.95x", units=("heads",), eval_windows=0), tmp_path / "run")
+    assert report["left"]["heads"] == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert units.not_loadable(config, families.find("llama"), units.Shape(2, 64, 3, 1, 0, 32)) == (
+        "The hidden size (32) is not a multiple of the number of attention heads (3)."
+    )
+    # a budget that only three heads would meet, and one that nothing loadable meets
+    with pytest.raises(PlanError, match="the smallest shape"):
+        shrink(plan(llama, words, "params=0.6x", units=("heads",), eval_windows=0), tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -545,7 +545,7 @@ def bench(
 @app.command()
 def realize(
     candidates: Annotated[
-        list[str] | None, typer.Argument(help="0.7, 2:4, 16x16:0.5, shrink:flops=0.7x. Default: a range of them.")
+        list[str] | None, typer.Argument(help="0.7, 2:4, 16x16:0.5, shrink:mlp:flops=0.7x. Default: a range of them.")
     ] = None,
     profile: Annotated[
         str | None,
@@ -573,7 +573,10 @@ def decide(
     out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
     gate: Gates = None,
     candidates: Annotated[
-        str, typer.Option(help="0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x; commas between.")
+        str,
+        typer.Option(
+            help="0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x, shrink:layers:params=0.8x; commas between."
+        ),
     ] = "0.5,0.7,2:4,shrink:latency=0.8x",
     budget: Annotated[
         str | None, typer.Option(help="seconds=0.8x (of a request) or bytes=0.6x, of the dense model's.")

@@ -112,13 +112,14 @@ class DecidePlan:
         if candidate.kind == "shrink":
             # shrink runs no tasks: they are asked of its result here
             asked = tuple(g for g in self.gate if gates.Gate.parse(g).task is None)
+            units = {"units": candidate.units} if candidate.units else {}
             return ShrinkPlan(
                 self.model,
                 candidate.budget,
                 prompt=self.prompt,
                 new=self.new,
                 multiple=self.multiple,
-                **{**shared, "gate": asked},
+                **{**shared, **units, "gate": asked},
             )
         return Plan(
             self.model, pattern=candidate.pattern, sparsity=candidate.sparsity, effort=self.effort, allow_skips=True,

@@ -16,8 +16,10 @@ from secateurs.hardware import HARDWARE, Hardware
 from secateurs.profile import DeviceProfile
 
 # what `secateurs realize` shows unasked
-USUAL = ("dense", "0.5", "0.7", "0.9", "0.95", "2:4", "4:8", "16x16:0.5", "shrink:flops=0.8x", "shrink:flops=0.7x")
-_FORMS = "'0.7' (unstructured), '2:4', '16x16:0.5' or 'shrink:latency=0.8x'"
+USUAL = (
+    "dense", "0.5", "0.7", "0.9", "0.95", "2:4", "4:8", "16x16:0.5", "shrink:mlp:flops=0.7x", "shrink:layers:flops=0.7x",
+)  # fmt: skip
+_FORMS = "'0.7' (unstructured), '2:4', '16x16:0.5', 'shrink:latency=0.8x' or 'shrink:layers:params=0.8x'"
 # below this a gain is not told from noise
 GAIN = 1.05
 # bits beside the survivors, per weight: one of ours; 2:4 tensor cores read two a survivor
@@ -26,26 +28,29 @@ _BITMASK, _TWO_FOUR = 1.0, 1.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """What might be shipped. kind: 'dense', 'mask' or 'shrink'. pattern, sparsity: of a mask. budget: of `secateurs shrink`."""
+    """What might be shipped. kind: 'dense', 'mask' or 'shrink'. pattern, sparsity: of a mask. budget, units: of `secateurs shrink`;
+    no units are its usual ones."""
 
     text: str
     kind: str
     pattern: str = ""
     sparsity: float = 0.0
     budget: str = ""
+    units: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
-        """'dense', '0.7', 'unstructured:0.7', '2:4', '16x16:0.5', 'shrink:latency=0.8x'. Raises PlanError."""
+        """'dense', '0.7', 'unstructured:0.7', '2:4', '16x16:0.5', 'shrink:latency=0.8x', 'shrink:mlp:params=0.8x' (width),
+        'shrink:layers:params=0.8x' (depth), units joined by +. Raises PlanError."""
         text = text.strip()
         if text == "dense":
             return cls(text, "dense")
         if text.startswith("shrink:"):
             from secateurs.structured.budget import Budget
 
-            budget = text.removeprefix("shrink:")
+            units, _, budget = text.removeprefix("shrink:").rpartition(":")
             Budget.parse(budget)
-            return cls(text, "shrink", budget=budget)
+            return cls(text, "shrink", budget=budget, units=tuple(units.split("+")) if units else ())
         number = re.fullmatch(r"(?:(unstructured|\d+x\d+):)?(0?\.\d+)", text)
         if number:
             return cls(text, "mask", number[1] or "unstructured", float(number[2]))
@@ -68,7 +73,7 @@ class Candidate:
     @property
     def family(self) -> str:
         """Candidates of one family differ only in how much goes."""
-        return self.pattern or self.budget.partition("=")[0] or self.kind
+        return self.pattern or "+".join((*self.units, self.budget.partition("=")[0])) or self.kind
 
 
 @dataclass(frozen=True)

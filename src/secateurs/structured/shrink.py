@@ -231,7 +231,7 @@ class _Run:
     def _refuse_too_small(self, cls: Any, config: Any, family: families.Family, sizes: "_Sizes") -> None:
         """A budget that the smallest shape does not meet."""
         plan, bound = self.plan, self.plan.bound
-        shape = min(self._shapes(sizes), key=sizes.parameters)
+        shape = min(self._shapes(sizes, config, family), key=sizes.parameters)
         if bound.timed:
             models = [self._blank(cls, config, family, s) for s in (sizes.dense, shape)]
             dense, least = measure(models, plan.prompt, plan.new, rounds=3)
@@ -345,7 +345,7 @@ class _Run:
         if file.is_file():
             data = json.loads(file.read_text())
             return Shape(**data["shape"]), data["tried"]
-        shapes = self._shapes(sizes)
+        shapes = self._shapes(sizes, config, family)
 
         def loss(shape: Shape) -> float:
             return _loss(lost, sizes.dense, shape)
@@ -361,7 +361,8 @@ class _Run:
         write_json(file, {"shape": dataclasses.asdict(shape), "tried": tried})
         return shape, tried
 
-    def _shapes(self, sizes: "_Sizes") -> list[Shape]:
+    def _shapes(self, sizes: "_Sizes", config: Any, family: families.Family) -> list[Shape]:
+        """All shapes that the units allow and that transformers loads. Raises PlanError if there is none."""
         chosen, dense, step = self.plan.units, sizes.dense, self.plan.multiple
         least = {kind: dense.steps(kind) - losses.most(dense.steps(kind)) for kind in units.COLUMNS if kind in chosen}
         fewest_experts = dense.experts - (sizes.most_experts if "experts" in chosen else 0)
@@ -380,7 +381,20 @@ class _Run:
             for e in range(dense.experts, fewest_experts - 1, -1)
             for n in hidden
         ]
-        return [shape for shape in found if shape != dense]
+        # some classes want the width to be a multiple of the query heads
+        kinds = {
+            (s.heads, s.queries, s.hidden): replace(dense, heads=s.heads, queries=s.queries, hidden=s.hidden)
+            for s in found
+        }
+        refused = {kind: units.not_loadable(config, family, shape) for kind, shape in kinds.items()}
+        shapes = [s for s in found if s != dense and not refused[s.heads, s.queries, s.hidden]]
+        if not shapes:
+            reasons = [why for why in refused.values() if why]
+            raise PlanError(
+                f"{', '.join(chosen)} cannot be cut to anything that transformers loads: "
+                f"{reasons[0] if reasons else 'nothing smaller is left'}"
+            )
+        return shapes
 
     def _within_time(
         self, cls: Any, config: Any, family: families.Family, dense: Shape,

@@ -181,3 +181,13 @@ def stated(
         if kinds:
             out["layer_types"] = [kinds[i] for i in kept_layers]
     return out
+
+
+def not_loadable(config: Any, family: Family, shape: Shape) -> str | None:
+    """Why transformers would not load a model of that shape, or None."""
+    try:
+        type(config)(**stated(config.to_dict(), config, family, shape, range(shape.layers)))
+    # transformers has an exception of its own for this, which wraps a ValueError
+    except Exception as error:
+        return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    return None
