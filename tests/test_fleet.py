@@ -108,6 +108,9 @@ def test_savings_have_the_interval_of_the_speeds():
     assert dense["replicas_low"] <= dense["replicas"] <= dense["replicas_high"]
     assert half["replicas_saved"] == dense["replicas"] - half["replicas"] > 0
     assert half["saved_a_year"] == half["replicas_saved"] * 2.0 * 8760
+    # a fast dense model against a slow candidate, and the other way round
+    assert half["saved_a_year_low"] == (dense["replicas_low"] - half["replicas_high"]) * 2.0 * 8760
+    assert half["saved_a_year_high"] == (dense["replicas_high"] - half["replicas_low"]) * 2.0 * 8760
     assert half["saved_a_year_low"] < half["saved_a_year"] < half["saved_a_year_high"]
     # tokens an hour at the mean rate: 100 * 3600 * 150
     assert half["cost_per_million_tokens"] == pytest.approx(half["replicas"] * 2.0 / 54.0)
