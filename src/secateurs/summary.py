@@ -454,8 +454,12 @@ def print_decision(result: dict[str, Any], console: Console, folder: str) -> Non
 
 def print_worth(rows: Sequence[Any], name: str, sources: dict[str, str], console: Console) -> None:
     """Nominal and realizable fractions, those that need least first."""
-    console.print(f"[bold]{escape(name)}[/]" + (": published figures, not measured" if sources else ", measured"))
-    table = _table("candidate", "nominal FLOPs", "bytes", "realizable FLOPs", "bytes", "prefill s", "decode s", "by")
+    console.print(
+        f"[bold]{escape(name)}[/]"
+        + (": published figures, not measured" if sources else ", measured")
+        + "; nominal, then realizable"
+    )
+    table = _table("candidate", "nominal FLOPs", "bytes", "real FLOPs", "bytes", "prefill s", "decode s", "by")
     for w in rows:
         numbers = (w.nominal_flops, w.nominal_bytes, w.flops, w.nbytes, w.prefill, w.decode)
         table.add_row(w.candidate, *(f"{n:.2f}x" for n in numbers), w.kernel)
