@@ -111,6 +111,11 @@ def test_width_and_depth_are_candidates():
     assert len({width.family, depth.family, usual.family}) == 3
 
 
+@pytest.mark.parametrize("text", ["shrink:seconds=1.5", "shrink:mlp:seconds=1.5"])
+def test_nobody_knows_yet_what_a_budget_in_seconds_is_worth(text):
+    assert of(text).pays
+
+
 def test_unknown_machines_are_refused():
     with pytest.raises(DeviceError, match="no profile 'b200'.*none of a100, h100"):
         machine_named("b200")

@@ -144,15 +144,13 @@ class Distance:
 
 def distance(calibration: Tensor, evaluation: Tensor) -> Distance:
     """Of windows [N, S]; both are cut to the same number of tokens, for shorter texts overlap less."""
-    a, b = calibration.flatten(), evaluation.flatten()
-    n = min(len(a), len(b))
-    # halves are taken window by window in turn, so that both have something of every document
-    halves = (a[:n], b[:n])
-    within = min(_common(*_halved(t)) for t in halves)
-    return Distance(_common(_halved(a[:n])[0], _halved(b[:n])[1]), within)
+    n = min(calibration.numel(), evaluation.numel())
+    a, b = (_halved(windows.flatten()[:n]) for windows in (calibration, evaluation))
+    return Distance(_common(a[0], b[1]), min(_common(*a), _common(*b)))
 
 
 def _halved(tokens: Tensor, piece: int = 64) -> tuple[Tensor, Tensor]:
+    """Pieces in turn, so that both halves have something of every document."""
     pieces = torch.split(tokens, piece)
     return torch.cat(list(pieces[::2])), torch.cat(list(pieces[1::2]) or [tokens[:0]])
 

@@ -573,11 +573,12 @@ def decide(
     out: Annotated[Path, typer.Option(help="The run directory to make. Rerun after a kill: it goes on.")],
     gate: Gates = None,
     candidates: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x, shrink:layers:params=0.8x; commas between."
+            help="0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x, shrink:layers:params=0.8x; commas between. "
+            "Default: 0.5, 0.7, 2:4 and shrink:latency=0.8x."
         ),
-    ] = "0.5,0.7,2:4,shrink:latency=0.8x",
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="seconds=0.8x (of a request) or bytes=0.6x, of the dense model's.")
     ] = None,
@@ -609,13 +610,16 @@ def decide(
     quiet: Quiet = False,
 ) -> None:
     """Which candidate to ship on this machine: estimated, pruned, held to the floor, timed; one sentence says. Exit 5: none."""
-    from secateurs.decide import DecidePlan
+    from secateurs.decide import DEFAULT_CANDIDATES, DecidePlan
     from secateurs.decide import decide as run
     from secateurs.errors import NothingPaysError
     from secateurs.summary import print_decision
 
+    chosen = DEFAULT_CANDIDATES
+    if candidates is not None:
+        chosen = tuple(c.strip() for c in candidates.split(",") if c.strip())
     plan = DecidePlan(
-        model, tuple(gate or ()), tuple(c.strip() for c in candidates.split(",") if c.strip()), budget=budget, profile=profile,
+        model, tuple(gate or ()), chosen, budget=budget, profile=profile,
         foreign=allow_foreign_profile, effort=effort, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen, tasks=tuple(tasks or ()), tasks_path=tasks_path,
         tasks_limit=tasks_limit, prompt=prompt, new=new, repeats=repeats, multiple=multiple,
@@ -661,11 +665,12 @@ def fleet(
     """How many replicas the traffic takes, dense and pruned, what they would see and what is saved a year."""
     from secateurs.files import write_json
     from secateurs.fleet import fleet as size_all
-    from secateurs.fleet import read_speeds, requests_of, service_of
+    from secateurs.fleet import random_requests, read_speeds, read_trace, service_of
     from secateurs.summary import print_fleet
 
-    service = service_of(trace, rate, peak, ttft, tpot, percentile, price, headroom, memory)
-    asked = requests_of(trace, service.peak, requests, prompt, output, seed)
+    traced = read_trace(trace) if trace is not None else None
+    service = service_of(traced, rate, peak, ttft, tpot, percentile, price, headroom, memory)
+    asked = traced or random_requests(service.peak, requests, prompt, output, seed)
     with _progress(not quiet and not as_json) as progress:
         result = size_all(read_speeds(source), service, asked, progress)
     write_json(out or (source if source.is_dir() else source.parent) / "fleet.json", result)

@@ -32,7 +32,7 @@ from secateurs.structured.shrink import ShrinkPlan, shrink
 Progress = Callable[[str, int, int], None]
 Show = Callable[[list[dict[str, Any]]], None]
 
-DEFAULT_CANDIDATES = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
+DEFAULT_CANDIDATES: tuple[str, ...] = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
 FORMAT = 1
 
 

@@ -285,26 +285,24 @@ def fleet(
     }  # fmt: skip
 
 
-def requests_of(trace: Path | None, rate: float, n: int, prompt: str, output: str, seed: int) -> Requests:
-    """A trace's requests, or n at random, `rate` a second. Raises PlanError."""
-    if trace is not None:
-        return read_trace(trace)
-    return poisson(rate, n, read_lengths(prompt, "prompt"), read_lengths(output, "output"), seed)
-
-
 def service_of(
-    trace: Path | None, rate: float | None, peak: float | None, ttft: float, tpot: float, percentile: float, price: str,
+    traced: Requests | None, rate: float | None, peak: float | None, ttft: float, tpot: float, percentile: float, price: str,
     headroom: float, memory: float | None,
 ) -> Service:  # fmt: skip
-    """The options of `secateurs fleet`; without a rate, the trace's. memory: in GB. Raises PlanError."""
+    """The options of `secateurs fleet`; without a rate, that of `traced`. memory: in GB. Raises PlanError."""
     amount, currency = read_price(price)
     if rate is None:
-        if trace is None:
+        if traced is None:
             raise PlanError("no traffic: give --rate in requests a second, or a --trace")
-        rate = read_trace(trace).rate
+        rate = traced.rate
     if memory is not None and not (memory > 0 and math.isfinite(memory)):
         raise PlanError(f"memory of {memory:g} GB holds nothing; give --memory above 0, in GB")
     return Service(
         rate, rate if peak is None else peak, ttft, tpot, percentile, amount, currency, headroom,
         None if memory is None else int(memory * 1e9),
     )  # fmt: skip
+
+
+def random_requests(rate: float, n: int, prompt: str, output: str, seed: int) -> Requests:
+    """n requests, `rate` a second, with lengths as read_lengths() reads them."""
+    return poisson(rate, n, read_lengths(prompt, "prompt"), read_lengths(output, "output"), seed)

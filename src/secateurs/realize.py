@@ -95,7 +95,7 @@ class Worth:
     @property
     def pays(self) -> bool:
         """Whether it is faster in prefill or decoding, or smaller, by more than noise; of a budget in seconds nobody knows yet."""
-        if self.candidate.startswith("shrink:seconds"):
+        if "seconds=" in self.candidate:
             return True
         return min(self.flops, self.nbytes, self.prefill, self.decode) < 1 / GAIN
 
