@@ -1,5 +1,8 @@
 """Zeros that stay on two ranks, by gloo on this machine's CPUs."""
 
+import faulthandler
+import gc
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -33,23 +36,30 @@ def _full(p):
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
 
+def _trained(kind, rank):
+    model = _net()
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    _train(wrapped, rank, 2)
+    return [_full(p) for p in wrapped.parameters()]
+
+
 def _rank(rank, meeting, kind, file):
+    faulthandler.dump_traceback_later(300, exit=True)
     torch.set_num_threads(1)
     # a rank that knocks at a free port before the other listens may be given that port and meet itself
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
-        model = _net()
-        if kind == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        _train(wrapped, rank, 2)
-        found = [_full(p) for p in wrapped.parameters()]
+        found = _trained(kind, rank)
         if rank == 0:
             torch.save(found, file)
+        # a reducer that outlives its process group joins gloo's threads with the GIL held, and they may be waiting for it
+        gc.collect()
     finally:
         torch.distributed.destroy_process_group()
 
