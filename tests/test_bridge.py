@@ -81,4 +81,7 @@ def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):
     bridges = [b["bridge"] for b in found[True]["blocks"] if "bridge" in b]
     assert bridges
     assert all(b["left"] is None or b["left"] < 1 for b in bridges)
-    assert not any("bridge" in b for b in found[False]["blocks"])
+    tuned = [b["reconstruction"] for b in found[True]["blocks"] if "reconstruction" in b]
+    assert len(tuned) == len(bridges)
+    assert all(0 < t["after"] <= t["before"] for t in tuned), tuned
+    assert not any("bridge" in b or "reconstruction" in b for b in found[False]["blocks"])

@@ -44,6 +44,7 @@ def test_a_unit_with_no_output_can_go(model_type, kind, tmp_path):
     before = units.Shape.of(model.config, family)
     # a query head goes from every KV head
     gone = torch.arange(before.heads) * before.queries if kind == "queries" else torch.tensor([1])
+    left = dataclasses.replace(before, **{kind: before.steps(kind) - 1})
     removed = 0
     for name, layers in blocks(model):
         found = units.units_of(kind, name, layers, family, before)
@@ -58,10 +59,10 @@ def test_a_unit_with_no_output_can_go(model_type, kind, tmp_path):
         kept[found.groups_GC[gone].flatten()] = False
         count = sum(p.numel() for p in model.parameters())
         units.cut(model.get_submodule(name), found, gone, found.consumer.read()[:, kept])
+        units.tell(model.get_submodule(name), left)
         assert count - sum(p.numel() for p in model.parameters()) == found.parameters_each * len(gone)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
-    left = dataclasses.replace(before, **{kind: before.steps(kind) - 1})
     config = units.stated(model.config.to_dict(), model.config, family, left, range(before.layers))
     cls = getattr(transformers, tiny.TINY[model_type][0])
     fresh = cls(type(model.config)(**config))

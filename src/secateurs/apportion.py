@@ -82,7 +82,7 @@ def apportion(
 
     def scores(name: str) -> Iterator[Tensor]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(plan, name))
+            torch.manual_seed(seed_of(plan.seed, name))
             # an expert that no token reached has inputs of size 0
             stats = norms.get(name) or Stats.zeros(found[name][1].shape[1], gram=False) if norms else None
             score_OI = solver.score(weight(name), stats)

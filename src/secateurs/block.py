@@ -25,8 +25,6 @@ from secateurs.walk import Layer, Step, blocks_of, layers_of, matches
 # A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
 # plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
 _POWER = 0.5
-# Adam's rate when a block is tuned, times the size of each tensor's survivors (docs/log.md)
-_RATE = 8e-3
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     weight_OI = layer.read().float()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(plan, layer.name))
+            torch.manual_seed(seed_of(plan.seed, layer.name))
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
@@ -239,8 +237,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
-            _RATE,
-            seed=seed_of(plan, step.name),
+            seed=seed_of(plan.seed, step.name),
             tick=tick,
         )
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}
@@ -253,6 +250,6 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
     outcome.tuned += _vectors(step.name, step.block)
 
 
-def seed_of(plan: Plan, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
     """Of a layer's or block's random numbers: the same in a resumed run, another for every name."""
-    return zlib.crc32(f"{plan.seed} {name}".encode())
+    return zlib.crc32(f"{seed} {name}".encode())

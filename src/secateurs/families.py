@@ -19,8 +19,8 @@ class Family:
     mlp: tuple[tuple[str, ...], str] | None = None
     # (layer that makes the values, layer they enter), by heads
     attention: tuple[str, str] | None = None
-    # (query, key, value) where config.json can state fewer heads of the same width
-    projections: tuple[str, str, str] | None = None
+    # (query, key, value, output) where config.json can state fewer heads of the same width; one layer may stack the first three
+    projections: tuple[str, str, str, str] | None = None
     # (norm of a block, the part that reads it, the part's layer that adds to the residual stream), where a norm is x / rms(x)
     # times a weight and embeddings enter as they are
     residual: tuple[tuple[str, str, str], ...] = ()
@@ -32,7 +32,8 @@ class Family:
 _FUSED = ("gate_up_proj", "down_proj")
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _SELF = ("self_attn.v_proj", "self_attn.o_proj")
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_STACKED = ("self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.o_proj")
 
 _STREAM = (
     ("input_layernorm", "self_attn", "self_attn.o_proj"),
@@ -40,13 +41,20 @@ _STREAM = (
 )
 
 _ROWS = (
-    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
-    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
-    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
-    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV, residual=_STREAM),
-    Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF, projections=_QKV),
-    Family("phi3", ("phi3",), "layers", mlp=(("mlp.gate_up_proj",), "mlp.down_proj"), residual=_STREAM),
+    Family("llama", ("llama",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO, residual=_STREAM),
+    Family("mistral", ("mistral",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO, residual=_STREAM),
+    Family("qwen2", ("qwen2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO, residual=_STREAM),
+    Family("qwen3", ("qwen3",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO, residual=_STREAM),
+    Family("gemma2", ("gemma2",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO),
+    Family("gemma3", ("gemma3_text",), "layers", mlp=_GATED, attention=_SELF, projections=_QKVO),
+    Family(
+        "phi3",
+        ("phi3",),
+        "layers",
+        mlp=(("mlp.gate_up_proj",), "mlp.down_proj"),
+        projections=_STACKED,
+        residual=_STREAM,
+    ),
     Family(
         "opt",
         ("opt",),
@@ -57,8 +65,8 @@ _ROWS = (
     ),
     Family("gpt2", ("gpt2",), "h", mlp=(("mlp.c_fc",), "mlp.c_proj"), width="n_inner", depth="n_layer"),
     Family("gpt_neox", ("gpt_neox",), "layers", mlp=(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
-    Family("mixtral", ("mixtral",), "layers", _FUSED, attention=_SELF, projections=_QKV),
-    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED, attention=_SELF, projections=_QKV),
+    Family("mixtral", ("mixtral",), "layers", _FUSED, attention=_SELF, projections=_QKVO),
+    Family("qwen3_moe", ("qwen3_moe",), "layers", _FUSED, attention=_SELF, projections=_QKVO),
     Family(
         "bert",
         ("bert",),

@@ -45,8 +45,6 @@ _TOKENS_BACK = 1024
 _TOKENS_TOLD = 4096
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
-# Adam's rate when all blocks are tuned together, times the size of each tensor's survivors (docs/log.md)
-_RATE = 4e-3
 # tuning notes its place when so much would be lost
 _NOTE_SECONDS = 300
 
@@ -123,8 +121,8 @@ def _prune_live(
     if ends:
         tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(
-            model, pruned_parameters(model), (model, AllLoaded()), ends, batches, plan.distill or 0, _RATE,
-            seed_of(plan, "distill"), tick,
+            model, pruned_parameters(model), (model, AllLoaded()), ends, batches, plan.distill or 0,
+            seed=seed_of(plan.seed, "distill"), tick=tick,
         )  # fmt: skip
         _note_distillation(model, plan, report, found_out)
     report.seconds["prune"] = time.perf_counter() - began
@@ -459,8 +457,8 @@ class Run:
         pruned.load_whole(model)
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
-            model, pruned_parameters(model), (dense, source), ends, batches, plan.distill or 0, _RATE,
-            seed_of(plan, "distill"), tick, memory,
+            model, pruned_parameters(model), (dense, source), ends, batches, plan.distill or 0,
+            seed=seed_of(plan.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
         _note_distillation(model, plan, report, outcome)

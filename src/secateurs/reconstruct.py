@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from secateurs.tuning import Moving, Outcome, movable, tune
 
+# Adam's rate, times the size of each tensor's survivors (docs/log.md)
+RATE = 8e-3
+
 Place = tuple[int, slice]
 """Windows of a batch."""
 
@@ -25,7 +28,7 @@ def reconstruct(
     target: Callable[[int, slice], Tensor],
     windows: Sequence[int],
     steps: int,
-    rate: float,
+    rate: float = RATE,
     per_step: int = 1,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,

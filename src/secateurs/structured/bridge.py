@@ -37,9 +37,7 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
                 seen.clear()
                 x = step.inputs(batch)
                 left = step.call(x, batch)
-                wanted = left
-                for block in gone:
-                    wanted = step.through(block, wanted, batch)
+                wanted = through(gone, step, left, batch)
                 number = torch.arange(done, done + windows)
                 done += windows
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
@@ -69,6 +67,13 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
         layer.write(weight_OI)
         return None
     return after / before
+
+
+def through(blocks: Sequence[nn.Module], step: Step, hidden: Tensor, batch: int) -> Tensor:
+    """What blocks, one after another, make of some windows of a step's batch."""
+    for block in blocks:
+        hidden = step.through(block, hidden, batch)
+    return hidden
 
 
 def _distance(step: Step, held: Sequence[tuple[int, Tensor, Tensor]]) -> float:

@@ -5,6 +5,7 @@ report.json, and work/ while the run is under way: what was found out before the
 kill loses at most one of these steps. The whole dense model is in memory.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from secateurs import calibrate, checkpoint, families, gates
+from secateurs.block import seed_of
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
 from secateurs.files import claim, locked, write_json, write_tensors, write_text
 from secateurs.prune import batched, first_windows, quality, ticker, window_length
+from secateurs.reconstruct import reconstruct
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.stats import Stats
 from secateurs.structured import columns, experts, losses, units, width
-from secateurs.structured.bridge import bridge
+from secateurs.structured.bridge import bridge, through
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
@@ -42,6 +45,9 @@ _TRUTH = 8192
 # a shape is measured and chosen anew at most so often; it may take 1% more than was asked, and need not be nearer than 2%
 _TRIES = 10
 _OVER, _UNDER, _AIM = 1.01, 0.98, 0.995
+# steps in which a block learns what the removed ones after it did; one that lost neurons or heads alone has nothing to learn that
+# least squares did not find (docs/log.md)
+_TUNING = 48
 # one that is so near to the budget is timed again, in so many rounds
 _NEAR, _ROUNDS = 0.06, 12
 
@@ -512,13 +518,14 @@ class _Run:
             file = work / f"block-{step.index:04d}.safetensors"
             if file.is_file():
                 _restore(step.block, load_file(file))
-                units.regroup(step.block, todo["queries"])
+                units.tell(step.block, shape)
                 if todo["experts"]:
                     experts.resize(step.block, family)
                 record = json.loads(file.with_suffix(".json").read_text())
                 records.append(record)
                 continue
             now = replace(dense, layers=shape.layers)
+            takes_over = [copy.deepcopy(step.block), *gone[was]] if bridged and gone[was] else []
             of_columns = [kind for kind in kinds if kind != "experts"]
             consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in of_columns)}
             stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
@@ -540,25 +547,42 @@ class _Run:
                 if f"taylor {at_first}" in sensitive:
                     sensitive[f"taylor {at_first}"] = sensitive[f"taylor {at_first}"][:, kept_K]
                 now = replace(now, **{kind: shape.steps(kind)})
-            if bridged and gone[was]:
-                record["bridge"] = self._bridge(step, family, gone[was])
+                units.tell(step.block, now)
+            if takes_over:
+                record["bridge"] = {"blocks": len(gone[was]), "left": self._bridge(step, family, gone[was])}
+                record["reconstruction"] = self._reconstruct(step, takes_over)
             if kinds or bridged:
                 write_json(file.with_suffix(".json"), record)
                 write_tensors(file, {n: p.detach() for n, p in step.block.named_parameters()})
             records.append(record)
         return records
 
-    def _bridge(self, step: Step, family: families.Family, gone: Sequence[nn.Module]) -> dict[str, Any]:
-        """Let the block do what it can of what the removed blocks after it did."""
+    def _bridge(self, step: Step, family: families.Family, gone: Sequence[nn.Module]) -> float | None:
+        """Let the block's last matrix do what it can of what the removed blocks did: the part that is left, or None."""
         assert family.mlp
         layers = {layer.name: layer for layer in layers_of(step.block, step.name, family.experts)}
         layer = layers.get(f"{step.name}.{family.mlp[1]}")
         if layer is None or layer.kind == "expert":
-            return {"blocks": len(gone), "left": None}
+            return None
         try:
-            return {"blocks": len(gone), "left": bridge(step, layer, gone, self.plan.damping)}
+            return bridge(step, layer, gone, self.plan.damping)
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from None
+
+    def _reconstruct(self, step: Step, dense: Sequence[nn.Module]) -> dict[str, Any]:
+        """Tune the whole block to give what the dense block, and the removed ones after it, make of the same inputs."""
+
+        def target(batch: int, part: slice) -> Tensor:
+            with torch.no_grad():
+                return through(dense, step, step.inputs(batch)[part], batch)
+
+        with step.evaluating():
+            found = reconstruct(
+                step.block, [p for p in step.block.parameters() if p.dim() > 1],
+                lambda batch, part: step.call(step.inputs(batch)[part], batch),
+                target, step.windows, _TUNING, seed=seed_of(self.plan.seed, step.name),
+            )  # fmt: skip
+        return dataclasses.asdict(found)
 
     def _narrow(
         self, model: nn.Module, family: families.Family, windows: Tensor, sensitive: dict[str, Tensor],

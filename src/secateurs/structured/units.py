@@ -10,6 +10,7 @@
 O outputs, I inputs, G units of C columns or R rows each.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -100,47 +101,54 @@ def refuses(kind: str, family: Family, config: Any) -> str | None:
 def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, shape: Shape) -> Units:
     """The units of a kind (COLUMNS) in a block that has this shape now. Ask refuses() first."""
     named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
-    now = SimpleNamespace(num_attention_heads=shape.heads * shape.queries, num_key_value_heads=shape.heads)
-    found = {coupling.heads is not None: coupling for coupling in couplings(prefix, layers, family, now)}
-    coupling = found[kind != "mlp"]
-    inputs = coupling.consumer.shape[1]
     if kind == "mlp":
+        assert family.mlp
+        now = SimpleNamespace(num_attention_heads=shape.heads * shape.queries, num_key_value_heads=shape.heads)
+        coupling = next(c for c in couplings(prefix, layers, family, now) if c.consumer is named[family.mlp[1]])
+        inputs = coupling.consumer.shape[1]
         groups_GC = torch.arange(inputs)[:, None]
         rows_GR = rows_of(coupling, torch.arange(inputs)).reshape(coupling.copies, inputs).T.contiguous()
         return Units(kind, coupling.consumer, groups_GC, tuple((layer, rows_GR) for layer in coupling.producers))
     assert family.projections is not None
-    query, key, value = (named[name] for name in family.projections)
+    query, key, value, output = (named[name] for name in family.projections)
+    inputs = output.shape[1]
     if kind == "queries":
         groups_GC = torch.arange(inputs).reshape(shape.heads * shape.queries, -1)
         parents_G = torch.arange(shape.heads).repeat_interleave(shape.queries)
-        return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC),), parents_G)
+        # stacked or not, queries are the first rows
+        return Units(kind, output, groups_GC, ((query, groups_GC),), parents_G)
     groups_GC = torch.arange(inputs).reshape(shape.heads, -1)
-    shared_GR = torch.arange(value.shape[0]).reshape(shape.heads, -1)
-    return Units(kind, coupling.consumer, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
+    shared = inputs // shape.queries
+    shared_GR = torch.arange(shared).reshape(shape.heads, -1)
+    if query is value:
+        rows_GR = torch.cat([groups_GC, inputs + shared_GR, inputs + shared + shared_GR], 1)
+        return Units(kind, output, groups_GC, ((query, rows_GR),))
+    return Units(kind, output, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
 
 
 def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
     """Remove a block's units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows."""
-    stays = torch.ones(len(units.groups_GC), dtype=torch.bool)
-    stays[removed] = False
     _resize(units.consumer, consumer_OK)
     for layer, rows_GR in units.rows:
-        kept_R = rows_GR[stays].flatten().sort().values
-        _resize(layer, layer.read()[kept_R])
+        kept_O = torch.ones(layer.shape[0], dtype=torch.bool)
+        kept_O[rows_GR[removed]] = False
+        _resize(layer, layer.read()[kept_O])
         bias = layer.module._parameters.get("bias")
         if bias is not None:
-            put(layer.module, "bias", bias.detach()[kept_R])
-    if units.parents_G is not None:
-        regroup(block, len(removed) // (int(units.parents_G.max()) + 1))
+            put(layer.module, "bias", bias.detach()[kept_O])
 
 
-def regroup(block: nn.Module, fewer: int) -> None:
-    """Tell attention modules that so many query heads of every KV head are gone."""
+def tell(block: nn.Module, shape: Shape) -> None:
+    """Tell a block's attention how many heads it has now: where one matrix makes queries, keys and values, it asks its config."""
     for module in block.modules():
-        groups = getattr(module, "num_key_value_groups", None)
-        if isinstance(groups, int):
-            sized: Any = module
-            sized.num_key_value_groups = groups - fewer
+        sized: Any = module
+        if isinstance(getattr(module, "num_key_value_groups", None), int):
+            sized.num_key_value_groups = shape.queries
+        if isinstance(getattr(module, "num_key_value_heads", None), int):
+            sized.num_key_value_heads = shape.heads
+            # the model's own goes for all blocks, and they are cut one after another
+            sized.config = copy.copy(sized.config)
+            sized.config.num_attention_heads = shape.heads * shape.queries
 
 
 def _resize(layer: Layer, weight_OI: Tensor) -> None:
