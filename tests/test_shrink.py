@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -366,3 +367,13 @@ def test_head_counts_that_transformers_refuses_are_not_chosen(tmp_path, words):
     with pytest.raises(PlanError, match="the smallest shape"):
         shrink(plan(llama, words, "params=0.6x", units=("heads",), eval_windows=0), tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_texts_of_two_kinds_are_told_apart(tmp_path, llama, words):
+    digits = tmp_path / "digits.txt"
+    digits.write_text(" ".join(str(n) for n in range(2000)))
+    same = shrink(plan(llama, words, eval_windows=16), tmp_path / "same")
+    other = shrink(replace(plan(llama, words, eval_windows=16), eval_text=str(digits)), tmp_path / "other")
+    assert same["distance"]["overlap"] > other["distance"]["overlap"]
+    assert other["distance"]["ppl_evaluation"] == other["quality"]["ppl_dense"]["value"]
+    assert any("overlap" in w or "kind" in w for w in other["warnings"]), other["warnings"]

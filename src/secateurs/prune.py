@@ -485,7 +485,7 @@ class Run:
             else:
                 found, text = measured
                 report.evaluation, report.quality = text.facts(), found.as_dict()
-                self._against_calibration(source, report, text)
+                self._against_calibration(source, report, text, found)
         if plan.tasks and report.tasks is None:
             results = {
                 name: self._tasks(name, folder)
@@ -504,7 +504,9 @@ class Run:
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
-    def _against_calibration(self, source: checkpoint.Checkpoint, report: Report, text: calibrate.Text) -> None:
+    def _against_calibration(
+        self, source: checkpoint.Checkpoint, report: Report, text: calibrate.Text, found: evaluate.Quality
+    ) -> None:
         """Whether the two texts share passages, or are of different kinds."""
         file = self.work / "calibration.safetensors"
         if not file.is_file():
@@ -512,18 +514,8 @@ class Run:
         from safetensors.torch import load_file
 
         windows = load_file(file)["windows"]
-        report.warnings += overlap_warning(windows, text.windows)
-        some = windows[: max(1, _TOKENS_TOLD // windows.shape[1])]
-        found = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), self.plan.seed)
-        assert report.quality is not None
-        apart = dataclasses.replace(
-            calibrate.distance(windows, text.windows),
-            ppl_calibration=found.ppl_dense.value,
-            ppl_evaluation=report.quality["ppl_dense"]["value"],
-        )
-        report.distance = dataclasses.asdict(apart)
-        if apart.mismatch:
-            report.warnings.append(apart.mismatch)
+        report.distance, warnings = texts_apart(source, windows, text.windows, found, self.plan.seed)
+        report.warnings += warnings
 
     def _finish(self, report: Report) -> None:
         from secateurs.verify import check_run
@@ -584,6 +576,21 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
     names = source.raw_config.get("architectures") or [""]
     return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def texts_apart(
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: evaluate.Quality, seed: int
+) -> tuple[dict[str, Any], list[str]]:
+    """How far apart the windows of two texts are for the dense model, of which `found` tells the second; and warnings."""
+    some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
+    seen = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), seed)
+    apart = dataclasses.replace(
+        calibrate.distance(calibration, evaluation),
+        ppl_calibration=seen.ppl_dense.value,
+        ppl_evaluation=found.ppl_dense.value,
+    )
+    mismatch = [apart.mismatch] if apart.mismatch else []
+    return dataclasses.asdict(apart), overlap_warning(calibration, evaluation) + mismatch
 
 
 def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:

@@ -422,7 +422,7 @@ class _Job:
         else:
             if taylor:
                 sides = self._with_taylor(group, sides, taylor)
-            gone = columns.CRITERIA[criterion][0](sides, most, self.damping, None)
+            gone = columns.CRITERIA[criterion][0](sides, most, self.damping, None, 1)
         error = whole = 0.0
         for slot in slots:
             consumer = self.consumers[slot.module]

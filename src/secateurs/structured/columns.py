@@ -27,25 +27,31 @@ class Side:
     taylor_G: Tensor | None = None
 
 
-Criterion = Callable[[Sequence[Side], int, float, Tensor | None], Tensor]
-"""(sides, count, damping, parents_G) -> the groups to remove, in the order of their removal. With parents_G, every parent loses
-one group before any loses another.
+Criterion = Callable[[Sequence[Side], int, float, Tensor | None, int], Tensor]
+"""(sides, count, damping, parents_G, at_once) -> the groups to remove, in the order of their removal. With parents_G, every parent
+loses one group before any loses another. at_once: as in removal(), for a criterion that looks again.
 """
 
 
-def magnitude(sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None) -> Tensor:
+def magnitude(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
     """The groups with the smallest ||W_g||."""
     return _least([s.weight_OI.float().square().sum(0)[s.groups_GC].sum(1) for s in sides], count, parents_G)
 
 
-def energy(sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None) -> Tensor:
+def energy(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
     """The groups that add the least output energy if inputs were uncorrelated: sum_j ||W_j||^2 ||x_j||^2."""
     return _least(
         [(s.weight_OI.float().square().sum(0) * s.stats.sqnorm_I)[s.groups_GC].sum(1) for s in sides], count, parents_G
     )
 
 
-def taylor(sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None) -> Tensor:
+def taylor(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
     """The groups whose removal changes the loss least to first order: mean over windows of |sum_{oj in g} W_oj dL/dW_oj|.
 
     Molchanov et al. 2019, arXiv 1906.10771; of a consumer's columns, where it is the same sum as over g's activations.
@@ -55,12 +61,14 @@ def taylor(sides: Sequence[Side], count: int, damping: float = DAMPING, parents_
     return _least([s.taylor_G for s in sides if s.taylor_G is not None], count, parents_G)
 
 
-def obs(sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None) -> Tensor:
+def obs(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
     """Optimal brain surgeon for columns: remove the group whose removal, made up for by all others, costs least; repeat.
 
     Kurtic et al. 2023, ZipLM, arXiv 2302.04089, alg. 1; Meng et al. 2024, OSSCAR, arXiv 2403.12983.
     """
-    return removal(sides, count, damping, parents_G=parents_G)[0]
+    return removal(sides, count, damping, at_once, parents_G)[0]
 
 
 def removal(

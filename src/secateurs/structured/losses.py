@@ -84,10 +84,9 @@ def curves(
             weight_OI = weighted(units, sensitivity.get(units.consumer.name))
             each = len(units.groups_GC) // shape.steps(units.kind)
             seen = stats[units.consumer.name]
-            at_once = max(1, round(len(units.groups_GC) * _AT_ONCE))
             side = columns.Side(weight_OI, seen, units.groups_GC)
             count = each * most(shape.steps(units.kind))
-            _, losses = columns.removal([side], count, damping, at_once, units.parents_G)
+            _, losses = columns.removal([side], count, damping, at_once(units), units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
         if x_TH is not None:
             count = most_experts(config, shape)
@@ -105,6 +104,11 @@ def most_experts(config: Any, shape: Shape) -> int:
 def most(steps: int) -> int:
     """Of so many, how many may go."""
     return min(max(1, int(_MOST * steps)), steps - 1)
+
+
+def at_once(units: Units) -> int:
+    """How many units may go together where only their loss is asked for."""
+    return max(1, round(len(units.groups_GC) * _AT_ONCE))
 
 
 def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:

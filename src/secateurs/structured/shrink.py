@@ -23,7 +23,7 @@ from secateurs.block import seed_of
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
 from secateurs.files import claim, locked, write_json, write_tensors, write_text
-from secateurs.prune import batched, first_windows, quality, ticker, window_length
+from secateurs.prune import batched, first_windows, quality, texts_apart, ticker, window_length
 from secateurs.reconstruct import reconstruct
 from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
@@ -189,12 +189,13 @@ class _Run:
                 "left": sum(f.stat().st_size for f in self.model_folder.glob("*.safetensors")),
             },
             "warnings": [],
+            "distance": None,
             "quality": None,
             "gate": [],
             "seconds": {"shrink": time.perf_counter() - began},
         }
         report["latency"] = self._latency(source, cls)
-        self._evaluate(source, report)
+        self._evaluate(source, report, windows)
         report["peak_memory_bytes"] = peak_memory()
         return report
 
@@ -334,7 +335,9 @@ class _Run:
                 folder = self.work / f"{kind}-{gone}"
                 shape = replace(dense, **{kind: steps - gone})
                 label = f"checking {gone} of {steps} {kind}"
-                model, _ = self._shaped(family, fitting, shape, range(dense.layers), sensitive, folder, label)
+                model, _ = self._shaped(
+                    family, fitting, shape, range(dense.layers), sensitive, folder, label, hurry=True
+                )
                 points.append([_loss(lost, dense, shape), max(0.0, losses.nll(model, windows[:held_out]) - whole)])
                 shutil.rmtree(folder, ignore_errors=True)
             truth[kind] = points
@@ -472,19 +475,21 @@ class _Run:
 
     def _shaped(
         self, family: families.Family, windows: Tensor, shape: Shape, kept_layers: Sequence[int], sensitive: dict[str, Tensor],
-        work: Path, label: str,
+        work: Path, label: str, hurry: bool = False,
     ) -> tuple[Any, list[dict[str, Any]]]:  # fmt: skip
-        """The dense model, from disk, cut to a shape; and what was cut. `work` holds the blocks that are done."""
+        """The dense model, from disk, cut to a shape; and what was cut. `work` holds the blocks that are done. hurry: if only the
+        loss is asked for.
+        """
         model = _loaded(self.plan.model)
         hidden = Shape.of(model.config, family).hidden
-        records = self._cut(model, family, batched(windows), shape, kept_layers, dict(sensitive), work, label)
+        records = self._cut(model, family, batched(windows), shape, kept_layers, dict(sensitive), work, label, hurry)
         if shape.hidden != hidden:
             self._narrow(model, family, windows, sensitive, kept_layers, hidden - shape.hidden)
         return model, records
 
     def _cut(
         self, model: nn.Module, family: families.Family, batches: list[Batch], shape: Shape, kept_layers: Sequence[int],
-        sensitive: dict[str, Tensor], work: Path, label: str,
+        sensitive: dict[str, Tensor], work: Path, label: str, hurry: bool,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Take blocks out, then cut every block on what the cut blocks before it give. In place; one file a block."""
         from safetensors.torch import load_file
@@ -541,7 +546,9 @@ class _Run:
                 name = found.consumer.name
                 # what was found out has the dense model's names
                 at_first = f"{path}.{was}.{name.removeprefix(step.name + '.')}"
-                removed, kept_K, error = self._remove(step.block, found, todo[kind], stats[name], sensitive, at_first)
+                removed, kept_K, error = self._remove(
+                    step.block, found, todo[kind], stats[name], sensitive, at_first, hurry
+                )
                 record["units"][kind] = {"removed": removed, "error": error}
                 stats[name] = stats[name].reordered(kept_K)
                 if f"taylor {at_first}" in sensitive:
@@ -614,17 +621,25 @@ class _Run:
         return units.units_of(kind, step.name, layers_of(step.block, step.name, family.experts), family, now)
 
     def _remove(
-        self, block: nn.Module, found: units.Units, steps: int, stats: Stats, sensitive: dict[str, Tensor], name: str
+        self,
+        block: nn.Module,
+        found: units.Units,
+        steps: int,
+        stats: Stats,
+        sensitive: dict[str, Tensor],
+        name: str,
+        hurry: bool,
     ) -> tuple[list[int], Tensor, float]:
         """Cut units out of a block, in place: which, the consumer's columns that stay, and its relative error."""
         plan, layer = self.plan, found.consumer
+        at_once = losses.at_once(found) if hurry else 1
         count = steps * (1 if found.parents_G is None else int(found.parents_G.max()) + 1)
         weight_OI = layer.read().float()
         taylor = sensitive.get(f"taylor {name}")
         taylor_G = None if taylor is None else taylor[:, found.groups_GC].sum(2).abs().mean(0)
         side = columns.Side(losses.weighted(found, sensitive.get(name)), stats, found.groups_GC, taylor_G)
         try:
-            removed = columns.CRITERIA[plan.criterion][0]([side], count, plan.damping, found.parents_G)
+            removed = columns.CRITERIA[plan.criterion][0]([side], count, plan.damping, found.parents_G, at_once)
             kept_K = columns.kept_columns(found.groups_GC, removed)
             new_OK = columns.refit(weight_OI, stats, kept_K, plan.damping) if plan.refit else weight_OI[:, kept_K]
         except ValueError as error:
@@ -658,7 +673,7 @@ class _Run:
             "ratio": dataclasses.asdict(ratio),
         }
 
-    def _evaluate(self, source: checkpoint.Checkpoint, report: dict[str, Any]) -> None:
+    def _evaluate(self, source: checkpoint.Checkpoint, report: dict[str, Any], windows: Tensor) -> None:
         plan, began = self.plan, time.perf_counter()
         if not plan.eval_windows:
             return
@@ -673,6 +688,8 @@ class _Run:
             return
         found, text = measured
         report["quality"], report["evaluation"] = found.as_dict(), text.facts()
+        report["distance"], warnings = texts_apart(source, windows, text.windows, found, plan.seed)
+        report["warnings"] += warnings
         report["gate"] = gates.judge(plan.gate, report["quality"])
         report["seconds"]["evaluate"] = time.perf_counter() - began
 
