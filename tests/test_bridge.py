@@ -85,3 +85,16 @@ def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):
     assert len(tuned) == len(bridges)
     assert all(0 < t["after"] <= t["before"] for t in tuned), tuned
     assert not any("bridge" in b or "reconstruction" in b for b in found[False]["blocks"])
+
+
+def test_tuning_is_towards_the_removed_blocks(tmp_path, llama, words, monkeypatch):
+    """A block that lost nothing itself is as the dense one: all that it is away from is what went after it."""
+    from secateurs.structured import shrink as module
+
+    monkeypatch.setattr(module, "bridge", lambda *arguments: None)
+    plan = ShrinkPlan(
+        str(llama), "params=0.7x", units=("layers",), calibration=str(words), samples=8, seqlen=32, eval_windows=0
+    )
+    tuned = [b["reconstruction"] for b in shrink(plan, tmp_path / "run")["blocks"] if "reconstruction" in b]
+    assert tuned
+    assert all(t["before"] > 0 for t in tuned), tuned
