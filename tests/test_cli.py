@@ -166,6 +166,22 @@ def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
     assert "no text file 'nothing.txt'" in fails(
         capsys, 1, "prune", llama, "--out", tmp_path / "r2", "--calibration", "nothing.txt"
     )
+    # nothing was made, so nothing is in the way of the corrected command
+    assert not (tmp_path / "r2").exists()
+    shrink = (
+        "shrink",
+        llama,
+        "--budget",
+        "params=0.9x",
+        "--units",
+        "layers",
+        "--seqlen",
+        "32",
+        "--out",
+        tmp_path / "r3",
+    )
+    assert "no text file 'nothing.txt'" in fails(capsys, 1, *shrink, "--calibration", "nothing.txt")
+    assert not (tmp_path / "r3").exists()
     assert "cannot be a hub id" in fails(capsys, 1, "prune", "./nowhere/at/all", "--out", out)
     bad = tmp_path / "plan.json"
     bad.write_text('{"sparsty": 0.5}')

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateurs.errors import OutputError
+from secateurs.errors import OutputError, SecateursError
 
 
 def replace(file: Path, write: Callable[[Path], None]) -> None:
@@ -64,7 +65,10 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError."""
+    """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError.
+
+    A mistake that shows before anything was made leaves no directory, so that the corrected command can have it.
+    """
     try:
         (run / "work").mkdir(exist_ok=True)
         handle = os.open(run / "work" / "lock", os.O_CREAT | os.O_RDWR)
@@ -75,6 +79,10 @@ def locked(run: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
+    except SecateursError:
+        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock"}:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
     finally:
         os.close(handle)
 
