@@ -169,17 +169,8 @@ def test_bad_requests_are_one_sentence(capsys, tmp_path, llama):
     # nothing was made, so nothing is in the way of the corrected command
     assert not (tmp_path / "r2").exists()
     shrink = (
-        "shrink",
-        llama,
-        "--budget",
-        "params=0.9x",
-        "--units",
-        "layers",
-        "--seqlen",
-        "32",
-        "--out",
-        tmp_path / "r3",
-    )
+        "shrink", llama, "--budget", "params=0.9x", "--units", "layers", "--seqlen", "32", "--out", tmp_path / "r3"
+    )  # fmt: skip
     assert "no text file 'nothing.txt'" in fails(capsys, 1, *shrink, "--calibration", "nothing.txt")
     assert not (tmp_path / "r3").exists()
     assert "cannot be a hub id" in fails(capsys, 1, "prune", "./nowhere/at/all", "--out", out)

@@ -621,15 +621,9 @@ class _Run:
         return units.units_of(kind, step.name, layers_of(step.block, step.name, family.experts), family, now)
 
     def _remove(
-        self,
-        block: nn.Module,
-        found: units.Units,
-        steps: int,
-        stats: Stats,
-        sensitive: dict[str, Tensor],
-        name: str,
+        self, block: nn.Module, found: units.Units, steps: int, stats: Stats, sensitive: dict[str, Tensor], name: str,
         hurry: bool,
-    ) -> tuple[list[int], Tensor, float]:
+    ) -> tuple[list[int], Tensor, float]:  # fmt: skip
         """Cut units out of a block, in place: which, the consumer's columns that stay, and its relative error."""
         plan, layer = self.plan, found.consumer
         at_once = losses.at_once(found) if hurry else 1
