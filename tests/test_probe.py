@@ -88,9 +88,12 @@ def test_speedups_between_sparsities_by_hand():
     ]  # fmt: skip
     profile = DeviceProfile("m", {}, 1.0, {}, rows, {})
     assert profile.speedup("bf16", 0.5, 1) == pytest.approx(1.7)
-    assert profile.speedup("bf16", 0.7, 1) == pytest.approx(3.2)
+    # half of 1 / 1.7 and 1 / 4.7 each
+    assert profile.speedup("bf16", 0.7, 1) == pytest.approx(2 / (1 / 1.7 + 1 / 4.7))
     assert profile.speedup("bf16", 0.99, 1) == pytest.approx(4.7)
-    assert profile.speedup("bf16", 0.1, 2) == pytest.approx(1.7)
+    # a fifth of the way from a dense layer to one at 50%
+    assert profile.speedup("bf16", 0.1, 2) == pytest.approx(1 / (0.8 + 0.2 / 1.7))
+    assert profile.speedup("bf16", 0.0, 1) == 1.0
     assert profile.speedup("bf16", 0.6, 500) == pytest.approx(0.9)
     assert profile.speedup("fp32", 0.5, 1) is None
 

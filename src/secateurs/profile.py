@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from secateurs.device import machine
 from secateurs.errors import DeviceError
 from secateurs.files import write_json
@@ -34,9 +36,11 @@ class DeviceProfile:
     accelerator: dict[str, Any]
 
     def speedup(self, dtype: str, sparsity: float, tokens: int) -> float | None:
-        """Measured speedup of packed over the best dense, between the nearest sparsities; None if none was measured.
+        """Measured speedup of packed over the best dense; None if none was measured.
 
-        Of several shapes the median; of several token counts the nearest.
+        Of several shapes the median; of several token counts the nearest. Between the nearest sparsities seconds are
+        interpolated, since they go with the weights that are left; without zeros there is nothing to gain (1), and above
+        the highest sparsity measured no more is promised.
         """
         rows = [r for r in self.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")]
         if not rows:
@@ -46,15 +50,9 @@ class DeviceProfile:
         for r in rows:
             if r["tokens"] == nearest:
                 by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
-        points = sorted((s, median(v)) for s, v in by_sparsity.items())
-        below = [p for p in points if p[0] <= sparsity]
-        above = [p for p in points if p[0] >= sparsity]
-        if not below:
-            return points[0][1]
-        if not above:
-            return points[-1][1]
-        (s0, v0), (s1, v1) = below[-1], above[0]
-        return v0 if s1 == s0 else v0 + (v1 - v0) * (sparsity - s0) / (s1 - s0)
+        by_sparsity.setdefault(0.0, [1.0])
+        points = sorted((s, 1 / median(v)) for s, v in by_sparsity.items())
+        return float(1 / np.interp(sparsity, *zip(*points, strict=True)))
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
