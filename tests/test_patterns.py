@@ -37,6 +37,7 @@ def test_kept_count_is_exact(pattern, shape, sparsity, scores):
     mask = pattern.keep(score, sparsity)
     assert mask.dtype == torch.bool
     assert int(mask.sum()) == expected_kept(pattern, shape, sparsity)
+    assert pattern.zeros(*shape, sparsity) == mask.numel() - int(mask.sum())
     assert pattern.violation(mask, sparsity) is None
 
 

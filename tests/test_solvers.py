@@ -30,7 +30,8 @@ def test_every_method_holds_every_pattern_exactly(method, pattern):
     assert int((new != 0).sum()) == expected_kept(pattern, (32, 64), sparsity)
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 1 / 3, 0.5, 0.77])
+# 0.3 and 0.7 of 65 lie halfway between two counts
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 1 / 3, 0.5, 0.7, 0.77])
 @pytest.mark.parametrize("width", [63, 64, 65, 129])
 def test_obs_counts_are_exact_across_mask_blocks(sparsity, width):
     generator = torch.Generator().manual_seed(4)
@@ -208,13 +209,14 @@ def test_over_relaxation_pays_when_steps_are_few():
 
 
 @pytest.mark.parametrize("name", ["admm", "alps"])
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), ROW, NM(2, 4), Block(4, 4), Block(1, 8, "row")], ids=str)
 def test_admm_is_exact_on_a_diagonal_gram(name, pattern):
+    """What a removed weight costs is w^2 h then, and a tile costs their sum."""
     weight = torch.randn(16, 32)
     norms_I = torch.rand(32) + 0.1
     stats = Stats(100, norms_I, torch.diag(norms_I))
     got = solvers.find(name).solve(weight, stats, pattern, 0.5, 1e-6)
-    want = solvers.masked(weight, stats, pattern, 0.5, scores.wanda)
+    want = weight * pattern.keep(weight.square() * norms_I, 0.5)
     assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -312,6 +314,22 @@ def test_one_swap_is_the_best_of_all(layer):
     i, j = best[1]
     assert got[row, i] == 0
     assert got[row, j] != 0
+
+
+def test_swaps_bring_no_dead_input_back(layer):
+    weight, _, x_TI = layer
+    x_TI = x_TI.clone()
+    x_TI[:, :8] = 0
+    stats = Stats.of(x_TI)
+    # dead weights that would be the first choice if their ridge were taken for a gain
+    weight = weight.clone()
+    weight[:, :8] = 50.0
+    for pattern in (ROW, NM(2, 4)):
+        start = solvers.masked(weight, stats, pattern, 0.5, scores.wanda)
+        start[:, :8] = 0
+        after = solvers.swaps(weight, start, stats, pattern)
+        assert not after[:, :8].any()
+        assert not torch.equal(after, start)
 
 
 def test_tiles_are_not_swapped(layer):

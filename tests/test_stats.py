@@ -69,3 +69,17 @@ def test_bf16_products_leave_the_global_setting_alone():
     before = torch.backends.mkldnn.matmul.fp32_precision
     Stats.of(torch.ones(4, 4, dtype=torch.bfloat16))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_drift_is_the_sum_of_differences_and_inputs(dtype):
+    generator = torch.Generator().manual_seed(3)
+    # sums that fp16 cannot hold
+    x_TI = (40 * torch.randn(3000, 12, generator=generator)).to(dtype)
+    dense_TI = (1.5 * x_TI.float() + torch.randn(3000, 12, generator=generator)).to(dtype)
+    stats = Stats.zeros(12, gram=True)
+    stats.add_(x_TI[:1000], dense_TI[:1000])
+    stats.add_(x_TI[1000:], dense_TI[1000:])
+    want = (dense_TI - x_TI).double().T @ x_TI.double()
+    assert want.abs().max() > 1e6
+    torch.testing.assert_close(stats.drift_II.double(), want, rtol=1e-5, atol=float(want.abs().max()) * 1e-6)

@@ -109,8 +109,13 @@ class Pattern(Protocol):
     def refuses(self, rows: int, columns: int) -> str | None:
         """Why a weight of this shape cannot take the pattern, or None."""
 
+    def zeros(self, rows: int, columns: int, sparsity: float) -> int:
+        """How many weights keep() removes from a matrix of this shape."""
+
     def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
-        """Bool mask of the weights that stay, [O, I]."""
+        """Bool mask of the weights that stay, [O, I]: those of the highest scores, or sums of scores where weights stay or go
+        together.
+        """
 
     def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
         """None if the mask keeps no more than the pattern allows, else the first bad place."""
@@ -131,6 +136,11 @@ class Unstructured:
 
     def refuses(self, rows: int, columns: int) -> str | None:
         return None
+
+    def zeros(self, rows: int, columns: int, sparsity: float) -> int:
+        if self.scope == "row":
+            return rows * count_zeros(columns, sparsity)
+        return count_zeros(rows * columns, sparsity)
 
     def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
         rows = score_OI if self.scope == "row" else score_OI.reshape(1, -1)
@@ -174,6 +184,9 @@ class NM:
         if columns % self.m:
             return f"{columns} inputs are not a multiple of {self.m}"
         return None
+
+    def zeros(self, rows: int, columns: int, sparsity: float) -> int:
+        return rows * columns // self.m * (self.m - self.n)
 
     def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
         _refuse_nan(score_OI)
@@ -225,6 +238,10 @@ class Block:
         if rows % self.rows or columns % self.columns:
             return f"{rows}x{columns} is not a whole number of {self.rows}x{self.columns} tiles"
         return None
+
+    def zeros(self, rows: int, columns: int, sparsity: float) -> int:
+        tiles = Unstructured(self.scope).zeros(rows // self.rows, columns // self.columns, sparsity)
+        return tiles * self.rows * self.columns
 
     def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
         tiles = self._tiles(score_OI).sum((1, 3))

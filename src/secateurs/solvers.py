@@ -48,8 +48,8 @@ def obs(
     """SparseGPT: remove weights column by column, each error compensated by the columns after it.
 
     With U' U = H^-1 upper triangular, for column j:  e = w_j / U_jj where pruned,  W[:, j:] -= e U[j, j:].
-    The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far; counts
-    carry their rounding from step to step, so the layer's count is exact. keep_OI fixes the mask instead.
+    The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far; after every
+    step as many are gone as the pattern takes from so many columns, so the layer's count is exact. keep_OI fixes the mask instead.
     Columns of dead inputs become zero. Frantar and Alistarh 2023, arXiv 2301.00774, alg. 1.
     Raises ValueError if H does not factor.
     """
@@ -71,7 +71,7 @@ def obs(
             last = min(first + step, stop)
             if keep_OI is None:
                 score_SO = (weight_IO[first:last] / diagonal_I[first:last, None]).square()
-                quota = (sparsity * rows * last - zeros) / (rows * (last - first))
+                quota = (pattern.zeros(rows, last, sparsity) - zeros) / (rows * (last - first))
                 keep_SO = pattern.keep(score_SO.T, min(max(quota, 0.0), 1.0)).T
                 zeros += int((~keep_SO).sum())
             else:
@@ -159,8 +159,8 @@ def swaps(
     rounds: int = 50,
     candidates: int = 16,
 ) -> Tensor:
-    """Local search: in every row trade the survivor and the removed weight whose trade lowers loss() most, until none does;
-    then refit(). Rows that did not gain keep start_OI. Counts and pattern stay as they are.
+    """Local search: in every row trade the survivor and the removed weight whose trade lowers loss() most, until none does
+    or `rounds` are done; then refit(). Rows that did not gain keep start_OI. Counts and pattern stay as they are.
 
     With g = (W' - W) H, removing i and setting j to its best value changes a row's loss by
         w_i^2 H_ii - 2 w_i g_i - (g_j - w_i H_ij)^2 / H_jj
@@ -181,17 +181,19 @@ def swaps(
     tiny_O = _row_loss(x_OI - weight_OI.float(), hessian_II) * 1e-4
     for _ in range(rounds):
         off_OI = x_OI == 0
+        # an input that was always zero gains nothing but the ridge
+        free_OI = off_OI & ~stats.dead_I
         cost_OI = (x_OI.square() * diagonal_I).addcmul_(x_OI, gradient_OI, value=-2).masked_fill_(off_OI, torch.inf)
         cost_OK, i_OK = cost_OI.topk(tried, dim=1, largest=False)
         if width:
             j_OKJ = (i_OK // width * width)[..., None] + torch.arange(width, device=x_OI.device)
         else:
-            gain_OI = (gradient_OI.square() / diagonal_I).masked_fill_(~off_OI, -1.0)
+            gain_OI = (gradient_OI.square() / diagonal_I).masked_fill_(~free_OI, -1.0)
             j_OKJ = gain_OI.topk(tried, dim=1).indices[:, None].expand(rows, tried, tried)
         w_OK1 = x_OI.gather(1, i_OK)[..., None]
         slope_OKJ = gradient_OI[row_O[:, None, None], j_OKJ] - w_OK1 * hessian_II[i_OK[..., None], j_OKJ]
         change_OKJ = cost_OK[..., None] - slope_OKJ.square() / diagonal_I[j_OKJ]
-        change_OKJ = change_OKJ.masked_fill_(~off_OI[row_O[:, None, None], j_OKJ], torch.inf)
+        change_OKJ = change_OKJ.masked_fill_(~free_OI[row_O[:, None, None], j_OKJ], torch.inf)
         best_O, place_O = change_OKJ.flatten(1).min(1)
         act_O = best_O < -tiny_O
         if not act_O.any():
@@ -232,16 +234,16 @@ def admm(
     """The mask by ADMM, then refit(): minimises loss(W') subject to W' = D, D in the pattern.
 
     In coordinates scaled by the root of diag(H), so that G = H / (s s') has ones on its diagonal:
-        B = (W G - V + rho D) (G + rho)^-1,   D = the best of |B + V / rho|,   V += rho (B - D)
+        B = (W G - V + rho D) (G + rho)^-1,   D = the best of (B + V / rho)^2,   V += rho (B - D)
     where the last two take B + (relaxation - 1) (B - D) for B (Boyd et al. 2011, sec. 3.4.3),
-    from D the best of |W| and V = 0. rho grows every `every` iterations, and which rule says how much:
+    from D the best of W^2 and V = 0. rho grows every `every` iterations, and which rule says how much:
     - ladder None: ALPS. From 0.1, the faster the more of the mask still changes, by 1.3 above 10%, 1.2 above 0.5%, 1.1 above 0;
       a mask that stands still before rho ever grew starts over with rho / 5; it ends when the mask rests. Meng et al. 2024,
       arXiv 2406.07831, alg. 1, with the restarts of its authors' code and their `every` of 3 raised to 5, which finds a
       0.2% smaller error on the anchor layer (docs/log.md).
     - ladder: these values of rho, one after another. (0.4, 0.8) relaxed by 1.6 takes a third of ALPS's time for a squared error
       2 to 3% larger in SmolLM2's layers; one that ends below 0.6 leaves a mask that has not settled, +30% (docs/log.md).
-    Never worse than the mask it starts from, and so exact where inputs do not correlate.
+    Never worse than the mask it starts from, weights unchanged, and so exact where inputs do not correlate.
     Raises ValueError if H is not usable.
     """
     hessian_II = stats.damped(damping)
@@ -250,7 +252,7 @@ def admm(
     start_OI = weight_OI.float() * scale_I
     start_OI[:, stats.dead_I] = 0
     target_OI = start_OI @ scaled_II
-    first_OI = start_OI * pattern.keep(start_OI.abs(), sparsity)
+    first_OI = start_OI * pattern.keep(start_OI.square(), sparsity)
     sparse_OI, dual_OI = first_OI, torch.zeros_like(start_OI)
     before_OI = first_OI != 0
     rho, grew, inverted = ladder[0] if ladder else 0.1, False, 0.0
@@ -261,7 +263,7 @@ def admm(
         dense_OI = (target_OI - dual_OI).add_(sparse_OI, alpha=rho) @ inverse_II
         relaxed_OI = torch.lerp(sparse_OI, dense_OI, relaxation) if relaxation != 1 else dense_OI
         wanted_OI = torch.add(relaxed_OI, dual_OI, alpha=1 / rho)
-        keep_OI = pattern.keep(wanted_OI.abs(), sparsity)
+        keep_OI = pattern.keep(wanted_OI.square(), sparsity)
         sparse_OI = wanted_OI.mul_(keep_OI)
         dual_OI.add_(relaxed_OI, alpha=rho).sub_(sparse_OI, alpha=rho)
         if i % every:

@@ -78,8 +78,9 @@ class Stats:
             if dense_TI is not None:
                 if self.drift_II is None:
                     self.drift_II = torch.zeros_like(self.gram_II)
-                # a product in the inputs' dtype: a small sum may be rounded to 8 bits, H and sum d x' whose difference it is not
-                self.drift_II += (dense_TI.reshape(x_TI.shape) - x_TI).T @ x_TI
+                # the difference may be rounded to 16 bits, H and sum d x' whose difference the sum is may not
+                moved_TI = dense_TI.reshape(x_TI.shape) - x_TI
+                self.drift_II.addmm_(moved_TI.float().T, full_TI)
 
     def finish(self) -> "Stats":
         """Mirror the upper half of the Gram matrix into the lower and read the norms off its diagonal; returns self."""
