@@ -29,6 +29,19 @@ def test_an_order_is_a_bijection_and_never_keeps_less(pattern, seed):
     assert kept == pytest.approx(float((score[:, order] * pattern.keep(score[:, order], 0.5)).sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(2, 6), NM(4, 12)], ids=str)
+def test_many_inputs_are_ordered_in_pieces_of_whole_groups(pattern, monkeypatch):
+    monkeypatch.setattr(permute, "_MOST", 32)
+    score = random_scores(12, 72)
+    order = permute.order_of(score, pattern)
+    assert sorted(order.tolist()) == list(range(72))
+    most = 32 // pattern.m * pattern.m
+    for start in range(0, 72, most):
+        piece = slice(start, start + most)
+        assert sorted(order[piece].tolist()) == list(range(72))[piece]
+        assert permute.kept_score(score[:, order[piece]], pattern) > permute.kept_score(score[:, piece], pattern)
+
+
 def test_eight_inputs_come_close_to_the_best_grouping():
     gaps = []
     for seed in range(10):
@@ -67,6 +80,10 @@ def test_reordering_leaves_every_family_s_function_alone(model_type):
     model = tiny.make(model_type)
     ids = torch.arange(40).reshape(2, 20) * 5
     with torch.no_grad():
+        # biases begin at zero, and then it does not matter where they are
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
         before = model(ids)[0]
     family = families.find(model.config.model_type)
     names, experts = blocks_of(model)

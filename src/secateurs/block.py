@@ -173,7 +173,7 @@ def _reorder(
     wanting = {name for name, pattern in patterns.items() if isinstance(pattern, NM) and name in stats}
     if not plan.permute or not wanting:
         return {}, [], guide
-    notes = dict.fromkeys(wanting, "inputs not reordered: the residual stream's order is shared by all blocks")
+    notes = dict.fromkeys(wanting, "inputs not reordered: they are not known to come from layers of this block alone")
     tuned: list[str] = []
     sensitivity = dict(guide.sensitivity)
     found = permute.couplings(step.name, step.layers, guide.family, guide.config) if guide.family else []

@@ -32,9 +32,11 @@ def order_of(score_OI: Tensor, pattern: NM, rounds: int = 1) -> Tensor:
     inputs = score_OI.shape[1]
     if inputs % pattern.m:
         raise ValueError(f"{inputs} inputs are not a multiple of {pattern.m}")
+    # whole groups; the assignment is scipy's, on the CPU
+    most = _MOST // pattern.m * pattern.m
     pieces = [
-        _order_of_piece(score_OI[:, start : start + _MOST].float(), pattern, rounds) + start
-        for start in range(0, inputs, _MOST)
+        _order_of_piece(score_OI[:, start : start + most].float().cpu(), pattern, rounds) + start
+        for start in range(0, inputs, most)
     ]
     return torch.cat(pieces)
 
