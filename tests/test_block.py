@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from secateurs import Plan, Stats
-from secateurs.apportion import apportion
+from secateurs.apportion import _levels, _options, apportion, kept_weights
 from secateurs.block import Guide, prune_layer
 from secateurs.errors import LayerError
-from secateurs.walk import Layer
+from secateurs.walk import Layer, layers_of
 
 
 def test_a_row_s_error_counts_by_the_root_of_its_sensitivity():
@@ -42,6 +42,49 @@ def test_layers_that_the_loss_depends_on_keep_more(allocation):
     shares = apportion(model, None, batches, plan, sensitivity, {})
     assert shares[names[0]][1] == pytest.approx(0.3, abs=1e-3)
     assert shares[names[4]][1] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_an_expert_counts_by_how_many_tokens_reach_it():
+    linear = nn.Linear(16, 4, bias=False)
+    layer = Layer("layer", linear, linear.weight, "linear")
+    x_TI = torch.randn(64, 16)
+    plan = Plan(method="sparsegpt", allocation="measured")
+    few, many = (
+        [o.loss for o in _options(layer, Stats.of(x), plan, torch.tensor(2.0), kept_weights)]
+        for x in (x_TI, x_TI.repeat(8, 1))
+    )
+    assert many == pytest.approx([8 * loss for loss in few], rel=1e-4)
+
+
+def test_a_layer_whose_sensitivity_nobody_measured_counts_like_the_others():
+    model = tiny.make("llama")
+    batches = [{"input_ids": torch.randint(0, 250, (8, 32))}]
+    plan = Plan(method="sparsegpt", allocation="measured")
+    names = [layer.name for i in range(3) for layer in layers_of(model.model.layers[i], f"model.layers.{i}")]
+    # in the units of a loss; 1 would be far out
+    everywhere = {name: torch.full((model.get_submodule(name).out_features,), 1e-6) for name in names}
+    all_but_one = {name: value for name, value in everywhere.items() if name != names[3]}
+    want, got = (apportion(model, None, batches, plan, found, {}) for found in (everywhere, all_but_one))
+    assert got == want
+
+
+def test_a_budget_is_looked_for_between_the_bounds():
+    assert Plan(budget="bytes=0.5").bounds == (0.0, 0.9)
+    levels = _levels(Plan(budget="bytes=0.1", max_sparsity=0.96))
+    assert (levels[0], levels[-1], len(levels)) == (0.08, 0.96, 12)
+    assert Plan().bounds == (0.3, 0.7)
+    levels = _levels(Plan(allocation="measured", max_sparsity=0.95))
+    assert (levels[0], levels[-1]) == (0.3, 0.95)
+    assert 0.5 in levels
+
+
+@pytest.mark.parametrize(("plan", "sensitivity", "reconstruct"), [
+    (Plan(), 4096, 0), (Plan(pattern="2:4"), 0, 24), (Plan(scope="row"), 0, 24), (Plan(method="admm"), 0, 0),
+    (Plan(pattern="2:4", budget="bytes=0.7"), 4096, 24), (Plan(pattern="2:4,1:4", budget="bytes=0.7"), 4096, 24),
+    (Plan(method="sparsegpt", allocation="measured"), 4096, 0), (Plan(scope="row", allocation="global"), 4096, 24),
+])  # fmt: skip
+def test_layers_are_compared_in_units_of_the_loss(plan, sensitivity, reconstruct):
+    assert (plan.sensitivity, plan.reconstruct) == (sensitivity, reconstruct)
 
 
 @pytest.mark.parametrize(("plan", "tokens", "damping"), [

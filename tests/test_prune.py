@@ -338,6 +338,21 @@ def test_live_modules_say_what_they_need():
         sc.prune("somewhere", sc.Plan())
 
 
+def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    batches = [{"input": torch.randn(64, 16)}]
+    for pattern, wanted in (
+        ("unstructured", "left out: sensitivities, tuning of blocks, tuning of the whole; only a Hugging Face model's"),
+        ("2:4", "left out: reordering, tuning of blocks, tuning of the whole; only a Hugging Face model's"),
+    ):
+        (warning,) = sc.prune(net, sc.Plan(effort="best", pattern=pattern), calibration=batches).warnings
+        assert warning.startswith(wanted)
+    assert sc.prune(net, sc.Plan(method="wanda"), calibration=batches).warnings == []
+    source = tiny.save(tmp_path / "dense", "bert base")
+    report = sc.prune(source, sc.Plan(calibration=str(words), **{**FAST, "eval_windows": 0}), out=tmp_path / "run")
+    assert "sensitivities were not measured: the model predicts no next token" in report.warnings
+
+
 def test_weights_that_the_dtype_cannot_hold_are_an_error(monkeypatch):
     net = nn.Linear(8, 8).half()
     monkeypatch.setattr(sc.solvers, "masked", lambda *a: torch.full((8, 8), 1e6))

@@ -27,8 +27,9 @@ Cost = Callable[[tuple[int, int], torch.dtype, float], float]
 
 # scores are made of this many rows at a time
 _ROWS_PER_CHUNK = 4096
-# sparsities whose losses are measured, from the target
-_LEVELS = (-0.4, -0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+# sparsities whose losses are measured: beside the target, or where a budget decides, evenly between the bounds
+_BESIDE = (-0.4, -0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+_LEVELS = 13
 
 
 def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
@@ -123,9 +124,13 @@ def _measured(
     for step in stream(model, batches, loader, propagate="dense", tick=tick):
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         stats = step.observe(todo, gram=True)
+        known = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
+        # an expert that no token reached when sensitivities were measured counts like the others
+        usual = torch.cat(known).mean() if known else torch.tensor(1.0)
         for layer in todo:
+            importance_O = sensitivity.get(layer.name, usual)
             try:
-                options[layer.name] = list(_options(layer, stats[layer.name], plan, sensitivity.get(layer.name), cost))
+                options[layer.name] = list(_options(layer, stats[layer.name], plan, importance_O, cost))
             except ValueError as error:
                 raise LayerError(f"{layer.name}: {error}") from None
             dtype = layer.parameter.dtype
@@ -156,29 +161,32 @@ def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], 
     return shares
 
 
-def _options(layer: Layer, stats: Stats, plan: Plan, sensitivity_O: Tensor | None, cost: Cost) -> Iterator[Option]:
-    weight_OI = layer.read().float()
-    importance_O = torch.ones(layer.shape[0]) if sensitivity_O is None else sensitivity_O
-    low, high = plan.bounds
-    dtype = layer.parameter.dtype
-    if low == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
+def _options(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor, cost: Cost) -> Iterator[Option]:
+    """Losses are sums over the calibration tokens, so that an expert counts by how many reach it."""
+    weight_OI, dtype = layer.read().float(), layer.parameter.dtype
+    if plan.bounds[0] == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
         yield Option("unstructured", 0.0, cost(layer.shape, dtype, 0.0), 0.0)
     for pattern in plan.layer_patterns:
         if pattern.refuses(*layer.shape):
             continue
-        if pattern.fixed_sparsity is None:
-            levels = sorted({min(high, max(low, round(plan.target + d, 4))) for d in _LEVELS})
-        else:
-            levels = [pattern.fixed_sparsity]
-        for sparsity in levels:
+        fixed = pattern.fixed_sparsity
+        for sparsity in _levels(plan) if fixed is None else [fixed]:
             loss = 0.0
             # an expert that no token reached loses nothing
             if stats.tokens and stats.gram_II is not None:
                 new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping_of(stats))
-                delta_OI = new_OI - weight_OI
-                error_O = ((delta_OI @ stats.gram_II) * delta_OI).sum(1)
-                loss = float((error_O * importance_O).sum()) / stats.tokens
+                error_O = solvers.row_loss(new_OI - weight_OI, stats.gram_II)
+                loss = float((error_O * importance_O.to(error_O.device)).sum())
             yield Option(str(pattern), sparsity, cost(layer.shape, dtype, sparsity), loss)
+
+
+def _levels(plan: Plan) -> list[float]:
+    """The sparsities that are tried; the bounds are among them."""
+    low, high = plan.bounds
+    if plan.budget:
+        found = [round(low + (high - low) * i / (_LEVELS - 1), 4) for i in range(_LEVELS)]
+        return [s for s in found if s > 0]
+    return sorted({low, high, *(round(plan.target + d, 4) for d in _BESIDE if low < plan.target + d < high)})
 
 
 def _without_weights(layer: Layer) -> Layer:

@@ -105,6 +105,9 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
         few = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
         note = f"{note}; {few}" if note else few
+    if plan.blend and layer.kind == "expert":
+        own = "an expert aims at its own outputs, blend or not"
+        note = f"{note}; {own}" if note else own
     if solver.needs == "weights":
         stats = None
     weight_OI = layer.read().float()

@@ -156,10 +156,13 @@ def prune(
         str | None, typer.Option(help="How zeros are shared out: uniform, global, measured, owl, alpha or erk.")
     ] = None,
     min_sparsity: Annotated[
-        float | None, typer.Option(help="Least of any layer when zeros are shared out. Default: 0.2 below the target.")
+        float | None,
+        typer.Option(
+            help="Least of any layer when zeros are shared out. Default: 0.2 below the target; 0 with --budget."
+        ),
     ] = None,
     max_sparsity: Annotated[
-        float | None, typer.Option(help="Most of any layer. Default: 0.2 above the target.")
+        float | None, typer.Option(help="Most of any layer. Default: 0.2 above the target; 0.9 with --budget.")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="bytes=F or seconds=F of the dense layers', instead of --sparsity.")
@@ -176,7 +179,10 @@ def prune(
         str | None, typer.Option(help="Blocks see inputs of pruned or dense ones. Default: pruned.")
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Ridge in units of the Gram's mean diagonal. Default: by tokens an input.")
+        float | None,
+        typer.Option(
+            help="Ridge in units of the Gram's mean diagonal. Default: by tokens an input; 0.01 with --method."
+        ),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Glob of layer names to leave dense; repeat it.")] = None,
     allow_skips: Annotated[
@@ -229,7 +235,8 @@ _RESOLVED = {
     "sparsity": ("min_sparsity", "max_sparsity"),
     "effort": ("method", *_EXTRAS),
     "method": ("effort", *_EXTRAS),
-    "budget": ("allocation",),
+    "budget": ("allocation", "min_sparsity", "max_sparsity", "sensitivity"),
+    "allocation": ("sensitivity",),
 }
 
 

@@ -17,6 +17,8 @@ from secateurs.stats import Stats
 SCOPES = ("row", "layer")
 # how far a layer's sparsity may lie from the target when zeros are shared out
 SPREAD = 0.2
+# and its bounds where a budget decides how many there are
+BOUNDS = (0.0, 0.9)
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Plan:
     effort: a row of EFFORTS, which fills what is None below: method, sensitivity, blend, permute, reconstruct, distill,
     allocation.
     None for 'balanced', or for nothing but the method where that is given. method: a row of SOLVERS, '+refit' allowed.
-    sensitivity: calibration tokens on which the loss's dependence on every output is measured; 0 for none. blend: how far
+    sensitivity: calibration tokens on which the loss's dependence on every output is measured; 0 for none; allocation
+    'measured' needs them, whatever the effort. blend: how far
     layers aim at the dense model's outputs instead of their own (0 to 1). permute: reorder inputs for N:M where that
     can be folded away. reconstruct: steps of tuning a block's survivors against the dense block. distill: steps of tuning
     all blocks' survivors together against the dense model's predictions, which takes the whole model in memory.
     scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
-    min_sparsity, max_sparsity: bounds of a layer when zeros are shared out; None for 0.2 below and above the target.
-    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured'; else zeros count.
+    min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
+    and above the target, with a budget 0 and 0.9. budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for
+    allocation 'measured', in place of a count of zeros.
     calibration, samples, seqlen, seed: the text, how many windows of how many tokens, their order. seqlen None: 2048 or
     what the model's positions allow. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
@@ -94,7 +98,8 @@ class Plan:
             own = isinstance(pattern, patterns.Unstructured) and self.allocation == "uniform"
             scope = solver.scope if own else "layer"
             object.__setattr__(self, "scope", scope)
-        for name, value in (("min_sparsity", self.target - SPREAD), ("max_sparsity", self.target + SPREAD)):
+        bounds = BOUNDS if self.budget else (self.target - SPREAD, self.target + SPREAD)
+        for name, value in zip(("min_sparsity", "max_sparsity"), bounds, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, min(1.0, max(0.0, value)))
         self._check()
@@ -108,18 +113,21 @@ class Plan:
         effort = efforts[self.effort]
         if self.method is None and not effort.method:
             raise PlanError(f"effort {effort.name} has no method of its own; give --method")
-        fixed = re.fullmatch(r"\d+:\d+", self.pattern) is not None
+        fixed = all(re.fullmatch(r"\d+:\d+", text) for text in self.pattern.split(","))
         even = fixed or self.scope == "row"
         if self.damping is None and effort is PLAIN:
             object.__setattr__(self, "damping", solvers.DAMPING)
+        allocation = self.allocation or ("measured" if self.budget else "uniform" if even else effort.allocation)
+        # losses of layers compare in units of the model's loss only
+        tokens = effort.sensitivity or (EFFORTS["balanced"].sensitivity if allocation == "measured" else 0)
         filled = {
             "method": effort.method,
-            "sensitivity": 0 if even else effort.sensitivity,
+            "sensitivity": 0 if even and allocation == "uniform" else tokens,
             "blend": effort.blend,
             "permute": effort.permute,
             "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,
             "distill": effort.distill,
-            "allocation": "measured" if self.budget else "uniform" if even else effort.allocation,
+            "allocation": allocation,
         }
         for name, value in filled.items():
             if getattr(self, name) is None:

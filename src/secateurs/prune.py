@@ -102,13 +102,15 @@ def _prune_live(
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
     # a module that is one block has no loss to be sensitive to
-    if plan.sensitivity and blocks_of(model)[0] != [""]:
+    whole = blocks_of(model)[0] == [""]
+    if plan.sensitivity and not whole:
         found, norms = sensitivity(model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+    report.warnings += _left_out(plan, found, whole)
     guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
     ends = None
-    if plan.distill and blocks_of(model)[0] != [""]:
+    if plan.distill and not whole:
         ends = dense_ends(model, batches, AllLoaded(), InMemory(), lambda: None)
     for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):
         outcome = prune_block(step, plan, guide)
@@ -128,6 +130,22 @@ def _prune_live(
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()
     return report
+
+
+def _left_out(plan: Plan, found: dict[str, Tensor], whole: bool = False) -> list[str]:
+    """What the plan asks for and the model has no place for, as warnings. whole: it is a module without blocks."""
+    if whole:
+        asked = {
+            "sensitivities": plan.sensitivity,
+            "reordering": plan.permute and any(p.fixed_sparsity is not None for p in plan.layer_patterns),
+            "tuning of blocks": plan.reconstruct,
+            "tuning of the whole": plan.distill,
+        }
+        names = [name for name, value in asked.items() if value]
+        return [f"left out: {', '.join(names)}; only a Hugging Face model's blocks and loss are known"] if names else []
+    if plan.sensitivity and not found:
+        return ["sensitivities were not measured: the model predicts no next token"]
+    return []
 
 
 def _note_distillation(model: nn.Module, plan: Plan, report: Report, outcome: Outcome | None) -> None:
@@ -281,6 +299,7 @@ class Run:
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
         guide = self._guide(source, model, batches)
+        report.warnings += _left_out(plan, guide.sensitivity)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
         teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
         targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None

@@ -130,7 +130,7 @@ def _refit(
         power_next_O = (residual_OI * z_OI).sum(1)
         direction_OI.mul_((power_next_O / power_O.clamp(min=tiny))[:, None]).add_(z_OI)
         power_O = torch.where(active_O, power_next_O, power_O)
-    after_O = _row_loss(x_OI - target_OI, hessian_II)
+    after_O = row_loss(x_OI - target_OI, hessian_II)
     better_O = after_O <= before_O
     return torch.where(better_O[:, None], x_OI, start_OI.float()), torch.where(better_O, after_O, before_O)
 
@@ -178,7 +178,7 @@ def swaps(
     rows, inputs = x_OI.shape
     row_O = torch.arange(rows, device=x_OI.device)
     tried = min(candidates, inputs)
-    tiny_O = _row_loss(x_OI - weight_OI.float(), hessian_II) * 1e-4
+    tiny_O = row_loss(x_OI - weight_OI.float(), hessian_II) * 1e-4
     for _ in range(rounds):
         off_OI = x_OI == 0
         # an input that was always zero gains nothing but the ridge
@@ -206,7 +206,7 @@ def swaps(
         x_OI[row, i] = 0
         x_OI[row, to] = value
     new_OI = refit(weight_OI, x_OI, stats, damping)
-    loss_O, before_O = (_row_loss(w.float() - weight_OI.float(), hessian_II) for w in (new_OI, start_OI))
+    loss_O, before_O = (row_loss(w.float() - weight_OI.float(), hessian_II) for w in (new_OI, start_OI))
     return torch.where((loss_O < before_O)[:, None], new_OI, start_OI.float())
 
 
@@ -283,7 +283,7 @@ def admm(
     new_OI, loss_O = _refit(weight_OI, dense_OI.mul_(keep_OI).div_(scale_I), hessian_II, iterations=8)
     # where inputs hardly correlate, the first mask is the best there is and the iteration wanders off
     first_OI = first_OI / scale_I
-    at_first = _row_loss(first_OI - weight_OI.float(), hessian_II).sum()
+    at_first = row_loss(first_OI - weight_OI.float(), hessian_II).sum()
     return new_OI if loss_O.sum() < at_first else refit(weight_OI, first_OI, stats, damping)
 
 
@@ -301,7 +301,7 @@ def _inverse(scaled_II: Tensor, rho: float) -> Tensor:
     return torch.cholesky_inverse(lower_II)
 
 
-def _row_loss(delta_OI: Tensor, hessian_II: Tensor) -> Tensor:
+def row_loss(delta_OI: Tensor, hessian_II: Tensor) -> Tensor:
     return ((delta_OI @ hessian_II) * delta_OI).sum(1)
 
 
@@ -316,7 +316,7 @@ def relative_error(weight_OI: Tensor, new_OI: Tensor, stats: Stats | None) -> fl
     elif stats.gram_II is None:
         error, whole = ((w.square() @ stats.sqnorm_I).sum() for w in (delta_OI, weight_OI))
     else:
-        error, whole = (_row_loss(w, stats.gram_II).sum() for w in (delta_OI, weight_OI))
+        error, whole = (row_loss(w, stats.gram_II).sum() for w in (delta_OI, weight_OI))
     return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
 
 
