@@ -2,12 +2,12 @@
 
     .venv/bin/python bench/quality.py [MODEL] [--rows 0.5:balanced,2:4:best,...] [--limit 200] [--pages-only]
 
-MODEL: default SmolLM2-135M. Calibrated on 64 x 512 tokens of shared/data/c4_sample.jsonl (documents shuffled by
-random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 6 such
-windows of the C4 documents that come last in that order; LAMBADA, PIQA and ARC-easy by lm-eval on their first --limit
-questions. A row is
-SPARSITY:METHOD or N:M:METHOD; rows run one after another, each stage in a process of its own. Finished rows of
-bench/results/quality.json are not run again. Seconds are of the pruning stage, memory is of the run with its evaluation.
+MODEL: default SmolLM2-135M. Calibrated on 64 x 512 tokens (`best`: 384 x 512) of shared/data/c4_sample.jsonl (documents shuffled
+by random.Random(0)). Perplexity and KL on the first 24 windows of 2048 tokens of shared/data/wikitext-2-raw.test.txt and on 6
+such windows of the C4 documents that come last in that order; LAMBADA, PIQA and ARC-easy by lm-eval on their first --limit
+questions. A row is SPARSITY:METHOD or N:M:METHOD, or 0.7:ALLOCATION, which is `balanced` with its zeros shared out otherwise.
+Rows run one after another, each stage in a process of its own. A finished row is run again only if what its method does has
+changed since, or --limit or --samples. Seconds are of the pruning stage, memory is of the run with its evaluation.
 """
 
 import argparse
@@ -20,9 +20,30 @@ from pathlib import Path
 
 from methods import ROOT, data, fetch
 
+from secateurs.files import write_json, write_text
+from secateurs.plan import Plan
+
 SPARSITIES = ("0.3", "0.4", "0.5", "0.6", "0.7", "2:4", "4:8", "8:16")
 METHODS = ("magnitude", "wanda", "sparsegpt", "fast", "balanced", "best")
 EFFORTS = ("fast", "balanced", "best")
+# `balanced` shares zeros out by `global`
+ALLOCATIONS = ("uniform", "erk", "owl", "alpha", "measured")
+ROWS = [f"{s}:{m}" for s in SPARSITIES for m in METHODS] + [f"0.7:{a}" for a in ALLOCATIONS]
+# calibration windows; all blocks together are tuned once on each
+SAMPLES = {"best": 384}
+# of a resolved plan, what a method does
+CHOICES = (
+    "method",
+    "sensitivity",
+    "blend",
+    "permute",
+    "reconstruct",
+    "distill",
+    "allocation",
+    "scope",
+    "damping",
+    "samples",
+)
 # of C4's documents, the last in shuffled order
 HELD_OUT = 150
 TASKS = {
@@ -36,7 +57,7 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 metric_list: [{{metric: acc}}]
 """
-CHOICES = """output_type: multiple_choice
+MULTIPLE_CHOICE = """output_type: multiple_choice
 doc_to_text: "{{query}}"
 doc_to_choice: choices
 doc_to_target: gold
@@ -47,9 +68,33 @@ doc_to_target: "{{' '+text.split(' ')[-1]}}"
 """
 
 
-def secateurs(*arguments) -> dict:
-    command = [sys.executable, "-m", "secateurs.cli", *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+# arguments: the plan, the run directory, where the dense model's half of evaluations is kept, C4's held-out text
+RUN = """
+import json, sys
+from pathlib import Path
+from secateurs.checkpoint import Checkpoint
+from secateurs.plan import Plan
+from secateurs.prune import Run, quality
+
+chosen, out, ends = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+report = Run(Plan.from_dict(chosen), out, ends=ends).complete().as_dict()
+c4 = quality(Checkpoint(chosen["model"]), Checkpoint(out / "model"), sys.argv[4], 6, 2048, 0, ends=ends)
+print(json.dumps([report, c4[0].as_dict()]))
+"""
+
+
+def plan_of(row: str, model: str, shared: Path, samples: int | None) -> Plan:
+    c4, wikitext = data(shared)
+    pattern, _, method = row.rpartition(":")
+    chosen = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    if method in ALLOCATIONS:
+        chosen |= {"effort": "balanced", "allocation": method}
+    else:
+        chosen["effort" if method in EFFORTS else "method"] = method
+    return Plan(
+        model, **chosen, calibration=f"{c4}:prefix+gold_completion", samples=samples or SAMPLES.get(method, 64), seqlen=512,
+        eval_text=str(wikitext), eval_windows=24, eval_seqlen=2048,
+    )  # fmt: skip
 
 
 def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
@@ -58,7 +103,7 @@ def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
     definitions.mkdir(exist_ok=True)
     for name, (file, _) in TASKS.items():
         text = LOCAL.format(name=name, file=shared / "data" / file)
-        (definitions / f"{name}.yaml").write_text(text + (LAST_WORD if name == "lambada" else CHOICES))
+        (definitions / f"{name}.yaml").write_text(text + (LAST_WORD if name == "lambada" else MULTIPLE_CHOICE))
     code = (
         "import json, sys; from secateurs.tasks import run_tasks; "
         f"print(json.dumps(run_tasks({str(folder)!r}, {list(TASKS)!r}, {str(definitions)!r}, {limit})))"
@@ -78,32 +123,28 @@ def held_out(c4: Path, work: Path) -> Path:
     return file
 
 
-def run(row: str, model: str, shared: Path, limit: int, samples: int) -> dict:
-    c4, wikitext = data(shared)
-    pattern, _, method = row.rpartition(":")
-    chosen = ["--pattern", pattern] if ":" in pattern else ["--sparsity", pattern]
-    chosen += ["--effort" if method in EFFORTS else "--method", method]
+def choices(plan: Plan) -> dict:
+    return {name: getattr(plan, name) for name in CHOICES}
+
+
+def run(plan: Plan, shared: Path, limit: int, ends: Path) -> dict:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        report = secateurs(
-            "prune", model, "--out", work / "run", *chosen, "--calibration", f"{c4}:prefix+gold_completion",
-            "--samples", samples, "--seqlen", 512, "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048,
-        )  # fmt: skip
-        c4_quality = secateurs(
-            "eval", work / "run", "--text", held_out(c4, work), "--windows", 6, "--seqlen", 2048
-        )["quality"]  # fmt: skip
-        result = {
-            "samples": samples,
+        held = held_out(data(shared)[0], work)
+        command = [sys.executable, "-c", RUN, json.dumps(plan.as_dict()), str(work / "run"), str(ends), str(held)]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        report, c4 = json.loads(out)
+        return {
+            "choices": choices(plan),
             "sparsity": report["totals"]["sparsity"],
             "wikitext": report["quality"],
-            "c4": c4_quality,
+            "c4": c4,
             "seconds": report["seconds"]["prune"],
             "peak_memory_bytes": report["peak_memory_bytes"],
             "machine": report["machine"],
+            "limit": limit,
+            "tasks": tasks(work / "run" / "model", shared, limit, work) if limit else {},
         }
-        if limit:
-            result["limit"], result["tasks"] = limit, tasks(work / "run" / "model", shared, limit, work)
-    return result
 
 
 def excess(quality: dict) -> float:
@@ -113,49 +154,65 @@ def excess(quality: dict) -> float:
     return log(quality["ppl"]["value"] / quality["ppl_dense"]["value"])
 
 
-def page(done: dict, file: Path, plot: Path, command: str) -> None:
-    rows = {key: row for key, row in done.items() if key != "dense"}
+def page(done: dict, file: Path, plot: Path) -> None:
+    rows, dense = done["rows"], done["dense"]
     setup = (__doc__ or "").split("MODEL: default SmolLM2-135M. ")[1].split(" A row is")[0]
     lines = [
         "# Quality against sparsity",
         "",
-        f"SmolLM2-135M-Instruct, made by `{command}`, which runs whatever rows are missing. {setup}",
+        f"{done['model']}, made by `bench/quality.py`, which runs whatever rows are missing.",
+        *setup.replace("--limit", str(dense["limit"])).splitlines(),
         "",
         "*Excess* is the loss above the dense model, in nats a token on WikiText-2; *ratio* is that over SparseGPT's at the same",
         "sparsity. Intervals (95%) are in bench/results/quality.json; accuracies carry their standard error.",
         "",
-        "| pattern | method | perplexity, WikiText-2 | C4 | KL | excess | ratio | LAMBADA | PIQA | ARC-easy | prune s | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *_HEAD,
     ]
-
-    def accuracies(row: dict) -> str:
-        found = row.get("tasks") or {}
-        return " | ".join(f"{found[n][0]:.3f} ± {found[n][1]:.3f}" if n in found else "" for n in TASKS)
-
     if rows:
         first = next(iter(rows.values()))
         lines.append(
             f"| | dense | {first['wikitext']['ppl_dense']['value']:.2f} | {first['c4']['ppl_dense']['value']:.2f} | | | | "
-            f"{accuracies(done.get('dense', {}))} | | |"
+            f"{accuracies(dense)} | | |"
         )
-    for pattern in SPARSITIES:
-        base = rows.get(f"{pattern}:sparsegpt")
-        for method in METHODS:
-            row = rows.get(f"{pattern}:{method}")
-            if row is None:
-                continue
-            ratio = f"{excess(row['wikitext']) / excess(base['wikitext']):.2f}x" if base else ""
-            name = pattern if ":" in pattern else f"{float(pattern):.0%}"
-            # the text above says 64 windows
-            how = method if row["samples"] == 64 else f"{method}, {row['samples']} windows"
-            lines.append(
-                f"| {name} | {how} | {row['wikitext']['ppl']['value']:.2f} | {row['c4']['ppl']['value']:.2f} | "
-                f"{row['wikitext']['kl']['value']:.3f} | {excess(row['wikitext']):.3f} | {ratio} | {accuracies(row)} | "
-                f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
-            )
+    lines += [line(rows, p, m) for p in SPARSITIES for m in METHODS if f"{p}:{m}" in rows]
     lines += ["", f"![Excess loss against sparsity, one line a method]({plot.name})", ""]
-    file.write_text("\n".join(lines))
+    shares = [m for m in (*ALLOCATIONS, "balanced") if f"0.7:{m}" in rows]
+    if len(shares) > 1:
+        lines += [
+            "## Who gives the zeros", "",
+            "`balanced` at 70%, and the same with its zeros shared out otherwise; `balanced` itself takes `global`, one threshold",
+            "over all scores in units of the model's loss.", "", *_HEAD, *(line(rows, "0.7", m) for m in shares), "",
+        ]  # fmt: skip
+    write_text(file, "\n".join(lines))
     draw(rows, plot)
+
+
+_HEAD = (
+    "| pattern | method | perplexity, WikiText-2 | C4 | KL | excess | ratio | LAMBADA | PIQA | ARC-easy | prune s | memory |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def accuracies(row: dict) -> str:
+    found = row.get("tasks") or {}
+    return " | ".join(f"{found[n][0]:.3f} ± {found[n][1]:.3f}" if n in found else "" for n in TASKS)
+
+
+def label(method: str, row: dict) -> str:
+    # the page says 64 windows
+    samples = row["choices"]["samples"]
+    return method if samples == 64 else f"{method}, {samples} windows"
+
+
+def line(rows: dict, pattern: str, method: str) -> str:
+    row, base = rows[f"{pattern}:{method}"], rows.get(f"{pattern}:sparsegpt")
+    ratio = f"{excess(row['wikitext']) / excess(base['wikitext']):.2f}x" if base else ""
+    name = pattern if ":" in pattern else f"{float(pattern):.0%}"
+    return (
+        f"| {name} | {label(method, row)} | {row['wikitext']['ppl']['value']:.2f} | {row['c4']['ppl']['value']:.2f} | "
+        f"{row['wikitext']['kl']['value']:.3f} | {excess(row['wikitext']):.3f} | {ratio} | {accuracies(row)} | "
+        f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
+    )
 
 
 def draw(rows: dict, plot: Path) -> None:
@@ -173,7 +230,8 @@ def draw(rows: dict, plot: Path) -> None:
         found = [(p, rows.get(f"{p}:{method}")) for p in SPARSITIES if ":" not in p]
         points = [(float(p), excess(row["wikitext"])) for p, row in found if row]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=method)
+            name = label(method, next(row for _, row in found if row))
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
         for mark, pattern in (("s", "2:4"), ("^", "4:8"), ("v", "8:16")):
             row = rows.get(f"{pattern}:{method}")
             if row:
@@ -191,46 +249,45 @@ def draw(rows: dict, plot: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder; default SmolLM2-135M")
-    parser.add_argument("--rows", default=",".join(f"{s}:{m}" for s in SPARSITIES for m in METHODS))
+    parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--limit", type=int, default=200, help="questions of each task; 0 for none")
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, help="calibration windows of 512 tokens; default 64, best 384")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "quality.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     parser.add_argument("--pages-only", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
+    unknown = [row for row in arguments.rows.split(",") if row not in ROWS]
+    if unknown:
+        raise SystemExit(f"unknown row '{unknown[0]}'; write SPARSITY:METHOD of {SPARSITIES} and {METHODS}")
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-
-    def save() -> None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(done, indent=1) + "\n")
-        page(done, arguments.page, arguments.page.with_suffix(".svg"), "bench/quality.py")
 
     if not arguments.pages_only:
         model = arguments.model or str(fetch())
-        known = {f"{s}:{m}" for s in SPARSITIES for m in METHODS}
-        unknown = [row for row in arguments.rows.split(",") if row not in known]
-        if unknown:
-            raise SystemExit(f"unknown row '{unknown[0]}'; write SPARSITY:METHOD of {SPARSITIES} and {METHODS}")
-        if arguments.limit and "dense" not in done:
-            data(arguments.shared)
-            with tempfile.TemporaryDirectory() as name:
-                done["dense"] = {
-                    "limit": arguments.limit,
-                    "tasks": tasks(Path(model), arguments.shared, arguments.limit, Path(name)),
-                }
-            save()
-        for row in arguments.rows.split(","):
-            if row not in done:
-                done[row] = run(row, model, arguments.shared, arguments.limit, arguments.samples)
-                save()
-            found = done[row]
-            quality = found["wikitext"]
-            print(
-                f"{row:18s} ppl {quality['ppl']['value']:.2f}, excess {excess(quality):.3f}, {found['seconds']:.0f} s",
-                flush=True,
+        name = Path(model).resolve().name
+        if done.setdefault("model", name) != name:
+            raise SystemExit(
+                f"{arguments.out} holds rows of {done['model']}; give --out and --page for those of {name}"
             )
-    save()
+        rows = done.setdefault("rows", {})
+        with tempfile.TemporaryDirectory() as work:
+            if done.get("dense", {}).get("limit") != arguments.limit:
+                found = tasks(Path(model), arguments.shared, arguments.limit, Path(work)) if arguments.limit else {}
+                done["dense"] = {"limit": arguments.limit, "tasks": found}
+            for row in arguments.rows.split(","):
+                plan = plan_of(row, model, arguments.shared, arguments.samples)
+                known = rows.get(row, {})
+                if (known.get("choices"), known.get("limit")) != (choices(plan), arguments.limit):
+                    rows[row] = run(plan, arguments.shared, arguments.limit, Path(work) / "dense")
+                    write_json(arguments.out, done)
+                    page(done, arguments.page, arguments.page.with_suffix(".svg"))
+                found = rows[row]
+                quality = found["wikitext"]
+                print(
+                    f"{row:18s} ppl {quality['ppl']['value']:.2f}, excess {excess(quality):.3f}, {found['seconds']:.0f} s",
+                    flush=True,
+                )
+    page(done, arguments.page, arguments.page.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from secateurs import evaluate
 from secateurs.decide import DecidePlan, decide, front
 from secateurs.device import machine
 from secateurs.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
@@ -92,12 +93,24 @@ def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):
 
 
 def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
-    chosen = plan(llama, words, tmp_path)
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "2:4", "shrink:params=0.9x"))
+    walked, stream = [], evaluate.stream
+
+    def counted(model, batches, *rest, **more):
+        # calibration text is looked at, too, but has another number of windows
+        walked.append(len(batches))
+        return stream(model, batches, *rest, **more)
+
+    monkeypatch.setattr(evaluate, "stream", counted)
     first = decide(chosen, tmp_path / "run")
-    assert len(stated) == 2
+    assert len(stated) == 3
+    # three candidates and the dense model once
+    assert walked.count(chosen.eval_windows) == 4
+    assert len({str(row["quality"]["ppl_dense"]) for row in first["rows"]}) == 1
+    assert not (tmp_path / "run" / "work" / "dense").exists()
     monkeypatch.setattr(module, "pack_run", None)
     assert decide(chosen, tmp_path / "run") == first
-    assert len(stated) == 2
+    assert len(stated) == 3
 
 
 def test_a_kill_between_candidates_loses_nothing(tmp_path, llama, words, stated, monkeypatch):

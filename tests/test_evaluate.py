@@ -51,6 +51,25 @@ def test_finished_windows_are_not_measured_again():
     assert measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS, done=marked) == marked + whole[1:]
 
 
+def test_the_dense_half_is_kept_and_used_again(tmp_path, monkeypatch):
+    dense, pruned = ((m, AllLoaded()) for m in models())
+    whole = measure(dense, pruned, IDS)
+    # in two groups, as a run that notes its place does
+    part = measure(dense, pruned, IDS[:2], ends=tmp_path)
+    assert measure(dense, pruned, IDS, done=part, ends=tmp_path) == whole
+    assert len(list(tmp_path.iterdir())) == 5
+    walked, stream = [], evaluate.stream
+    monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(model) or stream(model, *a, **k))
+    ticks = []
+    assert measure(dense, pruned, IDS, ends=tmp_path, tick=lambda: ticks.append(1)) == whole
+    assert walked == [pruned[0]]
+    assert len(ticks) == 5 * (3 + 3 + 1)
+    # what is not all there is computed
+    (tmp_path / "00003.safetensors").unlink()
+    assert measure(dense, pruned, IDS, ends=tmp_path) == whole
+    assert walked[1:] == [dense[0], pruned[0]]
+
+
 def test_one_model_alone_has_only_its_perplexity():
     dense, _ = models()
     quality = summarise(measure((dense, AllLoaded()), None, IDS))

@@ -7,6 +7,7 @@ their own dtype; logits are compared in fp32. V vocabulary, S positions.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from secateurs.errors import CalibrationError
 from secateurs.estimate import RESAMPLES, Estimate
-from secateurs.walk import Batch, InMemory, Loader, leave, stream
+from secateurs.files import write_tensors
+from secateurs.walk import Batch, InMemory, Loader, blocks_of, leave, stream
 
 # logits compared at a time, as fp32; more fall out of the cache and take three times as long
 _CHUNK = 1 << 20
@@ -54,25 +56,26 @@ def measure(
     windows: Tensor,
     done: Sequence[Window] = (),
     tick: Callable[[], None] = lambda: None,
+    ends: Path | None = None,
 ) -> list[Window]:
     """Run windows [N, S] through one or two models, block by block in step, and compare their logits.
 
     Memory holds one block of each model, the hidden states of all windows and the logits of one. done: windows that
     were measured before, which come first and are not measured again. One tick a window, block and model, and one a
-    window at the end. Raises CalibrationError if the model gives no logits.
+    window at the end. ends: a folder for this dense model and these windows, where what leaves its last block is kept; what
+    lies there is not computed again, to the same bits. Raises CalibrationError if the model gives no logits.
     """
-    todo = [{"input_ids": ids[None]} for ids in windows[len(done) :]]
+    first = len(done)
+    todo = [{"input_ids": ids[None]} for ids in windows[first:]]
     models = [dense] if pruned is None else [dense, pruned]
-    stores = [InMemory() for _ in models]
-    # they may have different numbers of blocks
-    last = []
-    for (model, loader), held in zip(models, stores, strict=True):
-        last.append([step.index + 1 for step in stream(model, todo, loader, held, keep_last=True, tick=tick)][-1])
+    kept = [_kept(dense, todo, first, tick, ends)]
+    if pruned is not None:
+        kept.append(_kept(pruned, todo, first, tick))
     results = list(done)
     for i, batch in enumerate(todo):
         logits = []
-        for (model, loader), held, end in zip(models, stores, last, strict=True):
-            output = leave(model, loader, held.read(end, i), batch)
+        for (model, loader), hidden in zip(models, kept, strict=True):
+            output = leave(model, loader, hidden(i), batch)
             if getattr(output, "logits", None) is None:
                 raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
             logits.append(output.logits[0])
@@ -81,6 +84,32 @@ def measure(
     for model, loader in models:
         loader.release(model)
     return results
+
+
+def _kept(
+    given: tuple[nn.Module, Loader],
+    todo: Sequence[Batch],
+    first: int,
+    tick: Callable[[], None],
+    ends: Path | None = None,
+) -> Callable[[int], Tensor]:
+    """What leaves a model's last block, by window."""
+    model, loader = given
+    # models may have different numbers of blocks
+    count = len(blocks_of(model)[0])
+    files = [ends / f"{first + i:05d}.safetensors" for i in range(len(todo))] if ends else []
+    if not files or not all(file.is_file() for file in files):
+        held = InMemory()
+        for _ in stream(model, todo, loader, held, keep_last=True, tick=tick):
+            pass
+        for i, file in enumerate(files):
+            write_tensors(file, {"hidden": held.read(count, i)})
+        return lambda i: held.read(count, i)
+    from safetensors.torch import load_file
+
+    for _ in range(count * len(todo)):
+        tick()
+    return lambda i: load_file(files[i])["hidden"]
 
 
 def compare(batch: Batch, logits: list[Tensor]) -> Window:

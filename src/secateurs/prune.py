@@ -6,6 +6,7 @@ moves on to the next block; so a kill at any moment repeats at most one block, f
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -255,12 +256,14 @@ class Noted:
 class Run:
     """One run directory. complete() does what is left to do."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent, ends: Path | None = None) -> None:
+        """ends: as in quality()."""
         folder = Path(plan.model).expanduser()
         # a run must find its dense model again from any working directory
         self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
         self.out = out
         self.progress = progress
+        self.ends = ends
         self.work = out / "work"
         self.model_folder = out / "model"
         self.report_file = out / "report.json"
@@ -495,8 +498,9 @@ class Run:
             result = checkpoint.Checkpoint(self.model_folder)
             cache = self.work / "windows.json"
             measured = quality(
-                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-            )
+                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache,
+                self.ends,
+            )  # fmt: skip
             if measured is None:
                 if any(gates.Gate.parse(text).task is None for text in plan.gate):
                     raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
@@ -556,10 +560,12 @@ def quality(
     seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
+    ends: Path | None = None,
 ) -> tuple[evaluate.Quality, calibrate.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
-    cache: a file that remembers finished windows across a kill.
+    cache: a file that remembers finished windows across a kill. ends: a folder in which the dense model's half of the work is
+    kept for others that are measured against it.
     """
     if not predicts_next_token(dense):
         return None
@@ -567,6 +573,9 @@ def quality(
     length = window_length(seqlen, models[0][0])
     text = calibrate.load(source, dense.tokenizer(), windows, length, None, "held-out")
     Run._check_vocabulary(text.windows, models[0][0])
+    if ends is not None:
+        of = hashlib.sha256(dense.fingerprint().encode() + text.windows.numpy().tobytes())
+        ends = ends / of.hexdigest()[:16]
     done: list[evaluate.Window] = []
     if cache is not None and cache.is_file():
         done = [evaluate.Window(**w) for w in json.loads(cache.read_text())]
@@ -583,7 +592,7 @@ def quality(
     while len(done) < n:
         group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
         second = models[1] if pruned is not None else None
-        done = evaluate.measure(models[0], second, group, done, tick)
+        done = evaluate.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
             write_json(cache, [dataclasses.asdict(w) for w in done])
     return evaluate.summarise(done, seed), text

@@ -119,19 +119,24 @@ class ShrinkPlan:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
 
-def shrink(plan: ShrinkPlan, out: str | Path, progress: Progress = lambda label, done, total: None) -> dict[str, Any]:
+def shrink(
+    plan: ShrinkPlan,
+    out: str | Path,
+    progress: Progress = lambda label, done, total: None,
+    ends: Path | None = None,
+) -> dict[str, Any]:
     """Do what is left of a run: look, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
-    A missed gate is in the report's `gate`, and no error here.
+    A missed gate is in the report's `gate`, and no error here. ends: as in prune.quality().
     """
-    return _Run(plan, Path(out).expanduser(), progress).complete()
+    return _Run(plan, Path(out).expanduser(), progress, ends).complete()
 
 
 class _Run:
-    def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress) -> None:
+    def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress, ends: Path | None) -> None:
         folder = Path(plan.model).expanduser()
         self.plan = replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
-        self.out, self.progress = out, progress
+        self.out, self.progress, self.ends = out, progress, ends
         self.work = out / "work"
         self.model_folder = out / "model"
 
@@ -674,8 +679,9 @@ class _Run:
         result = checkpoint.Checkpoint(self.model_folder)
         cache = self.work / "windows.json"
         measured = quality(
-            source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-        )
+            source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache,
+            self.ends,
+        )  # fmt: skip
         if measured is None:
             report["warnings"].append("quality was not measured: the model predicts no next token")
             report["gate"] = gates.judge(plan.gate, None)
