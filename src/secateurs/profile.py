@@ -51,8 +51,8 @@ class DeviceProfile:
             if r["tokens"] == nearest:
                 by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
         by_sparsity.setdefault(0.0, [1.0])
-        points = sorted((s, 1 / median(v)) for s, v in by_sparsity.items())
-        return float(1 / np.interp(sparsity, *zip(*points, strict=True)))
+        known = sorted(by_sparsity)
+        return float(1 / np.interp(sparsity, known, [1 / median(by_sparsity[s]) for s in known]))
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
