@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
-from secateurs.distill import cross_entropy, dense_ends, distill, divergence, pruned_parameters, square_head
-from secateurs.walk import AllLoaded, InMemory
+from secateurs.distill import cross_entropy, dense_ends, distill, divergence, square_head
+from secateurs.tuning import movable
+from secateurs.walk import AllLoaded, InMemory, blocks_of, layers_of, survivors
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def models():
 def run(dense, pruned, batches, **options):
     ends = dense_ends(dense, batches, AllLoaded(), InMemory(), lambda: None)
     options = {"steps": 24, "rate": 2e-2, **options}
-    return distill(pruned, pruned_parameters(pruned), (pruned, AllLoaded()), ends, batches, **options)
+    blocks = [(name, pruned.get_submodule(name)) for name in blocks_of(pruned)[0]]
+    moving = [m for name, block in blocks for m in movable(block, survivors(layers_of(block, name)))]
+    return distill(pruned, moving, (pruned, AllLoaded()), ends, batches, **options)
 
 
 def apart(dense, pruned, ids):

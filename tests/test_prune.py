@@ -338,6 +338,35 @@ def test_live_modules_say_what_they_need():
         sc.prune("somewhere", sc.Plan())
 
 
+@pytest.mark.parametrize(("model_type", "skipped"), [
+    ("llama", "model.layers.1.mlp.up_proj"), ("mixtral", "model.layers.1.mlp.experts.gate_up_proj.2"),
+])  # fmt: skip
+def test_a_layer_that_is_left_dense_stands_still_in_every_tuning(model_type, skipped, tmp_path, words):
+    import transformers
+
+    tiny.save(tmp_path / "plain", model_type)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    dense = {layer.name: layer for i in range(3) for layer in layers_of_block(model, i)}[skipped].read()
+    # a zero that nobody made
+    dense[0, 0] = 0
+    model.save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    plan = sc.Plan(
+        effort="best", sparsity=0.7, skip=(skipped,), reconstruct=24, distill=96, calibration=str(words), samples=32, seqlen=32,
+        eval_windows=0,
+    )  # fmt: skip
+    report = sc.prune(tmp_path / "dense", plan, out=tmp_path / "run")
+    assert report.distillation["after"] < report.distillation["before"]
+    assert sc.verify(tmp_path / "run").status == "complete"
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert torch.equal({y.name: y for y in layers_of_block(after, 1)}[skipped].read(), dense)
+
+
+def layers_of_block(model, i):
+    names, experts = walk.blocks_of(model)
+    return walk.layers_of(model.get_submodule(names[i]), names[i], experts)
+
+
 def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):
     net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
     batches = [{"input": torch.randn(64, 16)}]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from secateurs.reconstruct import reconstruct
-from secateurs.tuning import Moving, tune
+from secateurs.tuning import Moving, movable, tune
 
 
 class Block(nn.Module):
@@ -32,10 +32,14 @@ def problem():
     return block, x, target
 
 
+def moving(block):
+    return movable(block, [(layer.weight, layer.weight.detach() != 0) for layer in (block.up, block.down)])
+
+
 def run(block, x, target, **options):
     options = {"steps": 60, "rate": 5e-2, **options}
     return reconstruct(
-        block, [block.up.weight, block.down.weight],
+        moving(block),
         lambda i, part: block(x[i * 8 : i * 8 + 8][part]), lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, **options,
     )  # fmt: skip
 
@@ -69,7 +73,7 @@ def test_the_held_out_loss_is_what_is_reported(problem):
         return block(x[i * 8 : i * 8 + 8][part])
 
     found = reconstruct(
-        block, [block.up.weight, block.down.weight], forward, lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, 60, 1e-2
+        moving(block), forward, lambda i, part: target[i * 8 : i * 8 + 8][part], [8] * 5, 60, 1e-2
     )  # fmt: skip
     held = [i for i in range(40) if i not in seen]
     assert len(held) == 4
@@ -132,7 +136,7 @@ def test_too_few_windows_or_no_steps_change_nothing(problem):
     before = block.up.weight.clone()
     assert run(block, x, target, steps=0).steps == 0
     one = reconstruct(
-        block, [block.up.weight], lambda i, part: block(x[:1][part]), lambda i, part: target[:1][part], [1], 10, 1e-2
+        moving(block), lambda i, part: block(x[:1][part]), lambda i, part: target[:1][part], [1], 10, 1e-2
     )
     assert one.steps == 0
     assert torch.equal(block.up.weight, before)

@@ -20,7 +20,8 @@ from secateurs.plan import Plan
 from secateurs.reconstruct import reconstruct
 from secateurs.report import LayerRecord
 from secateurs.stats import Stats
-from secateurs.walk import Layer, Step, blocks_of, layers_of, matches
+from secateurs.tuning import Moving, movable
+from secateurs.walk import Layer, Step, blocks_of, layers_of, matches, survivors
 
 # A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
 # plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
@@ -206,6 +207,17 @@ def _reorder(
     return notes, tuned, replace(guide, sensitivity=sensitivity)
 
 
+def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Moving]:
+    """What can be tuned of all blocks of a model: the survivors of layers that were pruned, and vectors."""
+    names, experts = blocks_of(model)
+    pruned = {record.name for record in records if record.skipped is None}
+    found: list[Moving] = []
+    for name in names:
+        block = model.get_submodule(name)
+        found += movable(block, survivors(y for y in layers_of(block, name, experts) if y.name in pruned))
+    return found
+
+
 def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[str]]:
     """The records and the names of what else moved, after all blocks of a model were tuned."""
     names, experts = blocks_of(model)
@@ -234,8 +246,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
     """Tune the block against the dense one and bring the records up to date."""
     with step.evaluating():
         found = reconstruct(
-            step.block,
-            [layer.parameter for layer in pruned],
+            movable(step.block, survivors(pruned)),
             lambda batch, part: step.call(step.inputs(batch)[part], batch),
             lambda batch, part: step.targets(batch)[part],
             step.windows,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateurs.tuning import Memory, Moving, Outcome, movable, tune
-from secateurs.walk import Activations, Batch, Loader, blocks_of, layers_of, leave, stream, whole
+from secateurs.tuning import Memory, Moving, Outcome, tune
+from secateurs.walk import Activations, Batch, Loader, leave, stream, whole
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 4e-3
@@ -32,7 +32,7 @@ def dense_ends(
 
 def distill(
     model: nn.Module,
-    pruned: Sequence[nn.Parameter],
+    moving: Sequence[Moving],
     head: tuple[nn.Module, Loader],
     ends: Callable[[int], Tensor],
     batches: Sequence[Batch],
@@ -42,12 +42,12 @@ def distill(
     tick: Callable[[], None] = lambda: None,
     memory: Memory | None = None,
 ) -> Outcome | None:
-    """Tune a whole model in place; None if it gives no logits. `pruned`: parameters whose zeros stay.
+    """Tune a whole model in place; None if it gives no logits. moving: of its blocks only (tuning.movable()).
 
     head: a model with the same embeddings and head, and their loader, for the dense logits; `model` itself will do. ends:
     dense_ends(). Losses are in nats a token.
     """
-    trained = [p for name in blocks_of(model)[0] for p in movable(model.get_submodule(name), pruned)]
+    trained = [m.parameter for m in moving]
     places = [(b, i) for b, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
 
     def logits(place: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -70,19 +70,7 @@ def distill(
     with torch.no_grad():
         if getattr(whole(model, {name: value[:1] for name, value in batches[0].items()}), "logits", None) is None:
             return None
-    return tune([Moving.of(p) for p in trained], loss, gradients, places, steps, rate, seed, tick, memory)
-
-
-def pruned_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter of a layer with zeros, once."""
-    names, experts = blocks_of(model)
-    found = {
-        id(layer.parameter): layer.parameter
-        for name in names
-        for layer in layers_of(model.get_submodule(name), name, experts)
-        if bool((layer.parameter == 0).any())
-    }
-    return list(found.values())
+    return tune(moving, loss, gradients, places, steps, rate, seed, tick, memory)
 
 
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> tuple[float, Tensor]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from secateurs import calibrate, checkpoint, evaluate, families, gates, tasks
 from secateurs.apportion import Cost, Shares, apportion, kept_weights
-from secateurs.block import Guide, prune_block, seed_of, take_up
+from secateurs.block import Guide, prune_block, seed_of, survivors_of, take_up
 from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
-from secateurs.distill import dense_ends, distill, pruned_parameters
+from secateurs.distill import dense_ends, distill
 from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
 from secateurs.files import claim, locked, write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
@@ -124,7 +124,7 @@ def _prune_live(
     if ends:
         tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(
-            model, pruned_parameters(model), (model, AllLoaded()), ends, batches, plan.distill or 0,
+            model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
             seed=seed_of(plan.seed, "distill"), tick=tick,
         )  # fmt: skip
         _note_distillation(model, plan, report, found_out)
@@ -479,7 +479,7 @@ class Run:
         pruned.load_whole(model)
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
-            model, pruned_parameters(model), (dense, source), ends, batches, plan.distill or 0,
+            model, survivors_of(model, report.layers), (dense, source), ends, batches, plan.distill or 0,
             seed=seed_of(plan.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)

@@ -10,9 +10,9 @@ Blockwise fine-tuning with frozen masks: Guo et al. 2024, EBFT, arXiv 2402.12419
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateurs.tuning import Moving, Outcome, movable, tune
+from secateurs.tuning import Moving, Outcome, tune
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 8e-3
@@ -22,8 +22,7 @@ Place = tuple[int, slice]
 
 
 def reconstruct(
-    block: nn.Module,
-    pruned: Sequence[nn.Parameter],
+    moving: Sequence[Moving],
     forward: Callable[[int, slice], Tensor],
     target: Callable[[int, slice], Tensor],
     windows: Sequence[int],
@@ -33,13 +32,14 @@ def reconstruct(
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Tune the block in place. Zeros of the `pruned` parameters stay zero; so does everything that is not floating.
+    """Tune a block in place: what of it is `moving` (tuning.movable()), as tune() does.
 
     forward(batch, part) runs windows `part` of a batch through the block, target gives what should come out;
-    windows: how many windows each batch has. Trained are `pruned` and the block's vectors (norms, biases), as tune() does.
+    windows: how many windows each batch has. An effort's few dozen steps are looked at once, at their end; longer tunings
+    stop early.
     """
     places = [(b, slice(i, min(i + per_step, n))) for b, n in enumerate(windows) for i in range(0, n, per_step)]
-    trained = movable(block, pruned)
+    trained = [m.parameter for m in moving]
 
     def error(place: Place) -> Tensor:
         wanted = target(*place).float()
@@ -51,5 +51,4 @@ def reconstruct(
     def gradients(place: Place) -> Sequence[Tensor | None]:
         return torch.autograd.grad(error(place), trained, allow_unused=True)
 
-    moving = [Moving.of(p) for p in trained]
     return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)

@@ -49,9 +49,12 @@ class Moving:
     scale: float
 
     @classmethod
-    def of(cls, parameter: nn.Parameter) -> "Moving":
-        """A matrix where it is not zero, a vector everywhere; the root mean square of what may move."""
-        mask = None if parameter.dim() == 1 else parameter.detach() != 0
+    def of(cls, parameter: nn.Parameter, mask: Tensor | None = None) -> "Moving":
+        """Where the mask says, or else a matrix where it is not zero and a vector everywhere; the root mean square of what may
+        move.
+        """
+        if mask is None and parameter.dim() > 1:
+            mask = parameter.detach() != 0
         return cls(parameter, mask, max(_size(parameter.detach().float(), mask), 1e-6))
 
 
@@ -63,10 +66,11 @@ class Memory(Protocol):
     def write(self, state: dict[str, Tensor]) -> None: ...
 
 
-def movable(block: nn.Module, pruned: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """What is tuned of a block: the `pruned` parameters and its vectors (norms, biases)."""
-    named = {id(p) for p in pruned}
-    return [p for p in block.parameters() if id(p) in named or (p.dim() == 1 and p.is_floating_point())]
+def movable(block: nn.Module, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Moving]:
+    """What is tuned of a block: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
+    masks = {id(p): mask for p, mask in pruned}
+    wanted = (p for p in block.parameters() if id(p) in masks or (p.dim() == 1 and p.is_floating_point()))
+    return [Moving.of(p, masks.get(id(p))) for p in wanted]
 
 
 def tune(

@@ -126,6 +126,22 @@ def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> lis
     return found
 
 
+def survivors(layers: Iterable[Layer]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of layers, each once, and where they are not zero. Of fused experts, those that are no layer of these are
+    False.
+    """
+    found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for layer in layers:
+        parameter = layer.parameter
+        if layer.kind == "expert":
+            empty = torch.zeros_like(parameter, dtype=torch.bool)
+            _, mask = found.setdefault(id(parameter), (parameter, empty))
+            mask[layer.index] = layer.read() != 0
+        else:
+            found[id(parameter)] = parameter, parameter.detach() != 0
+    return list(found.values())
+
+
 def _kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return "linear"

@@ -33,6 +33,7 @@ from secateurs.structured.bridge import bridge, through
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
+from secateurs.tuning import Moving
 from secateurs.walk import AllLoaded, Batch, InMemory, Layer, Step, blocks_of, layers_of, stream
 
 Progress = Callable[[str, int, int], None]
@@ -590,7 +591,7 @@ class _Run:
 
         with step.evaluating():
             found = reconstruct(
-                step.block, [p for p in step.block.parameters() if p.dim() > 1],
+                [Moving.of(p) for p in step.block.parameters()],
                 lambda batch, part: step.call(step.inputs(batch)[part], batch),
                 target, step.windows, _TUNING, seed=seed_of(self.plan.seed, step.name),
             )  # fmt: skip
