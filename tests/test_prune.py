@@ -393,15 +393,22 @@ def test_weights_that_the_dtype_cannot_hold_are_an_error(monkeypatch):
 
 _RUN = """
 import importlib, sys, secateurs as sc
-prune = importlib.import_module("secateurs.prune")
+prune, walk = map(importlib.import_module, ("secateurs.prune", "secateurs.walk"))
 source, words, out, method = sys.argv[1:]
 how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if method == "best" else {"method": method}
+if method == "measured":
+    how = {"method": "sparsegpt", "budget": "bytes=0.6", "blend": 0.5}
 plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
     slow(file, data)
     print(file.name, data.get("next_block") if isinstance(data, dict) else len(data), flush=True)
 prune.write_json = write_json
+slow_place = walk.write_json
+def note_place(file, data):
+    slow_place(file, data)
+    print(file.name, data["block"], flush=True)
+walk.write_json = note_place
 slow_tensors = prune.write_tensors
 def write_tensors(file, tensors):
     slow_tensors(file, tensors)
@@ -425,7 +432,7 @@ def _start(source, words, out, method="sparsegpt+refit"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best"])
+@pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best", "measured"])
 def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, words):
     undisturbed = _start(llama, words, tmp_path / "whole", method)
     lines = undisturbed.communicate()[0].splitlines()
@@ -433,9 +440,10 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
     # die after each thing that is written, in one run directory, then go on
     kills = 0
     # what `best` finds out beforehand is kept, too
-    early = ["shares.json None"] if method == "best" else []
+    early = {"best": ["shares.json None"], "measured": ["options.json 0", "options.json 2"]}.get(method, [])
     # and what it has tuned of the whole, also while that is being written
-    late = ["distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"] if method == "best" else []
+    late = ["ends.json 2", "ends.json 3", "distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"]
+    late = late if method == "best" else []
     for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
         process = _start(llama, words, tmp_path / "killed", method)
         state = ""

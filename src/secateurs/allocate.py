@@ -189,7 +189,7 @@ def _histogram(layer: LayerSummary, prefix: int, shift: int, bits: int) -> Tenso
         # -0.0 has the sign bit set
         pattern = (scores + 0.0).view(torch.int32)
         inside = pattern[(pattern >> (shift + bits)) == prefix]
-        counts += torch.bincount((inside >> shift) & ((1 << bits) - 1), minlength=1 << bits)
+        counts += torch.bincount((inside >> shift) & ((1 << bits) - 1), minlength=1 << bits).cpu()
     return counts
 
 

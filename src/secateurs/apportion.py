@@ -7,7 +7,10 @@ O outputs, I inputs.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from secateurs.errors import LayerError, PlanError
 from secateurs.patterns import count_zeros, parse
 from secateurs.plan import Plan
 from secateurs.stats import Stats
-from secateurs.walk import Batch, Layer, Loader, stream
+from secateurs.walk import Batch, InMemory, Layer, Loader, OnDisk, note_place, read_place, stream
 
 Shares = dict[str, tuple[str, float]]
 Cost = Callable[[tuple[int, int], torch.dtype, float], float]
@@ -47,18 +50,20 @@ def apportion(
     norms: dict[str, Stats],
     cost: Cost = kept_weights,
     tick: Callable[[], None] = lambda: None,
+    work: Path | None = None,
 ) -> Shares | None:
     """Each layer's pattern and sparsity, or None where all are alike. Scores and losses are those of the dense model.
 
     sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
     between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
-    cost: what the plan's budget is in.
+    cost: what the plan's budget is in. work: a folder where `measured` keeps what it found, block by block, so that a killed run
+    goes on.
     """
     needs = plan.allocator.needs
     if plan.allocation == "uniform":
         return None
     if needs == "curves":
-        return _measured(model, loader, batches, plan, sensitivity, cost, tick)
+        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work)
     solver = plan.solver
     found: dict[str, tuple[str, Layer]] = {}
     norms = dict(norms)
@@ -116,12 +121,23 @@ def _measured(
     sensitivity: dict[str, Tensor],
     cost: Cost,
     tick: Callable[[], None],
+    work: Path | None,
 ) -> Shares:
     """Losses of every layer at several sparsities by SparseGPT, and the choice that a budget allows."""
-    options: dict[str, list[Option]] = {}
-    numels: dict[str, int] = {}
-    whole, dense = 0.0, 0.0
-    for step in stream(model, batches, loader, propagate="dense", tick=tick):
+    place = work / "options.json" if work else None
+    found: dict[str, Any] = {"options": {}, "numels": {}, "costs": [0.0, 0.0]}
+    if place and place.is_file():
+        found = json.loads(place.read_text())
+    options = {name: [Option(**o) for o in given] for name, given in found["options"].items()}
+    numels: dict[str, int] = found["numels"]
+    whole, dense = found["costs"]
+    store = OnDisk(work / "inputs") if work else InMemory()
+    start = read_place(place)
+    for _ in range(start * len(batches)):
+        tick()
+    for step in stream(model, batches, loader, store, start, "dense", tick=tick):
+        as_data = {name: [dataclasses.asdict(o) for o in given] for name, given in options.items()}
+        note_place(place, step.index, options=as_data, numels=numels, costs=[whole, dense])
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         stats = step.observe(todo, gram=True)
         known = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]

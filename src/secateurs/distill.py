@@ -7,12 +7,13 @@ model, and for every weight that moves 12 bytes of Adam's, 4 of gradients and a 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from secateurs.tuning import Memory, Moving, Outcome, tune
-from secateurs.walk import Activations, Batch, Loader, leave, stream, whole
+from secateurs.walk import Activations, Batch, Loader, blocks_of, leave, note_place, read_place, stream, whole
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 4e-3
@@ -21,13 +22,25 @@ _ROWS = 128
 
 
 def dense_ends(
-    model: nn.Module, batches: Sequence[Batch], loader: Loader, store: Activations, tick: Callable[[], None]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loader: Loader,
+    store: Activations,
+    tick: Callable[[], None],
+    place: Path | None = None,
 ) -> Callable[[int], Tensor]:
-    """Walk a dense model and keep what leaves its last block: a function of the batch."""
-    last = 0
-    for step in stream(model, batches, loader, store, keep_last=True, tick=tick):
-        last = step.index + 1
-    return lambda batch: store.read(last, batch)
+    """Walk a dense model and keep what leaves its last block: a function of the batch.
+
+    place: a file that says which block is next, beside a store on disk, so that a killed walk goes on. One tick a batch and block.
+    """
+    count = len(blocks_of(model)[0])
+    start = read_place(place)
+    for _ in range(start * len(batches)):
+        tick()
+    for step in stream(model, batches, loader, store, start, keep_last=True, tick=tick) if start < count else ():
+        note_place(place, step.index)
+    note_place(place, count)
+    return lambda batch: store.read(count, batch)
 
 
 def distill(

@@ -2,7 +2,8 @@
 
 The run directory holds plan.json, model/ (a plain checkpoint), report.json, and work/ while the run is under way. Each
 block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
-moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had.
+moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had. What is found out
+beforehand is kept when it is complete (sensitivities) or block by block (the losses of allocation `measured`).
 """
 
 import dataclasses
@@ -459,7 +460,7 @@ class Run:
             shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
-            shares = apportion(model, source, batches, plan, found, norms, _cost(plan), tick)
+            shares = apportion(model, source, batches, plan, found, norms, _cost(plan), tick, self.work)
             if shares is not None:
                 write_json(shares_file, shares)
                 return_memory()
@@ -473,7 +474,7 @@ class Run:
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
         tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
-        ends = dense_ends(dense, batches, source, store, tick)
+        ends = dense_ends(dense, batches, source, store, tick, self.work / "ends.json")
         pruned = checkpoint.Checkpoint(self.model_folder)
         model = pruned.skeleton()
         pruned.load_whole(model)

@@ -8,6 +8,7 @@ T tokens, O outputs, I inputs, B sequences, S positions.
 """
 
 import fnmatch
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs import families
 from secateurs.errors import CalibrationError, CheckpointError, LayerError
+from secateurs.files import write_json
 from secateurs.stats import Stats
 
 Batch = dict[str, Tensor]
@@ -209,6 +211,17 @@ class OnDisk:
         import shutil
 
         shutil.rmtree(self.folder / f"block-{block:04d}", ignore_errors=True)
+
+
+def read_place(file: Path | None) -> int:
+    """The block that a killed walk was in, whose inputs its store still has; 0 without a note."""
+    return int(json.loads(file.read_text())["block"]) if file is not None and file.is_file() else 0
+
+
+def note_place(file: Path | None, block: int, **found: Any) -> None:
+    """Note which block comes next, and what was found out before it."""
+    if file is not None:
+        write_json(file, {"block": block, **found})
 
 
 # --------------------------------------------------------------------------------------------------------- the walk

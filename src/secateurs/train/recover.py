@@ -267,12 +267,11 @@ class _Run:
         if self.plan.hidden:
             self.teacher.load_whole(dense)
             return None
-        store, noted = OnDisk(self.work / "ends"), self.work / "ends.json"
+        store = OnDisk(self.work / "ends")
         blocks = self.teacher.block_names(dense)
-        if ranks.first and not noted.is_file():
+        if ranks.first:
             tick = ticker(self.progress, "looking at the teacher", len(blocks) * len(batches))
-            dense_ends(dense, batches, self.teacher, store, tick)
-            write_json(noted, {"blocks": len(blocks)})
+            dense_ends(dense, batches, self.teacher, store, tick, self.work / "ends.json")
         ranks.wait()
         return lambda batch: store.read(len(blocks), batch)
 
