@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import nn
 
-from secateurs import Plan, Stats
+from secateurs import Plan, Stats, solvers
 from secateurs.apportion import _levels, _options, apportion, kept_weights
 from secateurs.block import Guide, prune_layer
 from secateurs.errors import LayerError
@@ -98,6 +98,22 @@ def test_efforts_go_by_tokens_an_input_for_their_damping(plan, tokens, damping, 
     with pytest.raises(LayerError):
         prune_layer(Layer("layer", linear, linear.weight, "linear"), Stats.of(torch.randn(tokens, 16)), plan, Guide())
     assert given == [damping]
+
+
+def test_a_blend_aims_where_the_dense_model_s_outputs_say():
+    x_TI = torch.randn(300, 16) @ torch.randn(16, 16)
+    stats = Stats.zeros(16, gram=True)
+    stats.add_(x_TI, x_TI + 0.3 * torch.randn(300, 16) + 0.2)
+    stats.finish()
+    for blend in (0.0, 0.5, 1.0):
+        linear = nn.Linear(16, 4, bias=False)
+        weight = linear.weight.detach().clone()
+        plan = Plan(method="sparsegpt", blend=blend, damping=0.01)
+        prune_layer(Layer("layer", linear, linear.weight, "linear"), stats, plan, Guide())
+        aim = solvers.dense_target(weight, stats, 0.01, blend)
+        want = solvers.obs(aim, stats, plan.layer_patterns[0], 0.5)
+        torch.testing.assert_close(linear.weight.detach(), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(aim, weight) == (blend == 0)
 
 
 def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():

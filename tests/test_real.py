@@ -92,6 +92,20 @@ def test_alps_reaches_the_field_s_best_on_the_anchor_layer(anchor):
     assert got[0] <= REORDERED
 
 
+def test_the_default_solver_beats_sparsegpt_with_refit_on_the_anchor_layer(anchor):
+    weight_OI, stats, held_out = anchor
+    for pattern, sparsity in (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)):
+        chosen = sc.patterns.parse(pattern, "layer")
+        errors = {}
+        for method in ("sparsegpt+refit", "admm", "alps"):
+            new = sc.solvers.find(method).solve(weight_OI, stats, chosen, sparsity, 0.01)
+            errors[method] = [sc.solvers.relative_error(weight_OI, new, s) for s in (stats, held_out)]
+        print(f"{pattern} {sparsity}: {errors}")
+        assert errors["admm"][0] < 0.97 * errors["sparsegpt+refit"][0]
+        assert errors["admm"][1] < 0.98 * errors["sparsegpt+refit"][1]
+        assert errors["admm"][0] < 1.02 * errors["alps"][0]
+
+
 def test_mask_block_and_refit_follow_the_table(anchor, monkeypatch):
     weight_OI, stats, _ = anchor
     layer = sc.patterns.Unstructured("layer")

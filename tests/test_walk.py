@@ -105,6 +105,49 @@ def test_edits_reach_the_next_block():
     pytest.fail("block 1 was never reached")
 
 
+def test_the_drift_is_measured_against_the_dense_model():
+    """sum (d - x) x', x the inputs that the pruned blocks before give and d the dense model's, found by hooks on whole models."""
+    dense, edited = tiny.make("llama"), tiny.make("llama")
+    with torch.no_grad():
+        for i in (0, 1):
+            edited.model.layers[i].mlp.down_proj.weight.mul_(torch.rand(32, 64) < 0.5)
+    wanted = {n: y.weight.detach() for n, y in edited.named_modules() if n.endswith("mlp.down_proj")}
+    names = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+    seen = {name: (_inputs_of(dense, name), _inputs_of(edited, name)) for name in names}
+    checked = 0
+    for step in stream(tiny.make("llama"), BATCHES, teacher=InMemory()):
+        found = step.observe(step.layers, gram=True, drift=True)
+        for layer in step.layers:
+            if layer.name in seen:
+                d_TI, x_TI = seen[layer.name]
+                torch.testing.assert_close(found[layer.name].gram_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(found[layer.name].drift_II, (d_TI - x_TI).T @ x_TI, rtol=1e-3, atol=1e-3)
+                checked += 1
+            if layer.name.endswith("mlp.down_proj") and step.index < 2:
+                layer.write(wanted[layer.name])
+    assert checked == len(names)
+
+
+def test_targets_are_the_dense_block_s_answers_to_the_inputs_it_now_gets():
+    dense = tiny.make("llama")
+    first, second = dense.model.layers[0], dense.model.layers[1]
+    entered = dense.model.embed_tokens(IDS)
+    store, targets = InMemory(), InMemory()
+    for step in stream(tiny.make("llama"), BATCHES, store=store, targets=targets):
+        step.observe(step.layers, gram=True)
+        if step.index == 1:
+            break
+        with torch.no_grad():
+            step.block.mlp.down_proj.weight.zero_()
+            first.mlp.down_proj.weight.zero_()
+    rotary = dense.model.rotary_emb(entered, torch.arange(24)[None])
+    with torch.no_grad():
+        for i in range(2):
+            x = first(entered[3 * i : 3 * i + 3], position_embeddings=rotary)
+            torch.testing.assert_close(step.inputs(i), x)
+            torch.testing.assert_close(step.targets(i), second(x, position_embeddings=rotary))
+
+
 def _inputs_of(model, name):
     seen = []
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
