@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -100,31 +101,25 @@ def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
     assert len(json.loads(run("lab", "magnitude", "--json")[0])) == 5
 
 
-def test_methods_lists_every_row():
+def test_methods_lists_every_row_and_what_it_costs():
     text, _ = run("methods")
-    for word in (
-        "random",
-        "magnitude",
-        "wanda",
-        "ria",
-        "sparsegpt",
-        "admm",
-        "alps",
-        "+refit",
-        "+swaps",
-        "N:M",
-        "RxC",
-        "global",
-        "erk",
-        "owl",
-        "alpha",
-        "measured",
-        "fast",
-        "balanced",
-        "best",
-        "gemma3_text",
-    ):
+    found = json.loads(run("methods", "--json")[0])
+    for kind in ("methods", "allocations", "families"):
+        assert all(name in text for name in found[kind]), kind
+    for word in ("+refit", "+swaps", "N:M", "RxC", "gemma3_text"):
         assert word in text
+    for name, effort in found["efforts"].items():
+        assert re.fullmatch(r"[\d.]+x( to [\d.]+x)?(, \d+ windows)?", effort["cost"]), name
+        assert re.fullmatch(r"[\d.]+x( to [\d.]+x)?(, \d+ windows)?", effort["fixed_cost"]), name
+    cells = {}
+    for line in text.splitlines():
+        name, *rest = re.split(r"\s{2,}", line.strip())
+        cells.setdefault(name, rest)
+    assert cells["sensitivity, tokens"] == ["0", "0", "4096", "0", "8192", "0"]
+    assert cells["block tuning, steps"] == ["0", "0", "0", "24", "32", "32"]
+    assert cells["inputs reordered"] == ["no", "no", "no", "yes", "no", "yes"]
+    costs = [(e["cost"], e["fixed_cost"]) for e in found["efforts"].values()]
+    assert cells["time, SparseGPT 1x"] == [cost for pair in costs for cost in pair]
 
 
 def test_lab_prints_and_explains():

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -365,6 +366,17 @@ def test_a_layer_that_is_left_dense_stands_still_in_every_tuning(model_type, ski
 def layers_of_block(model, i):
     names, experts = walk.blocks_of(model)
     return walk.layers_of(model.get_submodule(names[i]), names[i], experts)
+
+
+def test_a_whole_model_that_memory_cannot_hold_is_refused_first(tmp_path, llama, words, monkeypatch):
+    module = importlib.import_module("secateurs.prune")
+    facts = sc.device.machine()
+    monkeypatch.setattr(module, "machine", lambda: {**facts, "memory_bytes": 300_000})
+    plan = sc.Plan(effort="best", calibration=str(words), **FAST)
+    with pytest.raises(PlanError, match=r"takes at least 0.\d GB of memory, this machine has 0.0; leave it out with"):
+        sc.prune(llama, plan, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    sc.prune(llama, dataclasses.replace(plan, distill=0, eval_windows=0), out=tmp_path / "run")
 
 
 def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):

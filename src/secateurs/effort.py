@@ -10,7 +10,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Effort:
     """method, sensitivity, blend, permute, reconstruct, distill, allocation: as in Plan; fixed_*: where the pattern fixes every
-    layer's zeros (N:M), so that there is nothing to share out. cost, fixed_cost: as measured; empty where nobody did.
+    layer's zeros (N:M), so that there is nothing to share out. cost, fixed_cost: as measured; empty where nobody did. memory:
+    what is held.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Effort:
     allocation: str = "uniform"
     cost: str = ""
     fixed_cost: str = ""
+    memory: str = "a block"
 
 
 # what a plan that names its method gets: that, and nothing else
@@ -43,7 +45,7 @@ EFFORTS: dict[str, Effort] = {
             "best", "alps",
             "ALPS; every block tuned against the dense one, then all blocks together against its predictions",
             sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=384,
-            allocation="global", cost="22x", fixed_cost="27x",
+            allocation="global", cost="22x", fixed_cost="27x", memory="model, 16 B a weight",
         ),
     )
 }  # fmt: skip

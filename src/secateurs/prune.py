@@ -297,6 +297,7 @@ class Run:
         plan, began = self.plan, time.perf_counter()
         state = self._state(source)
         model = source.skeleton()
+        self._check_memory(source, model)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model))
         batches = self._calibration(source, model, report)
         store: Activations = OnDisk(self.work / "activations")
@@ -361,6 +362,21 @@ class Run:
         report.seconds["prune"] = time.perf_counter() - began + state["seconds"]
         report.peak_memory_bytes = peak_memory()
         return report
+
+    def _check_memory(self, source: checkpoint.Checkpoint, model: nn.Module) -> None:
+        """Tuning the whole model comes last: that it does not fit is better said first."""
+        if not self.plan.distill:
+            return
+        blocks = (model.get_submodule(name) for name in source.block_names(model))
+        weights = sum(p.numel() for block in blocks for p in block.parameters())
+        # fp32 copies, gradients and two moments
+        needed = sum(f.stat().st_size for f in set(source.file_of.values())) + 16 * weights
+        there = machine()["memory_bytes"]
+        if needed > there:
+            raise PlanError(
+                f"tuning all blocks together (distill {self.plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
+                f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
+            )
 
     def _state(self, source: checkpoint.Checkpoint) -> dict[str, Any]:
         """Where an earlier run of this plan stopped, or the beginning."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateurs.allocate import ALLOCATIONS
-from secateurs.effort import EFFORTS
+from secateurs.effort import EFFORTS, Effort
 from secateurs.families import FAMILIES
 from secateurs.inspection import ModelFacts
 from secateurs.lab import Iterative, Magnitude
@@ -250,6 +250,19 @@ def print_recovered(report: dict[str, Any], console: Console, folder: str) -> No
     _print_end(report, console, folder)
 
 
+# rows of the table of efforts: what they say of an effort and of the same for N:M
+_EFFORT: dict[str, Callable[[Effort, bool], str]] = {
+    "method": lambda e, fixed: e.method,
+    "zeros shared out": lambda e, fixed: "by N:M" if fixed else e.allocation,
+    "sensitivity, tokens": lambda e, fixed: "0" if fixed else str(e.sensitivity),
+    "inputs reordered": lambda e, fixed: "yes" if fixed and e.permute else "no",
+    "block tuning, steps": lambda e, fixed: str(e.fixed_reconstruct if fixed else e.reconstruct),
+    "whole model, steps": lambda e, fixed: str(e.distill),
+    "time, SparseGPT 1x": lambda e, fixed: e.fixed_cost if fixed else e.cost,
+    "memory": lambda e, fixed: e.memory,
+}
+
+
 def print_methods(console: Console) -> None:
     methods = _table("method", "needs", "scope", "what it does")
     for solver in SOLVERS.values():
@@ -262,18 +275,16 @@ def print_methods(console: Console) -> None:
     allocations = _table("allocation", "how zeros are shared out")
     for allocation in ALLOCATIONS.values():
         allocations.add_row(allocation.name, allocation.about)
-    efforts = _table("effort", "pattern", "method", "allocation", "block tuning", "whole model", "time", "what it does")
-    for e in EFFORTS.values():
-        efforts.add_row(
-            e.name, "unstructured", e.method, e.allocation, str(e.reconstruct), str(e.distill), e.cost, e.about
-        )
-        efforts.add_row("", "N:M", e.method, "uniform", str(e.fixed_reconstruct), str(e.distill), e.fixed_cost)
+    kinds = [(e, fixed) for e in EFFORTS.values() for fixed in (False, True)]
+    efforts = _table("", *(f"{e.name}, N:M" if fixed else e.name for e, fixed in kinds))
+    for what, of in _EFFORT.items():
+        efforts.add_row(what, *(of(e, fixed) for e, fixed in kinds))
     families = _table("family", "config.model_type", "blocks")
     for family in FAMILIES.values():
         blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
         families.add_row(family.name, " ".join(family.types), blocks)
     titled = {
-        "Efforts (--effort); tuning in steps; time is that of pruning over plain SparseGPT's": efforts,
+        "Efforts (--effort)": efforts,
         "Methods (--method)": methods,
         "Patterns (--pattern)": patterns,
         "Allocations (--allocation)": allocations,
@@ -284,6 +295,9 @@ def print_methods(console: Console) -> None:
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "left", False
         console.print(table)
+        if table is efforts:
+            for e in EFFORTS.values():
+                console.print(f"{e.name}: {e.about}", markup=False)
 
 
 def methods_as_dict() -> dict[str, Any]:
