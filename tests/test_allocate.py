@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -60,6 +61,14 @@ def test_erk_by_hand():
     scale = 550 / 130
     assert shares["layer0"] == pytest.approx(1 - scale * 0.2, abs=0.01)
     assert shares["layer1"] == pytest.approx(1 - scale * 0.11, abs=0.001)
+
+
+def test_erk_counts_a_kernel_by_its_sides():
+    # 8 x (3 x 3 x 4): (8 + 4 + 3 + 3) / 288; a matrix of the same shape: (8 + 36) / 288
+    matrix, conv = summaries(torch.rand(8, 36), torch.rand(8, 36)).values()
+    shares = erk({"matrix": matrix, "conv": dataclasses.replace(conv, kernel=(3, 3))}, 0.75, (0.0, 1.0))
+    kept = {name: 288 - round(288 * share) for name, share in shares.items()}
+    assert kept["conv"] / kept["matrix"] == pytest.approx(18 / 44, rel=0.02)
 
 
 def test_owl_by_hand():

@@ -4,6 +4,7 @@ A new allocation is one function here and a row in ALLOCATIONS. All but `measure
 round(sparsity * total) exactly. O outputs, I inputs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,15 @@ from secateurs.patterns import count_zeros
 @dataclass(frozen=True)
 class LayerSummary:
     """One layer as an allocation sees it. scores() gives its scores, higher = keep, in chunks of any shape, in order;
-    weight() its weight_OI. block: the name of the block that it lies in.
+    weight() its weight_OI. block: the name of the block that it lies in. kernel: a convolution's height and width, which are part
+    of its I inputs.
     """
 
     shape: tuple[int, int]
     block: str
     scores: Callable[[], Iterator[Tensor]]
     weight: Callable[[], Tensor]
+    kernel: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -40,8 +43,14 @@ def uniform(layers: dict[str, LayerSummary], sparsity: float, bounds: Bounds) ->
 
 
 def erk(layers: dict[str, LayerSummary], sparsity: float, bounds: Bounds) -> dict[str, float]:
-    """Density proportional to (O + I) / (O I): small layers keep more. Evci et al. 2020, RigL, arXiv 1911.11134, sec. 3."""
-    density = {name: sum(layer.shape) / layer.numel for name, layer in layers.items()}
+    """Density proportional to (O + I) / (O I): small layers keep more. Of a convolution with C channels and an h x w kernel,
+    (O + C + h + w) / (O C h w). Evci et al. 2020, RigL, arXiv 1911.11134, sec. 3.
+    """
+
+    def sizes(layer: LayerSummary) -> tuple[int, ...]:
+        return layer.shape[0], layer.shape[1] // math.prod(layer.kernel), *layer.kernel
+
+    density = {name: sum(sizes(layer)) / layer.numel for name, layer in layers.items()}
 
     # scaled until the whole fits; layers at a bound stay there
     def at(scale: float) -> dict[str, float]:

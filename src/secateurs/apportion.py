@@ -98,7 +98,9 @@ def apportion(
         yield from torch.split(score_OI, _ROWS_PER_CHUNK)
 
     summaries = {
-        name: LayerSummary(layer.shape, block, functools.partial(scores, name), functools.partial(weight, name))
+        name: LayerSummary(
+            layer.shape, block, functools.partial(scores, name), functools.partial(weight, name), layer.kernel
+        )
         for name, (block, layer) in found.items()
     }
     share = plan.allocator.share

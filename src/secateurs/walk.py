@@ -62,6 +62,11 @@ class Layer:
             return shape[1], shape[0]
         return shape[0], self.parameter.numel() // shape[0]
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Height and width of a convolution's kernel."""
+        return tuple(self.parameter.shape[2:]) if self.kind == "conv2d" else ()
+
     def read(self) -> Tensor:
         """weight_OI in its own dtype; may share memory with the parameter."""
         weight = self.parameter.detach()

@@ -206,7 +206,7 @@ def dynamic(
         raise PlanError(f"{type(model).__name__} has no matrix to prune")
     generator = torch.Generator().manual_seed(seed)
     matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
-    summaries = {n: _summary(m) for n, m in matrices.items()}
+    summaries = {n: _summary(m, tuple(names[n].shape[2:]) if names[n].dim() == 4 else ()) for n, m in matrices.items()}
     shares = erk(summaries, sparsity, (0.0, 1.0))
     masks = {}
     for name, parameter in names.items():
@@ -216,5 +216,5 @@ def dynamic(
     return Dynamic(optimizer, names, masks, every, until, fraction, grow == "gradient", generator)
 
 
-def _summary(weight_OI: Tensor) -> LayerSummary:
-    return LayerSummary((weight_OI.shape[0], weight_OI.shape[1]), "", lambda: iter(()), lambda: weight_OI)
+def _summary(weight_OI: Tensor, kernel: tuple[int, ...]) -> LayerSummary:
+    return LayerSummary((weight_OI.shape[0], weight_OI.shape[1]), "", lambda: iter(()), lambda: weight_OI, kernel)
