@@ -161,6 +161,25 @@ class Written(nn.Module):
         return self.b(self.a(x).view(x.size(0), 16))
 
 
+class WrittenLast(Written):
+    """The batch's place is left open, the width is not."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.reshape = reshape
+
+    def forward(self, x):
+        return self.b(self.reshape(self.a(x)))
+
+
+class Padded(Written):
+    """A shortcut that pads channels."""
+
+    def forward(self, x):
+        a = self.a(x) + F.pad(x, (0, 0, 0, 0, 0, 1))
+        return self.b(a.flatten(1))
+
+
 class Shuffled(Written):
     def forward(self, x):
         a = self.a(x)
@@ -176,6 +195,11 @@ class Branching(Written):
 @pytest.mark.parametrize(("model", "layer", "why"), [
     (Shared(), "first", "again is called 2 times"),
     (Written(), "a", "reshape"),
+    (WrittenLast(lambda x: x.view(-1, 16)), "a", "reshape"),
+    (WrittenLast(lambda x: x.reshape((-1, 16))), "a", "reshape"),
+    (WrittenLast(lambda x: torch.reshape(x, (-1, 16))), "a", "reshape"),
+    (WrittenLast(lambda x: torch.reshape(x, shape=(x.size(0), 16))), "a", "reshape"),
+    (Padded(), "a", "pad"),
     (Shuffled(), "a", "goes through"),
 ])  # fmt: skip
 def test_what_cannot_be_known_stays_whole(model, layer, why):
@@ -183,6 +207,28 @@ def test_what_cannot_be_known_stays_whole(model, layer, why):
     found = graph.trace(model, example)
     assert found.groups == []
     assert why in found.fixed[layer]
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [lambda x: x.view(x.size(0), -1), lambda x: torch.reshape(x, (x.shape[0], -1)), lambda x: torch.flatten(x, 1)],
+)
+def test_a_width_that_follows_may_change(reshape):
+    found = graph.trace(WrittenLast(reshape), (torch.randn(2, 3, 2, 2),))
+    assert [group.name for group in found.groups] == ["a"]
+
+
+def test_what_is_called_twice_is_counted_as_it_is():
+    model, example = Shared(), (torch.randn(2, 4),)
+    found = graph.trace(model, example)
+    assert found.parameters(model).at({}) == sum(p.numel() for p in model.parameters())
+    # first, again twice, last
+    assert found.macs(model).at({}) == 4 * 6 + 2 * 6 * 6 + 6 * 2
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    tied[2].weight = tied[0].weight
+    found = graph.trace(tied, example)
+    assert found.parameters(tied).at({}) == sum(p.numel() for p in tied.parameters())
+    assert found.macs(tied).at({}) == 16 + 16 + 8
 
 
 def test_tied_layers_stay_whole():

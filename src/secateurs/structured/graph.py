@@ -126,27 +126,34 @@ class Graph:
         return Cost(self._weights(model, self.positions), 0)
 
     def parameters(self, model: nn.Module) -> "Cost":
-        counted = {slot.module for slot in self.slots}
-        other = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in counted)
-        vectors = []
+        counted = {id(p) for slot in self.slots for p in model.get_submodule(slot.module).parameters(recurse=False)}
+        other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+        vectors, seen = [], set()
         for slot in self.slots:
             if slot.place != "in":
                 # a bias, or a batch norm's two
                 module = model.get_submodule(slot.module)
-                each = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 1) // len(slot.labels)
-                vectors.append(Term(self._width(slot), {"": 1}, each))
-        return Cost(self._weights(model, {}) + vectors, other)
+                own = [p for p in module.parameters(recurse=False) if p.dim() == 1 and id(p) not in seen]
+                seen.update(id(p) for p in own)
+                vectors.append(Term(self._width(slot), {"": 1}, sum(p.numel() for p in own) // len(slot.labels)))
+        return Cost(self._weights(model, None) + vectors, other)
 
-    def _weights(self, model: nn.Module, times: dict[str, int]) -> "list[Term]":
-        """Weights of every convolution and linear layer, each times `times[module]`."""
-        found = []
+    def _weights(self, model: nn.Module, times: dict[str, int] | None) -> "list[Term]":
+        """Weights of every convolution and linear layer, each times `times[module]`; without, every weight once."""
+        found: list[Term] = []
+        seen = set()
         ins = {slot.module: slot for slot in self.slots if slot.place == "in"}
         for slot in self.slots:
-            if slot.place == "out":
-                kernel = prod(getattr(model.get_submodule(slot.module), "kernel_size", (1,)))
+            module: Any = model.get_submodule(slot.module)
+            # a module that is called twice has its slots twice
+            key = id(module.weight) if times is None else slot.module
+            if slot.place == "out" and key not in seen:
+                seen.add(key)
+                kernel = prod(getattr(module, "kernel_size", (1,)))
                 # a depthwise convolution has one column
                 columns, groups = (self._width(ins[slot.module]), slot.groups) if slot.module in ins else ({"": 1}, 1)
-                found.append(Term(self._width(slot), columns, kernel * times.get(slot.module, 1) / groups))
+                factor = 1 if times is None else times.get(slot.module, 1)
+                found.append(Term(self._width(slot), columns, kernel * factor / groups))
         return found
 
     def _width(self, slot: Slot) -> dict[str, int]:
@@ -291,7 +298,7 @@ class _Walk:
         if len(node.all_input_nodes) != 1 or not isinstance(given, np.ndarray) or shape is None:
             return self.unknown(node, name)
         if isinstance(module, nn.Flatten):
-            return self.flat(node, given, module.start_dim)
+            return self.flat(node, given, "flatten", module.start_dim)
         if isinstance(module, _CONVOLUTIONS) and len(shape) == module.weight.dim() and module.padding_mode == "zeros":
             return self.convolution(node, name, module, given)
         if isinstance(module, nn.Linear) and len(shape) == 2:
@@ -360,11 +367,12 @@ class _Walk:
         if name in ("cat", "concat"):
             return self.concatenation(node, tensors)
         if name in _PASSING_CALLS and len(tensors) == 1:
-            return tensors[0]
+            # a padding may be of channels
+            return tensors[0] if len(tensors[0]) == prod(shape[1:2]) else self.unknown(node, name)
         if name in ("mean", "sum", "amax") and len(shape) >= 2 and 1 not in _axes(node):
             return tensors[0]
         if name in _RESHAPING_CALLS and len(tensors) == 1:
-            return self.flat(node, tensors[0], 1)
+            return self.flat(node, tensors[0], name)
         if name in _JOINING_CALLS:
             return self.joined(node, name)
         return self.unknown(node, name)
@@ -413,13 +421,16 @@ class _Walk:
         ends = np.cumsum(how)
         return tuple(np.split(labels, ends[:-1]))
 
-    def flat(self, node: fx.Node, labels: Labels, start: int) -> Any:
+    def flat(self, node: fx.Node, labels: Labels, name: str, start: int = 1) -> Any:
         before, after = _shape(node.all_input_nodes[0]), _shape(node)
         if before is None or after is None or start != 1:
             return self.unknown(node, "a reshape")
         rest = prod(before[2:])
+        sizes: Any = node.args[1:] or tuple(node.kwargs.values())
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            sizes = sizes[0]
         # a width that is written in the code would be wrong afterwards
-        written = node.target in ("view", "reshape") and -1 not in node.args
+        written = name != "flatten" and (not sizes or sizes[-1] != -1)
         if written or after[0] != before[0] or after[1:] != (before[1] * rest,):
             return self.unknown(node, "a reshape")
         return np.repeat(labels, rest)
