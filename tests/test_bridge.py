@@ -1,6 +1,8 @@
 """The block before removed ones takes over what it can of them: brute-force least squares, and only where it helps."""
 
 import dataclasses
+import functools
+import importlib
 
 import pytest
 import tiny
@@ -8,7 +10,7 @@ import torch
 
 from secateurs.structured.bridge import bridge
 from secateurs.structured.shrink import ShrinkPlan, shrink
-from secateurs.walk import layers_of, stream
+from secateurs.walk import AllLoaded, InMemory, caller, layers_of, stream
 
 
 @pytest.fixture
@@ -27,6 +29,11 @@ def first_step(model, found):
     return next(iter(stream(model, found)))
 
 
+def removed(model, found):
+    call = caller(model, found)
+    return [functools.partial(call, i) for i in range(1, len(model.model.layers))]
+
+
 def down(step):
     return next(x for x in layers_of(step.block, step.name) if x.name.endswith("mlp.down_proj"))
 
@@ -34,7 +41,7 @@ def down(step):
 def test_it_is_ridge_regression_by_brute_force(model):
     found = batches()
     step = first_step(model, found)
-    layer, gone = down(step), list(model.model.layers[1:])
+    layer, gone = down(step), removed(model, found)
     weight = layer.read().clone().double()
     seen, wanted = [], []
     hook = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -43,7 +50,7 @@ def test_it_is_ridge_regression_by_brute_force(model):
             left = step.call(step.inputs(batch), batch)
             out = left
             for block in gone:
-                out = step.through(block, out, batch)
+                out = block(out, batch)
             wanted.append(out - left)
     hook.remove()
     # every eighth window is held out
@@ -65,8 +72,48 @@ def test_blocks_that_did_nothing_leave_nothing_to_do(model):
     step = first_step(model, batches())
     layer = down(step)
     before = layer.read().clone()
-    assert bridge(step, layer, list(model.model.layers[1:]), 0.01) is None
+    assert bridge(step, layer, removed(model, batches()), 0.01) is None
     assert torch.equal(layer.read(), before)
+
+
+def test_blocks_are_called_as_in_the_model_that_they_come_from():
+    """Gemma 3 turns queries by 10,000 in some blocks and by 1,000,000 in others, and knows them by their place."""
+    model, found = tiny.make("gemma3_text"), batches(4, 24, 2)
+    store = InMemory()
+    for _ in stream(model, found, AllLoaded(), store, keep_last=True, keep_all=True):
+        pass
+    call = caller(model, found)
+    layers = model.model.layers
+    dense = list(layers)
+    del layers[1]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = ["sliding_attention", "sliding_attention"]
+    with torch.no_grad():
+        for i in range(3):
+            assert torch.equal(call(i, store.read(i, 1), 1), store.read(i + 1, 1))
+        # another block in a place takes the place's arguments
+        assert torch.equal(call(0, store.read(0, 1), 1, block=dense[2]), call(2, store.read(0, 1), 1))
+        assert not torch.equal(call(1, store.read(0, 1), 1, block=dense[2]), call(2, store.read(0, 1), 1))
+
+
+def test_what_is_left_is_called_by_the_kinds_that_are_left(tmp_path, words, monkeypatch):
+    module = importlib.import_module("secateurs.structured.shrink")
+    source = tiny.save(tmp_path / "dense", "gemma3_text")
+    seen, walk = [], module.stream
+
+    def noted(model, *rest, **more):
+        seen.append(list(model.config.layer_types))
+        return walk(model, *rest, **more)
+
+    monkeypatch.setattr(module, "stream", noted)
+    monkeypatch.setattr(module.losses, "blocks", lambda model, windows, count, *rest: ([0, 1], [0.1, 0.5]))
+    plan = ShrinkPlan(
+        str(source), "params=0.9x", units=("layers",), calibration=str(words), samples=16, seqlen=32, eval_text=str(words),
+        eval_windows=2, eval_seqlen=32,
+    )  # fmt: skip
+    shrink(plan, tmp_path / "run")
+    assert seen
+    assert all(types == ["full_attention", "sliding_attention"] for types in seen)
 
 
 def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):

@@ -23,7 +23,14 @@ TINY = {
     "qwen2": ("Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8}),
     "gemma2": ("Gemma2ForCausalLM", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
-    "gemma3_text": ("Gemma3ForCausalLM", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
+    # its kinds of blocks have rotations of their own
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {
+            **_LLAMA, "head_dim": 8, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "phi3": ("Phi3ForCausalLM", _LLAMA),
     "opt": (
         "OPTForCausalLM",

@@ -424,11 +424,6 @@ class Step:
         assert self._call
         return self._call(hidden, batch)
 
-    def through(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
-        """Another block of the same kind, called as this one is."""
-        assert self._call
-        return self._call(hidden, batch, block=block)
-
     def inputs(self, batch: int) -> Tensor:
         """The hidden states that enter the block, from the blocks before it as they now are."""
         assert self._store
@@ -661,6 +656,22 @@ def stream(
                     keep_output(batch, forward(batch))
                     tick()
         loader.release(model)
+
+
+def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
+    """A function (index, hidden, batch, block=None) that runs a block of a live model, or another in its place, on hidden states of
+    some windows of a batch, with the arguments that the model as it now is gives to that place: also after blocks were taken out.
+    """
+    names, _ = blocks_of(model)
+    blocks = [model.get_submodule(name) for name in names]
+    calls = _enter_all(model, blocks, batches, AllLoaded(), [])
+
+    def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Any:
+        shape = _shape(batches[batch])
+        arguments = calls[shape][index].of(hidden.shape[0], shape[0])
+        return _first((blocks[index] if block is None else block)(hidden, *arguments.args, **arguments.kwargs))
+
+    return call
 
 
 def _first(output: Any) -> Any:

@@ -8,18 +8,21 @@ hidden state instead. Where a block norms that product before it adds it, this i
 O outputs, I inputs, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.walk import Layer, Step
+
+Block = Callable[[Tensor, int], Tensor]
+"""A block in the place that it had: (hidden states of some windows of a batch, batch) -> hidden states."""
 
 # every so manieth window is held out, and decides
 _HELD = 8
 
 
-def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) -> float | None:
+def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> float | None:
     """Change the layer's weight in place; return the squared distance that is left on held-out windows, as a fraction of what
     the removed blocks did there. None, and nothing changed, if that is no less than 1. Raises ValueError if it is singular.
     """
@@ -37,7 +40,7 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
                 seen.clear()
                 x = step.inputs(batch)
                 left = step.call(x, batch)
-                wanted = through(gone, step, left, batch)
+                wanted = through(gone, left, batch)
                 number = torch.arange(done, done + windows)
                 done += windows
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
@@ -69,10 +72,10 @@ def bridge(step: Step, layer: Layer, gone: Sequence[nn.Module], damping: float) 
     return after / before
 
 
-def through(blocks: Sequence[nn.Module], step: Step, hidden: Tensor, batch: int) -> Tensor:
-    """What blocks, one after another, make of some windows of a step's batch."""
+def through(blocks: Sequence[Block], hidden: Tensor, batch: int) -> Tensor:
+    """What blocks, one after another, make of some windows of a batch."""
     for block in blocks:
-        hidden = step.through(block, hidden, batch)
+        hidden = block(hidden, batch)
     return hidden
 
 

@@ -128,7 +128,8 @@ class Graph:
     def parameters(self, model: nn.Module) -> "Cost":
         counted = {id(p) for slot in self.slots for p in model.get_submodule(slot.module).parameters(recurse=False)}
         other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
-        vectors, seen = [], set()
+        vectors: list[Term] = []
+        seen: set[int] = set()
         for slot in self.slots:
             if slot.place != "in":
                 # a bias, or a batch norm's two
@@ -141,7 +142,7 @@ class Graph:
     def _weights(self, model: nn.Module, times: dict[str, int] | None) -> "list[Term]":
         """Weights of every convolution and linear layer, each times `times[module]`; without, every weight once."""
         found: list[Term] = []
-        seen = set()
+        seen: set[Any] = set()
         ins = {slot.module: slot for slot in self.slots if slot.place == "in"}
         for slot in self.slots:
             module: Any = model.get_submodule(slot.module)

@@ -7,6 +7,7 @@ kill loses at most one of these steps. The whole dense model is in memory.
 
 import copy
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -29,12 +30,12 @@ from secateurs.sensitivity import sensitivity
 from secateurs.solvers import DAMPING, relative_error
 from secateurs.stats import Stats
 from secateurs.structured import columns, experts, losses, units, width
-from secateurs.structured.bridge import bridge, through
+from secateurs.structured.bridge import Block, bridge, through
 from secateurs.structured.budget import Budget
 from secateurs.structured.latency import LatencyModel, Seconds, blank, measure
 from secateurs.structured.units import KINDS, Shape
 from secateurs.tuning import Moving
-from secateurs.walk import AllLoaded, Batch, InMemory, Layer, Step, blocks_of, layers_of, stream
+from secateurs.walk import AllLoaded, Batch, InMemory, Layer, Step, blocks_of, caller, layers_of, stream
 
 Progress = Callable[[str, int, int], None]
 
@@ -507,6 +508,8 @@ class _Run:
         container: Any = model.get_submodule(path)
         parent: Any = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
         kept = nn.ModuleList([container[i] for i in kept_layers])
+        # in places of the dense model: families give their blocks masks and rotations by place
+        dense_call = caller(model, batches)
         for index, block in enumerate(kept):
             for module in block.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
@@ -514,11 +517,14 @@ class _Run:
         # what came after each kept block and is gone: what it did may be made up for
         ends = [*kept_layers[1:], len(container)]
         gone = {
-            was: [container[i] for i in range(was + 1, end)] for was, end in zip(kept_layers, ends, strict=True)
-        }  # fmt: skip
+            was: [functools.partial(dense_call, i) for i in range(was + 1, end)]
+            for was, end in zip(kept_layers, ends, strict=True)
+        }
         bridged = self.plan.refit and any(gone.values()) and bool(family.mlp)
         setattr(parent, path.rpartition(".")[2], kept)
         config.num_hidden_layers = shape.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in kept_layers]
         todo = {kind: dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         kinds = [kind for kind, count in todo.items() if count]
         records: list[dict[str, Any]] = []
@@ -536,7 +542,9 @@ class _Run:
                 records.append(record)
                 continue
             now = replace(dense, layers=shape.layers)
-            takes_over = [copy.deepcopy(step.block), *gone[was]] if bridged and gone[was] else []
+            takes_over: list[Block] = []
+            if bridged and gone[was]:
+                takes_over = [functools.partial(dense_call, was, block=copy.deepcopy(step.block)), *gone[was]]
             of_columns = [kind for kind in kinds if kind != "experts"]
             consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, family, now) for k in of_columns)}
             stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
@@ -570,7 +578,7 @@ class _Run:
             records.append(record)
         return records
 
-    def _bridge(self, step: Step, family: families.Family, gone: Sequence[nn.Module]) -> float | None:
+    def _bridge(self, step: Step, family: families.Family, gone: Sequence[Block]) -> float | None:
         """Let the block's last matrix do what it can of what the removed blocks did: the part that is left, or None."""
         assert family.mlp
         layers = {layer.name: layer for layer in layers_of(step.block, step.name, family.experts)}
@@ -582,12 +590,12 @@ class _Run:
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from None
 
-    def _reconstruct(self, step: Step, dense: Sequence[nn.Module]) -> dict[str, Any]:
+    def _reconstruct(self, step: Step, dense: Sequence[Block]) -> dict[str, Any]:
         """Tune the whole block to give what the dense block, and the removed ones after it, make of the same inputs."""
 
         def target(batch: int, part: slice) -> Tensor:
             with torch.no_grad():
-                return through(dense, step, step.inputs(batch)[part], batch)
+                return through(dense, step.inputs(batch)[part], batch)
 
         with step.evaluating():
             found = reconstruct(
