@@ -47,6 +47,24 @@ def test_loading_by_blocks_gives_what_from_pretrained_gives(model_type, tmp_path
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_a_model_in_16_bits_has_the_buffers_that_from_pretrained_gives(model_type, tmp_path):
+    """Rotary frequencies stay in fp32, though no file has them."""
+    import transformers
+
+    tiny.save(tmp_path, model_type, torch.bfloat16)
+    checkpoint = Checkpoint(tmp_path)
+    model = checkpoint.skeleton()
+    checkpoint.load_whole(model)
+    want = getattr(transformers, tiny.TINY[model_type][0]).from_pretrained(tmp_path, dtype="auto").eval()
+    buffers = dict(want.named_buffers())
+    assert set(dict(model.named_buffers())) == set(buffers)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_what_lies_outside_the_blocks_is_written_in_pieces(llama, monkeypatch):
     checkpoint = Checkpoint(llama)
     model = checkpoint.skeleton()

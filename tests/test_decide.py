@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import shutil
 
 import pytest
 
@@ -111,6 +113,16 @@ def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
     monkeypatch.setattr(module, "pack_run", None)
     assert decide(chosen, tmp_path / "run") == first
     assert len(stated) == 3
+
+
+def test_what_was_found_of_another_model_is_not_used_again(tmp_path, llama, words, stated):
+    source = tmp_path / "dense"
+    shutil.copytree(llama, source)
+    chosen = plan(source, words, tmp_path, candidates=("0.5",))
+    decide(chosen, tmp_path / "run")
+    os.utime(source / "config.json", (1, 1))
+    with pytest.raises(OutputError, match=r"dense has changed since .*run was begun; delete"):
+        decide(chosen, tmp_path / "run")
 
 
 def test_a_kill_between_candidates_loses_nothing(tmp_path, llama, words, stated, monkeypatch):

@@ -1,7 +1,9 @@
 """recover: zeros stay, the loss comes down, a kill loses nothing, two processes do what one does."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,6 +121,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, pruned, words, tmp_path, m
     assert not any(label == "looking at the teacher" for label, _ in seen)
     whole, again = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert all(torch.equal(t, again[name]) for name, t in whole.items())
+
+
+@pytest.mark.parametrize("changed", ["model", "teacher", "text"])
+def test_a_killed_run_does_not_go_on_with_what_has_changed(changed, pruned, words, tmp_path, monkeypatch):
+    run, teacher, text = tmp_path / "pruned", tmp_path / "dense", tmp_path / "text.txt"
+    shutil.copytree(pruned, run)
+    shutil.copytree(json.loads((run / "plan.json").read_text())["model"], teacher)
+    text.write_text(words.read_text())
+    chosen = plan(run, text, teacher=str(teacher))
+    module = importlib.import_module("secateurs.train.recover")
+    monkeypatch.setattr(module, "tune", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recover(chosen, tmp_path / "run")
+    if changed == "text":
+        text.write_text(words.read_text()[100:])
+    else:
+        os.utime((run / "model" if changed == "model" else teacher) / "config.json", (1, 1))
+    with pytest.raises(OutputError, match=r"has changed since .* was begun; delete"):
+        recover(chosen, tmp_path / "run")
 
 
 def test_two_processes_do_what_one_does(pruned, words, tmp_path):

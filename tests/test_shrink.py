@@ -1,6 +1,8 @@
 """From a folder to a smaller dense folder, under a budget."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -273,6 +275,34 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypa
     shrink(chosen, tmp_path / "killed")
     whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["model", "text"])
+def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_path, llama, words, monkeypatch):
+    from secateurs.structured import shrink as module
+
+    source, text = tmp_path / "dense", tmp_path / "text.txt"
+    shutil.copytree(llama, source)
+    text.write_text(words.read_text())
+    chosen = replace(plan(source, text, "params=0.7x", units=("mlp",)), eval_text=str(words))
+    real = module.write_json
+
+    def write(file, data):
+        real(file, data)
+        if file.name == "block-0000.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", write)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(chosen, tmp_path / "run")
+    monkeypatch.setattr(module, "write_json", real)
+    if changed == "model":
+        os.utime(source / "config.json", (0, 0))
+    else:
+        text.write_text(words.read_text()[100:])
+    with pytest.raises(OutputError, match=r"has changed since .* was begun; delete"):
+        shrink(chosen, tmp_path / "run")
+    assert (tmp_path / "run" / "work" / "block-0000.json").exists()
 
 
 @pytest.mark.parametrize(("budget", "options", "words_of"), [

@@ -17,7 +17,7 @@ from secateurs import checkpoint, gates, tasks
 from secateurs.bench import bench, variants_of
 from secateurs.device import machine
 from secateurs.errors import DeviceError, PlanError, SecateursError
-from secateurs.files import claim, locked, write_json
+from secateurs.files import claim, locked, unchanged, write_json
 from secateurs.formats import DTYPES
 from secateurs.hardware import Hardware
 from secateurs.linear import linears
@@ -161,6 +161,8 @@ class _Decision:
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
+            # candidates that are done were made of it
+            unchanged(self.out, {self.plan.model: source.fingerprint()})
             self.here = given if given is not None else self._own_profile()
             self.estimated = not (isinstance(self.here, DeviceProfile) and self.here.of_here)
             self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]

@@ -35,11 +35,12 @@ def dense_ends(
     """
     count = len(blocks_of(model)[0])
     start = read_place(place)
-    for _ in range(start * len(batches)):
-        tick()
-    for step in stream(model, batches, loader, store, start, keep_last=True, tick=tick) if start < count else ():
-        note_place(place, step.index)
-    note_place(place, count)
+    if start < count:
+        for _ in range(start * len(batches)):
+            tick()
+        for step in stream(model, batches, loader, store, start, keep_last=True, tick=tick):
+            note_place(place, step.index)
+        note_place(place, count)
     return lambda batch: store.read(count, batch)
 
 

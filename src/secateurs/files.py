@@ -1,6 +1,7 @@
 """Writing files so that a kill or a full disk never leaves half of one: temp file, fsync, rename."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -63,6 +64,22 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
     write_json(file, plan)
 
 
+def unchanged(run: Path, facts: dict[str, str]) -> None:
+    """Hold what a run reads, {what: its fingerprint}, against what it read when it began. Raises OutputError."""
+    file = run / "work" / "read.json"
+    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    for what, fingerprint in facts.items():
+        if known.get(what, fingerprint) != fingerprint:
+            raise OutputError(f"{what} has changed since {run} was begun; delete {run} and start again")
+    if not facts.keys() <= known.keys():
+        write_json(file, {**known, **facts})
+
+
+def fingerprint_of(windows: Tensor) -> str:
+    """Of token windows."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError.
@@ -80,7 +97,7 @@ def locked(run: Path) -> Iterator[None]:
     except BlockingIOError:
         raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
     except SecateursError:
-        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock"}:
+        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "read.json"}:
             shutil.rmtree(run, ignore_errors=True)
         raise
     finally:

@@ -7,7 +7,6 @@ beforehand is kept when it is complete (sensitivities) or block by block (the lo
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -24,8 +23,8 @@ from secateurs.block import Guide, prune_block, seed_of, survivors_of, take_up
 from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
 from secateurs.distill import dense_ends, distill
-from secateurs.errors import CalibrationError, OutputError, PlanError, SecateursError
-from secateurs.files import claim, locked, write_json, write_tensors, write_text
+from secateurs.errors import CalibrationError, PlanError, SecateursError
+from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
@@ -381,16 +380,11 @@ class Run:
     def _state(self, source: checkpoint.Checkpoint) -> dict[str, Any]:
         """Where an earlier run of this plan stopped, or the beginning."""
         file = self.work / "state.json"
-        fingerprint = source.fingerprint()
+        unchanged(self.out, {self.plan.model: source.fingerprint()})
         self._began = time.perf_counter()
         if not file.is_file():
-            empty: dict[str, Any] = {"layers": [], "tuned": [], "reconstruction": []}
-            return {"fingerprint": fingerprint, "next_block": 0, "seconds": 0.0, **empty}
+            return {"next_block": 0, "seconds": 0.0, "layers": [], "tuned": [], "reconstruction": []}
         state: dict[str, Any] = json.loads(file.read_text())
-        if state["fingerprint"] != fingerprint:
-            raise OutputError(
-                f"{self.plan.model} has changed since {self.out} was begun; delete {self.out} and start again"
-            )
         return state
 
     def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
@@ -581,8 +575,8 @@ def quality(
 ) -> tuple[evaluate.Quality, calibrate.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
-    cache: a file that remembers finished windows across a kill. ends: a folder in which the dense model's half of the work is
-    kept for others that are measured against it.
+    cache: a file that remembers finished windows of the same models and text across a kill. ends: a folder in which the dense
+    model's half of the work is kept for others that are measured against it.
     """
     if not predicts_next_token(dense):
         return None
@@ -590,12 +584,13 @@ def quality(
     length = window_length(seqlen, models[0][0])
     text = calibrate.load(source, dense.tokenizer(), windows, length, None, "held-out")
     Run._check_vocabulary(text.windows, models[0][0])
+    of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     if ends is not None:
-        of = hashlib.sha256(dense.fingerprint().encode() + text.windows.numpy().tobytes())
-        ends = ends / of.hexdigest()[:16]
+        ends = ends / f"{of[0][:16]}-{of[2][:16]}"
     done: list[evaluate.Window] = []
     if cache is not None and cache.is_file():
-        done = [evaluate.Window(**w) for w in json.loads(cache.read_text())]
+        known = json.loads(cache.read_text())
+        done = [evaluate.Window(**w) for w in known["windows"]] if known["of"] == of else []
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
     total = n * (blocks * len(models) + 1)
@@ -611,7 +606,7 @@ def quality(
         second = models[1] if pruned is not None else None
         done = evaluate.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
-            write_json(cache, [dataclasses.asdict(w) for w in done])
+            write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
     return evaluate.summarise(done, seed), text
 
 

@@ -23,7 +23,7 @@ from secateurs import calibrate, checkpoint, families, gates
 from secateurs.block import seed_of
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
-from secateurs.files import claim, locked, write_json, write_tensors, write_text
+from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_tensors, write_text
 from secateurs.prune import batched, first_windows, quality, texts_apart, ticker, window_length
 from secateurs.reconstruct import reconstruct
 from secateurs.sensitivity import sensitivity
@@ -165,6 +165,10 @@ class _Run:
         model = _loaded(self.plan.model)
         text = self._calibration(source, model)
         windows = text.windows
+        unchanged(
+            self.out,
+            {self.plan.model: source.fingerprint(), self.plan.calibration: fingerprint_of(windows)},
+        )
         batches = batched(windows)
         sizes = self._sizes(cls, model, family, config)
         dense = sizes.dense

@@ -26,7 +26,7 @@ from secateurs import calibrate, checkpoint, evaluate, gates
 from secateurs.device import machine, peak_memory
 from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
 from secateurs.errors import PlanError, VerifyError
-from secateurs.files import claim, locked, write_json, write_text
+from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_text
 from secateurs.prune import (
     Noted,
     Progress,
@@ -178,12 +178,16 @@ class _Run:
                 return json.loads(file.read_text())  # type: ignore[no-any-return]
             began = time.perf_counter()
             text = self._text(model)
+            if ranks.first:
+                read = {plan.model: self.source.fingerprint(), plan.data: fingerprint_of(text.windows)}
+                teacher = {str(self.teacher.folder): self.teacher.fingerprint()} if self.teacher else {}
+                unchanged(self.out, {**read, **teacher})
             batches = batched(text.windows)
             ends = self._ends(dense, batches, ranks)
             self.source.load_whole(model)
             zeros = {name: p.detach() == 0 for name, p in prunable(model)}
             if plan.dtype:
-                model.to(_DTYPES[plan.dtype])
+                checkpoint.cast(model, _DTYPES[plan.dtype])
             outcome, low = self._tune(model, dense, ends, batches, ranks)
             if low:
                 low.merge()
