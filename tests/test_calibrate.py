@@ -30,6 +30,17 @@ def test_documents_are_shuffled_by_seed_joined_by_blank_lines_and_cut(tmp_path):
     }  # fmt: skip
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path):
+    # others that str.splitlines() knows may stand in a JSON string as they are
+    documents = ["one\u2028two", "three\u0085four\u2029", "five"]
+    file = tmp_path / "d.jsonl"
+    file.write_text(
+        "\r\n".join(json.dumps({"text": d}, ensure_ascii=False) for d in documents) + "\n", encoding="utf-8"
+    )
+    found = decode(calibrate.load(f"{file}:text", TOKENIZER, 1, 24, None).windows)[0]
+    assert "one\u2028two" in found
+
+
 def test_fields_are_joined_and_missing_ones_named(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"prefix": "abc", "end": "def", "n": 3}))

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import tiny
 
 from secateurs import evaluate
 from secateurs.decide import DecidePlan, decide, front
@@ -182,6 +183,40 @@ def test_a_candidate_that_fails_leaves_the_others(tmp_path, llama, words, stated
     assert rows["shrink:params=0.01x"]["status"] == "failed"
     assert "budget" in rows["shrink:params=0.01x"]["reason"]
     assert result["recommended"] == "0.5"
+
+
+def test_a_candidate_that_fails_where_others_miss_the_floor_is_no_fault(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "shrink:params=0.01x"), gate=(" kl<=0 ",))
+    result = decide(chosen, tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert rows["0.5"]["reason"].startswith("gate kl<=0 missed")
+    assert rows["shrink:params=0.01x"]["status"] == "failed"
+    assert result["recommended"] == "dense"
+
+
+def test_units_that_nobody_named_are_those_that_the_family_has(tmp_path, words, stated):
+    source = tiny.save(tmp_path / "dense", "gpt2")
+    chosen = plan(source, words, tmp_path, candidates=("shrink:params=0.95x",))
+    (row,) = decide(chosen, tmp_path / "run")["rows"]
+    assert row["status"] == "measured"
+    made = json.loads((tmp_path / "run" / row["folder"] / "plan.json").read_text())
+    assert made["units"] == ["mlp", "layers"]
+
+
+def test_a_time_that_this_clock_would_keep_is_not_another_machine_s(tmp_path, llama, words, stated):
+    foreign = profile(tmp_path / "foreign.json", here=False)
+    chosen = plan(llama, words, tmp_path, profile=foreign, foreign=True, candidates=("0.5", "shrink:latency=0.8x"))
+    rows = {r["candidate"]: r for r in decide(chosen, tmp_path / "run")["rows"]}
+    assert rows["shrink:latency=0.8x"]["status"] == "dropped"
+    assert "only this machine's clock can be asked" in rows["shrink:latency=0.8x"]["reason"]
+    assert rows["0.5"]["status"] == "measured"
+
+
+def test_a_budget_in_seconds_is_not_dropped_by_a_fraction(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("shrink:seconds=0.5",), budget="seconds=0.4x")
+    row = module._Decision(chosen, tmp_path / "run", lambda *a: None, lambda rows: None)
+    row.here, row.estimated, row.dtype, row.share = DeviceProfile.read(tmp_path / "profile.json"), False, "fp32", 0.6
+    assert row._estimate(chosen.parsed[0])["status"] == "estimated"
 
 
 def test_a_fault_of_every_candidate_is_no_decision(tmp_path, llama, words, stated):

@@ -30,7 +30,8 @@ def requests(rate=10.0, n=20_000):
 def test_simulated_waits_are_those_of_the_closed_form(servers, load):
     random = np.random.default_rng(1)
     n, rate = 1_000_000, servers * load
-    exponential = Requests(np.cumsum(random.exponential(1 / rate, n)), np.ones(n), random.exponential(1.0, n))
+    # the prompt gives the first token
+    exponential = Requests(np.cumsum(random.exponential(1 / rate, n)), np.ones(n), 1 + random.exponential(1.0, n))
     found = simulate(exponential, servers, 0.0, [1.0])
     assert found.wait.mean() == pytest.approx(erlang_wait(rate, 1.0, servers), rel=0.02)
 
@@ -44,11 +45,11 @@ def test_the_closed_form_by_hand():
 
 
 def test_a_queue_by_hand():
-    # one replica of one sequence, a second of work each, arrivals at 0, 0.25 and 5
-    asked = Requests(np.array([0.0, 0.25, 5.0]), np.ones(3), np.ones(3))
+    # one replica of one sequence, half a second for the prompt and the first token and half for the second, arrivals at 0, 0.25, 5
+    asked = Requests(np.array([0.0, 0.25, 5.0]), np.ones(3), np.full(3, 2.0))
     found = simulate(asked, 1, 0.5, [0.5], warm=0)
     assert found.wait.tolist() == [0.0, 0.75, 0.0]
-    assert found.first.tolist() == [1.0, 1.75, 1.0]
+    assert found.first.tolist() == [0.5, 1.25, 0.5]
     # two sequences a replica: the second waits for the first one's prompt, and goes on at the pace of two
     found = simulate(asked, 1, 0.5, [0.5, 0.8], warm=0)
     assert found.wait.tolist() == [0.0, 0.25, 0.0]
@@ -56,18 +57,18 @@ def test_a_queue_by_hand():
 
 
 def test_sequences_are_spread_over_replicas():
-    asked = Requests(np.array([0.0, 0.1, 0.2]), np.ones(3), np.ones(3))
+    asked = Requests(np.array([0.0, 0.1, 0.2]), np.ones(3), np.full(3, 2.0))
     assert simulate(asked, 3, 0.0, [1.0, 2.0], warm=0).pace.tolist() == [1.0, 1.0, 1.0]
     assert simulate(asked, 2, 0.0, [1.0, 2.0], warm=0).pace.tolist() == [1.0, 1.0, 2.0]
 
 
 def test_a_fleet_by_hand():
     # 16 sequences make 400 tokens a second: 40 ms a token, and each waits for 15 prompts of 0.1 s in 50 tokens: 30 ms more.
-    # A request takes 0.1 + 50 * 0.07 = 3.6 s, a replica serves 16 / 3.6 = 4.44 a second, 3.56 with a fifth free: 3 for 10 a second
+    # A request takes 0.1 + 49 * 0.07 = 3.53 s, a replica serves 16 / 3.53 = 4.53 a second, 3.63 with a fifth free: 3 for 10 a second
     found = size(speed(), service(), requests())
     assert found.slots == 16
     assert found.replicas == 3
-    assert found.load == pytest.approx(10 / (3 * 16 / 3.6))
+    assert found.load == pytest.approx(10 / (3 * 16 / 3.53))
     assert found.first_seconds <= 2.0
 
 
@@ -90,6 +91,12 @@ def test_what_ends_a_replica_s_batch_is_said():
     # alone 10 ms; with 4 at once 20 and 6 ms of prompts
     paced = size(speed(), service(pace_seconds=0.0265), requests())
     assert (paced.slots, paced.slots_end) == (4, "the pace that is asked")
+    # a larger batch that was measured to be quicker does not make up for a smaller one that is too slow
+    odd = Speed(
+        "odd", (1e9,) * 3, {b: (b / s,) * 3 for b, s in ((1, 0.050), (4, 0.040), (16, 0.053))}, 10**9, 10**5, 24 * 10**9
+    )
+    with pytest.raises(PlanError, match="the pace that is asked leaves no sequence"):
+        size(odd, service(pace_seconds=0.045), requests())
 
 
 def test_fewer_bytes_hold_more_sequences():

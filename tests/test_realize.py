@@ -83,6 +83,15 @@ def test_two_four_rows_of_a_gpu_win_over_packed_ones():
         {"dtype": "bf16", "kernel": "nm24 cusparselt", "tokens": t, "sparsity": 0.5, "speedup": s}
         for t, s in ((1, 0.6), (4096, 1.6))
     ]
+    # of a shape the faster backend, of shapes the median
+    rows = [{**r, "shape": [4096, 4096]} for r in rows]
+    for shape, name, fast in (
+        ([1024, 1024], "cutlass", 0.9),
+        ([1024, 1024], "cusparselt", 0.8),
+        ([8192, 8192], "cutlass", 2.5),
+    ):
+        rows += [{**r, "shape": shape, "kernel": f"nm24 {name}", "speedup": fast} for r in rows[1:2]]
+        rows += [{**r, "shape": shape, "kernel": f"nm24 {name}"} for r in rows[:1]]
     gpu = DeviceProfile("gpu", machine(), 1e12, {"bf16": 1e14}, here.rows + rows, {"device": "GPU"})
     found = of("2:4", gpu)
     assert found.kernel == "sparse tensor cores"
@@ -111,9 +120,10 @@ def test_width_and_depth_are_candidates():
     assert len({width.family, depth.family, usual.family}) == 3
 
 
-@pytest.mark.parametrize("text", ["shrink:seconds=1.5", "shrink:mlp:seconds=1.5"])
+@pytest.mark.parametrize("text", ["shrink:seconds=1.5", "shrink:mlp:seconds=1.5", "shrink:seconds=0.5"])
 def test_nobody_knows_yet_what_a_budget_in_seconds_is_worth(text):
     assert of(text).pays
+    assert Candidate.parse(text).kept == 1.0
 
 
 def test_unknown_machines_are_refused():

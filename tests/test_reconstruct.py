@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -129,6 +131,22 @@ def test_the_same_seed_gives_the_same_bits(problem):
     run(block, x, target, seed=5)
     run(other, x, target, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
+
+
+def test_a_block_in_fp16_is_tuned_as_well_as_one_in_fp32(problem):
+    """The gradient by one number of a block's output is below what fp16 can hold."""
+    block, x, target = problem
+    # large outputs, and a mean over many: what an error of one of them is worth has no number in fp16
+    with torch.no_grad():
+        block.down.weight.mul_(10_000)
+        block.down.bias.mul_(10_000)
+    target = x + 10_000 * (target - x)
+    many, wanted = (t.repeat(1, 600, 1) for t in (x, target))
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        found[dtype] = run(copy.deepcopy(block).to(dtype), many.to(dtype), wanted.to(dtype))
+    assert found[torch.float32].after < 0.8 * found[torch.float32].before
+    assert found[torch.float16].after < 1.05 * found[torch.float32].after
 
 
 def test_too_few_windows_or_no_steps_change_nothing(problem):

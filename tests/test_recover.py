@@ -194,6 +194,56 @@ def test_lora_is_masked_at_every_point(llama):
     assert not any("parametrizations" in n for n in names)
 
 
+def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, words, tmp_path, capsys):
+    from secateurs import cli
+    from secateurs.bench import variants_of
+    from secateurs.errors import CheckpointError, VerifyError
+    from secateurs.report import models_of
+
+    run = tmp_path / "run"
+    recover(plan(pruned, words, steps=1), run)
+    dense = json.loads((pruned / "plan.json").read_text())["model"]
+    assert models_of(run) == (*models_of(pruned)[:1], run / "model") == (dense, run / "model")
+    with pytest.raises(CheckpointError, match="has no packed model; make one with `secateurs pack"):
+        variants_of(run)
+    cli.main(["pack", str(run), "--quiet"])
+    packed = json.loads((run / "report.json").read_text())["packed"]
+    assert packed["totals"]["layers_packed"] > 0
+    assert [v.folder for v in variants_of(run)] == [dense, str(run / "packed")]
+    capsys.readouterr()
+    cli.main(["eval", str(run), "--text", str(words), "--windows", "2", "--seqlen", "32", "--json"])
+    assert json.loads(capsys.readouterr().out)["quality"]["ppl_ratio"]["value"] != 1
+    with pytest.raises(VerifyError, match="no run of `secateurs prune`"):
+        sc.verify(run)
+    # trained on the text alone, it is held against what it was
+    alone = tmp_path / "alone"
+    recover(plan(pruned, words, steps=1, teacher="none"), alone)
+    assert models_of(alone) == (str(pruned / "model"), alone / "model")
+
+
+def test_lora_leaves_tied_matrices_alone():
+    """Two modules would add two changes to one matrix."""
+    model = tiny.make("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0
+        model.model.layers[0].mlp.up_proj.weight[0] = 0
+    found = sc.train.lora(model, 2)
+    assert [type(module).__name__ for module, _ in found.places] == ["ParametrizedLinear"]
+    assert found.places[0][0] is model.model.layers[0].mlp.up_proj
+
+
+def test_recomputing_opt_leaves_dropout_off():
+    module = importlib.import_module("secateurs.train.recover")
+    model = tiny.make("opt")
+    for layer in model.model.decoder.layers:
+        layer.dropout = 0.5
+    module._recompute(model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
 def test_gradient_checkpointing_gives_the_same_bits(pruned, words, tmp_path):
     for name, options in (("plain", {}), ("again", {"checkpointing": True})):
         recover(plan(pruned, words, steps=6, **options), tmp_path / name)

@@ -251,6 +251,53 @@ def test_gradual_pruning_follows_its_schedule(score, scope):
     assert not gone["5.weight"].any()
 
 
+@pytest.mark.parametrize("score", ["taylor", "fisher"])
+def test_steps_that_a_scaler_skips_count_for_nothing(score):
+    """A fused optimizer is called with gradients that are infinite, and with scaled ones; it divides them itself."""
+    sums = {}
+    for scale, broken in ((1.0, False), (1024.0, True)):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = OPTIMIZERS["adamw fused"](model.parameters())
+        pruner = sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=9), score=score)
+        for bad in (True, False) if broken else (False,):
+            x, y = data()
+            (nn.functional.cross_entropy(model(x), y) * scale).backward()
+            if bad:
+                model[3].weight.grad[0, 0] = torch.inf
+            # what GradScaler.step() does for an optimizer that takes scales
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(bad))
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+            optimizer.zero_grad()
+        sums[scale] = pruner.state_dict()["sums"]["3.weight"]
+    torch.testing.assert_close(sums[1024.0], sums[1.0], rtol=1e-4, atol=1e-9)
+
+
+def test_random_scores_are_the_same_for_every_rank():
+    masks = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model = net()
+        torch.manual_seed(seed)
+        pruner = sc.train.gradual(
+            model, OPTIMIZERS["sgd"](model.parameters()), sc.train.one_step(0.5, at=0), score="random"
+        )
+        masks.append(pruner.held.masks)
+        assert torch.initial_seed() == seed
+    assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+
+
+def test_n_of_m_waits_for_its_moment():
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    schedule = sc.train.Steps({0: 0.0, 3: 0.5})
+    sc.train.gradual(model, optimizer, schedule, pattern="2:4", skip=("0.weight", "5.weight"))
+    for i in range(1, 5):
+        step(model, optimizer)
+        assert bool((model[3].weight == 0).any()) == (i >= 3)
+
+
 def test_two_of_four_while_training():
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -343,6 +390,7 @@ def test_sr_ste_by_hand_and_finished():
     (lambda m, o: sc.train.Steps({3: 0.5, 5: 0.4}), "do not fall"),
     (lambda m, o: sc.train.gradual(m, o, sc.train.one_step(0.5), score="luck"), "unknown score 'luck'"),
     (lambda m, o: sc.train.gradual(m, o, sc.train.one_step(0.5), scope="model"), "unknown scope 'model'"),
+    (lambda m, o: sc.train.gradual(m, o, sc.train.one_step(0.5), "2:4", "global"), "scope global shares zeros out over all"),
     (lambda m, o: sc.train.gradual(m, o, sc.train.cubic(0.75, 0, 10), pattern="2:4"), "2:4 is 0.5 zeros and nothing else"),
     (lambda m, o: sc.train.gradual(m, o, sc.train.one_step(0.5), pattern="2:4"), "0.weight cannot take 2:4: 9 inputs"),
     (lambda m, o: sc.train.gradual(net(), o, sc.train.one_step(0.5)), "the optimizer does not own 0.weight"),

@@ -20,9 +20,9 @@ def _net():
     return model
 
 
-def _train(model, rank, ranks, steps=4):
+def _train(model, rank, ranks, steps=4, masks=None):
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
-    sc.train.hold(model, optimizer)
+    sc.train.hold(model, optimizer, masks)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         x, y = torch.randn(8, 8, generator=generator), torch.randint(0, 4, (8,), generator=generator)
@@ -38,6 +38,8 @@ def _full(p):
 
 def _trained(kind, rank):
     model = _net()
+    # whole masks, as someone has them who made them before sharding
+    masks = {n: p.detach() != 0 for n, p in model.named_parameters() if p.dim() > 1} if "masks" in kind else None
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
     else:
@@ -45,7 +47,7 @@ def _trained(kind, rank):
         from torch.distributed.fsdp import fully_shard
 
         wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    _train(wrapped, rank, 2)
+    _train(wrapped, rank, 2, masks=masks)
     return [_full(p) for p in wrapped.parameters()]
 
 
@@ -64,7 +66,7 @@ def _rank(rank, meeting, kind, file):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2, whole masks"])
 def test_two_ranks_keep_zeros_and_learn_what_one_does(kind, tmp_path):
     mp.spawn(_rank, (str(tmp_path / "meeting"), kind, str(tmp_path / "found.pt")), nprocs=2)
     alone = _net()

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateurs.checkpoint import Checkpoint
 from secateurs.device import machine, peak_memory
 from secateurs.errors import CheckpointError, PlanError
 from secateurs.measure import Timing
+from secateurs.report import models_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,11 +42,11 @@ def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
     dense; or any two folders."""
     main, dense = folder, None
     if (folder / "plan.json").is_file():
-        plan = json.loads((folder / "plan.json").read_text())
-        dense = plan["model"]
-        if "units" in plan:
-            return [Variant("dense", dense, "dense"), Variant("shrunk", str(folder / "model"), "dense")]
-        main = folder / "packed"
+        dense, left = models_of(folder)
+        shrunk = "units" in json.loads((folder / "plan.json").read_text())
+        if shrunk and against is None:
+            return [Variant("dense", dense, "dense"), Variant("shrunk", str(left), "dense")]
+        main = left if shrunk else folder / "packed"
         if not (main / "config.json").is_file():
             raise CheckpointError(f"{folder} has no packed model; make one with `secateurs pack {folder}`")
     if against is not None:
@@ -125,7 +127,9 @@ def bench(
                 "folder": variant.folder,
                 "how": variant.how,
                 "peak_memory_bytes": peak,
-                "weights_bytes": sum(f.stat().st_size for f in Path(variant.folder).glob("*.safetensors")),
+                "weights_bytes": sum(
+                    f.stat().st_size for f in set(Checkpoint(variant.folder, packed=True).file_of.values())
+                ),
                 "kv_bytes_per_token": worker.kv_bytes_per_token,
                 "prefill": measured[0]["prefill"],
                 "decode": measured[0]["decode"],

@@ -209,7 +209,8 @@ def _plain(paragraph: str) -> str:
 
 def _json_lines(file: Path, text: str, fields: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # only these: splitlines() also ends a line at U+2028 and the like, which JSON strings may hold
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -365,8 +365,8 @@ def evaluate(
     from secateurs import tasks as lm_eval_tasks
     from secateurs.checkpoint import Checkpoint
     from secateurs.errors import CalibrationError, PlanError
-    from secateurs.plan import Plan
     from secateurs.prune import quality
+    from secateurs.report import models_of
     from secateurs.summary import print_quality, print_tasks
 
     try:
@@ -377,7 +377,8 @@ def evaluate(
         raise PlanError(f"windows {windows} is too small; give 1 or more")
     folder = Path(target).expanduser()
     if (folder / "plan.json").is_file():
-        models = {"dense": Checkpoint(Plan.read(folder / "plan.json").model), "pruned": Checkpoint(folder / "model")}
+        dense, left = models_of(folder)
+        models = {"dense": Checkpoint(dense), "pruned": Checkpoint(left)}
     else:
         models = {"dense": Checkpoint(target)}
     with _progress(not quiet and not as_json) as progress:

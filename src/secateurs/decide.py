@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateurs import checkpoint, gates, tasks
+from secateurs import checkpoint, families, gates, tasks
 from secateurs.bench import bench, variants_of
 from secateurs.device import machine
 from secateurs.errors import DeviceError, PlanError, SecateursError
@@ -28,6 +28,8 @@ from secateurs.probe import Question, probe, shapes_of
 from secateurs.profile import DeviceProfile
 from secateurs.prune import Run, silent
 from secateurs.realize import GAIN, Candidate, Worth, machine_named, realize
+from secateurs.structured import units
+from secateurs.structured.budget import Budget
 from secateurs.structured.shrink import ShrinkPlan, shrink
 
 Progress = Callable[[str, int, int], None]
@@ -72,7 +74,7 @@ class DecidePlan:
 
     def __post_init__(self) -> None:
         for name in ("gate", "candidates", "tasks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(text.strip() for text in getattr(self, name)))
         if not self.gate:
             raise PlanError("a decision needs a floor: give --gate, e.g. 'ppl<=+5%'")
         try:
@@ -113,14 +115,14 @@ class DecidePlan:
         if candidate.kind == "shrink":
             # shrink runs no tasks: they are asked of its result here
             asked = tuple(g for g in self.gate if gates.Gate.parse(g).task is None)
-            units = {"units": candidate.units} if candidate.units else {}
+            named = {"units": candidate.units} if candidate.units else {}
             return ShrinkPlan(
                 self.model,
                 candidate.budget,
                 prompt=self.prompt,
                 new=self.new,
                 multiple=self.multiple,
-                **{**shared, **units, "gate": asked},
+                **{**shared, **named, "gate": asked},
             )
         return Plan(
             self.model, pattern=candidate.pattern, sparsity=candidate.sparsity, effort=self.effort, allow_skips=True,
@@ -156,6 +158,7 @@ class _Decision:
         skeleton = source.skeleton()
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton, source.block_names(skeleton))
+        self.units = _units(skeleton.config)
         if self.plan.tasks:
             tasks.check(self.plan.tasks, self.plan.tasks_path)
         given = self._given_profile()
@@ -172,7 +175,7 @@ class _Decision:
             for i in order:
                 self._settle(i)
                 self.show(self.rows)
-            if not any(_fits(r) for r in self.rows) and self.errors:
+            if self.errors and not any(r["status"] == "measured" for r in self.rows):
                 # a fault is no decision
                 raise self.errors[0]
             result = self._result()
@@ -220,6 +223,7 @@ class _Decision:
 
     def _estimate(self, candidate: Candidate) -> dict[str, Any]:
         worth = realize(candidate, self.here, self.dtype)
+        timed = candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
         nbytes, seconds = self._of_all(worth.nbytes, candidate), self._estimated_seconds(worth, candidate)
         row: dict[str, Any] = {
             "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
@@ -228,7 +232,10 @@ class _Decision:
         }  # fmt: skip
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
-        elif reason := self._over_budget(row, slack=GAIN):
+        elif self.estimated and timed:
+            why = "its budget is a time, and only this machine's clock can be asked; name params, bytes or flops"
+            row |= {"status": "dropped", "reason": why}
+        elif not candidate.budget.startswith("seconds") and (reason := self._over_budget(row, slack=GAIN)):
             row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
         return row
 
@@ -270,6 +277,8 @@ class _Decision:
     def _measure(self, row: dict[str, Any], candidate: Candidate) -> None:
         folder = self.out / "candidates" / re.sub(r"[^\w.=]+", "-", candidate.text)
         asked = self.plan.plan_of(candidate)
+        if isinstance(asked, ShrinkPlan) and not candidate.units:
+            asked = dataclasses.replace(asked, units=self.units)
         label = candidate.text
 
         def progress(what: str, done: int, total: int) -> None:
@@ -373,6 +382,12 @@ class _Decision:
             "recommended": best["candidate"] if best else "dense",
             "sentence": _sentence(best, self.rows, self.here.name, self.estimated),
         }
+
+
+def _units(config: Any) -> tuple[str, ...]:
+    """What shrink cuts if nobody names units, as far as the model's family has it."""
+    family = families.find(config.model_type)
+    return tuple(u for u in ShrinkPlan.units if u == "layers" or not units.refuses(u, family, config))
 
 
 def _fits(row: dict[str, Any]) -> bool:

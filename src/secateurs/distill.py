@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateurs.tuning import Memory, Moving, Outcome, tune
+from secateurs.tuning import Memory, Moving, Outcome, loss_scale, tune
 from secateurs.walk import Activations, Batch, Loader, blocks_of, leave, note_place, read_place, stream, whole
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
@@ -77,8 +77,10 @@ def distill(
 
     def gradients(place: tuple[int, int]) -> Sequence[Tensor | None]:
         found, dense = logits(place)
-        _, by_logits = divergence(found, dense)
-        return torch.autograd.grad(found, trained, by_logits, allow_unused=True)
+        scale = loss_scale(found.dtype, found[..., 0].numel())
+        _, by_logits = divergence(found, dense, scale=scale)
+        by_weight = torch.autograd.grad(found, trained, by_logits, allow_unused=True)
+        return [None if g is None else g.float() / scale for g in by_weight]
 
     # nothing moves before this is known
     with torch.no_grad():
@@ -87,9 +89,9 @@ def distill(
     return tune(moving, loss, gradients, places, steps, rate, seed, tick, memory)
 
 
-def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> tuple[float, Tensor]:
+def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0, scale: float = 1.0) -> tuple[float, Tensor]:
     """t^2 KL(dense || logits) of chances at temperature t, mean over tokens, and its gradient by the logits, t (p - q) / T with
-    q the dense chances.
+    q the dense chances, times `scale`.
     """
     rows_TV, dense_TV = (x.detach().reshape(-1, x.shape[-1]) for x in (logits, dense))
     total = 0.0
@@ -99,12 +101,14 @@ def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> tuple
         log_p_TV, log_q_TV = ((x[part].float() / temperature).log_softmax(-1) for x in (rows_TV, dense_TV))
         q_TV = log_q_TV.exp()
         total += float(log_q_TV.sub_(log_p_TV).mul_(q_TV).sum())
-        by_logits_TV[part] = log_p_TV.exp_().sub_(q_TV).mul_(temperature / len(rows_TV))
+        by_logits_TV[part] = log_p_TV.exp_().sub_(q_TV).mul_(scale * temperature / len(rows_TV))
     return temperature**2 * total / len(rows_TV), by_logits_TV.reshape(logits.shape)
 
 
-def cross_entropy(logits: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-    """Nats by which the next token of `ids` [N, S] surprises, mean over those predicted, and its gradient by the logits."""
+def cross_entropy(logits: Tensor, ids: Tensor, scale: float = 1.0) -> tuple[float, Tensor]:
+    """Nats by which the next token of `ids` [N, S] surprises, mean over those predicted, and `scale` times its gradient by the
+    logits.
+    """
     labels_T = ids[:, 1:].reshape(-1)
     rows_TV = logits.detach()[:, :-1].reshape(-1, logits.shape[-1])
     total = 0.0
@@ -115,19 +119,19 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         log_p_TV, wanted = rows_TV[part].float().log_softmax(-1), labels_T[part, None]
         total -= float(log_p_TV.gather(1, wanted).sum())
         p_TV = log_p_TV.exp_()
-        by_rows_TV[part] = p_TV.scatter_add_(1, wanted, -torch.ones_like(p_TV[:, :1])).div_(len(rows_TV))
+        by_rows_TV[part] = p_TV.scatter_add_(1, wanted, -torch.ones_like(p_TV[:, :1])).mul_(scale / len(rows_TV))
     by_logits[:, :-1] = by_rows_TV.reshape(by_logits[:, :-1].shape)
     return total / len(rows_TV), by_logits
 
 
-def square_head(hidden: Sequence[Tensor], dense: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """Mean over blocks of |h - d|^2 / |d|^2, h and d what leaves the block and the dense block, and its gradients by every h
-    (Kurtic et al. 2023, arXiv 2310.06927).
+def square_head(hidden: Sequence[Tensor], dense: Sequence[Tensor], scale: float = 1.0) -> tuple[float, list[Tensor]]:
+    """Mean over blocks of |h - d|^2 / |d|^2, h and d what leaves the block and the dense block, and `scale` times its gradients by
+    every h (Kurtic et al. 2023, arXiv 2310.06927).
     """
     total, gradients = 0.0, []
     for h, d in zip(hidden, dense, strict=True):
         difference = h.detach().float() - d.float()
         size = d.float().square().sum() * len(hidden)
         total += float(difference.square().sum() / size)
-        gradients.append(difference.mul_(2 / size).to(h.dtype))
+        gradients.append(difference.mul_(2 * scale / size).to(h.dtype))
     return total, gradients

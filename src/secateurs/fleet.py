@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def read_lengths(text: str, what: str) -> Lengths:
 def read_trace(file: Path) -> Requests:
     """JSONL, one request a line: {"time": seconds, "prompt": tokens, "output": tokens}. Raises PlanError naming the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"trace {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     rows = []
@@ -170,7 +171,7 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
         room = memory - speed.weights_bytes
         limits["memory for the cache"] = max(0, int(room / (speed.kv_bytes_per_token * (prompt + output))))
     paces = [speed.step(b, which) + (b - 1) * shared for b in range(1, measured + 1)]
-    limits["the pace that is asked"] = sum(p <= service.pace_seconds for p in paces)
+    limits["the pace that is asked"] = len(list(takewhile(lambda p: p <= service.pace_seconds, paces)))
     slots, why = min((n, why) for why, n in limits.items())
     if slots < 1:
         raise PlanError(
@@ -179,7 +180,7 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
             f"{memory / 1e9:.3g} GB)"
         )
     counted = requests.prompt[int(len(requests) * WARM) :]
-    alone = float(np.percentile(counted, service.percentile)) * each + paces[0]
+    alone = float(np.percentile(counted, service.percentile)) * each
     if alone > service.first_seconds:
         raise PlanError(
             f"{speed.name} cannot serve this on any number of replicas{end}: the first token takes {alone:.4g} s without a wait, "
@@ -207,7 +208,7 @@ def size(speed: Speed, service: Service, requests: Requests, which: int = 0) -> 
     each, paces, why = _paces(speed, service, requests, which)
     slots = len(paces)
     peak = requests.at(service.peak)
-    busy = float((requests.prompt * each + requests.output * paces[-1]).mean())
+    busy = float((requests.prompt * each + (requests.output - 1) * paces[-1]).mean())
     # requests a second that one full replica serves
     most = slots / busy
 

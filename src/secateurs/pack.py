@@ -17,7 +17,6 @@ from secateurs.checkpoint import Checkpoint, shard_name, write_index, write_shar
 from secateurs.errors import CheckpointError, OutputError, PackError
 from secateurs.files import write_json, write_text
 from secateurs.linear import LayerChoice, choose, linears
-from secateurs.report import Report
 
 Progress = Callable[[str, int, int], None]
 # dense bytes that are read for one shard
@@ -127,15 +126,22 @@ def pack_run(
 ) -> dict[str, Any]:
     """pack() for a run directory: its model to `out`, or to its folder `packed`, and the choices into its report."""
     run = Path(run).expanduser()
-    report = Report.read(run / "report.json")
-    folder = out or run / "packed"
+    file, folder = run / "report.json", out or run / "packed"
+    # of prune, shrink or recover
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        status = report.get("status", "complete")
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputError(f"{file} cannot be read: {error}; finish the run first") from None
+    if status != "complete":
+        raise OutputError(f"{run} is not finished (status '{status}'); rerun the command that began it")
     result = pack(run / "model", folder, profile, progress, merge_zeros)
-    report.packed = {
+    report["packed"] = {
         "folder": str(folder if out else "packed"),
         **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
     }
-    report.bytes["packed"] = result["totals"]["folder_nbytes"]
-    report.write(run / "report.json")
+    report.setdefault("bytes", {})["packed"] = result["totals"]["folder_nbytes"]
+    write_json(file, report)
     return result
 
 

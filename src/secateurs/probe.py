@@ -250,7 +250,7 @@ def _unpacked(packed: Any) -> Tensor:
 
 
 def _stored_densely(weights: Sequence[Tensor], question: Question) -> list[dict[str, Any]]:
-    """The textbook case: zeros in a dense tensor, through the dense kernel; and 95% through torch's CSR."""
+    """The textbook case: zeros in a dense tensor, through the dense kernel."""
     shape, dtype = tuple(weights[0].shape), DTYPES[weights[0].dtype]
     x = torch.randn(1, shape[1]).to(weights[0].dtype)
     runs: dict[str, Any] = {"dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]}

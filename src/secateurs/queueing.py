@@ -79,14 +79,15 @@ def simulate(
         each = token_seconds[len(ends) // replicas]
         start = max(start, free[0])
         heapreplace(free, start + prompt)
-        heappush(ends, start + prompt + tokens * each)
+        # the prompt gives the first token
+        heappush(ends, start + prompt + (tokens - 1) * each)
         wait[i], pace[i] = start - now, each
         if i >= first_counted:
             held += len(ends)
     counted = slice(first_counted, None)
     return Waits(
         wait[counted],
-        wait[counted] + prompts[counted] + pace[counted],
+        wait[counted] + prompts[counted],
         pace[counted],
         held / max(1, len(requests) - first_counted) / replicas,
     )

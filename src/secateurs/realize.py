@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from secateurs import patterns
@@ -68,7 +69,7 @@ class Candidate:
         if self.kind == "mask":
             return 1 - self.sparsity
         found = re.fullmatch(r"\w+=(0?\.\d+)x?", self.budget)
-        return float(found[1]) if found else 1.0
+        return float(found[1]) if found and not self.budget.startswith("seconds") else 1.0
 
     @property
     def family(self) -> str:
@@ -195,7 +196,13 @@ def _measured(candidate: Candidate, profile: DeviceProfile, dtype: str) -> Worth
 
 def _two_four(candidate: Candidate, rows: list[dict[str, Any]], dtype: str) -> Worth:
     def best(tokens: int) -> float:
-        return max(float(r["speedup"]) for r in rows if r["tokens"] == tokens)
+        """Of the fastest backend of a shape, the median over shapes."""
+        by_shape: dict[str, float] = {}
+        for r in rows:
+            if r["tokens"] == tokens:
+                shape = str(r.get("shape"))
+                by_shape[shape] = max(by_shape.get(shape, 0.0), float(r["speedup"]))
+        return median(by_shape.values())
 
     few, many = best(min(r["tokens"] for r in rows)), best(max(r["tokens"] for r in rows))
     kept = candidate.kept

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from secateurs.tuning import Moving, Outcome, tune
+from secateurs.tuning import Moving, Outcome, loss_scale, tune
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 8e-3
@@ -49,6 +49,9 @@ def reconstruct(
         return difference.square().mean()
 
     def gradients(place: Place) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(error(place), trained, allow_unused=True)
+        wanted = target(*place)
+        scale = loss_scale(wanted.dtype, wanted.numel())
+        found = torch.autograd.grad(error(place) * scale, trained, allow_unused=True)
+        return [None if g is None else g.float() / scale for g in found]
 
     return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)

@@ -114,6 +114,21 @@ class Report:
             raise OutputError(f"{file} is not a secateurs report: {error}") from None
 
 
+def models_of(run: Path) -> tuple[str, Path]:
+    """The dense model, and the folder of what became of it, of a run directory of prune, shrink or recover."""
+    try:
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+        dense, teacher = plan["model"], plan.get("teacher") or "none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{run / 'plan.json'} is not a plan of ours: {error}") from None
+    if teacher != "none":
+        dense = teacher
+    elif (Path(dense) / "plan.json").is_file():
+        # what recover was given is a run itself
+        dense = str(Path(dense) / "model")
+    return dense, run / "model"
+
+
 def shrunk_before(model: str) -> dict[str, Any] | None:
     """What `secateurs shrink` reports of a model folder that it made, or None: budget, parameters, quality, latency."""
     try:

@@ -66,6 +66,13 @@ class Memory(Protocol):
     def write(self, state: dict[str, Tensor]) -> None: ...
 
 
+def loss_scale(dtype: torch.dtype, terms: int) -> float:
+    """What a mean over so many terms is multiplied by while its gradients are taken: the least number of fp16 is 6e-8, and the
+    gradient by one term is less.
+    """
+    return 2.0 ** int(math.log2(max(1, terms))) if dtype == torch.float16 else 1.0
+
+
 def movable(block: nn.Module, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Moving]:
     """What is tuned of a block: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
     masks = {id(p): mask for p, mask in pruned}
@@ -221,6 +228,6 @@ class _Survivors:
 
 
 def _size(copy: Tensor, mask: Tensor | None) -> float:
-    """Root mean square of the survivors."""
-    count = copy.numel() if mask is None else int(mask.sum())
-    return math.sqrt(float(copy.square().sum()) / max(1, count))
+    """Root mean square of what may move."""
+    moving = copy if mask is None else copy[mask]
+    return math.sqrt(float(moving.square().sum()) / max(1, moving.numel()))

@@ -1,5 +1,6 @@
 """Re-read a run directory from disk and check everything that the report claims."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +24,22 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] = lambd
     weights.
     """
     folder = Path(folder).expanduser()
+    if (folder / "plan.json").is_file() and not {"pattern", "sparsity"} <= _keys(folder / "plan.json"):
+        raise VerifyError(
+            f"{folder} is no run of `secateurs prune`, so its report claims no masks that could be checked"
+        )
     report = Report.read(folder / "report.json")
     if report.status != "complete":
         raise VerifyError(f"{folder} is not finished (status '{report.status}'); rerun the command that began it")
     report.warnings += [w for w in check_run(folder, report, progress) if w not in report.warnings]
     return report
+
+
+def _keys(file: Path) -> set[str]:
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], None]) -> list[str]:

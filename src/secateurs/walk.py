@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs import families
-from secateurs.errors import CalibrationError, CheckpointError, LayerError
+from secateurs.errors import CalibrationError, CheckpointError, LayerError, OutputError
 from secateurs.files import write_json
 from secateurs.stats import Stats
 
@@ -209,8 +209,12 @@ class OnDisk:
         from safetensors.torch import save_file
 
         file = self._file(block, batch)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": hidden.contiguous()}, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": hidden.contiguous()}, file)
+        # safetensors reports a full disk as its own exception type
+        except Exception as error:
+            raise OutputError(f"cannot write {file}: {error}; nothing is lost, free space and rerun") from None
 
     def drop(self, block: int) -> None:
         import shutil

@@ -8,6 +8,7 @@ kill loses at most one of these steps. The whole dense model is in memory.
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import time
@@ -430,11 +431,12 @@ class _Run:
         probes = [
             replace(dense, layers=max(1, dense.layers // 2)),
             replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
-            replace(dense, heads=max(1, dense.heads // 2)),
-            replace(dense, queries=max(1, dense.queries // 2)),
         ]
-        if "hidden" in plan.units:
-            probes.append(replace(dense, hidden=dense.hidden // 2))
+        # transformers does not load every number of heads
+        for kind in ("heads", "queries", "hidden"):
+            halves = (replace(dense, **{kind: n}) for n in range(max(1, dense.steps(kind) // 2), 0, -1))
+            fits = (s for s in halves if not units.not_loadable(config, family, s))
+            probes += [s for s in itertools.islice(fits, 1) if kind in plan.units]
         whole = model_of(dense)
         at_first, *seconds = measure([whole, *(model_of(p) for p in probes)], plan.prompt, plan.new, rounds=3)
         points = [(dense, Seconds(1.0, 1.0)), *((p, s.over(at_first)) for p, s in zip(probes, seconds, strict=True))]
@@ -716,8 +718,8 @@ def _loss(lost: losses.Losses, dense: Shape, shape: Shape) -> float:
 @dataclass(frozen=True)
 class _Sizes:
     """Parameters outside the blocks, and of a block's neurons, KV heads (without their query heads), query heads, and the rest
-    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix. Every token is
-    sent to as many experts as before, so they cost bytes and no multiplications.
+    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix. expert:
+    parameters, `router` of them in the router; every token is sent to `active` of them.
     """
 
     outside: int
@@ -729,6 +731,8 @@ class _Sizes:
     attended: int
     head: int
     expert: int
+    router: int
+    active: int
     most_experts: int
     half: "_Sizes | None" = None
 
@@ -744,13 +748,16 @@ class _Sizes:
         return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
 
     def multiplications(self, shape: Shape, prompt: int) -> int:
-        """Of a prompt: every weight of a block with every token, queries with keys, chances with values, the head once."""
+        """Of a prompt: every weight of a block with every token, of its experts those that the token is sent to, queries with keys,
+        chances with values, the head once.
+        """
         if self.half and shape.hidden != self.dense.hidden:
             whole, half = (s.multiplications(replace(shape, hidden=s.dense.hidden), prompt) for s in (self, self.half))
             share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
             return round(half + share * (whole - half))
         attention = shape.heads * shape.queries * self.attended * prompt**2
-        return shape.layers * (self._block(shape) * prompt + attention) + self.head
+        active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
+        return shape.layers * ((self._block(shape) + active) * prompt + attention) + self.head
 
     def share(self, kind: str, shape: Shape, prompt: int) -> float:
         """Of the dense model's 'params', 'bytes' (weights have one dtype) or 'flops'."""
@@ -781,17 +788,21 @@ def _sizes(model: nn.Module, family: families.Family, config: Any) -> _Sizes:
     neuron, query = each("mlp"), each("queries")
     key_value = each("heads") - dense.queries * query
     whole = sum(p.numel() for p in block.parameters())
-    expert = most_experts = 0
+    expert = router_row = active = most_experts = 0
     if dense.experts:
+        active = int(config.num_experts_per_tok)
         _, router, fused = experts.mixture(block, family)
         own = [*router.parameters(), *fused.parameters()]
         expert = sum(p.numel() // dense.experts for p in own if len(p) == dense.experts)
+        router_row = sum(p.numel() // dense.experts for p in router.parameters())
         most_experts = losses.most_experts(config, dense)
     rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
     outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     head = config.vocab_size * config.hidden_size
-    return _Sizes(outside, dense, neuron, key_value, query, rest, 2 * width, head, expert, most_experts)
+    return _Sizes(
+        outside, dense, neuron, key_value, query, rest, 2 * width, head, expert, router_row, active, most_experts
+    )
 
 
 def _consumers(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:

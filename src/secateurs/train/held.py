@@ -50,7 +50,7 @@ class Held:
                     f"{name} is {tuple(parameter.shape)} and its mask {tuple(mask.shape)}; they must be alike"
                 )
         for name, mask in masks.items():
-            self._removed[name] = ~mask.to(device=self.parameters[name].device, dtype=torch.bool)
+            self._removed[name] = ~_placed(mask, self.parameters[name])
         self.apply()
         self._clear_state()
 
@@ -182,6 +182,17 @@ def take_over(model: nn.Module) -> dict[str, Tensor]:
                     found[f"{path}.{leaf}".strip(".")] = masks[0].detach().bool().clone()
                     parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
     return found
+
+
+def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
+    """A mask where its parameter is: on its device, and as a shard of its own if the parameter is one."""
+    mask = mask.to(device=parameter.device, dtype=torch.bool)
+    if not hasattr(parameter, "to_local") or hasattr(mask, "to_local"):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    whole: Any = parameter
+    return distribute_tensor(mask, whole.device_mesh, whole.placements)
 
 
 def _has_zeros(parameter: nn.Parameter) -> bool:

@@ -5,6 +5,8 @@
 The usual merge, W + up @ down, is dense: it fills the zeros of a pruned model again.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -48,12 +50,15 @@ class Lora:
 
 
 def lora(model: nn.Module, rank: int = 16, seed: int = 0) -> Lora:
-    """Add low-rank parameters to every matrix that has zeros, and freeze all else. The model's function is as before until they
-    are trained. Raises PlanError for a rank below 1 and for a model without zeros.
+    """Add low-rank parameters to every matrix that has zeros and one owner, and freeze all else. The model's function is as before
+    until they are trained. Raises PlanError for a rank below 1 and for a model without zeros.
     """
     if rank < 1:
         raise PlanError(f"LoRA of rank {rank}; give 1 or more")
-    wanted = {id(p) for _, p in prunable(model) if p.dim() in (2, 3) and bool((p.detach() == 0).any())}
+    # a matrix that two modules hold, such as embeddings and head, would get two changes and is left alone
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = (p for _, p in prunable(model) if p.dim() in (2, 3) and holders[id(p)] == 1)
+    wanted = {id(p) for p in found if bool((p.detach() == 0).any())}
     if not wanted:
         raise PlanError("the model has no zeros to keep: prune it first, or use an ordinary LoRA")
     generator = torch.Generator().manual_seed(seed)

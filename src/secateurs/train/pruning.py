@@ -6,6 +6,7 @@
 Everything happens in hooks of the optimizer's step.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
@@ -33,12 +34,24 @@ SCORES: dict[str, tuple[Score, Summed | None, str]] = {
     ),
     "movement": (lambda w, s: s, lambda w, g: -w * g, "sum of -w g: weights that move away from 0 (Sanh et al. 2020)"),
     "fisher": (lambda w, s: w.square() * s, lambda w, g: g.square(), "w^2 times the sum of g^2: the diagonal Fisher"),
-    "random": (lambda w, s: torch.rand_like(w), None, "uniform noise, the control"),
+    "random": (lambda w, s: torch.rand(w.shape).to(w.device), None, "uniform noise, the control"),
 }
 
 
 # steps of a schedule that are looked through beforehand
 _LOOKED_AT = 100_000
+
+
+def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler found gradients that are not finite. Fused optimizers are called all the same, and do nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
+    """By what gradients are still too large: a fused optimizer divides by a GradScaler's scale itself."""
+    found: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return 1.0 if found is None else found
 
 
 class Gradual:
@@ -48,7 +61,7 @@ class Gradual:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str, scope: str, score: str,
         names: Mapping[str, nn.Parameter],
     ) -> None:  # fmt: skip
-        self.schedule, self.step = schedule, 0
+        self.schedule, self.step, self._optimizer = schedule, 0, optimizer
         self._score, self._summed, _ = SCORES[score]
         self._pattern = patterns.parse(pattern, scope if pattern == "unstructured" and scope != "global" else None)
         self._scope = scope
@@ -65,14 +78,19 @@ class Gradual:
         return {"step": self.step, "masks": self.held.state_dict(), "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self._sums = int(state["step"]), dict(state["sums"])
+        held = self.held.parameters
+        self.step = int(state["step"])
+        self._sums = {name: total.to(held[name].device) for name, total in state["sums"].items()}
         self.held.load_state_dict(state["masks"])
 
     def _collect(self) -> None:
         assert self._summed
+        if _overflowed(self._optimizer):
+            return
         for name, parameter in self.held.parameters.items():
             if parameter.grad is not None:
-                found = self._summed(parameter.detach().float(), parameter.grad.detach().float())
+                gradient = parameter.grad.detach().float() / _scale(self._optimizer)
+                found = self._summed(parameter.detach().float(), gradient)
                 self._sums[name] = self._sums[name].add_(found) if name in self._sums else found
 
     def _after(self) -> None:
@@ -83,10 +101,16 @@ class Gradual:
 
     def _decide(self, sparsity: float) -> None:
         """New masks, inside the old ones: what is gone stays gone."""
+        if not sparsity:
+            # N:M has no other than its own
+            return
         scores, old = {}, self.held.masks
         for name, parameter in self.held.parameters.items():
             weight = parameter.detach().float()
-            score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
+            # every rank draws the same
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(zlib.crc32(f"{self.step} {name}".encode()))
+                score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
             scores[name] = score.masked_fill(~old[name], -torch.inf)
         masks = {}
         if self._scope == "global":
@@ -113,6 +137,10 @@ def gradual(
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
     if scope not in ("layer", "row", "global"):
         raise PlanError(f"unknown scope '{scope}'; write layer, row or global")
+    if scope == "global" and pattern != "unstructured":
+        raise PlanError(
+            f"scope global shares zeros out over all matrices, and {pattern} says where they are; leave one out"
+        )
     fixed = patterns.parse(pattern).fixed_sparsity
     if fixed is not None and any(schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(_LOOKED_AT)):
         raise PlanError(f"{pattern} is {fixed:g} zeros and nothing else; give one_step({fixed:g}, at=...)")
@@ -136,7 +164,7 @@ class Dynamic:
         until: int, fraction: float, by_gradient: bool, generator: torch.Generator,
     ) -> None:  # fmt: skip
         self.step, self.every, self.until, self.fraction, self.by_gradient = 0, every, until, fraction, by_gradient
-        self._generator = generator
+        self._generator, self._optimizer = generator, optimizer
         self._gradients: dict[str, Tensor] = {}
         # before Held's own hook, which clears the gradients of removed weights
         optimizer.register_step_pre_hook(lambda *_: self._look())
@@ -148,14 +176,14 @@ class Dynamic:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = int(state["step"])
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
         self.held.load_state_dict(state["masks"])
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and 0 < step < self.until
 
     def _look(self) -> None:
-        if self.by_gradient and self._due(self.step + 1):
+        if self.by_gradient and self._due(self.step + 1) and not _overflowed(self._optimizer):
             for name, parameter in self.held.parameters.items():
                 if parameter.grad is not None:
                     self._gradients[name] = parameter.grad.detach().abs().float()

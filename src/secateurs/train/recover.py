@@ -41,7 +41,7 @@ from secateurs.prune import (
 from secateurs.ranks import Ranks, joined
 from secateurs.train.held import prunable
 from secateurs.train.lora import Lora, lora
-from secateurs.tuning import Moving, Outcome, tune
+from secateurs.tuning import Moving, Outcome, loss_scale, tune
 from secateurs.walk import OnDisk, blocks_of, leave
 
 # what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
@@ -298,6 +298,7 @@ class _Run:
             b, i = place
             window = {name: value[i : i + 1] for name, value in batches[b].items()}
             output = model(**window, use_cache=False, output_hidden_states=plan.hidden > 0)
+            scale = loss_scale(output.logits.dtype, output.logits[..., 0].numel())
             by_logits = torch.zeros_like(output.logits)
             total = 0.0
             seen, gradients = [output.logits], [by_logits]
@@ -309,23 +310,26 @@ class _Run:
                         else leave(dense, self.teacher, ends(b)[i : i + 1], window)  # type: ignore[arg-type]
                     )
             if dense is not None and plan.kl:
-                value, gradient = divergence(output.logits, wanted.logits, plan.temperature)
+                value, gradient = divergence(output.logits, wanted.logits, plan.temperature, scale)
                 total += plan.kl * value
                 by_logits += plan.kl * gradient
             if plan.labels:
-                value, gradient = cross_entropy(output.logits, window["input_ids"])
+                value, gradient = cross_entropy(output.logits, window["input_ids"], scale)
                 total += plan.labels * value
                 by_logits += plan.labels * gradient
             if plan.hidden:
-                value, more = square_head(output.hidden_states[1:], wanted.hidden_states[1:])
+                value, more = square_head(output.hidden_states[1:], wanted.hidden_states[1:], scale)
                 total += plan.hidden * value
                 seen += output.hidden_states[1:]
                 gradients += [plan.hidden * g for g in more]
-            return total, seen, gradients
+            wanting = [(s, g) for s, g in zip(seen, gradients, strict=True) if s.requires_grad]
+            return total, [s for s, _ in wanting], [g for _, g in wanting]
 
         def gradients(place: Place) -> Sequence[Tensor | None]:
             _, seen, by_seen = found(place)
-            return torch.autograd.grad(seen, parameters, by_seen, allow_unused=True)
+            scale = loss_scale(seen[0].dtype, seen[0][..., 0].numel())
+            by_weight = torch.autograd.grad(seen, parameters, by_seen, allow_unused=True)
+            return [None if g is None else g.float() / scale for g in by_weight]
 
         outcome = tune(
             moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0], plan.seed,
@@ -422,6 +426,10 @@ def _recompute(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+            # OPT's blocks call it themselves
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
 
 def _card(plan: RecoverPlan) -> str:
