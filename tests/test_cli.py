@@ -122,6 +122,18 @@ def test_methods_lists_every_row_and_what_it_costs():
     assert cells["time, SparseGPT 1x"] == [cost for pair in costs for cost in pair]
 
 
+def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
+    from secateurs import lab
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab, "magnitude", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(["lab", "magnitude"])
+    assert "what was finished is kept, rerun the same command" in capsys.readouterr().err
+
+
 def test_lab_prints_and_explains():
     assert "sort(|w|)[k]" in run("lab", "magnitude")[0]
     assert "one-shot wins on held-out inputs" in run("lab", "iterative")[0]

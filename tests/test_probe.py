@@ -110,6 +110,16 @@ def test_a_bad_profile_is_one_sentence(tmp_path):
             DeviceProfile.read(file)
 
 
+def test_a_machine_of_many_threads_has_a_rate():
+    from secateurs.kernels import kernels
+    from secateurs.library import library
+
+    kernel = next(k for k in kernels() if not k.lacks and k.strategy == "tile")
+    alone = library().secateurs_spin(kernel.index, 10, 1)
+    assert alone > 0
+    assert library().secateurs_spin(kernel.index, 10, 96) == 96 * alone
+
+
 def test_interleaved_takes_turns():
     order = []
     found = interleaved({"a": [lambda: order.append("a")] * 2, "b": [lambda: order.append("b")]}, rounds=3)

@@ -162,11 +162,17 @@ def test_a_shape_that_was_too_slow_is_not_the_end(tmp_path, llama, words, monkey
     # of a net that was never trained, two blocks may cost less than one
     monkeypatch.setattr(module, "_loss", lambda lost, dense, shape: float(dense.layers - shape.layers))
     took = {3: 1.0, 2: 0.72, 1: 1 / 3}
-    monkeypatch.setattr(
-        module, "measure", lambda models, *a, **k: [Seconds(*[took[m.config.num_hidden_layers]] * 2) for m in models]
-    )
+    heads = set()
+
+    def measure(models, *_, **__):
+        heads.update(m.config.num_attention_heads for m in models)
+        return [Seconds(*[took[m.config.num_hidden_layers]] * 2) for m in models]
+
+    monkeypatch.setattr(module, "measure", measure)
     report = shrink(plan(llama, words, "latency=0.7x", units=("layers",), eval_windows=0), tmp_path / "run")
     assert [t["shape"]["layers"] for t in report["tried"]] == [2, 1]
+    # what is not to be cut is not asked about
+    assert len(heads) == 1
     assert report["left"]["layers"] == 1
 
 
@@ -224,6 +230,25 @@ def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words):
         ).stdout.splitlines()[-1]
     )
     assert parameters == report["left"]["parameters"]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
+    from secateurs.structured.shrink import _sizes
+
+    model = tiny.make(model_type)
+    config, family = model.config, families.find(model.config.model_type)
+    sizes = _sizes(model, family, config)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    fused = sum(p.numel() for n, p in model.model.layers[0].named_parameters() if ".experts." in n)
+    # two of four
+    weights = block - fused // 2
+    attention = config.num_attention_heads * 2 * 8 * 100**2
+    assert sizes.multiplications(sizes.dense, 100) == 3 * (weights * 100 + attention) + config.vocab_size * 32
+    # of two experts a token goes to both: the router's rows are all that is saved
+    fewer = replace(sizes.dense, experts=2)
+    saved = sizes.multiplications(sizes.dense, 100) - sizes.multiplications(fewer, 100)
+    assert saved == 3 * 2 * 32 * 100
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

@@ -770,7 +770,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except SystemExit as stopped:
+        # typer makes this of Ctrl-C
+        if stopped.code != 130:
+            raise
         _complain("interrupted; what was finished is kept, rerun the same command to go on", 130)
     except MemoryError:
         _complain("out of memory; lower --seqlen, or use a machine with more", 1)
