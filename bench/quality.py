@@ -261,6 +261,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown row '{unknown[0]}'; write SPARSITY:METHOD of {SPARSITIES} and {METHODS}")
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    if arguments.pages_only and not done:
+        raise SystemExit(f"{arguments.out} has no rows; leave --pages-only out")
 
     if not arguments.pages_only:
         model = arguments.model or str(fetch())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from secateurs import Plan, Stats, solvers
-from secateurs.apportion import _levels, _options, apportion, kept_weights
+from secateurs.apportion import _levels, _losses, apportion
 from secateurs.block import Guide, prune_layer
 from secateurs.errors import LayerError
 from secateurs.walk import Layer, layers_of
@@ -50,8 +50,7 @@ def test_an_expert_counts_by_how_many_tokens_reach_it():
     x_TI = torch.randn(64, 16)
     plan = Plan(method="sparsegpt", allocation="measured")
     few, many = (
-        [o.loss for o in _options(layer, Stats.of(x), plan, torch.tensor(2.0), kept_weights)]
-        for x in (x_TI, x_TI.repeat(8, 1))
+        [loss for _, _, loss in _losses(layer, Stats.of(x), plan, torch.tensor(2.0))] for x in (x_TI, x_TI.repeat(8, 1))
     )
     assert many == pytest.approx([8 * loss for loss in few], rel=1e-4)
 

@@ -63,13 +63,21 @@ def test_sequences_are_spread_over_replicas():
 
 
 def test_a_fleet_by_hand():
-    # 16 sequences make 400 tokens a second: 40 ms a token, and each waits for 15 prompts of 0.1 s in 50 tokens: 30 ms more.
-    # A request takes 0.1 + 49 * 0.07 = 3.53 s, a replica serves 16 / 3.53 = 4.53 a second, 3.63 with a fifth free: 3 for 10 a second
+    # 16 sequences make 400 tokens a second: 40 ms a token, and the prompt gives the first of 50. A request takes 16 prompts of 0.1 s
+    # and 49 * 0.04 = 3.56 s, a replica serves 16 / 3.56 = 4.49 a second, 3.6 with a fifth free: 3 for 10 a second
     found = size(speed(), service(), requests())
     assert found.slots == 16
     assert found.replicas == 3
-    assert found.load == pytest.approx(10 / (3 * 16 / 3.53))
+    assert found.load == pytest.approx(10 / (3 * 16 / 3.56))
     assert found.first_seconds <= 2.0
+
+
+def test_answers_of_one_token_wait_for_prompts_only():
+    # one prompt of 0.1 s at a time: 10 a second, however many sequences a replica may hold
+    asked = poisson(10.0, 20_000, Lengths("fixed", (100,)), Lengths("fixed", (1,)), 0)
+    found = size(speed(), service(), asked)
+    assert found.replicas == 2
+    assert found.load == pytest.approx(10 / (2 * 10))
 
 
 def test_a_tight_objective_takes_more_replicas_than_the_load_does():
@@ -79,7 +87,7 @@ def test_a_tight_objective_takes_more_replicas_than_the_load_does():
     assert tight.replicas > loose.replicas == 23
     assert tight.first_seconds <= 0.2
     # one fewer misses it
-    fewer = simulate(asked, tight.replicas - 1, 1 / 1000, [speed().step(b) + (b - 1) * 0.1 / 50 for b in range(1, 17)])
+    fewer = simulate(asked, tight.replicas - 1, 1 / 1000, [speed().step(b) + (b - 1) * 0.1 / 49 for b in range(1, 17)])
     assert np.percentile(fewer.first, 95) > 0.2
 
 
@@ -137,7 +145,7 @@ def test_a_candidate_that_cannot_serve_says_why_and_a_dense_model_raises():
 def test_ten_thousand_replicas_and_a_million_requests():
     # 44 400 a second fill them; nothing waits where there is room for all
     asked = requests(20_000.0, 1_000_000)
-    found = simulate(asked, 10_000, 1e-3, [speed().step(b) + (b - 1) * 0.1 / 50 for b in range(1, 17)])
+    found = simulate(asked, 10_000, 1e-3, [speed().step(b) + (b - 1) * 0.1 / 49 for b in range(1, 17)])
     assert len(found.wait) == 900_000
     assert found.wait.max() == 0
     assert 0 < found.held < 16

@@ -414,7 +414,7 @@ plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, 
 slow = prune.write_json
 def write_json(file, data):
     slow(file, data)
-    print(file.name, len(data["windows"]) if "windows" in data else data.get("next_block"), flush=True)
+    print(file.name, len(data["windows"]) if file.name == "windows.json" else data.get("next_block"), flush=True)
 prune.write_json = write_json
 slow_place = walk.write_json
 def note_place(file, data):

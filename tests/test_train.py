@@ -271,21 +271,37 @@ def test_steps_that_a_scaler_skips_count_for_nothing(score):
             del optimizer.grad_scale, optimizer.found_inf
             optimizer.zero_grad()
         sums[scale] = pruner.state_dict()["sums"]["3.weight"]
+        assert pruner.step == 1
     torch.testing.assert_close(sums[1024.0], sums[1.0], rtol=1e-4, atol=1e-9)
 
 
-def test_random_scores_are_the_same_for_every_rank():
+def test_sparse_training_waits_for_a_step_that_is_taken():
+    model = net()
+    optimizer = OPTIMIZERS["adamw fused"](model.parameters())
+    found = sc.train.dynamic(model, optimizer, 0.8, until=12, every=1)
+    before = found.held.masks
+    nn.functional.cross_entropy(model(data()[0]), data()[1]).backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert found.step == 0
+    assert all(torch.equal(mask, before[name]) for name, mask in found.held.masks.items())
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert found.step == 1
+    assert not torch.equal(found.held.masks["3.weight"], before["3.weight"])
+
+
+def test_random_scores_go_by_their_seed_and_not_by_the_rank_s():
     masks = []
-    for seed in (1, 2):
+    for rank, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(0)
         model = net()
-        torch.manual_seed(seed)
-        pruner = sc.train.gradual(
-            model, OPTIMIZERS["sgd"](model.parameters()), sc.train.one_step(0.5, at=0), score="random"
-        )
-        masks.append(pruner.held.masks)
-        assert torch.initial_seed() == seed
-    assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+        torch.manual_seed(rank)
+        optimizer, schedule = OPTIMIZERS["sgd"](model.parameters()), sc.train.one_step(0.5, at=0)
+        masks.append(sc.train.gradual(model, optimizer, schedule, score="random", seed=seed).held.masks["3.weight"])
+        assert torch.initial_seed() == rank
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
 
 
 def test_n_of_m_waits_for_its_moment():

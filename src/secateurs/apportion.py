@@ -8,6 +8,8 @@ O outputs, I inputs.
 import dataclasses
 import functools
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,42 +129,47 @@ def _measured(
 ) -> Shares:
     """Losses of every layer at several sparsities by SparseGPT, and the choice that a budget allows."""
     place = work / "options.json" if work else None
-    found: dict[str, Any] = {"options": {}, "numels": {}, "costs": [0.0, 0.0]}
-    if place and place.is_file():
-        found = json.loads(place.read_text())
-    options = {name: [Option(**o) for o in given] for name, given in found["options"].items()}
-    numels: dict[str, int] = found["numels"]
-    whole, dense = found["costs"]
+    # {layer: its shape, its dtype, and [pattern, sparsity, loss] of every option}; what they cost may change before a run goes on
+    known: dict[str, Any] = json.loads(place.read_text())["layers"] if place and place.is_file() else {}
     store = OnDisk(work / "inputs") if work else InMemory()
     start = read_place(place)
     for _ in range(start * len(batches)):
         tick()
     for step in stream(model, batches, loader, store, start, "dense", tick=tick):
-        as_data = {name: [dataclasses.asdict(o) for o in given] for name, given in options.items()}
-        note_place(place, step.index, options=as_data, numels=numels, costs=[whole, dense])
+        note_place(place, step.index, layers=known)
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         stats = step.observe(todo, gram=True)
-        known = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
+        measured = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
         # an expert that no token reached when sensitivities were measured counts like the others
-        usual = torch.cat(known).mean() if known else torch.tensor(1.0)
+        usual = torch.cat(measured).mean() if measured else torch.tensor(1.0)
         for layer in todo:
             importance_O = sensitivity.get(layer.name, usual)
+            # what has no price shows before anything is solved
+            cost(layer.shape, layer.parameter.dtype, plan.target)
             try:
-                options[layer.name] = list(_options(layer, stats[layer.name], plan, importance_O, cost))
+                losses = list(_losses(layer, stats[layer.name], plan, importance_O))
             except ValueError as error:
                 raise LayerError(f"{layer.name}: {error}") from None
-            dtype = layer.parameter.dtype
-            numels[layer.name] = layer.shape[0] * layer.shape[1]
-            whole += cost(layer.shape, dtype, plan.target)
-            dense += cost(layer.shape, dtype, 0.0)
-    if not options:
+            dtype = str(layer.parameter.dtype).removeprefix("torch.")
+            known[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
+    if not known:
         raise PlanError(f"{plan.model} has no layers to prune in its blocks")
+    if work:
+        shutil.rmtree(work / "inputs", ignore_errors=True)
+    options: dict[str, list[Option]] = {}
+    whole, dense = 0.0, 0.0
+    for name, layer in known.items():
+        shape, dtype = (layer["shape"][0], layer["shape"][1]), getattr(torch, layer["dtype"])
+        options[name] = [Option(p, s, cost(shape, dtype, s), loss) for p, s, loss in layer["losses"]]
+        whole += cost(shape, dtype, plan.target)
+        dense += cost(shape, dtype, 0.0)
     budget = float(plan.budget.partition("=")[2]) * dense if plan.budget else whole
     try:
         chosen = cheapest_loss(options, budget)
     except ValueError as error:
         raise PlanError(f"allocation measured: {error}; raise the budget or --max-sparsity") from None
     shares = {name: (option.pattern, option.sparsity) for name, option in chosen.items()}
+    numels = {name: math.prod(layer["shape"]) for name, layer in known.items()}
     return shares if plan.budget else _exactly(shares, chosen, numels, plan)
 
 
@@ -179,11 +186,13 @@ def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], 
     return shares
 
 
-def _options(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor, cost: Cost) -> Iterator[Option]:
-    """Losses are sums over the calibration tokens, so that an expert counts by how many reach it."""
-    weight_OI, dtype = layer.read().float(), layer.parameter.dtype
+def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Iterator[tuple[str, float, float]]:
+    """(pattern, sparsity, loss) of everything that a layer could become. Losses are sums over the calibration tokens, so that an
+    expert counts by how many reach it.
+    """
+    weight_OI = layer.read().float()
     if plan.bounds[0] == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
-        yield Option("unstructured", 0.0, cost(layer.shape, dtype, 0.0), 0.0)
+        yield "unstructured", 0.0, 0.0
     for pattern in plan.layer_patterns:
         if pattern.refuses(*layer.shape):
             continue
@@ -195,7 +204,7 @@ def _options(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor, cost:
                 new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping_of(stats))
                 error_O = solvers.row_loss(new_OI - weight_OI, stats.gram_II)
                 loss = float((error_O * importance_O.to(error_O.device)).sum())
-            yield Option(str(pattern), sparsity, cost(layer.shape, dtype, sparsity), loss)
+            yield str(pattern), sparsity, loss
 
 
 def _levels(plan: Plan) -> list[float]:

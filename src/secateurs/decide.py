@@ -387,7 +387,7 @@ class _Decision:
 def _units(config: Any) -> tuple[str, ...]:
     """What shrink cuts if nobody names units, as far as the model's family has it."""
     family = families.find(config.model_type)
-    return tuple(u for u in ShrinkPlan.units if u == "layers" or not units.refuses(u, family, config))
+    return tuple(u for u in ShrinkPlan.units if not units.refuses(u, family, config))
 
 
 def _fits(row: dict[str, Any]) -> bool:

@@ -31,7 +31,8 @@ def dense_ends(
 ) -> Callable[[int], Tensor]:
     """Walk a dense model and keep what leaves its last block: a function of the batch.
 
-    place: a file that says which block is next, beside a store on disk, so that a killed walk goes on. One tick a batch and block.
+    place: a file that says which block is next, beside a store on disk, so that a killed walk goes on. One tick a batch and block,
+    unless all of them are known.
     """
     count = len(blocks_of(model)[0])
     start = read_place(place)

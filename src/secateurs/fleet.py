@@ -162,7 +162,7 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
     """Seconds of a prompt token; seconds between tokens for 1, 2, ... sequences, as many as a replica may hold; what ends it."""
     prompt, output = float(requests.prompt.mean()), float(requests.output.mean())
     each = 1 / speed.prefill[which]
-    shared = each * prompt / output
+    shared = each * prompt / max(output - 1, 1)
     measured = max(speed.decode)
     limits = {"the largest batch that was measured": measured}
     memory = speed.memory_bytes if service.memory_bytes is None else service.memory_bytes
@@ -208,7 +208,8 @@ def size(speed: Speed, service: Service, requests: Requests, which: int = 0) -> 
     each, paces, why = _paces(speed, service, requests, which)
     slots = len(paces)
     peak = requests.at(service.peak)
-    busy = float((requests.prompt * each + (requests.output - 1) * paces[-1]).mean())
+    # of a sequence in a full replica: the prompts of all of them, one after another, and its tokens after the first
+    busy = float((slots * requests.prompt * each + (requests.output - 1) * speed.step(slots, which)).mean())
     # requests a second that one full replica serves
     most = slots / busy
 

@@ -17,6 +17,7 @@ from secateurs.checkpoint import Checkpoint, shard_name, write_index, write_shar
 from secateurs.errors import CheckpointError, OutputError, PackError
 from secateurs.files import write_json, write_text
 from secateurs.linear import LayerChoice, choose, linears
+from secateurs.report import models_of
 
 Progress = Callable[[str, int, int], None]
 # dense bytes that are read for one shard
@@ -140,7 +141,13 @@ def pack_run(
         "folder": str(folder if out else "packed"),
         **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
     }
-    report.setdefault("bytes", {})["packed"] = result["totals"]["folder_nbytes"]
+    if "bytes" not in report:
+        dense = Checkpoint(models_of(run)[0])
+        report["bytes"] = {
+            "dense": sum(f.stat().st_size for f in set(dense.file_of.values())),
+            "pruned": result["totals"]["source_folder_nbytes"],
+        }
+    report["bytes"]["packed"] = result["totals"]["folder_nbytes"]
     write_json(file, report)
     return result
 

@@ -98,7 +98,8 @@ class Plan:
             own = isinstance(pattern, patterns.Unstructured) and self.allocation == "uniform"
             scope = solver.scope if own else "layer"
             object.__setattr__(self, "scope", scope)
-        bounds = BOUNDS if self.budget else (self.target - SPREAD, self.target + SPREAD)
+        spread = (BOUNDS[0], max(BOUNDS[1], self.target))
+        bounds = spread if self.budget else (self.target - SPREAD, self.target + SPREAD)
         for name, value in zip(("min_sparsity", "max_sparsity"), bounds, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, min(1.0, max(0.0, value)))

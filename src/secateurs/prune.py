@@ -276,11 +276,11 @@ class Run:
             tasks.check(self.plan.tasks, self.plan.tasks_path)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
-            if self.report_file.is_file():
-                report = Report.read(self.report_file)
-                if report.status == "complete":
-                    return report
-            else:
+            report = Report.read(self.report_file) if self.report_file.is_file() else None
+            if report is not None and report.status == "complete":
+                return report
+            unchanged(self.out, {self.plan.model: source.fingerprint()})
+            if report is None:
                 report = self._prune(source)
                 report.write(self.report_file)
             self._evaluate(source, report)
@@ -294,7 +294,7 @@ class Run:
 
     def _prune(self, source: checkpoint.Checkpoint) -> Report:
         plan, began = self.plan, time.perf_counter()
-        state = self._state(source)
+        state = self._state()
         model = source.skeleton()
         self._check_memory(source, model)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model))
@@ -377,10 +377,9 @@ class Run:
                 f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
             )
 
-    def _state(self, source: checkpoint.Checkpoint) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         """Where an earlier run of this plan stopped, or the beginning."""
         file = self.work / "state.json"
-        unchanged(self.out, {self.plan.model: source.fingerprint()})
         self._began = time.perf_counter()
         if not file.is_file():
             return {"next_block": 0, "seconds": 0.0, "layers": [], "tuned": [], "reconstruction": []}
@@ -590,7 +589,8 @@ def quality(
     done: list[evaluate.Window] = []
     if cache is not None and cache.is_file():
         known = json.loads(cache.read_text())
-        done = [evaluate.Window(**w) for w in known["windows"]] if known["of"] == of else []
+        if isinstance(known, dict) and known["of"] == of:
+            done = [evaluate.Window(**w) for w in known["windows"]]
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
     total = n * (blocks * len(models) + 1)

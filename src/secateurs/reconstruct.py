@@ -35,23 +35,26 @@ def reconstruct(
     """Tune a block in place: what of it is `moving` (tuning.movable()), as tune() does.
 
     forward(batch, part) runs windows `part` of a batch through the block, target gives what should come out;
-    windows: how many windows each batch has. An effort's few dozen steps are looked at once, at their end; longer tunings
-    stop early.
+    windows: how many windows each batch has. An effort's few dozen steps are too few for an early stop; longer
+    tunings have one.
     """
     places = [(b, slice(i, min(i + per_step, n))) for b, n in enumerate(windows) for i in range(0, n, per_step)]
     trained = [m.parameter for m in moving]
 
     def error(place: Place) -> Tensor:
-        wanted = target(*place).float()
-        difference = forward(*place).float() - wanted
+        return apart(forward(*place), target(*place))
+
+    def apart(found: Tensor, wanted: Tensor) -> Tensor:
+        wanted = wanted.float()
+        difference = found.float() - wanted
         # the next norm divides by a token's size, so an error counts relative to that: a few tokens are a thousand times as large
         difference = difference * wanted.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
         return difference.square().mean()
 
     def gradients(place: Place) -> Sequence[Tensor | None]:
-        wanted = target(*place)
-        scale = loss_scale(wanted.dtype, wanted.numel())
-        found = torch.autograd.grad(error(place) * scale, trained, allow_unused=True)
-        return [None if g is None else g.float() / scale for g in found]
+        found = forward(*place)
+        scale = loss_scale(found.dtype, found.numel())
+        by_weight = torch.autograd.grad(apart(found, target(*place)) * scale, trained, allow_unused=True)
+        return [None if g is None else g.float() / scale for g in by_weight]
 
     return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)

@@ -115,7 +115,9 @@ class Report:
 
 
 def models_of(run: Path) -> tuple[str, Path]:
-    """The dense model, and the folder of what became of it, of a run directory of prune, shrink or recover."""
+    """The dense model, and the folder of what became of it, of a run directory of prune, shrink or recover; without a teacher, what
+    recover was given takes the dense model's place.
+    """
     try:
         plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
         dense, teacher = plan["model"], plan.get("teacher") or "none"

@@ -302,6 +302,7 @@ def _inverse(scaled_II: Tensor, rho: float) -> Tensor:
 
 
 def row_loss(delta_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """d H d' of every row d, [O]."""
     return ((delta_OI @ hessian_II) * delta_OI).sum(1)
 
 

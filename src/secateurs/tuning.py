@@ -169,7 +169,11 @@ class _Survivors:
             self._go_on(state)
 
     def add(self, gradients: Sequence[Tensor | None], share: float) -> None:
-        """A place's part in the next step."""
+        """A place's part in the next step; none if a number of fp16 was too small for it."""
+        if any(p.dtype == torch.float16 for p in self.trained):
+            found = [g for g in gradients if g is not None]
+            if not all(bool(torch.isfinite(g).all()) for g in found):
+                return
         for copy, gradient in zip(self.copies, gradients, strict=True):
             if gradient is not None:
                 part = gradient.float() * share

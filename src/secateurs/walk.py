@@ -224,7 +224,7 @@ class OnDisk:
 
 def read_place(file: Path | None) -> int:
     """The block that a killed walk was in, whose inputs its store still has; 0 without a note."""
-    return int(json.loads(file.read_text())["block"]) if file is not None and file.is_file() else 0
+    return int(json.loads(file.read_text()).get("block", 0)) if file is not None and file.is_file() else 0
 
 
 def note_place(file: Path | None, block: int, **found: Any) -> None:
@@ -631,9 +631,7 @@ def stream(
         loader.load(model, names[index])
 
         def call(hidden: Tensor, batch: int, index: int = index, block: nn.Module = block) -> Any:
-            shape = _shape(batches[batch])
-            arguments = calls[shape][index].of(hidden.shape[0], shape[0])
-            return _first(block(hidden, *arguments.args, **arguments.kwargs))
+            return _called(block, calls, index, hidden, batches[batch])
 
         def forward(batch: int, index: int = index, call: Callable[[Tensor, int], Any] = call) -> Any:
             return _first(_run(model, batches[batch])) if whole else call(store.read(index, batch), batch)
@@ -671,11 +669,18 @@ def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
     calls = _enter_all(model, blocks, batches, AllLoaded(), [])
 
     def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Any:
-        shape = _shape(batches[batch])
-        arguments = calls[shape][index].of(hidden.shape[0], shape[0])
-        return _first((blocks[index] if block is None else block)(hidden, *arguments.args, **arguments.kwargs))
+        return _called(blocks[index] if block is None else block, calls, index, hidden, batches[batch])
 
     return call
+
+
+def _called(
+    block: nn.Module, calls: dict[tuple[int, ...], list[_Call]], index: int, hidden: Tensor, batch: Batch
+) -> Any:
+    """A block on hidden states of some windows of a batch, with the arguments of place `index`."""
+    shape = _shape(batch)
+    arguments = calls[shape][index].of(hidden.shape[0], shape[0])
+    return _first(block(hidden, *arguments.args, **arguments.kwargs))
 
 
 def _first(output: Any) -> Any:

@@ -8,7 +8,6 @@ kill loses at most one of these steps. The whole dense model is in memory.
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import time
@@ -432,11 +431,12 @@ class _Run:
             replace(dense, layers=max(1, dense.layers // 2)),
             replace(dense, mlp=max(plan.multiple, dense.mlp // 2 // plan.multiple * plan.multiple)),
         ]
-        # transformers does not load every number of heads
-        for kind in ("heads", "queries", "hidden"):
-            halves = (replace(dense, **{kind: n}) for n in range(max(1, dense.steps(kind) // 2), 0, -1))
-            fits = (s for s in halves if not units.not_loadable(config, family, s))
-            probes += [s for s in itertools.islice(fits, 1) if kind in plan.units]
+        for kind in (k for k in ("heads", "queries", "hidden") if k in plan.units):
+            # transformers does not load every number of heads
+            for n in range(max(1, dense.steps(kind) // 2), 0, -1):
+                if not units.not_loadable(config, family, replace(dense, **{kind: n})):
+                    probes.append(replace(dense, **{kind: n}))
+                    break
         whole = model_of(dense)
         at_first, *seconds = measure([whole, *(model_of(p) for p in probes)], plan.prompt, plan.new, rounds=3)
         points = [(dense, Seconds(1.0, 1.0)), *((p, s.over(at_first)) for p, s in zip(probes, seconds, strict=True))]

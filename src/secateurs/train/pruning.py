@@ -59,9 +59,9 @@ class Gradual:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str, scope: str, score: str,
-        names: Mapping[str, nn.Parameter],
+        names: Mapping[str, nn.Parameter], seed: int,
     ) -> None:  # fmt: skip
-        self.schedule, self.step, self._optimizer = schedule, 0, optimizer
+        self.schedule, self.step, self._optimizer, self._seed = schedule, 0, optimizer, seed
         self._score, self._summed, _ = SCORES[score]
         self._pattern = patterns.parse(pattern, scope if pattern == "unstructured" and scope != "global" else None)
         self._scope = scope
@@ -94,6 +94,8 @@ class Gradual:
                 self._sums[name] = self._sums[name].add_(found) if name in self._sums else found
 
     def _after(self) -> None:
+        if _overflowed(self._optimizer):
+            return
         self.step += 1
         if self.schedule.due(self.step):
             self._decide(self.schedule.at(self.step))
@@ -109,7 +111,7 @@ class Gradual:
             weight = parameter.detach().float()
             # every rank draws the same
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(zlib.crc32(f"{self.step} {name}".encode()))
+                torch.default_generator.manual_seed(zlib.crc32(f"{self._seed} {self.step} {name}".encode()))
                 score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
             scores[name] = score.masked_fill(~old[name], -torch.inf)
         masks = {}
@@ -126,12 +128,13 @@ class Gradual:
 
 def gradual(
     model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str = "unstructured", scope: str = "layer",
-    score: str = "magnitude", skip: tuple[str, ...] = (),
+    score: str = "magnitude", skip: tuple[str, ...] = (), seed: int = 0,
 ) -> Gradual:  # fmt: skip
     """Prune every matrix of a model as its optimizer steps, to what the schedule says.
 
     pattern: of patterns.py; scope: 'layer', 'row' or 'global' for unstructured ones; score: a row of SCORES. N:M patterns have
-    one sparsity, which the schedule must reach in one step. skip: parameter names that stay dense. Raises PlanError.
+    one sparsity, which the schedule must reach in one step. skip: parameter names that stay dense. seed: of random scores. Raises
+    PlanError.
     """
     if score not in SCORES:
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
@@ -153,7 +156,7 @@ def gradual(
         if refused:
             raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
     check_owned(optimizer, names)
-    return Gradual(model, optimizer, schedule, pattern, scope, score, names)
+    return Gradual(model, optimizer, schedule, pattern, scope, score, names, seed)
 
 
 class Dynamic:
@@ -189,6 +192,8 @@ class Dynamic:
                     self._gradients[name] = parameter.grad.detach().abs().float()
 
     def _after(self) -> None:
+        if _overflowed(self._optimizer):
+            return
         self.step += 1
         if not self._due(self.step):
             return

@@ -150,8 +150,8 @@ class _Run:
         self.teacher = None if teacher == "none" else checkpoint.Checkpoint(teacher)
         self.plan = dataclasses.replace(
             plan,
-            model=str(given.resolve()) if given.is_dir() else plan.model,
-            teacher="none" if self.teacher is None else str(teacher),
+            model=_resolved(plan.model),
+            teacher="none" if self.teacher is None else _resolved(str(teacher)),
             kl=plan.kl if self.teacher else 0.0,
             labels=plan.labels if plan.labels is not None else float(self.teacher is None),
         )
@@ -179,9 +179,7 @@ class _Run:
             began = time.perf_counter()
             text = self._text(model)
             if ranks.first:
-                read = {plan.model: self.source.fingerprint(), plan.data: fingerprint_of(text.windows)}
-                teacher = {str(self.teacher.folder): self.teacher.fingerprint()} if self.teacher else {}
-                unchanged(self.out, {**read, **teacher})
+                unchanged(self.out, {**self._models(), plan.data: fingerprint_of(text.windows)})
             batches = batched(text.windows)
             ends = self._ends(dense, batches, ranks)
             self.source.load_whole(model)
@@ -221,6 +219,11 @@ class _Run:
                 self._write(model, zeros)
                 write_json(file, report)
             return report
+
+    def _models(self) -> dict[str, str]:
+        """What is read, and its fingerprint."""
+        read = {self.plan.model: self.source.fingerprint()}
+        return {**read, self.plan.teacher or "": self.teacher.fingerprint()} if self.teacher else read
 
     def _check(self, model: Any, dense: Any, ranks: Ranks) -> None:
         plan = self.plan
@@ -373,6 +376,7 @@ class _Run:
         if report["status"] == "complete":
             return report
         with locked(self.out):
+            unchanged(self.out, self._models())
             if plan.eval_windows:
                 result = checkpoint.Checkpoint(self.model_folder)
                 if self.teacher:
@@ -401,6 +405,12 @@ class _Run:
         # _check() has seen to it that both predict a next token
         assert found is not None
         return found
+
+
+def _resolved(model: str) -> str:
+    """A folder's name that holds from everywhere; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _recovered(report: dict[str, Any]) -> float | None:
