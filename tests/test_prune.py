@@ -490,7 +490,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
 def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
     whole = _start(llama, words, tmp_path / "whole", "wanda")
     began = time.time()
-    whole.communicate()
+    assert whole.communicate()[0].splitlines()[-1] == "finished"
     seconds = time.time() - began
     for part in (0.55, 0.7, 0.8, 0.9):
         process = _start(llama, words, tmp_path / "killed", "wanda")

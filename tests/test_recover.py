@@ -198,6 +198,7 @@ def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, wor
     from secateurs import cli
     from secateurs.bench import variants_of
     from secateurs.errors import CheckpointError, VerifyError
+    from secateurs.page import write
     from secateurs.report import models_of
 
     run = tmp_path / "run"
@@ -210,6 +211,8 @@ def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, wor
         cli.main(["pack", str(run), "--quiet"])
     packed = json.loads((run / "report.json").read_text())["packed"]
     assert packed["totals"]["layers_packed"] > 0
+    assert json.loads((run / "report.json").read_text())["bytes"].keys() == {"dense", "pruned", "packed"}
+    assert "positions (a bit a weight)" in write([run], None).read_text()
     assert [v.folder for v in variants_of(run)] == [dense, str(run / "packed")]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
