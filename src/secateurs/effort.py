@@ -1,7 +1,7 @@
 """How much work one-shot pruning does for accuracy: presets, as data. `secateurs methods` prints this table.
 
-A plan's own choices win over its effort's. Costs are times of the pruning stage over plain SparseGPT's, measured on
-SmolLM2-135M with 64 x 512 tokens (docs/log.md).
+A plan's own choices win over its effort's. Costs are times of the pruning stage over plain SparseGPT's of 64 windows, measured on
+SmolLM2-135M with 64 windows of 512 tokens, `best` with 384 (docs/quality.md).
 """
 
 from dataclasses import dataclass
@@ -35,17 +35,17 @@ PLAIN = Effort("plain", "", "the method that was named and nothing else")
 EFFORTS: dict[str, Effort] = {
     e.name: e
     for e in (
-        Effort("fast", "wanda+refit", "Wanda's mask, survivors refit", cost="1.2x", fixed_cost="1.2x"),
+        Effort("fast", "wanda+refit", "Wanda's mask, survivors refit", cost="1.2 to 1.5x", fixed_cost="1.1 to 1.4x"),
         Effort(
             "balanced", "admm",
             "ADMM; zeros go where the model's loss depends least on them; with N:M inputs are reordered, blocks tuned",
-            sensitivity=4096, permute=True, fixed_reconstruct=24, allocation="global", cost="1.7x", fixed_cost="2.0x",
+            sensitivity=4096, permute=True, fixed_reconstruct=24, allocation="global", cost="1.5 to 1.7x", fixed_cost="1.8x",
         ),
         Effort(
             "best", "alps",
-            "ALPS; every block tuned against the dense one, then all blocks together against its predictions",
+            "ALPS; every block tuned against the dense one, then all together against its predictions (16 bytes a weight)",
             sensitivity=8192, permute=True, reconstruct=32, fixed_reconstruct=32, distill=384,
-            allocation="global", cost="22x", fixed_cost="27x", memory="model, 16 B a weight",
+            allocation="global", cost="20 to 24x", fixed_cost="23x", memory="the model",
         ),
     )
 }  # fmt: skip

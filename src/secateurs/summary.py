@@ -284,7 +284,7 @@ def print_methods(console: Console) -> None:
         blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
         families.add_row(family.name, " ".join(family.types), blocks)
     titled = {
-        "Efforts (--effort)": efforts,
+        "Efforts (--effort); times are SmolLM2-135M's with 64 windows, of best with 384": efforts,
         "Methods (--method)": methods,
         "Patterns (--pattern)": patterns,
         "Allocations (--allocation)": allocations,
