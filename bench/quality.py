@@ -216,33 +216,30 @@ def line(rows: dict, pattern: str, method: str) -> str:
 
 
 def draw(rows: dict, plot: Path) -> None:
-    """Excess loss against sparsity, one line a method; N:M patterns as marks."""
+    """Excess loss against sparsity, one line a method, and beside it by N:M."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "secateurs"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (free, fixed) = plt.subplots(1, 2, figsize=(8, 4.5), width_ratios=(5, 3), sharey=True, layout="constrained")
     # Okabe and Ito's palette, told apart by the colour-blind as well
     colours = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00")
     for method, colour in zip(METHODS, colours, strict=True):
-        found = [(p, rows.get(f"{p}:{method}")) for p in SPARSITIES if ":" not in p]
-        points = [(float(p), excess(row["wikitext"])) for p, row in found if row]
-        if points:
-            name = label(method, next(row for _, row in found if row))
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
-        for mark, pattern in (("s", "2:4"), ("^", "4:8"), ("v", "8:16")):
-            row = rows.get(f"{pattern}:{method}")
-            if row:
-                axes.plot(
-                    [0.5], [excess(row["wikitext"])], marker=mark, color=colour, fillstyle="none", linestyle="none"
-                )
-    axes.set(xlabel="zeros", ylabel="excess loss on WikiText-2, nats a token", yscale="log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    axes.set_title("Lower is better; open marks are N:M (square 2:4, up 4:8, down 8:16)", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        for axes, wanted in ((free, False), (fixed, True)):
+            found = [(p, rows[f"{p}:{method}"]) for p in SPARSITIES if (":" in p) == wanted and f"{p}:{method}" in rows]
+            points = [(p if wanted else float(p), excess(row["wikitext"])) for p, row in found]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label(method, found[0][1]))
+    free.set(xlabel="zeros, anywhere", ylabel="excess loss on WikiText-2, nats a token", yscale="log")
+    free.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    free.set_xticks([float(p) for p in SPARSITIES if ":" not in p])
+    fixed.set(xlabel="50% zeros, N kept of M")
+    figure.suptitle("Lower is better", fontsize=9)
+    for axes in (free, fixed):
+        axes.grid(alpha=0.3)
+    free.legend()
     figure.savefig(plot, metadata={"Date": None})
 
 
