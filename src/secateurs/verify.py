@@ -24,7 +24,8 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] = lambd
     weights.
     """
     folder = Path(folder).expanduser()
-    if (folder / "plan.json").is_file() and not {"pattern", "sparsity"} <= _keys(folder / "plan.json"):
+    # plans of shrink, recover and decide
+    if _keys(folder / "plan.json") & {"units", "teacher", "candidates"}:
         raise VerifyError(
             f"{folder} is no run of `secateurs prune`, so its report claims no masks that could be checked"
         )
@@ -36,6 +37,7 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] = lambd
 
 
 def _keys(file: Path) -> set[str]:
+    """Of a JSON object; none of what is not one."""
     try:
         return set(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
