@@ -148,6 +148,7 @@ def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, wor
     )  # fmt: skip
     with pytest.raises(PlanError, match="needs a profile of this machine, and there is none; run `secateurs probe`"):
         sc.prune(llama, plan, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     rows = [
         {"shape": [64, 32], "dtype": "fp32", "pattern": "unstructured", "sparsity": s, "tokens": 1, "kernel": "bitmask_x",
          "seconds": 1.0, "nbytes": 1, "dense": "d", "dense_seconds": v, "speedup": v, "verdict": ""}

@@ -96,7 +96,7 @@ def _prune_live(
         raise PlanError(
             "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
         )
-    began = time.perf_counter()
+    began, cost = time.perf_counter(), _cost(plan)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
     report = Report(plan.as_dict(), machine(), status="complete")
@@ -107,7 +107,7 @@ def _prune_live(
     if plan.sensitivity and not whole:
         found, norms = sensitivity(model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
     report.warnings += _left_out(plan, found, whole)
-    guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, _cost(plan)), found)
+    guide = _guide(model, plan, apportion(model, None, batches, plan, found, norms, cost), found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
     ends = None
@@ -296,13 +296,15 @@ class Run:
         plan, began = self.plan, time.perf_counter()
         state = self._state()
         model = source.skeleton()
+        # what cannot be is said before anything is measured
         self._check_memory(source, model)
+        cost = _cost(plan)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model))
         batches = self._calibration(source, model, report)
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
-        guide = self._guide(source, model, batches)
+        guide = self._guide(source, model, batches, cost)
         report.warnings += _left_out(plan, guide.sensitivity)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
         teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
@@ -439,7 +441,7 @@ class Run:
                 f"the tokenizer gives token {int(windows.max())}, the model knows {config.vocab_size}; they do not belong together"
             )
 
-    def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch]) -> Guide:
+    def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
         """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
         from safetensors.torch import load_file
 
@@ -469,7 +471,7 @@ class Run:
             shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
-            shares = apportion(model, source, batches, plan, found, norms, _cost(plan), tick, self.work)
+            shares = apportion(model, source, batches, plan, found, norms, cost, tick, self.work)
             if shares is not None:
                 write_json(shares_file, shares)
                 return_memory()
