@@ -488,6 +488,21 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
         assert reports[0]["distillation"]["after"] < reports[0]["distillation"]["before"]
 
 
+def test_a_kill_before_zeros_are_shared_out_leaves_what_the_last_block_saw(tmp_path, llama, words):
+    module = importlib.import_module("secateurs.apportion")
+    plan = sc.Plan(method="sparsegpt", budget="bytes=0.6", calibration=str(words), **{**FAST, "eval_windows": 0})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "cheapest_loss", killed)
+        sc.prune(llama, plan, out=tmp_path / "run")
+    whole = sc.prune(llama, plan, out=tmp_path / "whole")
+    again = sc.prune(llama, plan, out=tmp_path / "run")
+    assert [(r.sparsity, r.kept) for r in again.layers] == [(r.sparsity, r.kept) for r in whole.layers]
+
+
 def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
     whole = _start(llama, words, tmp_path / "whole", "wanda")
     began = time.time()

@@ -1,5 +1,6 @@
 """From a folder to a smaller dense folder, under a budget."""
 
+import importlib
 import json
 import os
 import shutil
@@ -21,6 +22,21 @@ SMALL = {"multiple": 4, "samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eva
 
 def plan(source, words, budget="params=0.8x", **options):
     return ShrinkPlan(str(source), budget, calibration=str(words), eval_text=str(words), **{**SMALL, **options})
+
+
+def killed_after(name, chosen, out):
+    """A run that dies when it has written a file of this name."""
+    module = importlib.import_module("secateurs.structured.shrink")
+    real = module.write_json
+
+    def write(file, data):
+        real(file, data)
+        if file.name == name:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "write_json", write)
+        shrink(chosen, out)
 
 
 _RELOAD = """
@@ -252,8 +268,7 @@ def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_experts_go_and_the_model_reloads(model_type, tmp_path, words, monkeypatch):
-    from secateurs.structured import shrink as module
+def test_experts_go_and_the_model_reloads(model_type, tmp_path, words):
 
     source = tiny.save(tmp_path / "dense", model_type)
     chosen = plan(source, words, "params=0.8x", units=("experts",))
@@ -265,62 +280,29 @@ def test_experts_go_and_the_model_reloads(model_type, tmp_path, words, monkeypat
         [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     assert json.loads(out.splitlines()[-1])[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
-    # a kill after the first block
-    real = module.write_json
-
-    def write(file, data):
-        real(file, data)
-        if file.name == "block-0001.json":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_json", write)
-    with pytest.raises(KeyboardInterrupt):
-        shrink(chosen, tmp_path / "killed")
-    monkeypatch.setattr(module, "write_json", real)
+    killed_after("block-0001.json", chosen, tmp_path / "killed")
     assert shrink(chosen, tmp_path / "killed")["quality"] == report["quality"]
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words, monkeypatch):
-    from secateurs.structured import shrink as module
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words):
 
     chosen = plan(llama, words, "params=0.7x", units=("mlp", "heads"))
     shrink(chosen, tmp_path / "whole")
-    real = module.write_json
-    for die in ("losses.json", "shape.json", "block-0000.json", "block-0001.json"):
-
-        def write(file, data, die=die):
-            real(file, data)
-            if file.name == die:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(module, "write_json", write)
-        with pytest.raises(KeyboardInterrupt):
-            shrink(chosen, tmp_path / "killed")
-    monkeypatch.setattr(module, "write_json", real)
+    for file in ("losses.json", "shape.json", "block-0000.json", "block-0001.json"):
+        killed_after(file, chosen, tmp_path / "killed")
     shrink(chosen, tmp_path / "killed")
     whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
 
 
 @pytest.mark.parametrize("changed", ["model", "text"])
-def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_path, llama, words, monkeypatch):
-    from secateurs.structured import shrink as module
+def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_path, llama, words):
 
     source, text = tmp_path / "dense", tmp_path / "text.txt"
     shutil.copytree(llama, source)
     text.write_text(words.read_text())
     chosen = replace(plan(source, text, "params=0.7x", units=("mlp",)), eval_text=str(words))
-    real = module.write_json
-
-    def write(file, data):
-        real(file, data)
-        if file.name == "block-0000.json":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_json", write)
-    with pytest.raises(KeyboardInterrupt):
-        shrink(chosen, tmp_path / "run")
-    monkeypatch.setattr(module, "write_json", real)
+    killed_after("block-0000.json", chosen, tmp_path / "run")
     if changed == "model":
         os.utime(source / "config.json", (0, 0))
     else:

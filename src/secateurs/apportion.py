@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,8 +153,6 @@ def _measured(
             known[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
     if not known:
         raise PlanError(f"{plan.model} has no layers to prune in its blocks")
-    if work:
-        shutil.rmtree(work / "inputs", ignore_errors=True)
     options: dict[str, list[Option]] = {}
     whole, dense = 0.0, 0.0
     for name, layer in known.items():

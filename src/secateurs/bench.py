@@ -127,9 +127,7 @@ def bench(
                 "folder": variant.folder,
                 "how": variant.how,
                 "peak_memory_bytes": peak,
-                "weights_bytes": sum(
-                    f.stat().st_size for f in set(Checkpoint(variant.folder, packed=True).file_of.values())
-                ),
+                "weights_bytes": Checkpoint(variant.folder, packed=True).nbytes,
                 "kv_bytes_per_token": worker.kv_bytes_per_token,
                 "prefill": measured[0]["prefill"],
                 "decode": measured[0]["decode"],

@@ -115,6 +115,11 @@ class Checkpoint:
                 out.update((name, handle.get_tensor(name)) for name in wanted)
         return out
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files."""
+        return sum(file.stat().st_size for file in set(self.file_of.values()))
+
     def ordered_keys(self) -> list[str]:
         """All stored names in natural order."""
         return sorted(self.file_of, key=_natural)

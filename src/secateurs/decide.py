@@ -17,7 +17,7 @@ from secateurs import checkpoint, families, gates, tasks
 from secateurs.bench import bench, variants_of
 from secateurs.device import machine
 from secateurs.errors import DeviceError, PlanError, SecateursError
-from secateurs.files import claim, locked, unchanged, write_json
+from secateurs.files import claim, locked, resolved, unchanged, write_json
 from secateurs.formats import DTYPES
 from secateurs.hardware import Hardware
 from secateurs.linear import linears
@@ -146,8 +146,7 @@ def decide(
 
 class _Decision:
     def __init__(self, plan: DecidePlan, out: Path, progress: Progress, show: Show) -> None:
-        folder = Path(plan.model).expanduser()
-        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out, self.progress, self.show = out, progress, show
         # the dense model is the same for all candidates
         self.ends = out / "work" / "dense"

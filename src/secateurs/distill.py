@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateurs.tuning import Memory, Moving, Outcome, loss_scale, tune
+from secateurs.tuning import Memory, Moving, Outcome, loss_scale, tune, unscaled
 from secateurs.walk import Activations, Batch, Loader, blocks_of, leave, note_place, read_place, stream, whole
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
@@ -80,8 +80,7 @@ def distill(
         found, dense = logits(place)
         scale = loss_scale(found.dtype, found[..., 0].numel())
         _, by_logits = divergence(found, dense, scale=scale)
-        by_weight = torch.autograd.grad(found, trained, by_logits, allow_unused=True)
-        return [None if g is None else g.float() / scale for g in by_weight]
+        return unscaled(torch.autograd.grad(found, trained, by_logits, allow_unused=True), scale)
 
     # nothing moves before this is known
     with torch.no_grad():

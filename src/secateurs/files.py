@@ -39,6 +39,12 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
 
 
+def resolved(model: str) -> str:
+    """A folder's name that holds from any working directory; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
 def claim(out: Path, plan: dict[str, Any]) -> None:
     """Make a run directory ours: new or empty, or an earlier run of the same plan. Raises OutputError."""
     file = out / "plan.json"

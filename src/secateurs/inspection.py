@@ -58,5 +58,5 @@ def inspect(
             facts.append(LayerFacts(layer.name, layer.shape, zeros, zeros / weight_OI.numel(), holds, dtype, nbytes))
         checkpoint.release(model)
         progress("inspecting", i + 1, len(names))
-    file_bytes = sum(f.stat().st_size for f in set(checkpoint.file_of.values()))
+    file_bytes = checkpoint.nbytes
     return ModelFacts(str(checkpoint.folder), tuple(facts), file_bytes, file_bytes - sum(f.nbytes for f in facts))

@@ -107,7 +107,7 @@ def pack(
             "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in records if r["format"] != "dense"),
             "negative_zeros": sum(r["negative_zeros"] for r in records),
             "folder_nbytes": _weights_nbytes(out),
-            "source_folder_nbytes": sum(f.stat().st_size for f in set(checkpoint.file_of.values())),
+            "source_folder_nbytes": checkpoint.nbytes,
         },
         "layers": records,
         "left_out": left,
@@ -142,11 +142,8 @@ def pack_run(
         **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
     }
     if "bytes" not in report:
-        dense = Checkpoint(models_of(run)[0])
-        report["bytes"] = {
-            "dense": sum(f.stat().st_size for f in set(dense.file_of.values())),
-            "pruned": result["totals"]["source_folder_nbytes"],
-        }
+        dense, _ = models_of(run)
+        report["bytes"] = {"dense": Checkpoint(dense).nbytes, "pruned": result["totals"]["source_folder_nbytes"]}
     report["bytes"]["packed"] = result["totals"]["folder_nbytes"]
     write_json(file, report)
     return result

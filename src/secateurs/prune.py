@@ -24,7 +24,7 @@ from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
 from secateurs.distill import dense_ends, distill
 from secateurs.errors import CalibrationError, PlanError, SecateursError
-from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_tensors, write_text
+from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_tensors, write_text
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
@@ -258,9 +258,7 @@ class Run:
 
     def __init__(self, plan: Plan, out: Path, progress: Progress = silent, ends: Path | None = None) -> None:
         """ends: as in quality()."""
-        folder = Path(plan.model).expanduser()
-        # a run must find its dense model again from any working directory
-        self.plan = dataclasses.replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out = out
         self.progress = progress
         self.ends = ends
@@ -357,7 +355,7 @@ class Run:
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
         report.bytes = {
-            "dense": sum(f.stat().st_size for f in set(source.file_of.values())),
+            "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
         report.seconds["prune"] = time.perf_counter() - began + state["seconds"]
@@ -371,7 +369,7 @@ class Run:
         blocks = (model.get_submodule(name) for name in source.block_names(model))
         weights = sum(p.numel() for block in blocks for p in block.parameters())
         # fp32 copies, gradients and two moments
-        needed = sum(f.stat().st_size for f in set(source.file_of.values())) + 16 * weights
+        needed = source.nbytes + 16 * weights
         there = machine()["memory_bytes"]
         if needed > there:
             raise PlanError(
@@ -474,6 +472,8 @@ class Run:
             shares = apportion(model, source, batches, plan, found, norms, cost, tick, self.work)
             if shares is not None:
                 write_json(shares_file, shares)
+                # until now a kill could go back to them
+                shutil.rmtree(self.work / "inputs", ignore_errors=True)
                 return_memory()
         return _guide(model, plan, shares, found)
 

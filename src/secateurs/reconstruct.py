@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from secateurs.tuning import Moving, Outcome, loss_scale, tune
+from secateurs.tuning import Moving, Outcome, loss_scale, tune, unscaled
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 8e-3
@@ -54,7 +54,7 @@ def reconstruct(
     def gradients(place: Place) -> Sequence[Tensor | None]:
         found = forward(*place)
         scale = loss_scale(found.dtype, found.numel())
-        by_weight = torch.autograd.grad(apart(found, target(*place)) * scale, trained, allow_unused=True)
-        return [None if g is None else g.float() / scale for g in by_weight]
+        loss = apart(found, target(*place)) * scale
+        return unscaled(torch.autograd.grad(loss, trained, allow_unused=True), scale)
 
     return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)

@@ -73,6 +73,11 @@ def loss_scale(dtype: torch.dtype, terms: int) -> float:
     return 2.0 ** int(math.log2(max(1, terms))) if dtype == torch.float16 else 1.0
 
 
+def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Sequence[Tensor | None]:
+    """Gradients of a loss that was multiplied by loss_scale()."""
+    return gradients if scale == 1 else [None if g is None else g.float() / scale for g in gradients]
+
+
 def movable(block: nn.Module, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Moving]:
     """What is tuned of a block: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
     masks = {id(p): mask for p, mask in pruned}
@@ -169,7 +174,7 @@ class _Survivors:
             self._go_on(state)
 
     def add(self, gradients: Sequence[Tensor | None], share: float) -> None:
-        """A place's part in the next step; none if a number of fp16 was too small for it."""
+        """A place's part in the next step; none if fp16 could not hold it."""
         if any(p.dtype == torch.float16 for p in self.trained):
             found = [g for g in gradients if g is not None]
             if not all(bool(torch.isfinite(g).all()) for g in found):

@@ -140,12 +140,12 @@ def survivors(layers: Iterable[Layer]) -> list[tuple[nn.Parameter, Tensor]]:
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:
         parameter = layer.parameter
-        if layer.kind == "expert":
-            empty = torch.zeros_like(parameter, dtype=torch.bool)
-            _, mask = found.setdefault(id(parameter), (parameter, empty))
-            mask[layer.index] = layer.read() != 0
-        else:
+        if layer.kind != "expert":
             found[id(parameter)] = parameter, parameter.detach() != 0
+            continue
+        if id(parameter) not in found:
+            found[id(parameter)] = parameter, torch.zeros_like(parameter, dtype=torch.bool)
+        found[id(parameter)][1][layer.index] = layer.read() != 0
     return list(found.values())
 
 

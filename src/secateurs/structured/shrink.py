@@ -23,7 +23,7 @@ from secateurs import calibrate, checkpoint, families, gates
 from secateurs.block import seed_of
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
-from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_tensors, write_text
+from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_tensors, write_text
 from secateurs.prune import batched, first_windows, quality, texts_apart, ticker, window_length
 from secateurs.reconstruct import reconstruct
 from secateurs.sensitivity import sensitivity
@@ -136,8 +136,7 @@ def shrink(
 
 class _Run:
     def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress, ends: Path | None) -> None:
-        folder = Path(plan.model).expanduser()
-        self.plan = replace(plan, model=str(folder.resolve())) if folder.is_dir() else plan
+        self.plan = replace(plan, model=resolved(plan.model))
         self.out, self.progress, self.ends = out, progress, ends
         self.work = out / "work"
         self.model_folder = out / "model"
@@ -196,7 +195,7 @@ class _Run:
             "tried": tried,
             "calibration": text.facts(),
             "bytes": {
-                "dense": sum(f.stat().st_size for f in set(source.file_of.values())),
+                "dense": source.nbytes,
                 "left": sum(f.stat().st_size for f in self.model_folder.glob("*.safetensors")),
             },
             "warnings": [],

@@ -26,7 +26,7 @@ from secateurs import calibrate, checkpoint, evaluate, gates
 from secateurs.device import machine, peak_memory
 from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
 from secateurs.errors import PlanError, VerifyError
-from secateurs.files import claim, fingerprint_of, locked, unchanged, write_json, write_text
+from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
 from secateurs.prune import (
     Noted,
     Progress,
@@ -41,7 +41,7 @@ from secateurs.prune import (
 from secateurs.ranks import Ranks, joined
 from secateurs.train.held import prunable
 from secateurs.train.lora import Lora, lora
-from secateurs.tuning import Moving, Outcome, loss_scale, tune
+from secateurs.tuning import Moving, Outcome, loss_scale, tune, unscaled
 from secateurs.walk import OnDisk, blocks_of, leave
 
 # what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
@@ -150,8 +150,8 @@ class _Run:
         self.teacher = None if teacher == "none" else checkpoint.Checkpoint(teacher)
         self.plan = dataclasses.replace(
             plan,
-            model=_resolved(plan.model),
-            teacher="none" if self.teacher is None else _resolved(str(teacher)),
+            model=resolved(plan.model),
+            teacher="none" if self.teacher is None else resolved(str(teacher)),
             kl=plan.kl if self.teacher else 0.0,
             labels=plan.labels if plan.labels is not None else float(self.teacher is None),
         )
@@ -331,8 +331,7 @@ class _Run:
         def gradients(place: Place) -> Sequence[Tensor | None]:
             _, seen, by_seen = found(place)
             scale = loss_scale(seen[0].dtype, seen[0][..., 0].numel())
-            by_weight = torch.autograd.grad(seen, parameters, by_seen, allow_unused=True)
-            return [None if g is None else g.float() / scale for g in by_weight]
+            return unscaled(torch.autograd.grad(seen, parameters, by_seen, allow_unused=True), scale)
 
         outcome = tune(
             moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0], plan.seed,
@@ -405,12 +404,6 @@ class _Run:
         # _check() has seen to it that both predict a next token
         assert found is not None
         return found
-
-
-def _resolved(model: str) -> str:
-    """A folder's name that holds from everywhere; a hub id as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _recovered(report: dict[str, Any]) -> float | None:
