@@ -220,6 +220,18 @@ def test_admm_is_exact_on_a_diagonal_gram(name, pattern):
     assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["admm", "alps"])
+def test_admm_projects_by_squares_in_every_step(name, layer, monkeypatch):
+    """Weights twice as large have scores four times as large: tiles are compared by the squares that would be lost."""
+    weight, stats, _ = layer
+    scores_of, keep = {1: [], 2: []}, Block.keep
+    for factor, seen in scores_of.items():
+        monkeypatch.setattr(Block, "keep", lambda self, score, s, seen=seen: seen.append(score) or keep(self, score, s))
+        solvers.find(name).solve(weight * factor, stats, Block(4, 4), 0.5, 0.01)
+    assert len(scores_of[1]) == len(scores_of[2]) > 5
+    assert all(torch.equal(4 * once, twice) for once, twice in zip(*scores_of.values(), strict=True))
+
+
 def exhaustive(weight_I, hessian_II, kept, allowed=lambda support: True):
     """The lowest loss of any support of one row."""
     width = len(weight_I)
