@@ -518,6 +518,14 @@ def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
         assert shard.read_bytes() == (tmp_path / "killed" / "model" / shard.name).read_bytes()
 
 
+def test_a_run_killed_while_it_wrote_its_plan_goes_on(tmp_path, llama):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json.part").write_text('{"model"')
+    sc.prune(llama, sc.Plan(method="magnitude", eval_windows=0), out=tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
+    assert not (tmp_path / "run" / "plan.json.part").exists()
+
+
 def test_a_finished_run_is_not_done_again(tmp_path, llama):
     plan = sc.Plan(method="magnitude", eval_windows=0)
     first = sc.prune(llama, plan, out=tmp_path / "run")

@@ -20,7 +20,7 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
 
     Raises OutputError naming the file and the system's reason; what was there before is still there.
     """
-    temporary = file.with_name(file.name + ".part")
+    temporary = _part(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -37,6 +37,10 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(file.name + ".part")
 
 
 def resolved(model: str) -> str:
@@ -62,7 +66,8 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
             )
         return
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # a run killed while it wrote its plan left that half behind
+        if out.exists() and (not out.is_dir() or any(found.name != _part(file).name for found in out.iterdir())):
             raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
