@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateurs.reconstruct import reconstruct
-from secateurs.tuning import Moving, movable, tune
+from secateurs.tuning import Moving, loss_scale, movable, tune, unscaled
 
 
 class Block(nn.Module):
@@ -131,6 +131,17 @@ def test_the_same_seed_gives_the_same_bits(problem):
     run(block, x, target, seed=5)
     run(other, x, target, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("terms", [1, 1000, 2_000_000])
+def test_gradients_of_an_fp16_loss_come_back_in_their_own_size(terms):
+    """Adam divides by their size, so that losses alone cannot tell."""
+    scale = loss_scale(torch.float16, terms)
+    weight = torch.tensor(3.0, dtype=torch.float16, requires_grad=True)
+    by_weight = torch.autograd.grad(weight.float() * (5 / terms) * scale, [weight])
+    found = unscaled([*by_weight, None], scale)
+    assert found[1] is None
+    torch.testing.assert_close(found[0].float(), torch.tensor(5 / terms), rtol=1e-3, atol=0)
 
 
 def test_a_block_in_fp16_is_tuned_as_well_as_one_in_fp32(problem):

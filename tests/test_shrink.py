@@ -269,7 +269,6 @@ def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_experts_go_and_the_model_reloads(model_type, tmp_path, words):
-
     source = tiny.save(tmp_path / "dense", model_type)
     chosen = plan(source, words, "params=0.8x", units=("experts",))
     report = shrink(chosen, tmp_path / "run")
@@ -285,7 +284,6 @@ def test_experts_go_and_the_model_reloads(model_type, tmp_path, words):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words):
-
     chosen = plan(llama, words, "params=0.7x", units=("mlp", "heads"))
     shrink(chosen, tmp_path / "whole")
     for file in ("losses.json", "shape.json", "block-0000.json", "block-0001.json"):
@@ -297,7 +295,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words):
 
 @pytest.mark.parametrize("changed", ["model", "text"])
 def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_path, llama, words):
-
     source, text = tmp_path / "dense", tmp_path / "text.txt"
     shutil.copytree(llama, source)
     text.write_text(words.read_text())
