@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a module may import those on its own level and below
 LEVELS = [
-    {"errors", "families", "device", "files", "effort", "ranks", "estimate", "hardware"},
+    {"errors", "families", "device", "files", "effort", "ranks", "estimate", "hardware", "products"},
     {"patterns", "stats", "report", "library", "semi_structured", "gates", "tasks"},
     {"formats"},
     {"scores", "attention", "card", "kernels"},

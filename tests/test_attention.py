@@ -23,6 +23,8 @@ def test_tiles_equal_the_whole(positions, heads, groups):
 
 def test_it_is_used_for_plain_causal_bf16_and_nothing_else(monkeypatch):
     used = []
+    compute = {torch.bfloat16: torch.bfloat16}
+    monkeypatch.setattr(attention, "compute_dtype", lambda stored: compute[stored])
     monkeypatch.setattr(attention, "tiled", lambda *a, f=attention.tiled: used.append(1) or f(*a))
     import transformers
 
@@ -38,3 +40,10 @@ def test_it_is_used_for_plain_causal_bf16_and_nothing_else(monkeypatch):
         assert len(used) == want
         if mask is None:
             assert float((logits - plain).float().norm() / plain.float().norm()) < 0.02
+        if want:
+            # its products would be emulated
+            compute[torch.bfloat16] = torch.float32
+            used.clear()
+            model(ids, use_cache=False)
+            assert not used
+            compute[torch.bfloat16] = torch.bfloat16

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.stats import exact_products
+from secateurs.products import compute_dtype, exact_products
 
 NAME = "secateurs_tiled"
 # positions a tile: its scores against 2048 keys are 3 MB for 3 heads
@@ -47,6 +47,8 @@ def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     plain = attention_mask is None and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    # without instructions for bf16 the tiles take many times as long as PyTorch's kernel
+    plain = plain and compute_dtype(query.dtype) == query.dtype
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     special = kwargs.get("dropout") or any(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import CalibrationError
+from secateurs.products import widened
 
 # a token takes 3 to 5 characters of English; this many are tokenized per token wanted, then twice as many if short
 _CHARACTERS_PER_TOKEN = 8
@@ -97,7 +98,7 @@ def sample_from(model: Any, tokenizer: Any, windows: int, seqlen: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((windows, 1), first)
     cache = None
-    with torch.no_grad():
+    with torch.no_grad(), widened():
         for _ in range(seqlen - 1):
             out = model(input_ids=ids[:, -1:] if cache else ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values

@@ -3,30 +3,12 @@
 T tokens, I inputs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let oneDNN multiply in bf16 and add in fp32 when the values are bf16 to begin with.
-
-    The product of two bf16 numbers is exact in fp32, so nothing is lost, and CPUs with AVX512-BF16 or AMX do it at
-    twice the fp32 rate or more. Any other dtype multiplies in plain fp32.
-    """
-    flags: Any = torch.backends.mkldnn
-    flags = flags.matmul
-    before = flags.fp32_precision
-    flags.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before
+from secateurs.products import exact_products
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 
 from secateurs.errors import CalibrationError
 from secateurs.estimate import Estimate, mean_of
+from secateurs.products import widened
 
 # a task's own metric is the first of these that it has
 _PREFERRED = ("acc", "exact_match", "acc_norm", "f1")
@@ -48,9 +49,10 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-    found = simple_evaluate(
-        model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True
-    )
+    with widened():
+        found = simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True
+        )
     out: dict[str, Any] = {}
     for task, row in found["results"].items():
         out[task] = {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, (int, float))}

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from secateurs import families
 from secateurs.errors import CalibrationError, CheckpointError, LayerError, OutputError
 from secateurs.files import write_json
+from secateurs.products import widened
 from secateurs.stats import Stats
 
 Batch = dict[str, Tensor]
@@ -295,7 +296,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         # the fused kernels hide which expert saw which token
         eager("eager")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), widened():
             yield
     finally:
         if eager and before not in (None, "eager"):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 
+from secateurs.products import widened
 from secateurs.structured.units import Shape
 
 
@@ -47,8 +48,9 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
     with torch.no_grad():
         begin = time.perf_counter()
-        # the head is needed for the last token only, as generate() has it
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        with widened():
+            # the head is needed for the last token only, as generate() has it
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         first = time.perf_counter()
         for i in range(new):
             at = i % prompt

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from secateurs.evaluate import compare
 from secateurs.families import Family
+from secateurs.products import widened
 from secateurs.structured import columns, experts
 from secateurs.structured.units import COLUMNS, Shape, Units, units_of
 from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream, whole
@@ -180,7 +181,7 @@ def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tic
         layer.parameter.requires_grad_(True)
     try:
         for ids in windows:
-            with torch.enable_grad():
+            with torch.enable_grad(), widened():
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
                 loss = nn.functional.cross_entropy(logits.float(), ids[1:])
             gradients = torch.autograd.grad(loss, [layer.parameter for layer in layers])

@@ -27,6 +27,7 @@ from secateurs.device import machine, peak_memory
 from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
 from secateurs.errors import PlanError, VerifyError
 from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.products import widened
 from secateurs.prune import (
     Noted,
     Progress,
@@ -333,10 +334,11 @@ class _Run:
             scale = loss_scale(seen[0].dtype, seen[0][..., 0].numel())
             return unscaled(torch.autograd.grad(seen, parameters, by_seen, allow_unused=True), scale)
 
-        outcome = tune(
-            moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0], plan.seed,
-            ticker(self.progress, "training", plan.steps, memory.step()), memory, plan.batch, ranks,
-        )  # fmt: skip
+        with widened():
+            outcome = tune(
+                moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0],
+                plan.seed, ticker(self.progress, "training", plan.steps, memory.step()), memory, plan.batch, ranks,
+            )  # fmt: skip
         return outcome, low
 
     def _trained(self, model: Any) -> list[nn.Parameter]:
