@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from secateurs import evaluate
+from secateurs import evaluate, walk
 from secateurs.estimate import Estimate
 from secateurs.evaluate import Window, measure, summarise
 from secateurs.walk import AllLoaded
@@ -21,9 +21,12 @@ def models():
     return dense, pruned
 
 
+@pytest.mark.parametrize("pieces", [1, 7 * tiny.VOCABULARY, 1 << 26])
 @pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
-def test_metrics_equal_those_of_whole_logits(chunk, monkeypatch):
+def test_metrics_equal_those_of_whole_logits(chunk, pieces, monkeypatch):
+    """However many logits are made, and compared, at a time."""
     monkeypatch.setattr(evaluate, "_CHUNK", chunk)
+    monkeypatch.setattr(walk, "_LOGITS", pieces)
     dense, pruned = models()
     got = measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS)
     for window, ids in zip(got, IDS, strict=True):
@@ -42,6 +45,24 @@ def test_a_model_against_itself_costs_nothing():
     assert quality.kl.value == pytest.approx(0, abs=1e-7)
     assert quality.agree.value == 1
     assert quality.ppl_ratio == Estimate(1.0, 1.0, 1.0, 5)
+
+
+@pytest.mark.parametrize("pieces", [1, 1 << 26])
+def test_surprise_is_the_mean_over_all_windows(pieces, monkeypatch):
+    monkeypatch.setattr(walk, "_LOGITS", pieces)
+    model, store = tiny.make("llama"), walk.InMemory()
+    for _ in walk.stream(model, [{"input_ids": IDS}], AllLoaded(), store, keep_last=True):
+        pass
+    with torch.no_grad():
+        rows = model(IDS).logits[:, :-1].reshape(-1, tiny.VOCABULARY)
+        want = float(torch.nn.functional.cross_entropy(rows, IDS[:, 1:].reshape(-1)))
+    assert evaluate.surprise(model, AllLoaded(), store.read(3, 0), {"input_ids": IDS}) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_first_of_equal_words_is_the_top_one():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 2.0]])
+    other = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 2.0]])
+    assert evaluate.compare(torch.tensor([0, 0]), [logits, other]).agree == 1
 
 
 def test_finished_windows_are_not_measured_again():

@@ -1,11 +1,16 @@
+import sys
+
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 
+from secateurs import walk
 from secateurs.sensitivity import sensitivity
 from secateurs.walk import AllLoaded, InMemory, blocks_of, layers_of, stream
 
+# the module, beside its function of that name
+SENSITIVITY = sys.modules["secateurs.sensitivity"]
 BATCHES = [{"input_ids": torch.arange(24).reshape(2, 12) * 7}, {"input_ids": torch.arange(12)[None] * 3}]
 
 
@@ -33,14 +38,20 @@ def by_one_backward(model, seed):
     for batch in BATCHES:
         logits = model(**batch, use_cache=False).logits
         flat = logits.reshape(-1, logits.shape[-1])
-        drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
+        # the first word whose running sum of chances exceeds the number drawn
+        uniform = torch.rand(logits.shape[:2], generator=generator).reshape(-1, 1)
+        drawn = (flat.detach().double().softmax(-1).cumsum(-1) <= uniform).sum(-1, keepdim=True)
         (-flat.log_softmax(-1).gather(1, drawn).sum()).backward()
     for handle in handles:
         handle.remove()
     return {name: total / tokens[name] for name, total in sums.items()}
 
 
-def test_the_walk_back_equals_one_backward_pass():
+@pytest.mark.parametrize("pieces", [1, 1 << 26])
+def test_the_walk_back_equals_one_backward_pass(pieces, monkeypatch):
+    """However many logits are made at a time."""
+    monkeypatch.setattr(walk, "_LOGITS", pieces)
+    monkeypatch.setattr(SENSITIVITY, "_LOGITS", pieces)
     model = tiny.make("llama")
     got, norms = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)
     want = by_one_backward(model, 3)
@@ -57,6 +68,14 @@ def test_the_walk_back_equals_one_backward_pass():
         for name, stats in step.observe(step.layers, gram=False).items():
             assert_close(norms[name].sqnorm_I, stats.sqnorm_I)
             assert norms[name].tokens == stats.tokens
+
+
+def test_words_are_drawn_by_their_chances():
+    chance = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(6, -1)
+    uniform = torch.tensor([0.0, 0.1, 0.249, 0.25, 0.9, 1 - 2**-24])
+    assert SENSITIVITY.draw(chance, uniform).tolist() == [1, 1, 1, 3, 3, 3]
+    # chances need not sum to one, and none beyond the last is drawn
+    assert SENSITIVITY.draw(chance[:1] * 0.5, uniform[-1:]).tolist() == [3]
 
 
 def test_it_is_the_curvature_of_the_kl_divergence():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateurs import Stats, families
+from secateurs import Stats, families, walk
 from secateurs.errors import CalibrationError, LayerError
 from secateurs.walk import AllLoaded, InMemory, Layer, OnDisk, layers_of, leave, stream
 
@@ -18,7 +18,7 @@ def test_every_family_type_has_a_tiny_config():
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("model_type", tiny.TINY)
-def test_streaming_equals_the_whole_model(model_type, propagate):
+def test_streaming_equals_the_whole_model(model_type, propagate, monkeypatch):
     model = tiny.make(model_type)
     if "mix" in model_type or "moe" in model_type:
         # a walk uses the eager experts, whose sums are in another order than the fused kernel's
@@ -33,8 +33,16 @@ def test_streaming_equals_the_whole_model(model_type, propagate):
     assert steps == 3
 
     for i, batch in enumerate(BATCHES):
-        got = leave(model, AllLoaded(), store.read(3, i), batch)[0]
+        hidden = store.read(3, i)
+        got = leave(model, AllLoaded(), hidden, batch)[0]
         assert torch.equal(got, whole[i])
+        # what follows the blocks treats every position alone
+        monkeypatch.setattr(walk, "_LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
+        found = [leave(model, AllLoaded(), hidden[:, at], batch, at)[0] for at in walk.pieces(model, hidden)]
+        assert [part.shape[1] for part in found] == [5] * (hidden.shape[1] // 5) + [hidden.shape[1] % 5] * (
+            hidden.shape[1] % 5 > 0
+        )
+        torch.testing.assert_close(torch.cat(found, 1), whole[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", tiny.TINY)

@@ -76,6 +76,8 @@ class Checkpoint:
         self.converted: set[str] = set()
         self._mapping: list[Any] = []
         self._outside_loaded = False
+        # parameters that were looked at: an embedding is loaded many times in a run
+        self._sound: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -114,6 +116,15 @@ class Checkpoint:
             with _opened(file) as handle:
                 out.update((name, handle.get_tensor(name)) for name in wanted)
         return out
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights: as config.json states it, else of the first one."""
+        stated = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")
+        if isinstance(stated, str):
+            return getattr(torch, stated.removeprefix("torch."))  # type: ignore[no-any-return]
+        name = next(iter(self.file_of))
+        return self.read([name])[name].dtype
 
     @property
     def nbytes(self) -> int:
@@ -166,8 +177,7 @@ class Checkpoint:
                 f"{self.folder}/config.json names architecture {names}; transformers has no such class"
             )
         if getattr(config, "dtype", None) is None:
-            name = next(iter(self.file_of))
-            config.dtype = self.read([name])[name].dtype
+            config.dtype = self.dtype
         with init_empty_weights(include_buffers=False):
             model = cls._from_config(config)
         if model.config._attn_implementation == "sdpa":
@@ -280,11 +290,14 @@ class Checkpoint:
             if parameter.device.type == "meta":
                 raise CheckpointError(f"{self.folder} has no tensor for {name}, which its config.json asks for")
             parameter.requires_grad_(False)
-            bad = _not_finite(parameter) if parameter.is_floating_point() else 0
+            if name in self._sound or not parameter.is_floating_point():
+                continue
+            bad = _not_finite(parameter)
             if bad:
                 raise CheckpointError(
                     f"{self.folder}: {bad} of {parameter.numel()} weights of {name} are NaN or infinite"
                 )
+            self._sound.add(name)
 
     # ------------------------------------------------------------------------------------------------------ writing
 
@@ -371,10 +384,16 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite, counted in pieces: a whole embedding's masks would be as large as itself."""
-    return sum(
-        piece.numel() - int(torch.isfinite(piece).sum()) for piece in torch.split(tensor.detach().flatten(), 1 << 24)
-    )
+    """How many values are NaN or infinite, looked at in pieces: a whole embedding's masks would be as large as itself."""
+    bad = 0
+    for piece in torch.split(tensor.detach().flatten(), 1 << 24):
+        # torch compares no float8
+        wide = piece.float() if piece.itemsize == 1 else piece
+        # one pass where all is well: a NaN is least and largest
+        low, high = wide.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            bad += wide.numel() - int(torch.isfinite(wide).sum())
+    return bad
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -365,9 +365,10 @@ def evaluate(
     from secateurs import tasks as lm_eval_tasks
     from secateurs.checkpoint import Checkpoint
     from secateurs.errors import CalibrationError, PlanError
+    from secateurs.products import described
     from secateurs.prune import quality
     from secateurs.report import models_of
-    from secateurs.summary import print_quality, print_tasks
+    from secateurs.summary import print_compute, print_quality, print_tasks
 
     try:
         gates.check(gate or (), tasks or ())
@@ -385,7 +386,9 @@ def evaluate(
         found = quality(models["dense"], models.get("pruned"), text, windows, seqlen, seed, progress)
     if found is None:
         raise CalibrationError(f"{target} predicts no next token, so it has no perplexity")
-    result: dict[str, Any] = {"evaluation": found[1].facts(), "quality": found[0].as_dict()}
+    result: dict[str, Any] = {
+        "compute": described(models["dense"].dtype), "evaluation": found[1].facts(), "quality": found[0].as_dict(),
+    }  # fmt: skip
     if tasks:
         results = {n: lm_eval_tasks.run_tasks(c.folder, tasks, tasks_path, tasks_limit) for n, c in models.items()}
         result["tasks"] = {name: lm_eval_tasks.without_scores(found) for name, found in results.items()}
@@ -398,6 +401,7 @@ def evaluate(
         print_quality(result["quality"], result["evaluation"], console)
         if tasks:
             print_tasks(result["tasks"], console)
+        print_compute(result["compute"], console)
     _check_gate(result)
 
 

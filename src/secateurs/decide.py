@@ -25,6 +25,7 @@ from secateurs.measure import Timing
 from secateurs.pack import pack_run
 from secateurs.plan import Plan
 from secateurs.probe import Question, probe, shapes_of
+from secateurs.products import described
 from secateurs.profile import DeviceProfile
 from secateurs.prune import Run, silent
 from secateurs.realize import GAIN, Candidate, Worth, machine_named, realize
@@ -374,6 +375,7 @@ class _Decision:
             "format": FORMAT,
             "plan": self.plan.as_dict(),
             "machine": machine(),
+            "compute": described(checkpoint.Checkpoint(self.plan.model).dtype),
             "profile": self.here.name,
             "estimated": self.estimated,
             "rows": self.rows,

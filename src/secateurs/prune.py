@@ -28,6 +28,7 @@ from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, 
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
+from secateurs.products import described
 from secateurs.profile import DeviceProfile
 from secateurs.report import LayerRecord, Report, shrunk_before
 from secateurs.sensitivity import sensitivity
@@ -99,7 +100,8 @@ def _prune_live(
     began, cost = time.perf_counter(), _cost(plan)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
-    report = Report(plan.as_dict(), machine(), status="complete")
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    report = Report(plan.as_dict(), machine(), status="complete", compute=described(dtype))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
     # a module that is one block has no loss to be sensitive to
@@ -297,7 +299,8 @@ class Run:
         # what cannot be is said before anything is measured
         self._check_memory(source, model)
         cost = _cost(plan)
-        report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model))
+        compute = described(model.config.dtype)
+        report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(source, model, report)
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]

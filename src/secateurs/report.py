@@ -50,7 +50,7 @@ class Report:
     reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
     model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
-    calibration from evaluation text (calibrate.Distance), or None.
+    calibration from evaluation text (calibrate.Distance), or None. compute: products.described() of the model's dtype.
     """
 
     plan: dict[str, Any]
@@ -74,6 +74,7 @@ class Report:
     distillation: dict[str, Any] | None = None
     packed: dict[str, Any] | None = None
     shrunk: dict[str, Any] | None = None
+    compute: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -114,7 +114,19 @@ def print_report(report: Report, console: Console, out: str) -> None:
         )
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
     console.print(f"Time: {spent}. Peak memory: {megabytes(report.peak_memory_bytes)}.")
+    if report.compute:
+        print_compute(report.compute, console)
     console.print(f"Results: {out}/model (a plain checkpoint), {out}/report.json, {out}/plan.json.", soft_wrap=True)
+
+
+def print_compute(compute: dict[str, Any], console: Console) -> None:
+    """In which dtype matrices were multiplied, said once."""
+    if compute["why"]:
+        console.print(
+            f"Weights are {compute['stored']}; products were formed in {compute['products']}: {compute['why']}."
+        )
+    else:
+        console.print(f"Products were formed in {compute['products']}, as weights are stored.")
 
 
 def _print_skips(report: Report, console: Console) -> None:
@@ -228,6 +240,8 @@ def _print_end(report: dict[str, Any], console: Console, folder: str) -> None:
         )
     for warning in report["warnings"]:
         console.print(f"[yellow]Warning:[/] {escape(warning)}.")
+    if report.get("compute"):
+        print_compute(report["compute"], console)
     console.print(f"[bold]{folder}/model[/] loads with from_pretrained; [bold]{folder}/report.json[/] has the rest.")
 
 
@@ -462,6 +476,7 @@ def print_decision(result: dict[str, Any], console: Console, folder: str) -> Non
             console.print(f"[yellow]Warning[/] ({row['candidate']}): {escape(warning)}.")
     if result["front"]:
         console.print(f"No other is both faster and better than: {', '.join(result['front'])}.")
+    print_compute(result["compute"], console)
     console.print(f"[bold]{escape(result['sentence'])}[/]")
     console.print(f"[bold]{folder}/decide.json[/] has the rest; `secateurs report {folder}` makes a page of it.")
 

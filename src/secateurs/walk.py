@@ -28,6 +28,9 @@ from secateurs.stats import Stats
 
 Batch = dict[str, Tensor]
 
+# logits made at a time: 256 tokens of a vocabulary of 262,144
+_LOGITS = 1 << 26
+
 
 # ---------------------------------------------------------------------------------------------------- weight layouts
 
@@ -365,11 +368,15 @@ def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Ten
     raise CheckpointError(f"the last block of {type(model).__name__} was never called; is its family row right?")
 
 
-def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any:
+def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None = None) -> Any:
     """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output.
 
-    Gradients flow to `hidden` if it requires them.
+    at: the positions of the batch that `hidden` is of, for norms and heads treat each alone; None is all of them. Gradients flow
+    to `hidden` if it requires them.
     """
+    if at is not None:
+        length = _shape(batch)[1]
+        batch = {n: x[:, at] if x.dim() > 1 and x.shape[1] == length else x for n, x in batch.items()}
     names, _ = blocks_of(model)
     blocks = [model.get_submodule(name) for name in names]
 
@@ -382,6 +389,15 @@ def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Any
     loader.load_outside(model)
     with _evaluating(model), _replaced_forward(blocks, make), torch.set_grad_enabled(hidden.requires_grad):
         return _run(model, batch)
+
+
+def pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
+    """Positions of hidden states [N, S, D], so few at a time that their logits are no more than _LOGITS: those of a large
+    vocabulary would take more memory than all else.
+    """
+    words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    each = max(1, _LOGITS // (words * hidden.shape[0]))
+    return [slice(start, start + each) for start in range(0, hidden.shape[1], each)]
 
 
 def whole(model: nn.Module, batch: Batch) -> Any:

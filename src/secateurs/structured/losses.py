@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from secateurs.evaluate import compare
+from secateurs.evaluate import measure, surprise
 from secateurs.families import Family
 from secateurs.products import widened
 from secateurs.structured import columns, experts
 from secateurs.structured.units import COLUMNS, Shape, Units, units_of
-from secateurs.walk import AllLoaded, Batch, InMemory, Layer, leave, stream, whole
+from secateurs.walk import AllLoaded, Batch, InMemory, Layer, stream
 
 Tick = Callable[[], None]
 
@@ -139,7 +139,7 @@ def blocks(
             for i in range(first, total):
                 if i not in gone:
                     hidden = steps[i].call(hidden, 0)
-        return _nll(leave(model, AllLoaded(), hidden, batches[0]).logits, windows)
+        return surprise(model, AllLoaded(), hidden, batches[0])
 
     dense = loss(set())
     order: list[int] = []
@@ -206,12 +206,5 @@ def tries(total: int, count: int, influence: bool = False) -> int:
 
 def nll(model: nn.Module, windows: Tensor) -> float:
     """A model's loss in nats a token of windows [N, S]."""
-    with torch.no_grad():
-        found = [_nll(whole(model, {"input_ids": ids[None]}).logits, ids[None]) for ids in windows]
-    return sum(found) / len(found)
-
-
-def _nll(logits: Tensor, windows: Tensor) -> float:
-    """Mean over tokens."""
-    found = [compare({"input_ids": ids[None]}, [row]) for row, ids in zip(logits, windows, strict=True)]
+    found = measure((model, AllLoaded()), None, windows)
     return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

@@ -24,6 +24,7 @@ from secateurs.block import seed_of
 from secateurs.device import machine, peak_memory
 from secateurs.errors import LayerError, PlanError
 from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_tensors, write_text
+from secateurs.products import described
 from secateurs.prune import batched, first_windows, quality, texts_apart, ticker, window_length
 from secateurs.reconstruct import reconstruct
 from secateurs.sensitivity import sensitivity
@@ -183,6 +184,7 @@ class _Run:
             "format": 1,
             "plan": self.plan.as_dict(),
             "machine": machine(),
+            "compute": described(config.dtype),
             "dense": {**dataclasses.asdict(dense), "parameters": sizes.parameters(dense)},
             "left": {
                 **dataclasses.asdict(shape),

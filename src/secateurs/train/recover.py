@@ -27,7 +27,7 @@ from secateurs.device import machine, peak_memory
 from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
 from secateurs.errors import PlanError, VerifyError
 from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
-from secateurs.products import widened
+from secateurs.products import described, widened
 from secateurs.prune import (
     Noted,
     Progress,
@@ -195,6 +195,7 @@ class _Run:
                 "status": "trained",
                 "plan": plan.as_dict(),
                 "machine": machine(),
+                "compute": described(model.dtype),
                 "training": {
                     **dataclasses.asdict(outcome),
                     "windows": len(text.windows),
