@@ -139,7 +139,7 @@ def run(plan: Plan, shared: Path, limit: int, ends: Path) -> dict:
             "sparsity": report["totals"]["sparsity"],
             "wikitext": report["quality"],
             "c4": c4,
-            "seconds": report["seconds"]["prune"],
+            "seconds": sum(s for stage, s in report["seconds"].items() if stage != "evaluate"),
             "peak_memory_bytes": report["peak_memory_bytes"],
             "machine": report["machine"],
             "limit": limit,

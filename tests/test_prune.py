@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -13,14 +14,20 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 import secateurs as sc
-from secateurs import calibrate, families, permute, walk
+from secateurs import calibrate, families, permute, products, walk
+from secateurs.checkpoint import Checkpoint
 from secateurs.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
-from secateurs.prune import failure
+from secateurs.files import trim
+from secateurs.prune import failure, quality
+from secateurs.summary import print_report
 
+# the modules, beside functions of their names
+prune_module, evaluate = (importlib.import_module(f"secateurs.{name}") for name in ("prune", "evaluate"))
 FAST = {"samples": 4, "seqlen": 32, "eval_windows": 2, "eval_seqlen": 32}
 
 
@@ -711,3 +718,79 @@ def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, word
     sc.prune(llama, plan, out=tmp_path / "run")
     assert max(held) == 2
     assert not (tmp_path / "run" / "work").exists()
+
+
+# ------------------------------------------------------------------------------------------- what runs leave for others
+
+
+def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_path, llama, words, monkeypatch):
+    monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
+    walked, stream = [], evaluate.stream
+    monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
+
+    def measured(text=words):
+        walked.clear()
+        found, _ = quality(Checkpoint(llama), Checkpoint(llama), str(text), 2, 64, 0)
+        return found.as_dict(), len(walked)
+
+    first, twice = measured()
+    assert measured() == (first, twice - 1)
+    # another text, dtype of products or place that cannot be written has its own
+    assert measured(tiny.text(tmp_path, seed=7))[1] == twice
+    monkeypatch.setattr(prune_module, "compute_dtype", lambda stored: "another")
+    assert measured()[1] == twice
+    monkeypatch.setenv("SECATEURS_CACHE", str(words))
+    assert measured() == (first, twice)
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path):
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "tensor").write_bytes(bytes(10))
+        os.utime(tmp_path / str(number), (number, number))
+    trim(tmp_path, 20)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_seconds_are_by_stage_and_survive_a_kill(tmp_path, llama, words, monkeypatch):
+    plan = sc.Plan(
+        calibration=str(words),
+        samples=2,
+        seqlen=32,
+        eval_windows=0,
+        sensitivity=64,
+        allocation="global",
+        method="wanda",
+    )
+    clock = itertools.count()
+    monkeypatch.setattr(prune_module.time, "perf_counter", lambda: float(next(clock)))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as inside:
+        inside.setattr(prune_module, "prune_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sc.prune(llama, plan, tmp_path / "run")
+    seconds = sc.prune(llama, plan, tmp_path / "run").seconds
+    assert list(seconds)[:4] == ["calibration", "sensitivity", "allocation", "prune"]
+    # once for each of what was done before the kill, and again for what only read it
+    assert seconds["sensitivity"] == seconds["allocation"] == 1
+    assert seconds["calibration"] == 2
+
+
+def test_a_report_says_in_what_products_were_formed(tmp_path, words, monkeypatch, capsys):
+    folder = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
+    for has, computed in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(products, "_has", lambda stored, has=has: has)
+        report = sc.prune(
+            folder, sc.Plan(method="magnitude", eval_text=str(words), eval_windows=1), tmp_path / computed
+        )
+        assert report.compute["stored"] == "bfloat16"
+        assert report.compute["products"] == computed
+        print_report(report, Console(width=200), "run")
+        said = (
+            "Weights are bfloat16; products were formed in float32: this CPU has no instructions"
+            in capsys.readouterr().out
+        )
+        assert said is not has

@@ -7,7 +7,6 @@ timing.json) and decide.json. Everything that was measured is found again after 
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +148,6 @@ class _Decision:
     def __init__(self, plan: DecidePlan, out: Path, progress: Progress, show: Show) -> None:
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out, self.progress, self.show = out, progress, show
-        # the dense model is the same for all candidates
-        self.ends = out / "work" / "dense"
         self.errors: list[SecateursError] = []
 
     def complete(self) -> dict[str, Any]:
@@ -180,7 +177,6 @@ class _Decision:
                 raise self.errors[0]
             result = self._result()
             write_json(self.out / "decide.json", result)
-        shutil.rmtree(self.ends, ignore_errors=True)
         return result
 
     # ------------------------------------------------------------------------------------------------- estimates
@@ -285,11 +281,11 @@ class _Decision:
             self.progress(f"{label}: {what}", done, total)
 
         if isinstance(asked, ShrinkPlan):
-            report = shrink(asked, folder, progress, self.ends)
+            report = shrink(asked, folder, progress)
             nbytes = report["bytes"]
             report |= self._tasks(folder, report)
         else:
-            Run(asked, folder, progress, self.ends).complete()
+            Run(asked, folder, progress).complete()
             report = json.loads((folder / "report.json").read_text())
             if report["packed"] is None:
                 profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None

@@ -7,7 +7,9 @@ their own dtype; logits are compared in fp32. V vocabulary, S positions.
 import dataclasses
 import functools
 import operator
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import CalibrationError
+from secateurs.errors import CalibrationError, OutputError
 from secateurs.estimate import RESAMPLES, Estimate
 from secateurs.files import write_tensors
 from secateurs.walk import Batch, InMemory, Loader, blocks_of, leave, pieces, stream
@@ -135,7 +137,11 @@ def _kept(
         for _ in stream(model, todo, loader, held, keep_last=True, tick=tick):
             pass
         for i, file in enumerate(files):
-            write_tensors(file, {"hidden": held.read(count, i)})
+            # another process may keep the same; and without room the next one computes them again
+            own = file.with_name(f"{os.getpid()}-{file.name}")
+            with suppress(OutputError, OSError):
+                write_tensors(own, {"hidden": held.read(count, i)})
+                own.replace(file)
         return lambda i: held.read(count, i)
     from safetensors.torch import load_file
 

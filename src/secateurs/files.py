@@ -43,6 +43,21 @@ def _part(file: Path) -> Path:
     return file.with_name(file.name + ".part")
 
 
+def cache_folder() -> Path:
+    """Where what may be used again is kept: $SECATEURS_CACHE, else ~/.cache/secateurs."""
+    given = os.environ.get("SECATEURS_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "secateurs"
+
+
+def trim(folder: Path, nbytes: int) -> None:
+    """Remove the folders in `folder` that were used longest ago until the others take no more than this."""
+    found = sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime, reverse=True)
+    for one in found:
+        nbytes -= sum(file.stat().st_size for file in one.iterdir())
+        if nbytes < 0:
+            shutil.rmtree(one, ignore_errors=True)
+
+
 def resolved(model: str) -> str:
     """A folder's name that holds from any working directory; a hub id as it is."""
     folder = Path(model).expanduser()

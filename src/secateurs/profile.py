@@ -1,7 +1,6 @@
 """A DeviceProfile: what one machine was measured to do, as a JSON file that other commands read."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,15 +10,14 @@ import numpy as np
 
 from secateurs.device import machine
 from secateurs.errors import DeviceError
-from secateurs.files import write_json
+from secateurs.files import cache_folder, write_json
 
 FORMAT = 1
 
 
 def default_file() -> Path:
-    """Where `secateurs probe` leaves the profile of this machine: $SECATEURS_CACHE, else ~/.cache/secateurs."""
-    cache = os.environ.get("SECATEURS_CACHE")
-    return (Path(cache) if cache else Path.home() / ".cache" / "secateurs") / "profile.json"
+    """Where `secateurs probe` leaves the profile of this machine."""
+    return cache_folder() / "profile.json"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ beforehand is kept when it is complete (sensitivities) or block by block (the lo
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +26,22 @@ from secateurs.card import model_card
 from secateurs.device import machine, peak_memory, return_memory
 from secateurs.distill import dense_ends, distill
 from secateurs.errors import CalibrationError, PlanError, SecateursError
-from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_tensors, write_text
+from secateurs.files import (
+    cache_folder,
+    claim,
+    fingerprint_of,
+    locked,
+    resolved,
+    trim,
+    unchanged,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from secateurs.formats import bitmask_nbytes
 from secateurs.patterns import count_zeros
 from secateurs.plan import Plan
-from secateurs.products import described
+from secateurs.products import compute_dtype, described
 from secateurs.profile import DeviceProfile
 from secateurs.report import LayerRecord, Report, shrunk_before
 from secateurs.sensitivity import sensitivity
@@ -47,6 +60,8 @@ _TOKENS_BACK = 1024
 _TOKENS_TOLD = 4096
 # evaluation notes its place after this many windows
 _WINDOWS_PER_GROUP = 8
+# of what leaves dense models' last blocks, kept from run to run
+_ENDS_BYTES = 4 << 30
 # tuning notes its place when so much would be lost
 _NOTE_SECONDS = 300
 
@@ -258,12 +273,10 @@ class Noted:
 class Run:
     """One run directory. complete() does what is left to do."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress = silent, ends: Path | None = None) -> None:
-        """ends: as in quality()."""
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out = out
         self.progress = progress
-        self.ends = ends
         self.work = out / "work"
         self.model_folder = out / "model"
         self.report_file = out / "report.json"
@@ -293,8 +306,7 @@ class Run:
     # -------------------------------------------------------------------------------------------------- pruning
 
     def _prune(self, source: checkpoint.Checkpoint) -> Report:
-        plan, began = self.plan, time.perf_counter()
-        state = self._state()
+        plan, state = self.plan, self._state()
         model = source.skeleton()
         # what cannot be is said before anything is measured
         self._check_memory(source, model)
@@ -302,6 +314,7 @@ class Run:
         compute = described(model.config.dtype)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(source, model, report)
+        self._spend("calibration")
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
@@ -354,6 +367,7 @@ class Run:
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
             self._distill(source, model, batches, report, count)
+            self._spend("distill")
         for i in range(count):
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
@@ -361,7 +375,8 @@ class Run:
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
-        report.seconds["prune"] = time.perf_counter() - began + state["seconds"]
+        self._spend("prune")
+        report.seconds.update(self.spent)
         report.peak_memory_bytes = peak_memory()
         return report
 
@@ -383,17 +398,23 @@ class Run:
     def _state(self) -> dict[str, Any]:
         """Where an earlier run of this plan stopped, or the beginning."""
         file = self.work / "state.json"
-        self._began = time.perf_counter()
-        if not file.is_file():
-            return {"next_block": 0, "seconds": 0.0, "layers": [], "tuned": [], "reconstruction": []}
-        state: dict[str, Any] = json.loads(file.read_text())
+        state: dict[str, Any] = {"next_block": 0, "seconds": {}, "layers": [], "tuned": [], "reconstruction": []}
+        if file.is_file():
+            state = json.loads(file.read_text())
+        self.spent: dict[str, float] = state["seconds"]
+        self._since = time.perf_counter()
         return state
 
-    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
+    def _spend(self, stage: str) -> None:
+        """Count the seconds since the last call for a stage of the report."""
         now = time.perf_counter()
-        seconds = state["seconds"] + now - self._began
+        self.spent[stage] = self.spent.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
+        self._spend("prune")
         saved = {
-            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": seconds,
+            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.spent,
             "tuned": report.tuned, "reconstruction": report.reconstruction,
         }  # fmt: skip
         write_json(self.work / "state.json", saved)
@@ -462,6 +483,7 @@ class Run:
                 write_tensors(file, {**found, **squares, "tokens": tokens})
                 shutil.rmtree(store.folder, ignore_errors=True)
                 return_memory()
+                self._spend("sensitivity")
             stored = load_file(file)
             names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
             tokens = stored.pop("tokens").tolist()
@@ -478,6 +500,7 @@ class Run:
                 # until now a kill could go back to them
                 shutil.rmtree(self.work / "inputs", ignore_errors=True)
                 return_memory()
+                self._spend("allocation")
         return _guide(model, plan, shares, found)
 
     def _distill(
@@ -513,8 +536,7 @@ class Run:
             result = checkpoint.Checkpoint(self.model_folder)
             cache = self.work / "windows.json"
             measured = quality(
-                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache,
-                self.ends,
+                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
             )  # fmt: skip
             if measured is None:
                 if any(gates.Gate.parse(text).task is None for text in plan.gate):
@@ -575,12 +597,11 @@ def quality(
     seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
-    ends: Path | None = None,
 ) -> tuple[evaluate.Quality, calibrate.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
-    cache: a file that remembers finished windows of the same models and text across a kill. ends: a folder in which the dense
-    model's half of the work is kept for others that are measured against it.
+    cache: a file that remembers finished windows of the same models and text across a kill. What leaves the dense model's last
+    block is kept in the cache folder for all that is measured against it later, 4 GB in all.
     """
     if not predicts_next_token(dense):
         return None
@@ -589,8 +610,7 @@ def quality(
     text = calibrate.load(source, dense.tokenizer(), windows, length, None, "held-out")
     Run._check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
-    if ends is not None:
-        ends = ends / f"{of[0][:16]}-{of[2][:16]}"
+    ends = _ends_of(models[0][0], of) if pruned is not None else None
     done: list[evaluate.Window] = []
     if cache is not None and cache.is_file():
         known = json.loads(cache.read_text())
@@ -613,6 +633,24 @@ def quality(
         if cache is not None:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
     return evaluate.summarise(done, seed), text
+
+
+def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
+    """Where what leaves a dense model's last block is kept for a text; None where nothing can be written.
+
+    Another version, instruction set or dtype of products has other bits.
+    """
+    here = machine()
+    facts = [of[0], of[2], here["versions"], here["isa"], str(compute_dtype(model.config.dtype))]
+    folder = cache_folder() / "ends" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # whatever was used last goes last
+        folder.touch()
+        trim(folder.parent, _ENDS_BYTES)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def predicts_next_token(source: checkpoint.Checkpoint) -> bool:

@@ -126,19 +126,18 @@ def shrink(
     plan: ShrinkPlan,
     out: str | Path,
     progress: Progress = lambda label, done, total: None,
-    ends: Path | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a run: look, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
-    A missed gate is in the report's `gate`, and no error here. ends: as in prune.quality().
+    A missed gate is in the report's `gate`, and no error here.
     """
-    return _Run(plan, Path(out).expanduser(), progress, ends).complete()
+    return _Run(plan, Path(out).expanduser(), progress).complete()
 
 
 class _Run:
-    def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress, ends: Path | None) -> None:
+    def __init__(self, plan: ShrinkPlan, out: Path, progress: Progress) -> None:
         self.plan = replace(plan, model=resolved(plan.model))
-        self.out, self.progress, self.ends = out, progress, ends
+        self.out, self.progress = out, progress
         self.work = out / "work"
         self.model_folder = out / "model"
 
@@ -695,9 +694,8 @@ class _Run:
         result = checkpoint.Checkpoint(self.model_folder)
         cache = self.work / "windows.json"
         measured = quality(
-            source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache,
-            self.ends,
-        )  # fmt: skip
+            source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
+        )
         if measured is None:
             report["warnings"].append("quality was not measured: the model predicts no next token")
             report["gate"] = gates.judge(plan.gate, None)
