@@ -21,7 +21,7 @@ test: $(READY) browser test-kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # the kernels' own tests, plain and under sanitizers; the fuzzer runs for as long as FUZZ_SECONDS says
 FUZZ_SECONDS ?= 10
