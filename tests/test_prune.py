@@ -728,14 +728,15 @@ def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_
     walked, stream = [], evaluate.stream
     monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
 
-    def measured(text=words):
+    def measured(text=words, windows=2, seqlen=64):
         walked.clear()
-        found, _ = quality(Checkpoint(llama), Checkpoint(llama), str(text), 2, 64, 0)
+        found, _ = quality(Checkpoint(llama), Checkpoint(llama), str(text), windows, seqlen, 0)
         return found.as_dict(), len(walked)
 
     first, twice = measured()
     assert measured() == (first, twice - 1)
-    # another text, dtype of products or place that cannot be written has its own
+    # the same tokens in other windows, another text, dtype of products or place that cannot be written has its own
+    assert measured(windows=4, seqlen=32)[1] == twice
     assert measured(tiny.text(tmp_path, seed=7))[1] == twice
     monkeypatch.setattr(prune_module, "compute_dtype", lambda stored: "another")
     assert measured()[1] == twice

@@ -88,11 +88,12 @@ def apportion(
         return layer.read().float()
 
     def scores(name: str) -> Iterator[Tensor]:
+        weight_OI = weight(name)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(plan.seed, name))
+            torch.default_generator.manual_seed(seed_of(plan.seed, name))
             # an expert that no token reached has inputs of size 0
-            stats = norms.get(name) or Stats.zeros(found[name][1].shape[1], gram=False) if norms else None
-            score_OI = solver.score(weight(name), stats)
+            stats = norms.get(name) or Stats.zeros(weight_OI.shape[1], False, weight_OI.device) if norms else None
+            score_OI = solver.score(weight_OI, stats)
         if name in sensitivity:
             score_OI = score_OI * sensitivity[name].sqrt()[:, None]
         # outside the fork: whoever takes the chunks keeps its own random numbers

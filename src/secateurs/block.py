@@ -114,7 +114,8 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     weight_OI = layer.read().float()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(plan.seed, layer.name))
+            # torch.manual_seed() would leave the GPU's generator seeded as well
+            torch.default_generator.manual_seed(seed_of(plan.seed, layer.name))
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None

@@ -70,6 +70,22 @@ def _progress(show: bool) -> Iterator[Any]:
 
 
 @contextmanager
+def _on_cpu(quiet: bool, as_json: bool) -> Iterator[Any]:
+    """_progress() of a command that works on model folders; says so where a GPU is left alone."""
+    _say_cpu(quiet)
+    with _progress(not quiet and not as_json) as progress:
+        yield progress
+
+
+def _say_cpu(quiet: bool) -> None:
+    from secateurs.device import cpu_note
+
+    note = None if quiet else cpu_note()
+    if note:
+        Console(stderr=True, soft_wrap=True).print(note, highlight=False, markup=False)
+
+
+@contextmanager
 def _live_table(show: bool) -> Iterator[tuple[Any, Any]]:
     """A progress callback, and one that redraws a table of candidates above the bars; on standard error."""
     from rich.console import Group
@@ -217,7 +233,7 @@ def prune(
         raise PlanError("no model: give a folder or hub id, or a --plan that names one")
     if out is None:
         raise PlanError("no place for the result: give --out DIR")
-    with _progress(not quiet and not as_json) as progress:
+    with _on_cpu(quiet, as_json) as progress:
         report = Run(chosen, out.expanduser(), progress).complete()
     if as_json:
         _print_json(report.as_dict())
@@ -282,7 +298,7 @@ def shrink(
         uniform=uniform, multiple=multiple, prompt=prompt, new=new, calibration=calibration, samples=samples, seqlen=seqlen,
         seed=seed, damping=damping, gate=tuple(gate or ()), eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen,
     )  # fmt: skip
-    with _progress(not quiet and not as_json) as progress:
+    with _on_cpu(quiet, as_json) as progress:
         report = run(plan, out.expanduser(), progress)
     if as_json:
         _print_json(report)
@@ -335,7 +351,7 @@ def recover(
         gate=tuple(gate or ()), eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen,
     )  # fmt: skip
     first = int(os.environ.get("RANK", "0")) == 0
-    with _progress(first and not quiet and not as_json) as progress:
+    with _on_cpu(quiet or not first, as_json) as progress:
         report = run(plan, out.expanduser(), progress)
     if not first:
         return
@@ -382,7 +398,7 @@ def evaluate(
         models = {"dense": Checkpoint(dense), "pruned": Checkpoint(left)}
     else:
         models = {"dense": Checkpoint(target)}
-    with _progress(not quiet and not as_json) as progress:
+    with _on_cpu(quiet, as_json) as progress:
         found = quality(models["dense"], models.get("pruned"), text, windows, seqlen, seed, progress)
     if found is None:
         raise CalibrationError(f"{target} predicts no next token, so it has no perplexity")
@@ -543,7 +559,7 @@ def bench(
     variants = variants_of(folder.expanduser(), against)
     if compiled:
         variants.insert(1, Variant("dense, compiled", variants[0].folder, "compiled"))
-    with _progress(not quiet and not as_json) as progress:
+    with _on_cpu(quiet, as_json) as progress:
         result = measure(variants, prompt, new, repeats, progress, batches)
     file = out or record_of(folder.expanduser())
     if file is not None:
@@ -636,6 +652,7 @@ def decide(
         eval_text=eval_text, eval_windows=eval_windows, eval_seqlen=eval_seqlen, tasks=tuple(tasks or ()), tasks_path=tasks_path,
         tasks_limit=tasks_limit, prompt=prompt, new=new, repeats=repeats, multiple=multiple,
     )  # fmt: skip
+    _say_cpu(quiet)
     with _live_table(not quiet and not as_json) as (progress, show):
         result = run(plan, out.expanduser(), progress, show)
     if as_json:

@@ -4,25 +4,42 @@ import os
 import platform
 import re
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads in use, memory, operating system, and versions of what computes."""
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Processor, cores, threads in use, memory, operating system, versions of what computes, and the device that did it."""
     libraries = ("secateurs", "torch", "transformers", "safetensors", "numpy")
     return {
+        "device": device_name(device),
         "processor": _processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in libraries}},
     }
+
+
+def device_name(device: torch.device | str) -> str:
+    """'cpu', or 'cuda:0 (NVIDIA H200)'."""
+    device = torch.device(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def cpu_note() -> str | None:
+    """None, or on a machine with a GPU the sentence that a command does not use it."""
+    if not torch.cuda.is_available():
+        return None
+    return (
+        f"{torch.cuda.get_device_name()} is not used: commands work on model folders on the CPU; in Python, sc.prune(model.cuda(), "
+        "plan, calibration=windows) prunes a live model on the GPU"
+    )
 
 
 def peak_memory() -> int:
@@ -50,6 +67,14 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
+
+
+def _version(name: str) -> str:
+    """Of a library; a source tree on the path has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(name), "__version__", "not installed"))
 
 
 def _processor() -> str:

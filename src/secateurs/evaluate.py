@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateurs.errors import CalibrationError, OutputError
 from secateurs.estimate import RESAMPLES, Estimate
 from secateurs.files import write_tensors
-from secateurs.walk import Batch, InMemory, Loader, blocks_of, leave, pieces, stream
+from secateurs.walk import Batch, InMemory, Loader, blocks_of, device_of, leave, pieces, stream
 
 # logits compared at a time, as fp32: few enough to stay in a cache, and enough that threads are worth waking
 _CHUNK = 1 << 21
@@ -69,7 +69,7 @@ def measure(
     tick: Callable[[], None] = lambda: None,
     ends: Path | None = None,
 ) -> list[Window]:
-    """Run windows [N, S] through one or two models, block by block in step, and compare their logits.
+    """Run windows [N, S] through one or two models, block by block in step, and compare their logits. Both are on one device.
 
     Memory holds one block of each model, the hidden states of all windows and the logits of one. done: windows that
     were measured before, which come first and are not measured again. One tick a window, block and model, and one a
@@ -77,6 +77,7 @@ def measure(
     lies there is not computed again, to the same bits. Raises CalibrationError if the model gives no logits.
     """
     first = len(done)
+    windows = windows.to(device_of(dense[0]))
     todo = [{"input_ids": ids[None]} for ids in windows[first:]]
     models = [dense] if pruned is None else [dense, pruned]
     kept = [_kept(dense, todo, first, tick, ends)]

@@ -102,8 +102,8 @@ def unchanged(run: Path, facts: dict[str, str]) -> None:
 
 
 def fingerprint_of(windows: Tensor) -> str:
-    """Of token windows."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+    """Of token windows: what they hold and how long they are."""
+    return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateurs.errors import CheckpointError, PackError
+from secateurs.errors import CheckpointError, DeviceError, PackError
 from secateurs.formats import VERSION
 from secateurs.linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense
 
@@ -77,6 +77,11 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for place, module in model.named_modules():
             if isinstance(module, PackedLinear):
+                if module.weight.device.type != "cpu":
+                    raise DeviceError(
+                        f"packed layers multiply on the CPU, and {place} was loaded to {module.weight.device}: load with "
+                        "device_map='cpu', or run what `secateurs pack --dense` makes"
+                    )
                 try:
                     module.packed()
                 except PackError as error:

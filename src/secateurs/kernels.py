@@ -238,6 +238,14 @@ def _linear_cpu(
     return call(x)
 
 
+@torch.library.impl(_library, "linear", "CUDA")
+def _linear_cuda(x: Tensor, *_: Any) -> Tensor:
+    raise DeviceError(
+        f"packed layers multiply on the CPU, and one was given tensors on {x.device}: model.cpu() first, or run what "
+        "`secateurs pack --dense` makes on the GPU"
+    )
+
+
 @torch.library.register_fake("secateurs::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _linear_fake(
     x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]

@@ -52,9 +52,9 @@ def _has(stored: torch.dtype) -> bool:
     return bool(onednn._is_mkldnn_bf16_supported() and of_bf16)
 
 
-def described(stored: torch.dtype) -> dict[str, str | None]:
-    """For a report: the dtype that is stored, that of its products on this CPU, and why if they differ."""
-    computed = compute_dtype(stored)
+def described(stored: torch.dtype, device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """For a report: the dtype that is stored, that of its products on the device, and why if they differ."""
+    computed = compute_dtype(stored, device)
     names = [str(dtype).removeprefix("torch.") for dtype in (stored, computed)]
     why = None if stored == computed else f"this CPU has no instructions for products of {names[0]}"
     return {"stored": names[0], "products": names[1], "why": why}

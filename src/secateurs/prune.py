@@ -47,7 +47,7 @@ from secateurs.report import LayerRecord, Report, shrunk_before
 from secateurs.sensitivity import sensitivity
 from secateurs.stats import Stats
 from secateurs.tuning import Outcome
-from secateurs.walk import Activations, AllLoaded, Batch, InMemory, OnDisk, blocks_of, stream
+from secateurs.walk import Activations, AllLoaded, Batch, InMemory, OnDisk, blocks_of, device_of, stream
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much is done, of how much)."""
@@ -113,10 +113,15 @@ def _prune_live(
             "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
         )
     began, cost = time.perf_counter(), _cost(plan)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    absent = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    if absent is not None:
+        raise PlanError(
+            f"{absent} is on the meta device (not loaded, or offloaded); load the whole model, or prune its folder"
+        )
+    device = device_of(model)
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    report = Report(plan.as_dict(), machine(), status="complete", compute=described(dtype))
+    report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
     # a module that is one block has no loss to be sensitive to

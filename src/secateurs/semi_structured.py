@@ -1,14 +1,28 @@
 """2:4 on CUDA through PyTorch's to_sparse_semi_structured: cuSPARSELt, with its algorithm searched, or CUTLASS.
 
-The GPU row of the probe's table. Where it cannot run it says why.
+The GPU row of the probe's table. Where a kernel cannot run it says why. T tokens, O outputs, I inputs.
 """
 
-from functools import partial
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAME = "nm24_cuda_semi_structured"
+DTYPES = (torch.float16, torch.bfloat16, torch.int8)
+BACKENDS = ("cusparselt", "cutlass")
+# weights are rotated through at least this much memory: an H200's L2 holds 50 MB, and 2:4 is 9/16 of dense
+_COLD_BYTES = 160 << 20
+# of the rotation that warms up, and of tokens whose products are checked
+_WARM, _CHECKED = 3, 256
+# torch._int_mm takes more tokens than this; cuSPARSELt takes int8 in multiples of it
+_INT8_TOKENS = 16
+
+Run = Callable[[], Tensor]
 
 
 def lacks(dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -18,46 +32,169 @@ def lacks(dtype: torch.dtype = torch.bfloat16) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if torch.version.hip or major < 8:
         return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no 2:4 tensor cores; 8.0 has"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"2:4 takes fp16 and bf16, not {dtype}"
+    if dtype not in DTYPES:
+        return f"2:4 takes fp16, bf16 and int8, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
-def seconds(shape: tuple[int, int], tokens: int, dtype: torch.dtype, rounds: int = 20) -> dict[str, float]:
-    """Median seconds of dense and 2:4 products on the GPU, by kernel, interleaved. Call it where lacks() is None."""
-    from statistics import median
+@dataclass
+class Measured:
+    """Of one product, by kernel ('dense', 'cusparselt', 'cutlass'): median seconds and every sample, or why_not."""
 
+    seconds: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def speedup(self, kernel: str) -> float | None:
+        """Over the dense product; None if one of them did not run."""
+        if kernel not in self.seconds or "dense" not in self.seconds:
+            return None
+        return self.seconds["dense"] / self.seconds[kernel]
+
+
+def measure(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, rounds: int = 20, device: str = "cuda", graph: bool = False
+) -> Measured:
+    """Time dense and 2:4 products on the GPU, interleaved. Call it where lacks() is None.
+
+    A sample is one pass over several copies of the weights, so that none lies in the cache, divided by their number. graph: the
+    pass is replayed as a CUDA graph, so that what Python takes to launch a kernel is not in it. A kernel whose product is not
+    that of the dense weights has no time but a reason. int8: sums in int32; dense is torch._int_mm.
+    """
+    found = Measured()
+    weights = _weights(shape, dtype, device)
+    x_TI = _random((tokens, shape[1]), dtype, device)
+    runs: dict[str, list[Run]] = {}
+    if reason := _dense_lacks(dtype, tokens, shape):
+        found.why_not["dense"] = reason
+    else:
+        runs["dense"] = [_dense(x_TI, w) for w in weights]
+    for name in BACKENDS:
+        try:
+            made = _sparse(name, x_TI, weights)
+            error = _error(made[0](), x_TI, weights[0])
+            if not error < 0.01:
+                found.why_not[name] = f"its product is wrong: relative error {error:.3g}"
+                continue
+            runs[name] = made
+        # each torch has its own refusals: of a shape, a dtype, a compute capability
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+            found.why_not[name] = str(error).strip().split("\n")[0] or type(error).__name__
+    passes = {name: _replayed(list(r)) if graph else _in_turn(list(r)) for name, r in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + _WARM):
+        for name, run in passes.items():
+            took = _seconds(run, device) / len(weights)
+            if number >= _WARM:
+                samples[name].append(took)
+    found.samples = samples
+    found.seconds = {name: median(values) for name, values in samples.items()}
+    return found
+
+
+def _random(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def _weights(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Copies of a 2:4 matrix, rows rolled, more than the cache holds when packed."""
     outputs, inputs = shape
-    x = torch.randn(max(tokens, 1), inputs, dtype=dtype, device="cuda")
-    weight = torch.randn(outputs, inputs, dtype=dtype, device="cuda")
-    keep = torch.tensor([1, 1, 0, 0], dtype=dtype, device="cuda").repeat(outputs, inputs // 4)
-    weight = weight * keep
-    functions: dict[str, Any] = {"dense": partial(torch.nn.functional.linear, x, weight)}
-    event: Any = torch.cuda.Event
+    copies = max(2, -(-_COLD_BYTES * 16 // (9 * outputs * inputs * dtype.itemsize))) if device != "cpu" else 2
+    keep_I = torch.tensor([1, 1, 0, 0], dtype=dtype, device=device).repeat(inputs // 4)
+    first_OI = _random(shape, dtype, device) * keep_I
+    return [first_OI.roll(i, 0) for i in range(copies)]
+
+
+def _dense_lacks(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> str | None:
+    if dtype != torch.int8:
+        return None
+    if tokens <= _INT8_TOKENS:
+        return f"torch._int_mm takes more than {_INT8_TOKENS} tokens, asked for {tokens}"
+    if any(n % 8 for n in shape):
+        return f"torch._int_mm takes multiples of 8, the matrix is {shape[0]}x{shape[1]}"
+    return None
+
+
+def _dense(x_TI: Tensor, weight_OI: Tensor) -> Run:
+    if x_TI.dtype == torch.int8:
+        return lambda: torch._int_mm(x_TI, weight_OI.T)
+    return lambda: torch.nn.functional.linear(x_TI, weight_OI)
+
+
+def _sparse(name: str, x_TI: Tensor, weights: Sequence[Tensor]) -> list[Run]:
+    """The products of a backend, with tensors of its own."""
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    for backend in (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS):
-        name = backend.BACKEND
-        try:
-            sparse: Any = backend.from_dense(weight)
-            if name == "cusparselt":
-                # the default algorithm is often slower than dense: pytorch issues 115178, 179926
-                sparse.alg_id_cusparselt = torch._cslt_sparse_mm_search(sparse.packed, x.T.contiguous())
-            got = torch.nn.functional.linear(x, sparse)
-            want = torch.nn.functional.linear(x, weight)
-            if not torch.allclose(got, want, atol=1e-1, rtol=2e-2):
-                continue
-            functions[name] = partial(torch.nn.functional.linear, x, sparse)
-        except (RuntimeError, NotImplementedError):
-            continue
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 3):
-        for name, run in functions.items():
-            begin, end = event(enable_timing=True), event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 3:
-                samples[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: median(values) for name, values in samples.items()}
+    backend: Any = {
+        "cusparselt": SparseSemiStructuredTensorCUSPARSELT,
+        "cutlass": SparseSemiStructuredTensorCUTLASS,
+    }[name]
+    int8 = x_TI.dtype == torch.int8
+    if int8 and name == "cutlass":
+        raise NotImplementedError("int8 is measured through cuSPARSELt")
+    packed = [backend.from_dense(w) for w in weights]
+    if name != "cusparselt":
+        return [_linear(x_TI, p) for p in packed]
+    # cuSPARSELt takes no other numbers of tokens; F.linear pads by itself
+    padded_TI = torch.nn.functional.pad(x_TI, (0, 0, 0, -len(x_TI) % (_INT8_TOKENS if int8 else 8)))
+    more: dict[str, Any] = {"out_dtype": torch.int32} if int8 else {}
+    # the default algorithm is often slower than dense: pytorch issues 115178, 179926
+    algorithm = torch._cslt_sparse_mm_search(packed[0].packed, padded_TI.T, **more)
+    if int8:
+        return [_int8(padded_TI, p.packed, algorithm, len(x_TI)) for p in packed]
+    for p in packed:
+        p.alg_id_cusparselt = algorithm
+    return [_linear(x_TI, p) for p in packed]
+
+
+def _linear(x_TI: Tensor, weight: Tensor) -> Run:
+    return lambda: torch.nn.functional.linear(x_TI, weight)
+
+
+def _int8(x_TI: Tensor, packed: Tensor, algorithm: int, tokens: int) -> Run:
+    """In place of F.linear, which would round sums to int8."""
+    more: dict[str, Any] = {"out_dtype": torch.int32, "alg_id": algorithm}
+    return lambda: torch._cslt_sparse_mm(packed, x_TI.T, **more).T[:tokens]
+
+
+def _error(got_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> float:
+    """Relative error of the first tokens' products."""
+    want_TO = x_TI[:_CHECKED].double() @ weight_OI.double().T
+    return float((got_TO[:_CHECKED].double() - want_TO).norm() / want_TO.norm())
+
+
+def _in_turn(runs: Sequence[Run]) -> Callable[[], None]:
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
+
+
+def _replayed(runs: Sequence[Run]) -> Callable[[], None]:
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _in_turn(runs)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _in_turn(runs)()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

@@ -48,7 +48,8 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    # of its own accord it would take a GPU where there is one, and report.json says what computed
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
     with widened():
         found = simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True

@@ -229,11 +229,12 @@ class _Survivors:
             copy.copy_(state[f"copy {i}"])
             kept.copy_(state[f"kept {i}"])
             p.detach().copy_(copy)
-            self.masks[i] = state.get(f"mask {i}")
+            mask = state.get(f"mask {i}")
+            self.masks[i] = None if mask is None else mask.to(copy.device)
             self.scales[i] = float(state[f"scale {i}"])
             names = ("step", "exp_avg", "exp_avg_sq")
             if f"step {i}" in state:
-                self.adam.state[copy] = {name: state[f"{name} {i}"].clone() for name in names}
+                self.adam.state[copy] = {name: state[f"{name} {i}"].to(copy.device, copy=True) for name in names}
 
 
 def _size(copy: Tensor, mask: Tensor | None) -> float:

@@ -277,16 +277,26 @@ def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
     return [f"{prefix}.{i}" for i in range(len(container))], family.experts
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a live model's parameters are; the CPU for a skeleton, which is loaded there."""
+    found = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(found, torch.device("cpu"))
+
+
 @contextmanager
 def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     # only the forward of the instance: loops over blocks still find the attributes they read
+    before = [module.__dict__.get("forward") for module in modules]
     for i, module in enumerate(modules):
         module.forward = make(i)
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             del module.forward
+            # accelerate moves inputs to a block's device in a forward of the instance
+            if forward is not None:
+                module.forward = forward
 
 
 @contextmanager
@@ -585,7 +595,9 @@ class _Watch:
                 )
         found = {layer.name: self.sums[self.leader[layer.name]] for layer in self.layers}
         for layer in self.experts:
-            found[layer.name] = self.sums.get(layer.name) or Stats.zeros(layer.shape[1], self.gram)
+            found[layer.name] = self.sums.get(layer.name) or Stats.zeros(
+                layer.shape[1], self.gram, layer.parameter.device
+            )
         return found
 
 

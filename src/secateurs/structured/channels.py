@@ -22,6 +22,7 @@ from secateurs.stats import Stats
 from secateurs.structured import columns, graph
 from secateurs.structured.budget import Budget
 from secateurs.structured.graph import Group, Slot
+from secateurs.walk import device_of
 
 Progress = Callable[[str, int, int], None]
 Inputs = tuple[Tensor, ...]
@@ -61,6 +62,8 @@ def shrink_module(
     if not batches:
         raise PlanError("no calibration inputs were given")
     bound = Budget.parse(budget, BUDGETS)
+    device = device_of(model)
+    batches = [tuple(x.to(device) for x in batch) for batch in batches]
     model = copy.deepcopy(model).eval()
     job = _Job(model, batches, bound, multiple, damping, seed, progress)
     report = job.run(criterion, refit)
@@ -181,8 +184,9 @@ class _Job:
         weight_OI = module.weight.detach().float().flatten(1)
         rows = list(torch.arange(len(weight_OI)).chunk(slot.groups))
         weights = [weight_OI[r] for r in rows]
+        # which ones is noted on the CPU, what they weigh is where the module is
         alive = [torch.ones(w.shape[1], dtype=torch.bool) for w in weights]
-        scale_O = [torch.ones(len(r)) for r in rows]
+        scale_O = [w.new_ones(len(w)) for w in weights]
         bias_O = None if module.bias is None else module.bias.detach().float().clone()
         found = _Consumer(slot, module, rows, weights, alive, scale_O, bias_O)
         if bias_O is None and slot.module in self.graph.norms:
@@ -204,7 +208,7 @@ class _Job:
             for i, part in enumerate(parts):
                 with_one = torch.cat([part, part.new_ones(*part.shape[:2], 1)], 2)
                 if len(sums.setdefault(name, [])) <= i:
-                    sums[name].append(Stats.zeros(with_one.shape[-1], True))
+                    sums[name].append(Stats.zeros(with_one.shape[-1], True, x.device))
                 sums[name][i].add_(with_one)
             waiting.discard(name)
             if not waiting and not label:
@@ -241,10 +245,11 @@ class _Job:
                     raise PlanError(f"{type(self.model).__name__} gives a {type(out).__name__}, not a tensor")
                 if out.dim() == 2 and out.shape[1] > 1:
                     chance = out.detach().float().softmax(1)
-                    label_N = torch.multinomial(chance, 1, generator=generator)
+                    # drawn on the CPU, whose generator it is
+                    label_N = torch.multinomial(chance.cpu(), 1, generator=generator).to(out.device)
                     loss = -out.float().log_softmax(1).gather(1, label_N).sum()
                 else:
-                    noise = torch.randn(out.shape, generator=generator)
+                    noise = torch.randn(out.shape, generator=generator).to(out.device)
                     loss = (out.float() * noise).sum() / out.detach().float().square().mean().sqrt().clamp(min=1e-12)
                 loss.backward()  # type: ignore[no-untyped-call]
             yield
@@ -257,7 +262,7 @@ class _Job:
 
         def take(name: str, gradient: Tensor) -> None:
             square_O = gradient.float().square().transpose(0, 1).flatten(1)
-            total = sums.setdefault(name, [torch.zeros(len(square_O)), 0])
+            total = sums.setdefault(name, [square_O.new_zeros(len(square_O)), 0])
             total[0] += square_O.sum(1)
             total[1] += square_O.shape[1]
 
@@ -330,7 +335,7 @@ class _Job:
                 index = torch.cat([alive.nonzero()[:, 0], torch.tensor([len(alive)])])
                 renumbered = torch.full((len(alive) + 1,), -1, dtype=torch.long)
                 renumbered[index] = torch.arange(len(index))
-                weight_OI = torch.cat([consumer.weight_OI[i], torch.zeros(len(consumer.rows[i]), 1)], 1)
+                weight_OI = _with_intercept(consumer.weight_OI[i])
                 now_OI = weight_OI if bool(alive.all()) else self._refit(slot.module, weight_OI, seen, index)
                 scored_OI = now_OI * consumer.scale_O[i][:, None]
                 sides.append(columns.Side(scored_OI, seen.reordered(index), renumbered[groups_GC]))
@@ -426,13 +431,13 @@ class _Job:
         error = whole = 0.0
         for slot in slots:
             consumer = self.consumers[slot.module]
-            more_O = torch.zeros(len(consumer.module.weight))
+            more_O = consumer.weight_OI[0].new_zeros(len(consumer.module.weight))
             new = torch.zeros_like(consumer.module.weight, dtype=torch.float32).flatten(1)
             for i, groups_GC in enumerate(self.graph.columns(self.model, group, slot)):
                 consumer.alive[i][groups_GC[gone].flatten()] = False
                 rows, seen = consumer.rows[i], stats[slot.module][i]
                 kept_K = torch.cat([consumer.alive[i].nonzero()[:, 0], torch.tensor([len(consumer.alive[i])])])
-                weight_OI = torch.cat([consumer.weight_OI[i], torch.zeros(len(rows), 1)], 1)
+                weight_OI = _with_intercept(consumer.weight_OI[i])
                 new_OK = self._refit(slot.module, weight_OI, seen, kept_K) if refit else weight_OI[:, kept_K]
                 whole_OI = torch.zeros_like(weight_OI)
                 whole_OI[:, kept_K] = new_OK
@@ -467,16 +472,24 @@ class _Job:
 def measure(dense: nn.Module, left: nn.Module, example: Inputs, rounds: int = 15) -> tuple[float, float, float]:
     """Seconds of two modules on one example, in turn after two rounds that warm up; medians, and the median ratio."""
     samples: list[tuple[float, float]] = []
+    cuda = any(x.is_cuda for x in example)
     with torch.no_grad():
         for number in range(rounds + 2):
             pair = []
             for module in (dense, left):
                 begin = time.perf_counter()
                 module(*example)
+                if cuda:
+                    torch.cuda.synchronize()
                 pair.append(time.perf_counter() - begin)
             if number >= 2:
                 samples.append((pair[0], pair[1]))
     return median(a for a, _ in samples), median(b for _, b in samples), median(b / a for a, b in samples)
+
+
+def _with_intercept(weight_OI: Tensor) -> Tensor:
+    """A column more, for the constant 1 among the inputs."""
+    return torch.cat([weight_OI, weight_OI.new_zeros(len(weight_OI), 1)], 1)
 
 
 @contextmanager

@@ -90,7 +90,8 @@ def removal(
     while len(removed) < count:
         # in turns: nobody loses its next before all have lost this one
         may_G = left if families == 1 else left & (gone_P == len(removed) // families)[parents_G]
-        cost_G = torch.stack([surgeon.costs() for surgeon in surgeons]).sum(0).masked_fill_(~may_G, torch.inf)
+        # who goes is noted on the CPU, wherever the sides are
+        cost_G = torch.stack([surgeon.costs() for surgeon in surgeons]).sum(0).cpu().masked_fill_(~may_G, torch.inf)
         chosen = cost_G.argsort(stable=True)[: min(at_once if families == 1 else 1, count - len(removed))]
         together = sum(surgeon.remove(chosen) for surgeon in surgeons)
         left[chosen] = False
@@ -140,7 +141,7 @@ class _Surgeon:
 
 
 def _least(scores: Sequence[Tensor], count: int, parents_G: Tensor | None) -> Tensor:
-    score_G = torch.stack(list(scores)).sum(0)
+    score_G = torch.stack(list(scores)).sum(0).cpu()
     order = score_G.argsort(stable=True)
     if parents_G is None:
         return order[:count]

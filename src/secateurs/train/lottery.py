@@ -168,7 +168,8 @@ class _Run:
     ) -> dict[str, Tensor]:
         model = self._loaded(start)
         for name, mask in masks.items():
-            model.get_parameter(name).data.masked_fill_(~mask, 0)
+            weight = model.get_parameter(name).data
+            weight.masked_fill_(~mask.to(weight.device), 0)
         torch.manual_seed(seed)
         self.task.train(model, lambda optimizer: hold(model, optimizer, masks), begin, stop, seed)
         for name, mask in masks.items():
@@ -184,7 +185,8 @@ class _Run:
     def _tightened(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The next round's mask: the largest trained weights that the last mask had."""
         model = self._loaded(weights)
-        sizes = {n: p.detach().abs() for n, p in prunable(model) if n not in self.plan.skip}
+        # masks come from files
+        sizes = {n: p.detach().abs().cpu() for n, p in prunable(model) if n not in self.plan.skip}
         if not sizes:
             raise PlanError(f"{type(model).__name__} has no matrix to prune")
         sizes = {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in sizes.items()}
@@ -262,7 +264,7 @@ def _shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+    return {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class MaskedLinear(nn.Module):
             )
         self.weight = nn.Parameter(weight_OI.detach().clone())
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
-        self.register_buffer("mask_OI", mask_OI.to(torch.bool))
+        self.register_buffer("mask_OI", mask_OI.to(weight_OI.device, torch.bool))
 
     @classmethod
     def of(cls, linear: nn.Linear, mask_OI: Tensor | None = None) -> "MaskedLinear":
