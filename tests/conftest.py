@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import process
 import pytest
 import tiny
 import torch
@@ -35,6 +36,14 @@ def llama(tmp_path_factory):
 def words(tmp_path_factory):
     """A text file."""
     return tiny.text(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="session")
+def elsewhere():
+    """reload(folder) in a process without secateurs."""
+    found = process.Elsewhere()
+    yield found
+    found.close()
 
 
 @pytest.fixture

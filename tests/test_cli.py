@@ -1,9 +1,7 @@
 import json
-import os
 import re
-import subprocess
-import sys
 
+import process
 import pytest
 import tiny
 import torch
@@ -16,11 +14,9 @@ FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqle
 
 def run(*arguments, code=0):
     """The command line in a process of its own: (stdout, stderr)."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "secateurs.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == code, done.stderr + done.stdout
-    return done.stdout, done.stderr
+    done = process.run(cli.main, [str(a) for a in arguments], COLUMNS=200)
+    assert done.code == code, done.error + done.out
+    return done.out, done.error
 
 
 def fails(capsys, code, *arguments):
@@ -429,3 +425,13 @@ def test_bad_requests_to_decide_and_report(command, code, message, tmp_path, lla
     arguments = [part.format(llama=llama, out=tmp_path / "out") for part in command]
     assert message in fails(capsys, code, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_installed_command_is_this_one():
+    command = Path(sys.executable).with_name("secateurs")
+    done = subprocess.run(
+        [command, "prune", "nowhere", "--out", "x", "--sparsity", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "sparsity" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,12 +5,10 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import process
 import pytest
 import tiny
 import torch
@@ -445,17 +443,13 @@ print("finished", flush=True)
 
 
 def _start(source, words, out, method="sparsegpt+refit"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", _RUN, str(source), str(words), str(out), method],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
+    # what one run leaves in the cache must not help another
+    return process.Running(_RUN, source, words, out, method, SECATEURS_CACHE=out.with_name(f"{out.name}-cache"))
 
 
 @pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best", "measured"])
 def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, words):
-    undisturbed = _start(llama, words, tmp_path / "whole", method)
-    lines = undisturbed.communicate()[0].splitlines()
+    lines = _start(llama, words, tmp_path / "whole", method).all()
     assert lines[-1] == "finished", lines
     # die after each thing that is written, in one run directory, then go on
     kills = 0
@@ -465,20 +459,18 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
     late = ["ends.json 2", "ends.json 3", "distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"]
     late = late if method == "best" else []
     for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
-        process = _start(llama, words, tmp_path / "killed", method)
+        running = _start(llama, words, tmp_path / "killed", method)
         state = ""
-        for line in map(str.strip, process.stdout):
+        for line in running.lines():
             state = line if line.startswith("state.json") else state
             if wanted in (line, f"{state}, {line}"):
-                process.send_signal(signal.SIGKILL)
+                running.kill()
                 kills += 1
                 break
-        process.stdout.close()
-        process.wait()
     assert kills == 4 + len(early) + len(late)
     state = json.loads((tmp_path / "killed" / "work" / "windows.json").read_text())
     assert len(state["windows"]) == 8
-    assert _start(llama, words, tmp_path / "killed", method).communicate()[0].splitlines()[-1] == "finished"
+    assert _start(llama, words, tmp_path / "killed", method).all()[-1] == "finished"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert sorted(f.name for f in whole.iterdir()) == sorted(f.name for f in killed.iterdir())
     for file in sorted((whole / "model").iterdir()):
@@ -513,14 +505,13 @@ def test_a_kill_before_zeros_are_shared_out_leaves_what_the_last_block_saw(tmp_p
 def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
     whole = _start(llama, words, tmp_path / "whole", "wanda")
     began = time.time()
-    assert whole.communicate()[0].splitlines()[-1] == "finished"
+    assert whole.all()[-1] == "finished"
     seconds = time.time() - began
     for part in (0.55, 0.7, 0.8, 0.9):
-        process = _start(llama, words, tmp_path / "killed", "wanda")
+        running = _start(llama, words, tmp_path / "killed", "wanda")
         time.sleep(seconds * part)
-        process.kill()
-        process.communicate()
-    assert _start(llama, words, tmp_path / "killed", "wanda").communicate()[0].splitlines()[-1] == "finished"
+        running.kill()
+    assert _start(llama, words, tmp_path / "killed", "wanda").all()[-1] == "finished"
     for shard in sorted((tmp_path / "whole" / "model").glob("*.safetensors")):
         assert shard.read_bytes() == (tmp_path / "killed" / "model" / shard.name).read_bytes()
 

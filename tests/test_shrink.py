@@ -1,11 +1,8 @@
 """From a folder to a smaller dense folder, under a budget."""
 
 import importlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -39,20 +36,8 @@ def killed_after(name, chosen, out):
         shrink(chosen, out)
 
 
-_RELOAD = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-ids = model.generate(torch.arange(8)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
-cache = model(input_ids=ids, use_cache=True).past_key_values
-assert "secateurs" not in sys.modules
-print(json.dumps([sum(p.numel() for p in model.parameters()), list(ids.shape), len(cache.layers), cache.layers[0].keys.shape[1]]))
-"""
-
-
 @pytest.mark.parametrize("model_type", [t for t in tiny.TINY if not t.startswith("bert")])
-def test_every_family_reloads_without_us_and_generates(model_type, tmp_path, words):
+def test_every_family_reloads_without_us_and_generates(model_type, tmp_path, words, elsewhere):
     source = tiny.save(tmp_path / "dense", model_type)
     kinds = ("mlp", "heads", "layers")
     if "mix" in model_type or "moe" in model_type:
@@ -62,10 +47,7 @@ def test_every_family_reloads_without_us_and_generates(model_type, tmp_path, wor
     report = shrink(plan(source, words, "params=0.9x", units=kinds), tmp_path / "run")
     left = report["left"]
     assert left["parameters"] <= 0.9 * report["dense"]["parameters"]
-    out = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    parameters, shape, layers, heads = json.loads(out.splitlines()[-1])
+    parameters, shape, layers, heads = elsewhere.reload(tmp_path / "run" / "model")
     assert (parameters, shape, layers, heads) == (left["parameters"], [1, 13], left["layers"], left["heads"])
     assert report["quality"]["ppl"]["value"] > 0
     assert not (tmp_path / "run" / "work").exists()
@@ -232,19 +214,12 @@ def test_blocks_by_influence(tmp_path, words):
     assert 1 not in report["left"]["kept_layers"]
 
 
-def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words):
+def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words, elsewhere):
     """Two kinds of units of one consumer go one after another."""
     options = {"units": ("heads", "queries", "mlp"), "multiple": 16, "criterion": "taylor"}
     report = shrink(plan(llama, words, "params=0.56x", **options), tmp_path / "run")
     assert (report["left"]["heads"], report["left"]["queries"]) < (report["dense"]["heads"], report["dense"]["queries"])
-    parameters, *_ = json.loads(
-        subprocess.run(
-            [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout.splitlines()[-1]
-    )
+    parameters, *_ = elsewhere.reload(tmp_path / "run" / "model")
     assert parameters == report["left"]["parameters"]
 
 
@@ -268,17 +243,14 @@ def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_experts_go_and_the_model_reloads(model_type, tmp_path, words):
+def test_experts_go_and_the_model_reloads(model_type, tmp_path, words, elsewhere):
     source = tiny.save(tmp_path / "dense", model_type)
     chosen = plan(source, words, "params=0.8x", units=("experts",))
     report = shrink(chosen, tmp_path / "run")
     left = report["left"]
     assert (report["dense"]["experts"], left["experts"]) in ((4, 3), (4, 2))
     assert all(len(b["units"]["experts"]["removed"]) == 4 - left["experts"] for b in report["blocks"])
-    out = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    assert json.loads(out.splitlines()[-1])[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
+    assert elsewhere.reload(tmp_path / "run" / "model")[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
     killed_after("block-0001.json", chosen, tmp_path / "killed")
     assert shrink(chosen, tmp_path / "killed")["quality"] == report["quality"]
 

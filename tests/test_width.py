@@ -1,14 +1,12 @@
 """Channels of the residual stream."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from test_shrink import _RELOAD, plan
+from test_shrink import plan
 
 from secateurs import families
 from secateurs.structured import units, width
@@ -78,15 +76,12 @@ def test_refit_brings_the_readers_nearer():
 
 
 @pytest.mark.parametrize("units_of", [("hidden",), ("hidden", "mlp", "heads", "layers")])
-def test_a_narrow_model_reloads(units_of, tmp_path, llama, words):
+def test_a_narrow_model_reloads(units_of, tmp_path, llama, words, elsewhere):
     report = shrink(plan(llama, words, "params=0.8x", units=units_of), tmp_path / "run")
     left = report["left"]
     if units_of == ("hidden",):
         assert left["hidden"] < report["dense"]["hidden"]
-    out = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(tmp_path / "run" / "model")], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    assert json.loads(out.splitlines()[-1])[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
+    assert elsewhere.reload(tmp_path / "run" / "model")[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["hidden_size"] == left["hidden"]
 
 
