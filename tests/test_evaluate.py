@@ -60,9 +60,9 @@ def test_surprise_is_the_mean_over_all_windows(pieces, monkeypatch):
 
 
 def test_the_first_of_equal_words_is_the_top_one():
-    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 2.0]])
-    other = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 2.0]])
-    assert evaluate.compare(torch.tensor([0, 0]), [logits, other]).agree == 1
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 2.0], [5.0, 5.0, 0.0]])
+    other = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 2.0], [5.0, 0.0, 0.0]])
+    assert evaluate.compare(torch.tensor([0, 0, 0]), [logits, other]).agree == 2
 
 
 def test_finished_windows_are_not_measured_again():

@@ -20,7 +20,7 @@ import secateurs as sc
 from secateurs import calibrate, families, permute, products, walk
 from secateurs.checkpoint import Checkpoint
 from secateurs.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
-from secateurs.files import trim
+from secateurs.files import fingerprint_of, trim
 from secateurs.prune import failure, quality
 from secateurs.summary import print_report
 
@@ -733,6 +733,12 @@ def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_
     assert measured()[1] == twice
     monkeypatch.setenv("SECATEURS_CACHE", str(words))
     assert measured() == (first, twice)
+
+
+def test_the_same_tokens_in_longer_windows_are_another_text():
+    ids = torch.arange(128)
+    assert fingerprint_of(ids.view(2, 64)) != fingerprint_of(ids.view(4, 32))
+    assert fingerprint_of(ids.view(2, 64)) == fingerprint_of(ids.view(2, 64).clone())
 
 
 def test_the_cache_keeps_what_was_used_last(tmp_path):
