@@ -124,6 +124,59 @@ void run_part(int64_t begin, int64_t end, void* context) {
   }
 }
 
+enum { STEP = 8 }; /* of the strategy `gather`: weights */
+
+/* Calls put(slot, distance, place) for each slot of a panel's row; place: of the survivor in the stream, -1 for a zero.
+   Returns the number of slots. */
+template <class Put>
+int64_t row_slots(const secateurs_weight& w, int64_t panel, int64_t row, Put put) {
+  const int64_t words = (w.inputs + SECATEURS_WORD - 1) / SECATEURS_WORD;
+  const uint64_t* mask = w.mask + panel * words * SECATEURS_PANEL;
+  int64_t at = w.starts[panel], slots = 0, before[2] = {};
+  for (int64_t j = 0; j < words; ++j)
+    for (int64_t r = 0; r < SECATEURS_PANEL; ++r, ++mask) {
+      if (r != row) {
+        at += __builtin_popcountll(*mask);
+        continue;
+      }
+      for (uint64_t bits = *mask; bits; bits &= bits - 1) {
+        const int64_t input = j * SECATEURS_WORD + __builtin_ctzll(bits);
+        for (; input - before[slots % 2] > 255; ++slots) {
+          put(slots, 255, -1);
+          before[slots % 2] += 255;
+        }
+        put(slots, input - before[slots % 2], at++);
+        before[slots++ % 2] = input;
+      }
+    }
+  return slots;
+}
+
+struct Filling {
+  const secateurs_weight* weight;
+  int32_t itemsize;
+  int64_t parts;
+};
+
+void fill_part(int64_t begin, int64_t end, void* context) {
+  const Filling& filling = *static_cast<const Filling*>(context);
+  const secateurs_weight& w = *filling.weight;
+  const int64_t size = filling.itemsize, step = STEP * (1 + size);
+  const char* values = static_cast<const char*>(w.values);
+  const int64_t first = panels(w) * begin / filling.parts, last = panels(w) * end / filling.parts;
+  for (int64_t p = first; p < last; ++p) {
+    char* to = static_cast<char*>(const_cast<void*>(w.steps)) + w.step_starts[p] * step;
+    memset(to, 0, static_cast<size_t>((w.step_starts[p + 1] - w.step_starts[p]) * step));
+    for (int64_t r = 0; r < SECATEURS_PANEL; ++r)
+      row_slots(w, p, r, [=](int64_t slot, int64_t distance, int64_t place) {
+        char* at = to + slot / 2 * step;
+        const int64_t lane = slot % 2 * SECATEURS_PANEL + r;
+        at[lane] = static_cast<char>(distance);
+        if (place >= 0) memcpy(at + STEP + size * lane, values + size * place, static_cast<size_t>(size));
+      });
+  }
+}
+
 struct Reading {
   const char* buffer;
   int64_t nbytes;
@@ -183,9 +236,11 @@ int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int3
   if (count < 1 || tokens < 0 || threads < 1) return SECATEURS_BAD_ARGUMENT;
   if (tokens == 0) return SECATEURS_OK;
   const int64_t inputs = products[0].weight.inputs;
-  const bool dense = !strcmp(ROWS[kernel].format, "dense");
-  for (int32_t p = 0; p < count; ++p)
-    if (products[p].weight.inputs != inputs || dense != !products[p].weight.mask) return SECATEURS_BAD_ARGUMENT;
+  const bool dense = !strcmp(ROWS[kernel].format, "dense"), gather = !strcmp(ROWS[kernel].strategy, "gather");
+  for (int32_t p = 0; p < count; ++p) {
+    const secateurs_weight& w = products[p].weight;
+    if (w.inputs != inputs || dense != !w.mask || (gather && !w.step_starts)) return SECATEURS_BAD_ARGUMENT;
+  }
 
   Work work = {};
   work.body = ROWS[kernel].body;
@@ -219,6 +274,7 @@ int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t i
   const int64_t count = (outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL;
   const int64_t last = inputs % SECATEURS_WORD;
   int64_t found = 0;
+  int64_t most = 0;
   for (int64_t p = 0; p < count; ++p) {
     starts[p] = found;
     for (int64_t j = 0; j < words; ++j)
@@ -233,11 +289,36 @@ int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t i
           return 1;
         }
         found += __builtin_popcountll(bits);
+        for (uint64_t rest = bits; rest && most < 8; rest >>= 8) {
+          const int64_t here = __builtin_popcountll(rest & 255);
+          if (here > most) most = here;
+        }
       }
   }
   starts[count] = found;
   where[0] = found;
+  where[1] = most;
   return found == survivors ? 0 : 3;
+}
+
+int64_t secateurs_count_steps(const secateurs_weight* weight, int64_t* step_starts) {
+  int64_t steps = 0;
+  for (int64_t p = 0; p < panels(*weight); ++p) {
+    int64_t longest = 0;
+    for (int64_t r = 0; r < SECATEURS_PANEL; ++r) {
+      const int64_t slots = row_slots(*weight, p, r, [](int64_t, int64_t, int64_t) {});
+      longest = slots > longest ? slots : longest;
+    }
+    step_starts[p] = steps;
+    steps += (longest + 1) / 2;
+  }
+  step_starts[panels(*weight)] = steps;
+  return steps;
+}
+
+void secateurs_fill_steps(const secateurs_weight* weight, int32_t itemsize, int32_t threads) {
+  Filling filling = {weight, itemsize, threads};
+  parallel(threads, fill_part, &filling);
 }
 
 double secateurs_read(const void* buffer, int64_t nbytes, int32_t threads) {

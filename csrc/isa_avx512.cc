@@ -57,6 +57,7 @@ inline void narrow_bf16(const float* sums, int64_t n, uint16_t* out) {
 
 /* sums of 16 floats */
 struct Sums {
+  static constexpr bool spreads = false, rows_alone = false;
   using Sum = __m512;
   static constexpr int sums = 16;
   static Sum zero() { return _mm512_setzero_ps(); }
@@ -197,3 +198,6 @@ SECATEURS_SKIP(bitmask_fp32_avx512_skip, Fp32)
 SECATEURS_DENSE(dense_bf16_avx512_stream, Bf16)
 SECATEURS_DENSE(dense_fp16_avx512_stream, Fp16)
 SECATEURS_DENSE(dense_fp32_avx512_stream, Fp32)
+SECATEURS_DENSE_TILE(dense_bf16_avx512_tile, Bf16)
+SECATEURS_DENSE_TILE(dense_fp16_avx512_tile, Fp16)
+SECATEURS_DENSE_TILE(dense_fp32_avx512_tile, Fp32)

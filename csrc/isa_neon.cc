@@ -9,6 +9,7 @@ namespace {
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float), bool Same>
 struct Neon {
+  static constexpr bool spreads = false, rows_alone = false;
   using value = Value;
   using element = float;
   using Vector = float32x4_t;
@@ -61,3 +62,6 @@ SECATEURS_TILE(bitmask_fp32_neon_tile, Fp32)
 SECATEURS_DENSE(dense_bf16_neon_stream, Bf16)
 SECATEURS_DENSE(dense_fp16_neon_stream, Fp16)
 SECATEURS_DENSE(dense_fp32_neon_stream, Fp32)
+SECATEURS_DENSE_TILE(dense_bf16_neon_tile, Bf16)
+SECATEURS_DENSE_TILE(dense_fp16_neon_tile, Fp16)
+SECATEURS_DENSE_TILE(dense_fp32_neon_tile, Fp32)

@@ -7,6 +7,7 @@ namespace {
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float)>
 struct Scalar {
+  static constexpr bool spreads = false, rows_alone = false;
   using value = Value;
   using element = float;
   using Vector = float;
@@ -55,3 +56,6 @@ SECATEURS_TILE(bitmask_fp32_scalar_tile, Fp32)
 SECATEURS_DENSE(dense_bf16_scalar_stream, Bf16)
 SECATEURS_DENSE(dense_fp16_scalar_stream, Fp16)
 SECATEURS_DENSE(dense_fp32_scalar_stream, Fp32)
+SECATEURS_DENSE_TILE(dense_bf16_scalar_tile, Bf16)
+SECATEURS_DENSE_TILE(dense_fp16_scalar_tile, Fp16)
+SECATEURS_DENSE_TILE(dense_fp32_scalar_tile, Fp32)

@@ -9,6 +9,8 @@
      dense(values, out)          the same of 64 stored values
      load, store, splat (one pair in all sums), madd, reduce, load_sum, store_sum, zero
      to_element, to_float, from_float, narrow(sums, n, out)
+     spreads              whether part() and spread() give one Vector of a word alone
+     rows_alone           whether one token's dense product reads a row after the other, not four together
      columns, rows(c)     a block of products that fits the registers: `columns` Vectors of tokens, rows(c) rows of weights
    Shapes: T tokens, O outputs, I inputs; a panel is 4 rows of O, a word 64 of I. */
 
@@ -105,12 +107,118 @@ struct Kernels {
       for (int t = 0; t < TOKENS; ++t) finish(product, token + t, panel * P + r, total[r][t]);
   }
 
+  /* The same, one Vector of each row after the other, where its place in the stream costs little to know: a load of x
+     serves 4 rows. EACH: survivors of every byte of the panel's mask, if they are as many everywhere; else 0. */
+  template <int TOKENS, int EACH>
+  static void spread_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
+    const secateurs_weight& w = product.weight;
+    const int64_t words = call.words;
+    const element* x = rows(call) + token * words * WORD;
+    const value* values = static_cast<const value*>(w.values) + w.starts[panel];
+    const uint64_t* mask = w.mask + panel * words * P;
+    Sum sum[P][TOKENS];
+    for (int r = 0; r < P; ++r)
+      for (int t = 0; t < TOKENS; ++t) sum[r][t] = Math::zero();
+    for (int64_t j = 0; j < words; ++j, mask += P, x += WORD) {
+#pragma GCC unroll 8
+      for (int line = 0; line < 2 * static_cast<int>(sizeof(value)); ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + 2048 + 64 * line);
+      __builtin_prefetch(reinterpret_cast<const char*>(mask) + 1024);
+      const value* at[P] = {values};
+#pragma GCC unroll 4
+      for (int r = 1; r < P; ++r) at[r] = at[r - 1] + (EACH ? 8 * EACH : __builtin_popcountll(mask[r - 1]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) {
+        Vector column[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) column[t] = Math::load(x + t * words * WORD + v * Math::lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < P; ++r) {
+          const uint64_t part = Math::part(mask[r], v);
+          const Vector row = Math::spread(part, at[r] + EACH * v);
+          if (!EACH) at[r] += __builtin_popcountll(part);
+          for (int t = 0; t < TOKENS; ++t) sum[r][t] = Math::madd(sum[r][t], row, column[t]);
+        }
+      }
+      values = EACH ? values + 8 * EACH * P : at[P - 1];
+    }
+    float total[P][TOKENS];
+#pragma GCC unroll 4
+    for (int r = 0; r < P; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) total[r][t] = Math::reduce(sum[r][t]);
+    for (int r = 0; r < P && panel * P + r < w.outputs; ++r)
+      for (int t = 0; t < TOKENS; ++t) finish(product, token + t, panel * P + r, total[r][t]);
+  }
+
+  template <int EACH>
+  static void spread_tokens(const Call& call, const Product& product, int64_t panel) {
+    int64_t t = 0;
+    for (; t + 3 <= call.tokens; t += 3) spread_panel<3, EACH>(call, product, panel, t);
+    if (t + 2 == call.tokens) spread_panel<2, EACH>(call, product, panel, t);
+    if (t + 1 == call.tokens) spread_panel<1, EACH>(call, product, panel, t);
+  }
+
   static void stream(const Call& call, const Product& product, int64_t begin, int64_t end, void*) {
+    const secateurs_weight& w = product.weight;
+    for (int64_t p = begin; p < end; ++p) {
+      if constexpr (Math::spreads) {
+        /* a panel whose bytes have `most` survivors on average has as many in each */
+        const bool even = w.starts[p + 1] - w.starts[p] == w.most * (WORD / 8) * P * call.words;
+        if (even && w.most == 4)
+          spread_tokens<4>(call, product, p);
+        else if (even && w.most == 2)
+          spread_tokens<2>(call, product, p);
+        else
+          spread_tokens<0>(call, product, p);
+      } else {
+        int64_t t = 0;
+        for (; Math::columns >= 4 && t + 4 <= call.tokens; t += 4) stream_panel<4>(call, product, p, t);
+        for (; t + 2 <= call.tokens; t += 2) stream_panel<2>(call, product, p, t);
+        for (; t < call.tokens; ++t) stream_panel<1>(call, product, p, t);
+      }
+    }
+  }
+
+  /* ------------------------------------------------------------------------------------------------------- gather */
+
+  /* Few tokens, work in proportion to the survivors: x is fetched at positions that were listed when the matrix was read.
+     The lower half of a step's products are of the four rows' next survivors, the upper half of those after. */
+  template <int TOKENS>
+  static void gather_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
+    const secateurs_weight& w = product.weight;
+    const int64_t wide = call.words * WORD, steps = w.step_starts[panel + 1] - w.step_starts[panel];
+    constexpr int64_t STEP = 2 * P * (1 + static_cast<int64_t>(sizeof(value)));
+    const char* at = static_cast<const char*>(w.steps) + w.step_starts[panel] * STEP;
+    const element* x = rows(call) + token * wide;
+    Sum sum[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) sum[t] = Math::zero();
+    /* positions of some steps first: a load that follows a wider store at once would wait for it */
+    constexpr int AHEAD = 16;
+    typename Math::Places places = {};
+    uint16_t inputs[AHEAD][2 * P];
+    for (int64_t s = 0; s < steps; s += AHEAD) {
+      const int some = static_cast<int>(least(AHEAD, steps - s));
+      for (int i = 0; i < some; ++i) places.advance(at + i * STEP, inputs[i]);
+      for (int i = 0; i < some; ++i, at += STEP) {
+        __builtin_prefetch(at + 2048);
+        const Vector row = Math::listed(at + 2 * P);
+        for (int t = 0; t < TOKENS; ++t) sum[t] = Math::madd(sum[t], row, Math::fetch(x + t * wide, inputs[i]));
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      float total[2 * P];
+      Math::store_sum(total, sum[t]);
+      for (int r = 0; r < P && panel * P + r < w.outputs; ++r) finish(product, token + t, panel * P + r, total[r] + total[P + r]);
+    }
+  }
+
+  static void gather_stream(const Call& call, const Product& product, int64_t begin, int64_t end, void*) {
     for (int64_t p = begin; p < end; ++p) {
       int64_t t = 0;
-      for (; Math::columns >= 4 && t + 4 <= call.tokens; t += 4) stream_panel<4>(call, product, p, t);
-      for (; t + 2 <= call.tokens; t += 2) stream_panel<2>(call, product, p, t);
-      for (; t < call.tokens; ++t) stream_panel<1>(call, product, p, t);
+      for (; t + 4 <= call.tokens; t += 4) gather_panel<4>(call, product, p, t);
+      if (call.tokens - t == 3) gather_panel<3>(call, product, p, t);
+      if (call.tokens - t == 2) gather_panel<2>(call, product, p, t);
+      if (call.tokens - t == 1) gather_panel<1>(call, product, p, t);
     }
   }
 
@@ -118,24 +226,16 @@ struct Kernels {
   static void dense_rows(const Call& call, const Product& product, int64_t output, int64_t token) {
     const element* x = rows(call) + token * call.words * WORD;
     const value* weight = static_cast<const value*>(product.weight.values) + output * call.inputs;
-    constexpr int SUMS = TOKENS == 1 ? 2 : 1;
+    constexpr int SUMS = TOKENS > 1 ? 1 : Math::rows_alone && ROWS == 1 ? 4 : 2;
     Sum sum[ROWS][TOKENS][SUMS];
     for (int r = 0; r < ROWS; ++r)
       for (int t = 0; t < TOKENS; ++t)
         for (int s = 0; s < SUMS; ++s) sum[r][t][s] = Math::zero();
-    for (int64_t j = 0; j < call.words; ++j) {
-      /* the last word of a row may be short: its rest is read as zeros */
-      const bool whole = (j + 1) * WORD <= call.inputs;
+    const auto word = [&](const value* from, int64_t step, int64_t j) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
-        const value* from = weight + r * call.inputs + j * WORD;
-        value rest[WORD] = {};
-        if (!whole) {
-          for (int64_t i = 0; i < call.inputs - j * WORD; ++i) rest[i] = from[i];
-          from = rest;
-        }
         Vector row[VECTORS];
-        Math::dense(from, row);
+        Math::dense(from + r * step, row);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
@@ -144,13 +244,25 @@ struct Kernels {
             s = Math::madd(s, row[v], Math::load(x + (t * call.words + j) * WORD + v * Math::lanes));
           }
       }
+    };
+    const int64_t whole = call.inputs / WORD, left = call.inputs % WORD;
+    for (int64_t j = 0; j < whole; ++j) word(weight + j * WORD, call.inputs, j);
+    if (left) {
+      /* the last word of a row is short: its rest is read as zeros */
+      value rest[ROWS * WORD] = {};
+      for (int r = 0; r < ROWS; ++r)
+        for (int64_t i = 0; i < left; ++i) rest[r * WORD + i] = weight[r * call.inputs + whole * WORD + i];
+      word(rest, WORD, whole);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t)
-        finish(product, token + t, output + r,
-               Math::reduce(SUMS == 2 ? Math::plus(sum[r][t][0], sum[r][t][SUMS - 1]) : sum[r][t][0]));
+      for (int t = 0; t < TOKENS; ++t) {
+        Sum all = sum[r][t][0];
+#pragma GCC unroll 4
+        for (int s = 1; s < SUMS; ++s) all = Math::plus(all, sum[r][t][s]);
+        finish(product, token + t, output + r, Math::reduce(all));
+      }
   }
 
   template <int ROWS>
@@ -163,10 +275,11 @@ struct Kernels {
 
   static void dense_stream(const Call& call, const Product& product, int64_t begin, int64_t end, void*) {
     for (int64_t p = begin; p < end; ++p) {
-      if ((p + 1) * P <= product.weight.outputs)
+      const bool alone = Math::rows_alone && call.tokens == 1;
+      if (!alone && (p + 1) * P <= product.weight.outputs)
         dense_tokens<P>(call, product, p * P);
       else
-        for (int64_t o = p * P; o < product.weight.outputs; ++o) dense_tokens<1>(call, product, o);
+        for (int64_t o = p * P; o < least(p * P + P, product.weight.outputs); ++o) dense_tokens<1>(call, product, o);
     }
   }
 
@@ -223,10 +336,12 @@ struct Kernels {
     int64_t step;
     Ahead(const Call& call, const secateurs_weight& w, int64_t begin, int64_t last, int64_t panels, int64_t calls) {
       const int64_t from = least(begin, last), to = least(begin + panels, last);
-      at[0] = reinterpret_cast<const char*>(static_cast<const value*>(w.values) + w.starts[from]);
-      end[0] = reinterpret_cast<const char*>(static_cast<const value*>(w.values) + w.starts[to]);
-      at[1] = reinterpret_cast<const char*>(w.mask + from * call.words * P);
-      end[1] = reinterpret_cast<const char*>(w.mask + to * call.words * P);
+      const value* values = static_cast<const value*>(w.values);
+      const auto start = [&](int64_t p) { return w.mask ? w.starts[p] : least(p * P, w.outputs) * w.inputs; };
+      at[0] = reinterpret_cast<const char*>(values + start(from));
+      end[0] = reinterpret_cast<const char*>(values + start(to));
+      at[1] = w.mask ? reinterpret_cast<const char*>(w.mask + from * call.words * P) : end[0];
+      end[1] = w.mask ? reinterpret_cast<const char*>(w.mask + to * call.words * P) : end[0];
       step = (ceil_div(end[0] - at[0] + end[1] - at[1], calls) + 127) / 64 * 64;
     }
     const char* next() {
@@ -296,6 +411,37 @@ struct Kernels {
     }
   }
 
+  /* words [deep, deep + depth) of a panel, with zeros where weights are not stored; values: the next survivors */
+  static const value* expand_panel(const uint64_t* mask, const value* values, int64_t depth, element* expanded) {
+    for (int64_t j = 0; j < depth; ++j)
+#pragma GCC unroll 4
+      for (int r = 0; r < P; ++r) {
+        Vector row[VECTORS];
+        const uint64_t bits = *mask++;
+        Math::expand(bits, values, row);
+        values += __builtin_popcountll(bits);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) Math::store(expanded + r * STRIDE + j * WORD + v * Math::lanes, row[v]);
+      }
+    return values;
+  }
+  static void widen_panel(const Call& call, const secateurs_weight& w, int64_t panel, int64_t deep, int64_t depth, element* expanded) {
+    for (int64_t o = panel * P; o < panel * P + P; ++o, expanded += STRIDE) {
+      const value* from = static_cast<const value*>(w.values) + o * w.inputs + deep * WORD;
+      const int64_t inputs = o < w.outputs ? least(depth * WORD, call.inputs - deep * WORD) : 0;
+      int64_t i = 0;
+      for (; i + WORD <= inputs; i += WORD) {
+        Vector row[VECTORS];
+        Math::dense(from + i, row);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) Math::store(expanded + i + v * Math::lanes, row[v]);
+      }
+      for (; i < inputs; ++i) expanded[i] = Math::to_element(from[i]);
+      for (; i < depth * WORD; ++i) expanded[i] = element();
+    }
+  }
+
+  template <bool DENSE>
   static void tile(const Call& call, const Product& product, int64_t begin, int64_t end, void* scratch) {
     const secateurs_weight& w = product.weight;
     const int64_t words = call.words, stride = sums_stride(call), wide = width(call);
@@ -304,25 +450,18 @@ struct Kernels {
     for (int64_t group = begin; group < end; group += GROUP) {
       const int64_t panels = least(GROUP, end - group);
       const value* values[GROUP];
-      for (int64_t p = 0; p < panels; ++p) values[p] = static_cast<const value*>(w.values) + w.starts[group + p];
+      for (int64_t p = 0; !DENSE && p < panels; ++p) values[p] = static_cast<const value*>(w.values) + w.starts[group + p];
       const int64_t calls = ceil_div(words, tile_depth(call)) * blocks(call) * (GROUP * P / Math::rows(columns_of(call, 0)));
       Ahead ahead(call, w, group + GROUP, end, GROUP, calls);
       for (int64_t i = 0; i < panels * P * stride; ++i) sums[i] = 0;
       for (int64_t deep = 0; deep < words; deep += tile_depth(call)) {
         const int64_t depth = least(tile_depth(call), words - deep);
         for (int64_t p = 0; p < panels; ++p) {
-          const uint64_t* mask = w.mask + ((group + p) * words + deep) * P;
-          for (int64_t j = 0; j < depth; ++j)
-#pragma GCC unroll 4
-            for (int r = 0; r < P; ++r) {
-              Vector row[VECTORS];
-              const uint64_t bits = *mask++;
-              Math::expand(bits, values[p], row);
-              values[p] += __builtin_popcountll(bits);
-#pragma GCC unroll 8
-              for (int v = 0; v < VECTORS; ++v)
-                Math::store(expanded + (p * P + r) * STRIDE + j * WORD + v * Math::lanes, row[v]);
-            }
+          element* to = expanded + p * P * STRIDE;
+          if constexpr (DENSE)
+            widen_panel(call, w, group + p, deep, depth, to);
+          else
+            values[p] = expand_panel(w.mask + ((group + p) * words + deep) * P, values[p], depth, to);
         }
         for (int64_t block = 0; block < blocks(call); ++block) {
           const element* x = static_cast<const element*>(call.packed) + (block * words + deep) * WORD * wide;
@@ -339,9 +478,7 @@ struct Kernels {
   /* Work in proportion to the survivors. A slice of x stays near while SKIP_GROUP panels pass over it: their
      survivors in the slice are listed row by row, and each adds its multiple of a column of x. The four rows of a panel go
      together, shorter lists filled up with zeros, so that sums stay in registers and one loop end is mispredicted, not four.
-     scratch: sums of the group x all tokens. For Maths of single floats. */
-  static int64_t skip_scratch(const Call& call) { return SKIP_GROUP * P * 4 * sums_stride(call); }
-
+     All blocks of tokens use one listing. scratch: lists, then sums, of the group x all tokens. For Maths of single floats. */
   struct Lists {
     static constexpr int FILL = 32;
     float kept[P][SLICE + WORD];
@@ -372,6 +509,11 @@ struct Kernels {
     }
   };
 
+  static int64_t skip_scratch(const Call& call) {
+    return SKIP_GROUP * (static_cast<int64_t>(sizeof(Lists)) + P * 4 * sums_stride(call));
+  }
+
+
   template <int COLUMNS>
   static void gather(const Lists& lists, const element* x, int64_t wide, float* sums, int64_t stride) {
     Sum sum[P][COLUMNS];
@@ -392,30 +534,37 @@ struct Kernels {
   static void skip(const Call& call, const Product& product, int64_t begin, int64_t end, void* scratch) {
     const secateurs_weight& w = product.weight;
     const int64_t words = call.words, stride = sums_stride(call), wide = width(call), depth = SLICE / WORD;
-    float* sums = static_cast<float*>(scratch);
-    Lists lists;
+    Lists* lists = static_cast<Lists*>(scratch);
+    float* sums = reinterpret_cast<float*>(lists + SKIP_GROUP);
     for (int64_t group = begin; group < end; group += SKIP_GROUP) {
       const int64_t panels = least(SKIP_GROUP, end - group);
       for (int64_t i = 0; i < panels * P * stride; ++i) sums[i] = 0;
       Ahead ahead(call, w, group + SKIP_GROUP, end, SKIP_GROUP, blocks(call) * SKIP_GROUP * ceil_div(words, depth));
-      for (int64_t block = 0; block < blocks(call); ++block) {
-        const int64_t columns = columns_of(call, block);
-        const value* values[SKIP_GROUP];
-        for (int64_t p = 0; p < panels; ++p) values[p] = static_cast<const value*>(w.values) + w.starts[group + p];
-        for (int64_t deep = 0; deep < words; deep += depth) {
+      const value* values[SKIP_GROUP];
+      for (int64_t p = 0; p < panels; ++p) values[p] = static_cast<const value*>(w.values) + w.starts[group + p];
+      for (int64_t deep = 0; deep < words; deep += depth) {
+        const auto fill = [&](int64_t p, Lists& to) {
+          values[p] = to.fill(w.mask + ((group + p) * words + deep) * P, values[p], least(depth, words - deep));
+        };
+        /* for one block of tokens a list is used once, while it is in the first cache */
+        const bool once = blocks(call) == 1;
+        for (int64_t p = 0; !once && p < panels; ++p) fill(p, lists[p]);
+        for (int64_t block = 0; block < blocks(call); ++block) {
+          const int64_t columns = columns_of(call, block);
           const element* x = static_cast<const element*>(call.packed) + (block * words + deep) * WORD * wide;
           for (int64_t p = 0; p < panels; ++p) {
             for (const char* next = ahead.next(); next < ahead.stop; next += 64) __builtin_prefetch(next, 0, 2);
-            values[p] = lists.fill(w.mask + ((group + p) * words + deep) * P, values[p], least(depth, words - deep));
+            if (once) fill(p, lists[0]);
+            const Lists& list = lists[once ? 0 : p];
             float* to = sums + p * P * stride + block * wide;
             if (columns == 1)
-              gather<1>(lists, x, wide, to, stride);
+              gather<1>(list, x, wide, to, stride);
             else if (columns == 2)
-              gather<2>(lists, x, wide, to, stride);
+              gather<2>(list, x, wide, to, stride);
             else if (columns == 3)
-              gather<3>(lists, x, wide, to, stride);
+              gather<3>(list, x, wide, to, stride);
             else
-              gather<Math::columns>(lists, x, wide, to, stride);
+              gather<Math::columns>(list, x, wide, to, stride);
           }
         }
       }
@@ -447,10 +596,16 @@ struct Kernels {
                            Kernels<Math>::none, Kernels<Math>::stream, Kernels<Math>::spin};
 #define SECATEURS_TILE(name, Math)                                                                              \
   const KernelBody name = {Kernels<Math>::tile_bytes, Kernels<Math>::tile_pieces, Kernels<Math>::tile_prepare, \
-                           Kernels<Math>::tile_scratch, Kernels<Math>::tile, Kernels<Math>::spin};
+                           Kernels<Math>::tile_scratch, Kernels<Math>::tile<false>, Kernels<Math>::spin};
 #define SECATEURS_SKIP(name, Math)                                                                              \
   const KernelBody name = {Kernels<Math>::tile_bytes, Kernels<Math>::tile_pieces, Kernels<Math>::tile_prepare, \
                            Kernels<Math>::skip_scratch, Kernels<Math>::skip, Kernels<Math>::spin};
 #define SECATEURS_DENSE(name, Math)                                                                             \
   const KernelBody name = {Kernels<Math>::rows_bytes, Kernels<Math>::rows_pieces, Kernels<Math>::rows_prepare, \
                            Kernels<Math>::none, Kernels<Math>::dense_stream, Kernels<Math>::spin};
+#define SECATEURS_GATHER(name, Math)                                                                            \
+  const KernelBody name = {Kernels<Math>::rows_bytes, Kernels<Math>::rows_pieces, Kernels<Math>::rows_prepare, \
+                           Kernels<Math>::none, Kernels<Math>::gather_stream, Kernels<Math>::spin};
+#define SECATEURS_DENSE_TILE(name, Math)                                                                        \
+  const KernelBody name = {Kernels<Math>::tile_bytes, Kernels<Math>::tile_pieces, Kernels<Math>::tile_prepare, \
+                           Kernels<Math>::tile_scratch, Kernels<Math>::tile<true>, Kernels<Math>::spin};

@@ -14,19 +14,25 @@ extern "C" {
 #define SECATEURS_API __attribute__((visibility("default")))
 
 /* of this interface; the Python side refuses a library of another number */
-#define SECATEURS_ABI 1
+#define SECATEURS_ABI 2
 
 enum { SECATEURS_PANEL = 4, SECATEURS_WORD = 64 };
 enum { SECATEURS_OK = 0, SECATEURS_BAD_KERNEL = 1, SECATEURS_BAD_ARGUMENT = 2, SECATEURS_NO_MEMORY = 3 };
 
 /* One weight matrix. values: survivors, followed by 64 bytes that a load may touch; or, with mask null, the dense
-   outputs x inputs matrix, which needs no such bytes. starts: the first survivor of each panel, and the end. */
+   outputs x inputs matrix, which needs no such bytes. starts: the first survivor of each panel, and the end. most: the most
+   survivors of any byte of the mask, as secateurs_check_bitmask finds them, or 8; a panel that has as many in all has them in
+   each byte (N:M with exactly N). steps, step_starts: what secateurs_fill_steps makes, for kernels of the strategy `gather`;
+   else null. */
 typedef struct {
   int64_t outputs;
   int64_t inputs;
   const uint64_t* mask;
   const void* values;
   const int64_t* starts;
+  int64_t most;
+  const void* steps;
+  const int64_t* step_starts;
 } secateurs_weight;
 
 /* y (tokens x outputs) = x weight' + bias; bias may be null. All of one dtype. */
@@ -61,10 +67,18 @@ SECATEURS_API int32_t secateurs_linear(int32_t kernel, const secateurs_product* 
                                        void* y, int64_t tokens, int32_t threads);
 
 /* Is a mask sound? Fills starts (panels + 1). 0 if `survivors` are exactly the set bits and no bit lies outside of
-   outputs x inputs; else 1 (a bit beyond the last input), 2 (beyond the last output), 3 (another count), with where[0] the
-   row and where[1] the input, or where[0] the number of bits. */
+   outputs x inputs, with where[0] the number of bits and where[1] the most in any byte; else 1 (a bit beyond the last input),
+   2 (beyond the last output), 3 (another count), with where[0] the row and where[1] the input, or where[0] the number of bits. */
 SECATEURS_API int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int64_t survivors,
                                               int64_t* starts, int64_t* where);
+
+/* The layout of the strategy `gather`, for at most 65536 inputs. A panel is a number of steps, a step two survivors of each
+   of its 4 rows: 8 bytes that say how far each is from the one two before it in its row, then the 8 values; the four rows'
+   next ones first, then those after. A zero stands where a row has no more, or where none is near enough for a byte. */
+/* fills step_starts (panels + 1) and returns the number of steps */
+SECATEURS_API int64_t secateurs_count_steps(const secateurs_weight* weight, int64_t* step_starts);
+/* fills weight->steps: 8 * (1 + itemsize) bytes a step */
+SECATEURS_API void secateurs_fill_steps(const secateurs_weight* weight, int32_t itemsize, int32_t threads);
 
 /* Bytes a second that `threads` threads read from a buffer, and the fastest multiply-adds: for the probe. */
 SECATEURS_API double secateurs_read(const void* buffer, int64_t nbytes, int32_t threads);

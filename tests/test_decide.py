@@ -11,6 +11,7 @@ import tiny
 from secateurs import evaluate
 from secateurs.decide import DecidePlan, decide, front
 from secateurs.device import machine
+from secateurs.kernels import kernels
 from secateurs.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
 from secateurs.profile import DeviceProfile
 
@@ -26,7 +27,11 @@ def profile(file, here=True, speedup=1.6):
          "shape": [8, 8], "pattern": "unstructured", "seconds": 1e-3, "dense": "torch", "dense_seconds": 2e-3, "verdict": "2x"}
         for dtype in ("fp32", "bf16") for s in (0.5, 0.9) for tokens, value in ((1, speedup), (256, 1.0))
     ]  # fmt: skip
-    of = machine() if here else {**machine(), "processor": "another"}
+    of = {
+        **machine(),
+        "kernels": [k.name for k in kernels() if not k.lacks],
+        **({} if here else {"processor": "another"}),
+    }
     DeviceProfile("stated", of, 1e10, {"fp32": 1e11}, rows, {"device": None}).write(file)
     return str(file)
 

@@ -48,6 +48,22 @@ def test_every_kernel_multiplies(kernel):
         check(y.view(tokens, 37), x, weight, bias)
 
 
+@pytest.mark.parametrize("kernel", RUNNABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "0.99"])
+def test_every_kernel_multiplies_every_pattern(kernel, pattern):
+    dtype = NAMES[kernel.dtype]
+    # whole panels and words, with each byte of the mask alike; rows whose neighbours are far apart
+    weight = torch.rand(40, 1024).add(0.5).to(dtype)
+    inputs = torch.arange(1024) + torch.arange(40)[:, None]
+    keep = torch.rand(40, 1024) > 0.99 if pattern == "0.99" else inputs % 4 < int(pattern[0])
+    weight = weight.masked_fill(~keep, 0)
+    packed = pack(weight, kernel.format)
+    assert packed.most == {"2:4": 4, "1:4": 2}.get(pattern, packed.most) or kernel.format == "dense"
+    for tokens in (1, 2, 3, 4, 7, 40):
+        x = torch.randn(tokens, 1024).to(dtype)
+        check(Call([packed], [None])(x, kernel.index).view(tokens, 40), x, weight)
+
+
 def test_rows_answer_why_not():
     dense, packed = pack(problem(), "dense"), pack(problem())
     row = next(k for k in RUNNABLE if k.format == "bitmask" and k.dtype == "bf16")
@@ -88,12 +104,93 @@ def test_a_row_can_be_forced():
     assert "no kernel is named 'bitmask_bf16_abacus'; these run here: " in unknown.stderr
     assert "bitmask_bf16_scalar_stream" in unknown.stderr
     # a layer that stays dense is torch's then
-    dense = "import torch; from secateurs.kernels import streams_dense as s; w = torch.ones(4, 64); print(s(w, w[:1]))"
+    dense = "import torch; from secateurs.kernels import ours_is_faster as s; w = torch.ones(4, 64); print(s(w, w[:1]))"
     assert run("bitmask_fp32_scalar_tile", dense).stdout.strip() == "False"
     assert run("dense_fp32_scalar_stream", dense).stdout.strip() == "True"
     wrong = run("bitmask_fp32_scalar_tile")
     assert "SECATEURS_KERNEL=bitmask_fp32_scalar_tile: " in wrong.stderr
     assert "these are bf16" in wrong.stderr
+
+
+def limited(limit, code):
+    environment = {**os.environ, "SECATEURS_MAX_ISA": limit}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_a_limit_leaves_out_richer_rows():
+    code = (
+        "import secateurs.kernels as k; rows = k.kernels();"
+        "print({r.isa for r in rows if not r.lacks}); print(next(r.lacks for r in rows if r.isa not in ('scalar', 'cuda')))"
+    )
+    runs, lacks = limited("scalar", code).stdout.strip().splitlines()
+    assert runs == "{'scalar'}"
+    assert "SECATEURS_MAX_ISA=scalar leaves that out" in lacks or "this CPU lacks" in lacks
+    assert "'avx512'" not in limited("avx2", code).stdout
+    unknown = limited("avx1024", code)
+    assert unknown.returncode
+    assert "SECATEURS_MAX_ISA=avx1024 is no instruction set; known: scalar, neon, avx2, avx512" in unknown.stderr
+
+
+def test_strategies_by_hand():
+    choice = kernels.Choice(5, 0.6, gather=(8, 0.85), many=(48, 0.45))
+    assert [choice.strategy(t, 0.5) for t in (1, 5, 6, 47, 48)] == ["stream", "stream", "tile", "tile", "skip"]
+    assert [choice.strategy(t, 0.9) for t in (1, 8, 9)] == ["gather", "gather", "skip"]
+    assert [choice.strategy(t, 0.7) for t in (1, 9)] == ["stream", "skip"]
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_choice_has_a_kernel(isa):
+    code = (
+        "import torch, secateurs.kernels as k; from secateurs.formats import pack, DTYPES\n"
+        "for d in DTYPES:\n"
+        "  for s in (0, .5, .95):\n"
+        "    for f in ('bitmask', 'dense'):\n"
+        "      p = pack(torch.ones(8, 640).masked_fill(torch.rand(8, 640) < s, 0).to(d), f)\n"
+        "      for t in (1, 4, 8, 16, 64, 256):\n"
+        "        row = k.select(p, t); assert row.accepts(p, t) is None; k.linear(torch.ones(t, 640).to(d), p)\n"
+        "print('done')"
+    )
+    found = limited(isa, code)
+    assert found.stdout.strip() == "done", found.stderr
+
+
+def test_wide_matrices_have_no_positions():
+    gather = [k for k in RUNNABLE if k.strategy == "gather"]
+    packed = pack(torch.eye(1, (1 << 16) + 64).bfloat16())
+    for k in gather:
+        if k.dtype == "bf16":
+            assert "at most 65536 inputs, these are 65600" in k.accepts(packed, 1)
+    y = linear(torch.ones(1, (1 << 16) + 64).bfloat16(), packed)
+    assert y.tolist() == [[1.0]]
+
+
+def test_changed_survivors_are_listed_again(monkeypatch):
+    gather = next((k for k in RUNNABLE if k.strategy == "gather" and k.dtype == "fp32"), None)
+    if gather is None:
+        pytest.skip("no gather kernel runs here")
+    monkeypatch.setattr(kernels, "select", lambda packed, tokens: gather)
+    packed = pack(problem((8, 64), torch.float32, 0.9))
+    x = torch.randn(1, 64)
+    y = linear(x, packed).clone()
+    packed.values.mul_(2)
+    assert torch.allclose(linear(x, packed), 2 * y, rtol=1e-5)
+
+
+def test_our_dense_kernel_stands_in_for_an_emulated_one(monkeypatch):
+    weight, x = torch.ones(4, 64).bfloat16(), torch.ones(300, 64).bfloat16()
+    kernels._dense_tokens.cache_clear()
+    monkeypatch.setattr(kernels, "compute_dtype", lambda dtype: torch.float32)
+    if kernels._best("dense", "bf16")["stream"].isa in ("avx2", "avx512"):
+        assert kernels.ours_is_faster(weight, x)
+    kernels._dense_tokens.cache_clear()
+    monkeypatch.setattr(kernels, "compute_dtype", lambda dtype: dtype)
+    assert not kernels.ours_is_faster(weight, x)
+    kernels._dense_tokens.cache_clear()
+    # what needs a gradient is torch's
+    weight.requires_grad_()
+    assert not kernels.ours_is_faster(weight, x[:1])
+    with torch.no_grad():
+        assert not kernels.ours_is_faster(weight, x[:1].float())
 
 
 def test_the_operator_passes_opcheck():

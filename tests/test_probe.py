@@ -1,11 +1,14 @@
 import json
+import time
 
 import pytest
+import torch
 from test_cli import fails, run
 
 from secateurs import kernels, semi_structured
+from secateurs.device import machine
 from secateurs.errors import DeviceError, PlanError
-from secateurs.measure import Timing, interleaved
+from secateurs.measure import Timing, dense_runs, interleaved
 from secateurs.probe import Question, probe, read_shapes
 from secateurs.profile import DeviceProfile, default_file
 
@@ -126,6 +129,38 @@ def test_interleaved_takes_turns():
     assert order == ["a", "a", "b"] * 4
     assert (found["a"].samples, found["b"].samples) == (6, 3)
     assert Timing.of([3, 1, 2]).seconds == 2
+
+
+def test_a_hopeless_run_is_timed_once():
+    clock = {"slow": 0.02, "fast": 0.001, "ours": 0.02}
+    found = interleaved(
+        {n: [lambda s=s: time.sleep(s)] for n, s in clock.items()}, rounds=4, droppable={"slow", "fast"}
+    )
+    assert {n: t.samples for n, t in found.items()} == {"slow": 1, "fast": 4, "ours": 4}
+    assert found["slow"].seconds >= 0.02
+
+
+def test_every_dense_way_is_timed():
+    weights = [torch.randn(32, 64).bfloat16() for _ in range(2)]
+    ours = {k.strategy for k in kernels.kernels() if k.format == "dense" and k.dtype == "bf16" and not k.lacks}
+    for tokens, strategies in ((1, {"stream"}), (16, {"stream", "tile"}), (64, {"tile"})):
+        x = torch.randn(tokens, 64).bfloat16()
+        runs = dense_runs(weights, x)
+        assert {"torch bfloat16", "torch float32"} <= runs.keys()
+        assert {n.rsplit("_")[-1] for n in runs if n.startswith("dense_")} == strategies & ours
+        assert all(len(copies) == 2 for copies in runs.values())
+        # each is a product of its own copy
+        for copies in runs.values():
+            for multiply, weight in zip(copies, weights, strict=True):
+                assert torch.allclose(multiply().view(tokens, 32).float(), x.float() @ weight.float().T, atol=0.3)
+
+
+def test_a_profile_of_fewer_kernels_is_of_another_machine(monkeypatch):
+    here = {**machine(), "kernels": [k.name for k in kernels.kernels() if not k.lacks]}
+    assert DeviceProfile("m", here, 1.0, {}, [], {}).of_here
+    assert not DeviceProfile("m", {**here, "kernels": here["kernels"][1:]}, 1.0, {}, [], {}).of_here
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert not DeviceProfile("m", here, 1.0, {}, [], {}).of_here
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):

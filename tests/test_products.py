@@ -107,6 +107,37 @@ def test_nothing_is_entered_where_the_cpu_has_instructions(monkeypatch):
     assert products.compute_dtype(torch.bfloat16, "cuda") == torch.bfloat16
 
 
+@pytest.fixture
+def fresh():
+    products._has.cache_clear()
+    yield
+    products._has.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "limit", "bf16", "fp16"),
+    [
+        ({"avx2"}, "AVX2", None, False, False),
+        ({"avx2", "avx512f"}, "AVX512", None, False, False),
+        ({"avx512_bf16"}, "AVX512", None, True, False),
+        ({"avx512_bf16", "avx512_fp16", "amx_bf16"}, "AVX512", None, True, True),
+        ({"avx512_bf16", "avx512_fp16"}, "AVX512", "AVX512_CORE_BF16", True, False),
+        ({"avx512_bf16"}, "AVX512", "AVX2", False, False),
+        ({"avx512_bf16"}, "AVX2", None, False, False),
+    ],
+)
+def test_16_bit_products_need_instructions(monkeypatch, fresh, flags, capability, limit, bf16, fp16):
+    monkeypatch.setattr(products, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert (products.compute_dtype(torch.bfloat16) == torch.bfloat16) is bf16
+    assert (products.compute_dtype(torch.float16) == torch.float16) is fp16
+    assert products.compute_dtype(torch.float32) == torch.float32
+
+
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_VNNI"])
 def test_onednns_limit_is_obeyed(limit):
     code = "import torch; from secateurs.products import compute_dtype as c; print(c(torch.bfloat16), c(torch.float16))"

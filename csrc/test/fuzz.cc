@@ -27,7 +27,9 @@ int hostile(Random& random) {
     for (size_t i = 0; i < values.nbytes; ++i) values.data[i] = static_cast<char>(random.bits());
     const int64_t tokens = 1 + random.below(70);
     Exact x(static_cast<size_t>(tokens * inputs * size)), y(static_cast<size_t>(tokens * outputs * size));
-    const secateurs_product product = {{outputs, inputs, mask.data(), values.data, starts.data()}, nullptr};
+    secateurs_product product = {{outputs, inputs, mask.data(), values.data, starts.data(), where[1], nullptr, nullptr}, nullptr};
+    std::vector<int64_t> step_starts(starts.size());
+    const std::unique_ptr<Exact> steps = Problem::steps_of(product.weight, step_starts, size);
     for (int32_t k = 0; k < secateurs_kernels(); ++k) {
       secateurs_kernel row;
       secateurs_kernel_info(k, &row);
@@ -41,9 +43,10 @@ int hostile(Random& random) {
 int sound(Random& random) {
   const char* dtypes[] = {"bf16", "fp16", "fp32"};
   const std::string dtype = dtypes[random.below(3)];
-  const int64_t outputs = 1 + random.below(60), inputs = 1 + random.below(300), tokens = 1 + random.below(90);
+  const int64_t outputs = 1 + random.below(60), inputs = 1 + random.below(random.below(4) ? 300 : 1500), tokens = 1 + random.below(90);
   const size_t size = static_cast<size_t>(itemsize(dtype)), skew = static_cast<size_t>(random.below(3)) * size;
-  const Problem problem(random, dtype, outputs, inputs, random.uniform(), skew);
+  const double densities[] = {random.uniform(), random.uniform() * 0.01, -2, -1};
+  const Problem problem(random, dtype, outputs, inputs, densities[random.below(4)], skew);
   Exact x(static_cast<size_t>(tokens * inputs) * size, skew);
   for (int64_t i = 0; i < tokens * inputs; ++i) put(dtype, x.data + static_cast<size_t>(i) * size, static_cast<float>(random.uniform() * 2 - 1));
   int bad = 0;

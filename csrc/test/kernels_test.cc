@@ -22,14 +22,15 @@ int32_t threads_of_test(int64_t begin, int64_t end, int64_t, secateurs_range fn,
 
 void products(int32_t kernel, const secateurs_kernel& row) {
   Random random{0x9e3779b97f4a7c15ULL + static_cast<uint64_t>(kernel)};
-  const int64_t outputs[] = {1, 3, 4, 5, 23, 25, 67}, inputs[] = {1, 63, 64, 65, 200, 513};
+  const int64_t outputs[] = {1, 3, 4, 5, 23, 25, 67}, inputs[] = {1, 63, 64, 65, 200, 513, 1100};
   const int64_t tokens[] = {1, 2, 3, 4, 5, 15, 16, 17, 33, 48, 63, 64, 65, 130};
   for (int64_t o : outputs)
     for (int64_t i : inputs)
-      for (double density : {0.0, 0.1, 0.5, 1.0}) {
+      for (double density : {0.0, 0.003, 0.1, 0.5, 1.0, -2.0, -1.0}) {
         const size_t skew = static_cast<size_t>(random.below(4)) * static_cast<size_t>(itemsize(row.dtype));
         const Problem problem(random, row.dtype, o, i, density, skew);
-        const int64_t t = tokens[random.below(14)];
+        /* the longest rows are for positions, which do not depend on tokens */
+        const int64_t t = tokens[random.below(i > 1000 ? 5 : 14)];
         Exact x(static_cast<size_t>(t * i * itemsize(row.dtype)), skew), bias(static_cast<size_t>(o * itemsize(row.dtype)), skew);
         for (int64_t k = 0; k < t * i; ++k) put(row.dtype, x.data + k * itemsize(row.dtype), static_cast<float>(random.uniform() * 2 - 1));
         for (int64_t k = 0; k < o; ++k) put(row.dtype, bias.data + k * itemsize(row.dtype), static_cast<float>(random.uniform()));
@@ -75,12 +76,42 @@ void numbers() {
 void masks() {
   int64_t starts[3], where[2];
   const uint64_t sound[8] = {1, 0, 3, 0, 7, 0, 0, 0};
-  expect(secateurs_check_bitmask(sound, 5, 64, 6, starts, where) == 0 && starts[1] == 3 && starts[2] == 6, "a sound mask");
+  expect(secateurs_check_bitmask(sound, 5, 64, 6, starts, where) == 0 && starts[1] == 3 && starts[2] == 6 && where[1] == 3, "a sound mask");
   expect(secateurs_check_bitmask(sound, 5, 64, 7, starts, where) == 3 && where[0] == 6, "another count of survivors");
+  const uint64_t spread[4] = {0x0101010101010101, 0, 0x8000000000000000, 0x4200};
+  expect(secateurs_check_bitmask(spread, 4, 64, 11, starts, where) == 0 && where[0] == 11 && where[1] == 2, "the most survivors of a byte");
+  const uint64_t alone[4] = {0x0101010101010101, 0, 1, 0};
+  expect(secateurs_check_bitmask(alone, 4, 64, 9, starts, where) == 0 && where[1] == 1, "no more than one survivor of a byte");
   const uint64_t beyond_row[8] = {0, 0, 0, 0, 0, 4, 0, 0};
   expect(secateurs_check_bitmask(beyond_row, 5, 64, 1, starts, where) == 2 && where[0] == 5 && where[1] == 2, "a bit beyond the last row");
   const uint64_t beyond_input[4] = {0, 1ULL << 10, 0, 0};
   expect(secateurs_check_bitmask(beyond_input, 4, 10, 1, starts, where) == 1 && where[0] == 1 && where[1] == 10, "a bit beyond the last input");
+}
+
+/* two steps by hand: row 0 keeps inputs 1, 300 and 301, row 2 keeps 5; 300 is too far from 0 for the second lane */
+void steps() {
+  const float kept[] = {1, 2, 3, 4};
+  std::vector<uint64_t> mask(5 * 4);
+  mask[0] = 1ULL << 1;
+  mask[2] = 1ULL << 5;
+  mask[16] = 3ULL << 44;
+  const float values[] = {kept[0], kept[3], kept[1], kept[2]};
+  int64_t starts[2], where[2], step_starts[2];
+  expect(secateurs_check_bitmask(mask.data(), 4, 320, 4, starts, where) == 0, "a mask of few survivors");
+  secateurs_weight w = {4, 320, mask.data(), values, starts, where[1], nullptr, nullptr};
+  expect(secateurs_count_steps(&w, step_starts) == 3 && step_starts[0] == 0 && step_starts[1] == 3, "slots are counted with what is too far");
+  Exact made(3 * 40);
+  w.steps = made.data;
+  w.step_starts = step_starts;
+  secateurs_fill_steps(&w, 4, 1);
+  /* slots of row 0: input 1; a zero at 255; 300 (299 after 1: a zero at 256 first); 300 (45 after 255); 301 (45 after 256) */
+  const int distances[3][8] = {{1, 0, 5, 0, 255, 0, 0, 0}, {255, 0, 0, 0, 45, 0, 0, 0}, {45, 0, 0, 0, 0, 0, 0, 0}};
+  const float wanted[3][8] = {{1, 0, 4, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 2, 0, 0, 0}, {3, 0, 0, 0, 0, 0, 0, 0}};
+  for (int s = 0; s < 3; ++s) {
+    bool same = !memcmp(made.data + 40 * s + 8, wanted[s], 32);
+    for (int i = 0; i < 8; ++i) same = same && static_cast<unsigned char>(made.data[40 * s + i]) == distances[s][i];
+    expect(same, "a step by hand");
+  }
 }
 
 void arguments() {
@@ -97,6 +128,10 @@ void arguments() {
       expect(secateurs_linear(k, &product, 1, x, y, 1, 1) == SECATEURS_BAD_ARGUMENT, "a dense kernel refuses packed weights");
     else
       expect(secateurs_linear(k, &product, 1, x, y, 0, 1) == SECATEURS_OK, "no tokens are no work");
+    secateurs_product bare = product;
+    bare.weight.step_starts = nullptr;
+    if (!strcmp(row.strategy, "gather"))
+      expect(secateurs_linear(k, &bare, 1, x, y, 1, 1) == SECATEURS_BAD_ARGUMENT, "a gather kernel refuses weights without steps");
   }
 }
 }  // namespace
@@ -105,6 +140,7 @@ int main() {
   secateurs_use_threads(threads_of_test);
   numbers();
   masks();
+  steps();
   arguments();
   int ran = 0;
   for (int32_t k = 0; k < secateurs_kernels(); ++k) {

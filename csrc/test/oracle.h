@@ -69,12 +69,16 @@ struct Problem {
   std::vector<uint64_t> mask;
   std::vector<int64_t> starts;
   int64_t survivors = 0;
-  std::unique_ptr<Exact> values, matrix;
+  int64_t most = 0; /* survivors of a byte of the mask */
+  std::unique_ptr<Exact> values, matrix, steps;
+  std::vector<int64_t> step_starts;
 
+  /* density: of survivors at random places; or -n: exactly n of each 4 */
   Problem(Random& random, const std::string& dtype, int64_t outputs, int64_t inputs, double density, size_t skew)
       : dtype(dtype), outputs(outputs), inputs(inputs), dense(static_cast<size_t>(outputs * inputs * itemsize(dtype))) {
     for (int64_t i = 0; i < outputs * inputs; ++i)
-      if (random.uniform() < density) put(dtype, &dense[static_cast<size_t>(i * itemsize(dtype))], static_cast<float>(random.uniform() * 2 - 1));
+      if (density < 0 ? (i % inputs + i / inputs) % 4 < -density : random.uniform() < density)
+        put(dtype, &dense[static_cast<size_t>(i * itemsize(dtype))], static_cast<float>((random.uniform() + 0.5) * (random.below(2) ? 1 : -1)));
     for (int64_t i = 0; i < outputs * inputs; ++i) exact.push_back(value_of(dtype, &dense[static_cast<size_t>(i * itemsize(dtype))]));
     const int64_t panels = (outputs + 3) / 4, words = (inputs + 63) / 64;
     std::vector<char> kept;
@@ -92,6 +96,11 @@ struct Problem {
             ++survivors;
           }
           mask.push_back(bits);
+          for (int b = 0; b < 8; ++b) {
+            int64_t here = 0;
+            for (int i = 0; i < 8; ++i) here += bits >> (8 * b + i) & 1;
+            most = here > most ? here : most;
+          }
         }
     }
     starts.push_back(survivors);
@@ -99,10 +108,23 @@ struct Problem {
     if (!kept.empty()) memcpy(values->data, kept.data(), kept.size());
     matrix = std::make_unique<Exact>(dense.size(), skew);
     memcpy(matrix->data, dense.data(), dense.size());
+    secateurs_weight w = weight(true);
+    step_starts.resize(static_cast<size_t>(panels) + 1);
+    steps = steps_of(w, step_starts, itemsize(dtype));
   }
   secateurs_weight weight(bool packed) const {
-    if (packed) return {outputs, inputs, mask.data(), values->data, starts.data()};
-    return {outputs, inputs, nullptr, matrix->data, nullptr};
+    if (packed) return {outputs, inputs, mask.data(), values->data, starts.data(), most, steps ? steps->data : nullptr, step_starts.data()};
+    return {outputs, inputs, nullptr, matrix->data, nullptr, 0, nullptr, nullptr};
+  }
+  /* the layout of the strategy `gather` in a buffer of its size */
+  static std::unique_ptr<Exact> steps_of(secateurs_weight& w, std::vector<int64_t>& starts, int size) {
+    const int64_t count = secateurs_count_steps(&w, starts.data());
+    auto made = std::make_unique<Exact>(static_cast<size_t>(count * 8 * (1 + size)));
+    memset(made->data, 0xff, made->nbytes);
+    w.steps = made->data;
+    w.step_starts = starts.data();
+    secateurs_fill_steps(&w, size, 2);
+    return made;
   }
 };
 

@@ -18,6 +18,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "processor": _processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "limits": limits(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
@@ -40,6 +41,25 @@ def cpu_note() -> str | None:
         f"{torch.cuda.get_device_name()} is not used: commands work on model folders on the CPU; in Python, sc.prune(model.cuda(), "
         "plan, calibration=windows) prunes a live model on the GPU"
     )
+
+
+def cpu_flags() -> set[str]:
+    """What instructions the processor says it has, by Linux's names; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split(":", 1)[1].split())
+    return set()
+
+
+# environment variables that keep instructions from oneDNN, torch and our kernels
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "SECATEURS_MAX_ISA")
+
+
+def limits() -> dict[str, str]:
+    """The variables of LIMITS that are set."""
+    return {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
 
 
 def peak_memory() -> int:

@@ -31,7 +31,8 @@ class Packed:
     """One matrix as stored. values: bf16, fp16 or fp32; mask_PJ4: int64, or None if dense.
 
     bitmask: values holds the survivors, panel by panel, word by word, row by row, input by input, then 32 zeros.
-    dense: values is the matrix itself. starts: where each panel's survivors begin, counted from the mask, not stored.
+    dense: values is the matrix itself. Counted from the mask, not stored: starts, where each panel's survivors begin, and
+    most, the most survivors of any byte of the mask (4 for 2:4).
     """
 
     format: str
@@ -39,6 +40,7 @@ class Packed:
     values: Tensor
     mask_PJ4: Tensor | None = None
     starts: Tensor | None = None
+    most: int = 8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +140,7 @@ def read_bitmask(values: Tensor, mask_PJ4: Tensor, shape: tuple[int, int]) -> Pa
         raise PackError(f"the mask keeps input {where[1]} of row {where[0]}, of {outputs} rows")
     if wrong:
         raise PackError(f"the mask keeps {where[0]} weights, but {survivors} are stored")
-    return Packed("bitmask", (outputs, inputs), values, mask_PJ4, starts)
+    return Packed("bitmask", (outputs, inputs), values, mask_PJ4, starts, int(where[1]))
 
 
 def unpack_bitmask(packed: Packed) -> Tensor:

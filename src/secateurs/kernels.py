@@ -1,8 +1,8 @@
 """Which kernel multiplies a packed matrix, and the call: y = x W' + b for T tokens.
 
 A Kernel is a row: of csrc/kernels.inc for CPUs, and PyTorch's 2:4 for GPUs. It says why it cannot take a problem, and select()
-chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row. The torch.library operator secateurs::linear is the
-only way in, so torch.compile traces through it.
+chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row; SECATEURS_MAX_ISA=avx2 leaves out rows of richer
+instruction sets. The torch.library operator secateurs::linear is the only way in, so torch.compile traces through it.
 """
 
 import ctypes
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from secateurs import semi_structured
 from secateurs.errors import DeviceError
-from secateurs.formats import DTYPES, Packed, pack_dense, read_bitmask
+from secateurs.formats import DTYPES, PANEL, Packed, pack_dense, read_bitmask
 from secateurs.library import Info, Product, Weight, library
+from secateurs.products import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Kernel:
             return f"{self.name} takes {self.format} weights, these are {packed.format}"
         if self.dtype != DTYPES[packed.dtype]:
             return f"{self.name} takes {self.dtype}, these are {DTYPES[packed.dtype]}"
+        if self.strategy == "gather" and packed.shape[1] > GATHER_INPUTS:
+            return f"{self.name} takes at most {GATHER_INPUTS} inputs, these are {packed.shape[1]}"
         return None
 
 
@@ -49,6 +52,7 @@ class Kernel:
 def kernels() -> tuple[Kernel, ...]:
     """All rows, fastest first; those this machine lacks something for as well."""
     rows = []
+    limit = max_isa()
     for index in range(library().secateurs_kernels()):
         info = Info()
         library().secateurs_kernel_info(index, ctypes.byref(info))
@@ -56,6 +60,8 @@ def kernels() -> tuple[Kernel, ...]:
             getattr(info, f).decode() for f in ("name", "format", "dtype", "isa", "strategy")
         )
         lacks = None if info.runnable else f"{name} needs {ISA_NEEDS[isa]}, which this CPU lacks"
+        if lacks is None and limit and ISA_LEVELS[isa] > ISA_LEVELS[limit]:
+            lacks = f"{name} needs {ISA_NEEDS[isa]}, and {MAX_ISA}={limit} leaves that out"
         rows.append(Kernel(name, format, dtype, isa, strategy, index, lacks))
     gpu = semi_structured.lacks() or "it takes tensors on the GPU: `secateurs probe` measures it"
     rows.append(Kernel(semi_structured.NAME, "2:4", "bf16", "cuda", "semi_structured", -1, gpu))
@@ -68,6 +74,21 @@ ISA_NEEDS = {
     "neon": "NEON",
     "scalar": "nothing",
 }
+# a limit leaves out the instruction sets above it; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY do the same for torch's own
+ISA_LEVELS = {"scalar": 0, "neon": 1, "avx2": 1, "avx512": 2}
+MAX_ISA = "SECATEURS_MAX_ISA"
+# positions of the strategy gather have 16 bits
+GATHER_INPUTS = 1 << 16
+
+
+def max_isa() -> str | None:
+    """The richest instruction set that SECATEURS_MAX_ISA allows, None for all. Raises DeviceError for an unknown one."""
+    name = os.environ.get(MAX_ISA)
+    if not name:
+        return None
+    if name not in ISA_LEVELS:
+        raise DeviceError(f"{MAX_ISA}={name} is no instruction set; known: {', '.join(ISA_LEVELS)}")
+    return name
 
 
 def named(name: str) -> Kernel:
@@ -81,34 +102,64 @@ def named(name: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """Measured crossings (docs/log.md): stream up to so many tokens; beyond, skip from this sparsity on, else tile."""
+    """Measured crossings (docs/log.md). Up to stream_tokens: stream; beyond: skip from skip_sparsity on, else tile.
+
+    gather: (tokens, sparsity): up to so many tokens, from this sparsity on, gather instead. many: (tokens, sparsity): from
+    so many tokens on, another skip_sparsity, since one listing of positions serves more of them.
+    """
 
     stream_tokens: int
     skip_sparsity: float
+    gather: tuple[int, float] = (0, 1.0)
+    many: tuple[int, float] | None = None
+
+    def strategy(self, tokens: int, sparsity: float) -> str:
+        if tokens <= self.gather[0] and sparsity >= self.gather[1]:
+            return "gather"
+        if tokens <= self.stream_tokens:
+            return "stream"
+        enough = self.many[1] if self.many and tokens >= self.many[0] else self.skip_sparsity
+        return "skip" if sparsity >= enough else "tile"
 
 
 # by (dtype, isa), measured on one machine of each; SECATEURS_KERNEL overrules them
 CHOICES = {
-    ("bf16", "avx512"): Choice(8, 0.85),
-    ("fp16", "avx512"): Choice(8, 0.60),
-    ("fp32", "avx512"): Choice(8, 0.60),
-    ("bf16", "avx2"): Choice(4, 0.65),
-    ("fp16", "avx2"): Choice(4, 0.65),
-    ("fp32", "avx2"): Choice(4, 0.65),
+    ("bf16", "avx512"): Choice(8, 0.85, many=(256, 0.73)),
+    ("fp16", "avx512"): Choice(8, 0.50),
+    ("fp32", "avx512"): Choice(8, 0.50),
+    ("bf16", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
+    ("fp16", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
+    ("fp32", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
 }
+# of dense matrices: the most tokens that our kernels stream, by isa; beyond, tile
+DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
 
 
-# the most tokens for which our dense kernel beats torch's, by dtype (docs/log.md)
-DENSE_STREAM_TOKENS = {torch.bfloat16: 8, torch.float32: 8}
+# the most tokens for which our dense kernels are faster than torch's, by (dtype, isa); measured up to 256
+DENSE_TOKENS = {("bf16", "avx512"): 16, ("fp32", "avx512"): 256, ("bf16", "avx2"): 8, ("fp32", "avx2"): 256}
 
 
-def streams_dense(weight_OI: Tensor, x: Tensor) -> bool:
+@functools.cache
+def _dense_tokens(dtype: torch.dtype) -> int | None:
+    """The most tokens for which torch's product of this dtype is slower than ours; None: any number."""
+    isa = _best("dense", DTYPES[dtype])["stream"].isa
+    if isa in ("avx2", "avx512") and compute_dtype(dtype) != dtype:
+        # torch emulates it
+        return None
+    return DENSE_TOKENS.get((DTYPES[dtype], isa), 0)
+
+
+def ours_is_faster(weight_OI: Tensor, x: Tensor) -> bool:
     """Is our dense kernel the faster one for this product?"""
     row = forced()
     if row is not None and row.format != "dense":
         return False
-    few = x.numel() <= DENSE_STREAM_TOKENS.get(weight_OI.dtype, 0) * weight_OI.shape[1]
-    return few and x.dtype == weight_OI.dtype and x.device.type == "cpu" and not x.requires_grad
+    if weight_OI.dtype not in DTYPES or x.dtype != weight_OI.dtype or x.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        return False
+    most = _dense_tokens(weight_OI.dtype)
+    return most is None or x.numel() <= most * weight_OI.shape[1]
 
 
 @functools.cache
@@ -136,11 +187,13 @@ def select(packed: Packed, tokens: int) -> Kernel:
             raise DeviceError(f"SECATEURS_KERNEL={row.name}: {reason}")
         return row
     best = _best(packed.format, DTYPES[packed.dtype])
-    choice = CHOICES.get((DTYPES[packed.dtype], best["stream"].isa), Choice(4, 1.0))
-    strategy = "stream"
-    if tokens > choice.stream_tokens:
-        strategy = "skip" if packed.sparsity >= choice.skip_sparsity else "tile"
-    return best.get(strategy, best.get("tile", best["stream"]))
+    isa = best["stream"].isa
+    if packed.format == "dense":
+        choice = Choice(DENSE_STREAM_TOKENS[isa], 1.1)
+    else:
+        choice = CHOICES.get((DTYPES[packed.dtype], isa), Choice(4, 1.1))
+    found = best[choice.strategy(tokens, packed.sparsity)]
+    return best["stream"] if found.accepts(packed, tokens) else found
 
 
 class Call:
@@ -156,11 +209,25 @@ class Call:
         for product, p, bias in zip(self._products, packed, biases, strict=True):
             mask = p.mask_PJ4.data_ptr() if p.mask_PJ4 is not None else None
             starts = p.starts.data_ptr() if p.starts is not None else None
-            product.weight = Weight(*p.shape, mask, p.values.data_ptr(), starts)
+            product.weight = Weight(*p.shape, mask, p.values.data_ptr(), starts, p.most, None, None)
             product.bias = bias.data_ptr() if bias is not None else None
         self._address = ctypes.addressof(self._products)
         self._linear = library().secateurs_linear
         self._kernels: dict[int, int] = {}
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        self._gathers = frozenset(k.index for k in kernels() if k.strategy == "gather")
+
+    def _list_positions(self) -> None:
+        """Make what gather kernels read, once: about as many bytes again as the packed matrix has at 90% zeros."""
+        threads = torch.get_num_threads()
+        for product, p in zip(self._products, self.packed, strict=True):
+            weight = ctypes.addressof(product) + Product.weight.offset
+            starts = torch.empty(-(-p.shape[0] // PANEL) + 1, dtype=torch.int64)
+            steps = library().secateurs_count_steps(weight, starts.data_ptr())
+            made = torch.empty(steps * 8 * (1 + p.values.element_size()), dtype=torch.uint8)
+            product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
+            library().secateurs_fill_steps(weight, p.values.element_size(), threads)
+            self._steps.append((starts, made))
 
     def kernel(self, tokens: int) -> int:
         """The index of the kernel for so many tokens; the largest matrix decides for all."""
@@ -175,9 +242,12 @@ class Call:
         if not x_TI.is_contiguous():
             x_TI = x_TI.contiguous()
         tokens = x_TI.numel() // self.inputs
+        index = self.kernel(tokens) if kernel is None else kernel
+        if index in self._gathers and not self._steps:
+            self._list_positions()
         y = x_TI.new_empty(tokens * self.width)
         wrong = self._linear(
-            self.kernel(tokens) if kernel is None else kernel, self._address, len(self.packed),
+            index, self._address, len(self.packed),
             x_TI.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(),
         )  # fmt: skip
         if wrong:
@@ -193,10 +263,10 @@ def _call_of(
     """The Call of these tensors, checked once; kept until one of them changes or the first is gone."""
     state: list[int] = [*shapes]
     for v, mask, bias in zip(values, masks, biases, strict=True):
-        # a mask that was written to has another version, and is checked again
+        # a mask that was written to has another version, and is checked again; survivors may have been copied
         state += (
             v.data_ptr(),
-            *((0, 0) if mask is None else (mask.data_ptr(), mask._version)),
+            *((0, 0, 0) if mask is None else (mask.data_ptr(), mask._version, v._version)),
             0 if bias is None else bias.data_ptr(),
         )
     key = id(values[0])

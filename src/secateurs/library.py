@@ -13,7 +13,7 @@ import torch
 
 from secateurs.errors import DeviceError
 
-ABI = 1
+ABI = 2
 
 
 class Weight(ctypes.Structure):
@@ -25,6 +25,9 @@ class Weight(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
+        ("most", ctypes.c_int64),
+        ("steps", ctypes.c_void_p),
+        ("step_starts", ctypes.c_void_p),
     )
 
 
@@ -69,6 +72,10 @@ def library() -> Any:
     loaded.secateurs_check_bitmask.argtypes = [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
+    loaded.secateurs_count_steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    loaded.secateurs_count_steps.restype = ctypes.c_int64
+    loaded.secateurs_fill_steps.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    loaded.secateurs_fill_steps.restype = None
     loaded.secateurs_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     loaded.secateurs_read.restype = ctypes.c_double
     loaded.secateurs_spin.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int32]

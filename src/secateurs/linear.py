@@ -2,7 +2,7 @@
 
 A PackedLinear's parameters are the stored tensors: `weight`, the survivors as a vector, and `weight_mask`. A vector under
 the name of a matrix is on purpose: a loader that does not know the format fails on the shape instead of going on.
-A DenseLinear is an nn.Linear that takes our dense kernel for few tokens, where that is the faster one.
+A DenseLinear is an nn.Linear that takes our dense kernel for as many tokens as that is the faster one for.
 """
 
 import threading
@@ -25,7 +25,7 @@ from secateurs.formats import (
     read_bitmask,
     unpack,
 )
-from secateurs.kernels import streams_dense
+from secateurs.kernels import ours_is_faster
 
 # siblings that transformers models call one after the other on the same input
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -153,10 +153,10 @@ class SharedInput:
 
 
 class DenseLinear(nn.Linear):
-    """nn.Linear whose few-token products stream the weights with our kernel."""
+    """nn.Linear that is multiplied by our kernel where that is faster than torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not streams_dense(self.weight, x):
+        if not ours_is_faster(self.weight, x):
             return nn.functional.linear(x, self.weight, self.bias)
         flat: Tensor = _operator(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
         return flat.view(*x.shape[:-1], self.out_features)
@@ -218,7 +218,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
     """Put packed layers into a live model on the CPU, in place: one choice a layer, in order.
 
-    A layer is packed by choose(); a Linear that stays dense takes our dense kernel for few tokens where that is faster.
+    A layer is packed by choose(); a Linear that stays dense takes our dense kernel where that is faster.
     Weights shared between modules (a head tied to the embeddings) stay dense. The model is for inference from then on.
     Raises PackError for a model that is not on the CPU.
     """

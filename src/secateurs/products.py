@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateurs.device import cpu_flags
+
 # weights widened at a time: 4 MB of fp32, which stay in a cache until they are multiplied
 _WEIGHTS = 1 << 20
 # products of fewer tokens wait for memory, and widening reads and writes more of it
@@ -28,28 +30,35 @@ _FEW = 64
 def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
     """In which dtype products of tensors of `stored` are formed: fp32 on a CPU without instructions for 16 bits, else `stored`.
 
-    Asked of the CPU's flags and of oneDNN, which obeys ONEDNN_MAX_CPU_ISA; nothing is measured, so a run that goes on computes
-    as it began.
+    By the CPU's flags; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY, which keep torch from using instructions, count as their
+    absence. Nothing is measured, so a run that goes on computes as it began.
     """
     if stored not in (torch.bfloat16, torch.float16) or torch.device(device).type != "cpu" or _has(stored):
         return stored
     return torch.float32
 
 
+# oneDNN's names of instruction sets, from the first that has products of bf16, and of fp16
+_ISAS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "ALL", "DEFAULT")
+# flags of which a CPU needs one, and what ONEDNN_MAX_CPU_ISA may say
+_NEEDS = {
+    torch.bfloat16: (("avx512_bf16", "amx_bf16"), _ISAS),
+    torch.float16: (("avx512_fp16", "amx_fp16"), _ISAS[1:]),
+}
+
+
 @functools.cache
 def _has(stored: torch.dtype) -> bool:
-    """Whether this CPU multiplies 16 bits of that kind, and oneDNN lets it."""
-    # oneDNN says yes to bf16 on any AVX-512, where it widens it in registers
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    allowed = any(name in limit for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10"))
-    onednn, cpu = torch.ops.mkldnn, torch.cpu
-    if not allowed:
-        return False
-    if stored == torch.float16:
-        return bool(onednn._is_mkldnn_fp16_supported())
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    of_bf16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported() if x86 else True
-    return bool(onednn._is_mkldnn_bf16_supported() and of_bf16)
+    """Whether this CPU multiplies 16 bits of that kind, and nothing keeps torch from it."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        onednn = torch.ops.mkldnn
+        here = onednn._is_mkldnn_bf16_supported if stored == torch.bfloat16 else onednn._is_mkldnn_fp16_supported
+        return bool(here())
+    # oneDNN would say yes to bf16 on any AVX-512, where it widens it in registers
+    flags, limits = _NEEDS[stored]
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() in limits
+    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return allowed and wide and not cpu_flags().isdisjoint(flags)
 
 
 def described(stored: torch.dtype, device: torch.device | str = "cpu") -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import numpy as np
 from secateurs.device import machine
 from secateurs.errors import DeviceError
 from secateurs.files import cache_folder, write_json
+from secateurs.kernels import kernels
 
 FORMAT = 1
 
@@ -83,6 +84,6 @@ class DeviceProfile:
 
     @property
     def of_here(self) -> bool:
-        """Whether it was measured on this processor, with this instruction set and as many threads."""
-        here = machine()
-        return all(self.machine.get(k) == here[k] for k in ("processor", "isa", "threads"))
+        """Whether it was measured on this processor, with these instruction sets, kernels and as many threads."""
+        here = {**machine(), "kernels": [k.name for k in kernels() if not k.lacks]}
+        return all(self.machine.get(k) == here[k] for k in ("processor", "isa", "limits", "kernels", "threads"))

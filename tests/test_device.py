@@ -1,0 +1,38 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from secateurs import device
+from secateurs.bench import Variant, bench, dense_variants
+
+
+def test_an_emulated_model_is_run_in_every_better_way(monkeypatch, tmp_path, llama):
+    shutil.copytree(llama, tmp_path / "bf16")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr("secateurs.bench.compute_dtype", lambda dtype: torch.float32)
+    assert [v.name for v in dense_variants(str(llama))] == ["dense"]
+    found = [(v.name, v.how, v.dtype) for v in dense_variants(str(tmp_path / "bf16"))]
+    assert found == [("dense, fp32", "dense", "float32"), ("dense, our kernels", "accelerated dense", None)]
+
+
+def test_speedups_are_over_the_fastest_dense_way(llama):
+    ways = [Variant("a", str(llama), "dense"), Variant("b", str(llama), "accelerated dense")]
+    rows = bench(ways, prompt=4, new=3, repeats=2)["variants"]
+    seconds = [4 / r["prefill"]["tokens_per_second"] + 2 / r["decode"]["tokens_per_second"] for r in rows]
+    assert seconds[0] <= seconds[1]
+    assert rows[0]["decode"]["speedup"] == rows[0]["prefill"]["speedup"] == 1
+
+
+def test_a_limit_is_in_the_report():
+    code = "from secateurs.device import machine; print(machine()['limits'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**device.os.environ, "SECATEURS_MAX_ISA": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert "'SECATEURS_MAX_ISA': 'avx2'" in found.stdout
