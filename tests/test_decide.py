@@ -11,8 +11,8 @@ import tiny
 from secateurs import evaluate
 from secateurs.decide import DecidePlan, decide, front
 from secateurs.device import machine
-from secateurs.kernels import kernels
 from secateurs.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
+from secateurs.kernels import kernels
 from secateurs.profile import DeviceProfile
 
 # the function has the name of its module
