@@ -83,7 +83,8 @@ def test_every_problem_has_a_kernel_that_takes_it(dtype):
 
 
 def test_few_tokens_stream_and_many_survivors_are_tiled():
-    packed = pack(problem())
+    # whatever the instruction set: at 50% some list positions
+    packed = pack(problem(sparsity=0.3))
     assert select(packed, 1).strategy == "stream"
     assert select(packed, 500).strategy == "tile"
 
