@@ -98,6 +98,19 @@ def test_speedups_between_sparsities_by_hand():
     assert profile.speedup("bf16", 0.1, 2) == pytest.approx(1 / (0.8 + 0.2 / 1.7))
     assert profile.speedup("bf16", 0.0, 1) == 1.0
     assert profile.speedup("bf16", 0.6, 500) == pytest.approx(0.9)
+
+
+def test_more_zeros_are_never_promised_less():
+    """A slow moment of the machine is not a property of 70%."""
+    rows = [
+        {"dtype": "bf16", "sparsity": s, "tokens": 1, "kernel": "bitmask_a", "speedup": v}
+        for s, v in ((0.5, 1.3), (0.7, 0.9), (0.9, 2.0))
+    ]
+    profile = DeviceProfile("m", {}, 1.0, {}, rows, {})
+    assert [profile.speedup("bf16", s, 1) for s in (0.5, 0.7, 0.9)] == pytest.approx([1.3, 1.3, 2.0])
+    # that packed layers are slower at 50% is believed
+    slow = DeviceProfile("m", {}, 1.0, {}, [{**rows[0], "speedup": 0.8}], {})
+    assert slow.speedup("bf16", 0.5, 1) == pytest.approx(0.8)
     assert profile.speedup("fp32", 0.5, 1) is None
 
 

@@ -38,8 +38,8 @@ class DeviceProfile:
         """Measured speedup of packed over the best dense; None if none was measured.
 
         Of several shapes the median; of several token counts the nearest. Between the nearest sparsities seconds are
-        interpolated, since they go with the weights that are left; without zeros there is nothing to gain (1), and above
-        the highest sparsity measured no more is promised.
+        interpolated, since they go with the weights that are left; without zeros there is nothing to gain (1), above
+        the highest sparsity measured no more is promised, and none is promised less than a lower one.
         """
         rows = [r for r in self.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")]
         if not rows:
@@ -49,9 +49,12 @@ class DeviceProfile:
         for r in rows:
             if r["tokens"] == nearest:
                 by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
-        by_sparsity.setdefault(0.0, [1.0])
         known = sorted(by_sparsity)
-        return float(1 / np.interp(sparsity, known, [1 / median(by_sparsity[s]) for s in known]))
+        # fewer survivors never take longer: what says so was measured in a slow moment
+        found = np.maximum.accumulate([median(by_sparsity[s]) for s in known])
+        if 0.0 not in known:
+            known, found = [0.0, *known], np.array([1.0, *found])
+        return float(1 / np.interp(sparsity, known, 1 / found))
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
