@@ -6,7 +6,7 @@ import sys
 import torch
 
 from secateurs import device
-from secateurs.bench import Variant, bench, dense_variants
+from secateurs.bench import Variant, _that_fit, bench, dense_variants
 
 
 def test_an_emulated_model_is_run_in_every_better_way(monkeypatch, tmp_path, llama):
@@ -25,6 +25,19 @@ def test_speedups_are_over_the_fastest_dense_way(llama):
     seconds = [4 / r["prefill"]["tokens_per_second"] + 2 / r["decode"]["tokens_per_second"] for r in rows]
     assert seconds[0] <= seconds[1]
     assert rows[0]["decode"]["speedup"] == rows[0]["prefill"]["speedup"] == 1
+
+
+def test_a_way_that_memory_has_no_room_for_is_left_out_with_a_word(monkeypatch, llama):
+    nbytes = sum(f.stat().st_size for f in llama.glob("*.safetensors"))
+    ways = [Variant("wide", str(llama), "dense", "float32"), Variant("ours", str(llama), "accelerated dense")]
+    for room, names in ((3 * nbytes, ["wide", "ours"]), (3 * nbytes - 1, ["ours"])):
+        monkeypatch.setattr("secateurs.bench.machine", lambda room=room: {"memory_bytes": room})
+        kept, left_out = _that_fit(ways)
+        assert [v.name for v in kept] == names
+        assert len(left_out) == 2 - len(names)
+    assert "wide was not run: all ways together take" in left_out[0]
+    # a model's only way is tried
+    assert _that_fit(ways[:1]) == (ways[:1], [])
 
 
 def test_a_limit_is_in_the_report():

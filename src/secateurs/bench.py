@@ -70,12 +70,24 @@ def dense_variants(folder: str) -> list[Variant]:
 
 def _wide(folder: Path) -> str | None:
     """'float32' for a checkpoint of 16-bit weights that this CPU has no instructions for."""
-    import torch
-
-    config = Checkpoint(folder, packed=True).raw_config
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    stored = getattr(torch, name, torch.float32)
+    stored = Checkpoint(folder, packed=True).dtype
     return None if compute_dtype(stored) == stored else "float32"
+
+
+def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
+    """All variants are in memory at once: without the widened ones that have no room beside the others, and why."""
+    there = machine()["memory_bytes"]
+    kept, left_out = list(variants), []
+    for variant in variants:
+        needed = sum(Checkpoint(v.folder, packed=True).nbytes * (2 if v.dtype == "float32" else 1) for v in kept)
+        others = [v for v in kept if v is not variant and v.folder == variant.folder]
+        if needed > there and variant.dtype == "float32" and others:
+            kept.remove(variant)
+            left_out.append(
+                f"{variant.name} was not run: all ways together take {needed / 1e9:.1f} GB of memory, this machine has "
+                f"{there / 1e9:.1f}"
+            )
+    return kept, left_out
 
 
 def record_of(folder: Path) -> Path | None:
@@ -101,7 +113,8 @@ def bench(
 ) -> dict[str, Any]:
     """Run all variants in turn; speedups are against the first one, which is dense. Raises CheckpointError.
 
-    Of several dense ways to run the first one's folder the fastest for one request becomes the first.
+    Of several dense ways to run the first one's folder the fastest for one request becomes the first. One in fp32 that memory has
+    no room for is left out, and `left_out` says so.
 
     batches: so many prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are of all
     prompts together.
@@ -110,6 +123,7 @@ def bench(
         raise PlanError(
             f"prompt {prompt}, new {new}, repeats {repeats}, batches {list(batches)}: give at least 1, 2, 1 and 1"
         )
+    variants, left_out = _that_fit(variants)
     workers: list[_Worker] = []
     samples: list[dict[tuple[str, int], list[float]]] = [
         {(stage, batch): [] for batch in batches for stage in ("prefill", "decode")} for _ in variants
@@ -169,7 +183,14 @@ def bench(
                 "batches": measured,
             }
         )
-    return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+    return {
+        "machine": machine(),
+        "prompt": prompt,
+        "new": new,
+        "repeats": repeats,
+        "variants": rows,
+        "left_out": left_out,
+    }
 
 
 def _rate(values: list[float], base: list[float]) -> dict[str, Any]:

@@ -440,6 +440,8 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             name = "" if number else escape(row["name"])
             table.add_row(name, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
     console.print(table)
+    for sentence in result.get("left_out", []):
+        console.print(f"[yellow]Warning:[/] {escape(sentence)}.")
 
 
 def decision_table(rows: Sequence[dict[str, Any]]) -> Table:
