@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -258,3 +260,35 @@ def test_threads_are_those_of_torch():
         torch.set_num_threads(here)
     # rows are split, sums are not
     assert torch.equal(one, two)
+
+
+def test_positions_are_listed_once_for_all_threads(monkeypatch):
+    gather = next((k for k in RUNNABLE if k.strategy == "gather" and k.dtype == "fp32"), None)
+    if gather is None:
+        pytest.skip("no gather kernel runs here")
+    weights = [problem((37, 200), torch.float32, 0.9) for _ in range(2)]
+    call = Call([pack(w) for w in weights], [None, None])
+    listed, make, together = [], Call._list_positions, threading.Barrier(4)
+
+    def slow(self):
+        listed.append(1)
+        time.sleep(0.05)
+        make(self)
+
+    monkeypatch.setattr(Call, "_list_positions", slow)
+    x, found = torch.randn(1, 200), []
+
+    def work():
+        together.wait()
+        found.append(call(x, gather.index))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert listed == [1]
+    assert len(found) == 4
+    for y in found:
+        check(y[:37].view(1, 37), x, weights[0])
+        check(y[37:].view(1, 37), x, weights[1])

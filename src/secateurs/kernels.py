@@ -8,6 +8,7 @@ instruction sets. The torch.library operator secateurs::linear is the only way i
 import ctypes
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,6 +197,10 @@ def select(packed: Packed, tokens: int) -> Kernel:
     return best["stream"] if found.accepts(packed, tokens) else found
 
 
+# held while positions are listed, which a second thread must not do again under a kernel that reads them
+_LISTING = threading.Lock()
+
+
 class Call:
     """Matrices that share their input, ready for the kernels: the addresses that do not change between calls."""
 
@@ -218,8 +223,8 @@ class Call:
         self._gathers = frozenset(k.index for k in kernels() if k.strategy == "gather")
 
     def _list_positions(self) -> None:
-        """Make what gather kernels read, once: about as many bytes again as the packed matrix has at 90% zeros."""
-        threads = torch.get_num_threads()
+        """Make what gather kernels read: about as many bytes again as the packed matrix has at 90% zeros."""
+        threads, made_of = torch.get_num_threads(), []
         for product, p in zip(self._products, self.packed, strict=True):
             weight = ctypes.addressof(product) + Product.weight.offset
             starts = torch.empty(-(-p.shape[0] // PANEL) + 1, dtype=torch.int64)
@@ -227,7 +232,9 @@ class Call:
             made = torch.empty(steps * 8 * (1 + p.values.element_size()), dtype=torch.uint8)
             product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
             library().secateurs_fill_steps(weight, p.values.element_size(), threads)
-            self._steps.append((starts, made))
+            made_of.append((starts, made))
+        # only now: another thread takes them for complete
+        self._steps = made_of
 
     def kernel(self, tokens: int) -> int:
         """The index of the kernel for so many tokens; the largest matrix decides for all."""
@@ -244,7 +251,9 @@ class Call:
         tokens = x_TI.numel() // self.inputs
         index = self.kernel(tokens) if kernel is None else kernel
         if index in self._gathers and not self._steps:
-            self._list_positions()
+            with _LISTING:
+                if not self._steps:
+                    self._list_positions()
         y = x_TI.new_empty(tokens * self.width)
         wrong = self._linear(
             index, self._address, len(self.packed),
