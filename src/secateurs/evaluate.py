@@ -71,7 +71,7 @@ def measure(
 ) -> list[Window]:
     """Run windows [N, S] through one or two models, block by block in step, and compare their logits. Both are on one device.
 
-    Memory holds one block of each model, the hidden states of all windows and the logits of one. done: windows that
+    Memory holds one block of each model, the hidden states of all windows and at most 2^26 logits of each. done: windows that
     were measured before, which come first and are not measured again. One tick a window, block and model, and one a
     window at the end. ends: a folder for this dense model and these windows, where what leaves its last block is kept; what
     lies there is not computed again, to the same bits. Raises CalibrationError if the model gives no logits.
