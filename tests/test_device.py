@@ -6,7 +6,7 @@ import sys
 import torch
 
 from secateurs import device
-from secateurs.bench import Variant, _that_fit, bench, dense_variants
+from secateurs.bench import Variant, _that_fit, bench, dense_variants, variants_of
 
 
 def test_an_emulated_model_is_run_in_every_better_way(monkeypatch, tmp_path, llama):
@@ -17,6 +17,23 @@ def test_an_emulated_model_is_run_in_every_better_way(monkeypatch, tmp_path, lla
     assert [v.name for v in dense_variants(str(llama))] == ["dense"]
     found = [(v.name, v.how, v.dtype) for v in dense_variants(str(tmp_path / "bf16"))]
     assert found == [("dense, fp32", "dense", "float32"), ("dense, our kernels", "accelerated dense", None)]
+
+
+def test_a_shrunk_model_meets_the_same_rivals(monkeypatch, tmp_path, llama):
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text())
+    for folder in ("model", "dense"):
+        shutil.copytree(llama, tmp_path / folder, dirs_exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (tmp_path / "plan.json").write_text(json.dumps({"model": str(tmp_path / "dense"), "units": ["mlp"]}))
+    for computed, ways in (
+        (torch.float32, [("dense", "float32"), ("accelerated dense", None), ("accelerated dense", None)]),
+        (torch.bfloat16, [("dense", None), ("dense", None)]),
+    ):
+        monkeypatch.setattr("secateurs.bench.compute_dtype", lambda dtype, computed=computed: computed)
+        found = variants_of(tmp_path)
+        assert [(v.how, v.dtype) for v in found] == ways
+        assert found[-1].name == "shrunk"
 
 
 def test_speedups_are_over_the_fastest_dense_way(llama):

@@ -46,8 +46,9 @@ def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
         dense, left = models_of(folder)
         shrunk = "units" in json.loads((folder / "plan.json").read_text())
         if shrunk and against is None:
-            wide = _wide(Path(dense))
-            return [Variant("dense", dense, "dense", wide), Variant("shrunk", str(left), "dense", wide)]
+            # a smaller dense model meets the same rivals as a packed one, and runs in the best way for such weights too
+            how = "dense" if _wide(left) is None else "accelerated dense"
+            return [*dense_variants(dense), Variant("shrunk", str(left), how)]
         main = left if shrunk else folder / "packed"
         if not (main / "config.json").is_file():
             raise CheckpointError(f"{folder} has no packed model; make one with `secateurs pack {folder}`")
