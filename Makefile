@@ -28,8 +28,8 @@ test: $(READY) browser test-kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/test_devices.py
-	$(BIN)/python -m pytest -n auto tests/test_devices.py
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/base/test_devices.py
+	$(BIN)/python -m pytest -n auto tests/base/test_devices.py
 
 # the kernels' own tests, plain and under sanitizers; the fuzzer runs for as long as FUZZ_SECONDS says
 FUZZ_SECONDS ?= 10

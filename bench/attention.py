@@ -9,7 +9,7 @@ import time
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from secateurs.attention import tiled
+from secateurs.model.attention import tiled
 
 
 def main() -> None:

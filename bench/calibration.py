@@ -55,7 +55,7 @@ def main() -> None:
         for asked, calibration in calibrations.items():
             for of, text in evaluations.items():
                 command = [
-                    sys.executable, "-m", "secateurs.cli", "prune", model, "--out", work / f"{asked}-{of}", "--effort", "fast",
+                    sys.executable, "-m", "secateurs", "prune", model, "--out", work / f"{asked}-{of}", "--effort", "fast",
                     "--calibration", calibration, "--samples", 64, "--seqlen", 512, "--eval-text", text, "--eval-windows", 12,
                     "--eval-seqlen", 2048, "--json",
                 ]  # fmt: skip

@@ -22,8 +22,8 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.structured import graph
-from secateurs.structured.channels import measure
+from secateurs.shrink import graph
+from secateurs.shrink.channels import measure
 
 sys.path.insert(0, str(ROOT / "tools"))
 import efficientnet_lite0

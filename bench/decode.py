@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from secateurs import pack
-from secateurs.bench import Variant, bench
+from secateurs.machine.bench import Variant, bench
+from secateurs.pack import folder
 
 
 def make(folder: Path) -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         if not (plain / "config.json").is_file():
             make(plain)
         if not (packed / "config.json").is_file():
-            pack.pack(plain, packed)
+            folder.pack(plain, packed)
         ways = {
             "dense, torch": (plain, "dense"),
             "dense, torch.compile with frozen weights": (plain, "compiled"),

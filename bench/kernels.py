@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from secateurs.device import machine
-from secateurs.formats import pack
-from secateurs.kernels import Call, kernels, select
-from secateurs.measure import dense_runs, interleaved
-from secateurs.patterns import parse
-from secateurs.probe import bandwidth
+from secateurs.base.device import machine
+from secateurs.kernels.dispatch import Call, kernels, select
+from secateurs.kernels.formats import pack
+from secateurs.machine.probe import bandwidth
+from secateurs.machine.timing import dense_runs, interleaved
+from secateurs.matrix.patterns import parse
 
 SHAPE = (11008, 4096)
 # [(pattern, sparsity)]
@@ -102,9 +102,9 @@ def overhead():
     import time
     from statistics import median
 
-    from secateurs.kernels import _call_of
-    from secateurs.library import library
-    from secateurs.linear import PackedLinear
+    from secateurs.kernels.dispatch import _call_of
+    from secateurs.kernels.library import library
+    from secateurs.kernels.packed_linear import PackedLinear
 
     layer = PackedLinear.of(pack(torch.eye(64, dtype=torch.bfloat16)))
     x, y = torch.randn(1, 64).bfloat16(), torch.empty(64, dtype=torch.bfloat16)

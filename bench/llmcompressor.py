@@ -60,7 +60,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def perplexity(model: Path, wikitext: Path) -> float:
-    command = [sys.executable, "-m", "secateurs.cli", "eval", model, "--text", wikitext, "--json"]
+    command = [sys.executable, "-m", "secateurs", "eval", model, "--text", wikitext, "--json"]
     out = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE).stdout
     return json.loads(out)["quality"]["ppl_dense"]["value"]
 
@@ -79,13 +79,13 @@ def main() -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from secateurs import calibrate
+    from secateurs.quality import texts
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        windows = calibrate.load(calibration, AutoTokenizer.from_pretrained(source), 64, 512, 0).windows
+        windows = texts.load(calibration, AutoTokenizer.from_pretrained(source), 64, 512, 0).windows
         save_file({"windows": windows}, folder / "tokens.safetensors")
-        ours = [sys.executable, "-m", "secateurs.cli", "prune", source, "--calibration", calibration, "--quiet",
+        ours = [sys.executable, "-m", "secateurs", "prune", source, "--calibration", calibration, "--quiet",
                 "--samples", 64, "--seqlen", 512, "--eval-windows", 0]  # fmt: skip
         commands = {
             "llm-compressor SparseGPT": lambda out: [

@@ -68,7 +68,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             model = subprocess_make(Path(name) / "model", blocks)
             for method in arguments.methods.split(","):
-                command = [sys.executable, "-m", "secateurs.cli", "prune", model, "--out", Path(name) / method, "--json",
+                command = [sys.executable, "-m", "secateurs", "prune", model, "--out", Path(name) / method, "--json",
                            "--method", method, "--samples", samples, "--seqlen", seqlen, "--eval-windows", "0"]  # fmt: skip
                 out = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE).stdout
                 report = json.loads(out)

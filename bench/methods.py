@@ -43,7 +43,7 @@ def run(row: str, shared: Path, windows: int, folder: Path) -> dict:
     method, pattern = row.split(":", 1)
     c4, wikitext = data(shared)
     command = [
-        sys.executable, "-m", "secateurs.cli", "prune", fetch(), "--out", folder / "run", "--json",
+        sys.executable, "-m", "secateurs", "prune", fetch(), "--out", folder / "run", "--json",
         "--method", method, "--pattern", pattern,
         "--calibration", f"{c4}:prefix+gold_completion", "--samples", 64, "--seqlen", 512,
         "--eval-text", wikitext, "--eval-windows", windows, "--eval-seqlen", 2048,

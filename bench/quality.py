@@ -20,8 +20,8 @@ from pathlib import Path
 
 from methods import ROOT, data, fetch
 
-from secateurs.files import write_json, write_text
-from secateurs.plan import Plan
+from secateurs.base.files import write_json, write_text
+from secateurs.prune.plan import Plan
 
 SPARSITIES = ("0.3", "0.4", "0.5", "0.6", "0.7", "2:4", "4:8", "8:16")
 METHODS = ("magnitude", "wanda", "sparsegpt", "fast", "balanced", "best")

@@ -35,7 +35,7 @@ WIDTH = 1152
 
 
 def secateurs(*arguments):
-    command = [sys.executable, "-m", "secateurs.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "secateurs", *map(str, arguments), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -52,11 +52,11 @@ def peer(model, kind, folder):
     import torch_pruning as tp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from secateurs import calibrate
+    from secateurs.quality import texts
 
     c4, _ = data(ROOT.parent / "shared")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    windows = calibrate.load(f"{c4}:prefix+gold_completion", tokenizer, 64, 512, 0).windows
+    windows = texts.load(f"{c4}:prefix+gold_completion", tokenizer, 64, 512, 0).windows
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     net.config.use_cache = False
     importance = {
@@ -134,7 +134,7 @@ def say(method, row):
 def latency(model, found, save):
     from transformers import AutoModelForCausalLM
 
-    from secateurs.structured.latency import measure
+    from secateurs.shrink.latency import measure
 
     rows = {}
     for share in (0.8, 0.6):

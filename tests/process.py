@@ -15,8 +15,9 @@ from typing import NamedTuple
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
     [
-        *(f"secateurs.{name}" for name in ("bench", "cli", "decide", "hf", "pack", "page", "probe", "prune", "summary", "train")),
-        "secateurs.structured.shrink", "secateurs.verify", "lm_eval", "transformers.models.llama.modeling_llama", "tiny",
+        "secateurs.cli", "secateurs.decide.decide", "secateurs.decide.fleet", "secateurs.machine.bench", "secateurs.machine.probe",
+        "secateurs.prune.verify", "secateurs.report.page", "secateurs.report.tables", "lm_eval",
+        "transformers.models.llama.modeling_llama", "tiny",
     ]
 )  # fmt: skip
 

@@ -1,82 +1,70 @@
-"""Imports point downwards: docs/design.md draws the layers."""
+"""Imports between folders point one way, files are short enough to read, and tensors-only code stays so."""
 
 import ast
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
-# from the bottom; a module may import those on its own level and below
-LEVELS = [
-    {"errors", "families", "device", "files", "effort", "ranks", "estimate", "hardware", "products"},
-    {"patterns", "stats", "report", "library", "semi_structured", "gates", "tasks"},
-    {"formats"},
-    {"scores", "attention", "card", "kernels"},
-    {"measure", "linear", "profile"},
-    {"solvers", "allocate", "walk", "lab", "tuning", "reconstruct"},
-    {"checkpoint", "calibrate", "evaluate", "sensitivity", "permute", "distill"},
-    {"plan", "inspection"},
-    {"block"},
-    {"apportion"},
-    {"prune", "verify", "pack", "probe", "bench"},
-    {"train.schedules", "train.held"},
-    {"train.pruning", "train.masked", "train.lottery", "train.callbacks", "train.lora"},
-    {"train.recover"},
-    {"train"},
-    {"structured", "structured.budget", "structured.columns", "structured.graph", "structured.bridge"},
-    {"structured.units"},
-    {"structured.experts", "structured.width"},
-    {"structured.losses", "structured.latency"},
-    {"structured.channels", "structured.export", "structured.shrink"},
-    {"realize", "queueing"},
-    {"decide", "fleet", "charts"},
-    {"page"},
-    {"summary", "hf"},
-    {"__init__"},
-    {"cli"},
-]
-TORCH_ONLY = {"patterns", "stats", "scores", "solvers", "allocate", "tuning", "reconstruct"}
-
-
-def name_of(file):
-    """secateurs.structured.units is structured.units; a package is its folder."""
-    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+# from the bottom; a folder may import those before it, and itself
+ORDER = (
+    "base", "matrix", "kernels", "model", "quality", "machine", "prune", "pack", "shrink", "train", "decide", "report", "cli",
+)  # fmt: skip
+FILES = sorted(SOURCE.rglob("*.py"))
+MOST_LINES = 500
 
 
 def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    """(module, imported name or None, is at the top level) of every import."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            if node.module.startswith("secateurs"):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from ((node.module, alias.name, node in tree.body) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, None, node in tree.body) for alias in node.names)
 
 
-def test_every_module_has_a_level():
-    assert {name_of(f) for f in SOURCE.rglob("*.py")} == set().union(*LEVELS)
+def folder_of(file):
+    parts = file.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else None
 
 
-def test_no_import_points_up():
-    level = {name: i for i, names in enumerate(LEVELS) for name in names}
-    for file in SOURCE.rglob("*.py"):
-        for module in imports(file):
-            name = module.removeprefix("secateurs.")
-            # a name in a module, or in a module of a package
-            while name not in level and "." in name:
-                name = name.rpartition(".")[0]
-            if module.startswith("secateurs.") and name in level:
-                assert level[name] <= level[name_of(file)], f"{name_of(file)} imports {name}, which lies above it"
+def test_every_folder_has_its_place_and_says_what_it_holds():
+    folders = {folder.name for folder in SOURCE.iterdir() if any(folder.glob("*.py"))}
+    assert folders == set(ORDER)
+    for folder in ORDER:
+        assert ast.get_docstring(ast.parse((SOURCE / folder / "__init__.py").read_text())), folder
+    # tests lie in folders of the same names
+    assert {f.parent.name for f in Path(__file__).parent.glob("*/test_*.py")} <= {*ORDER, "tools"}
 
 
-def test_the_core_knows_neither_files_nor_transformers():
-    for name in TORCH_ONLY:
-        foreign = {m.split(".")[0] for m in imports(SOURCE / f"{name}.py")}
-        assert not foreign & {"transformers", "pathlib", "os", "time", "safetensors", "typer", "rich"}, name
+@pytest.mark.parametrize("file", [f for f in FILES if folder_of(f)], ids=lambda f: str(f.relative_to(SOURCE)))
+def test_no_import_points_up(file):
+    own = folder_of(file)
+    for module, name, _ in imports(file):
+        parts = module.split(".")
+        if parts[0] != "secateurs":
+            continue
+        found = parts[1] if len(parts) > 1 else name
+        # the package itself says where the compiled kernels lie
+        if found is not None:
+            assert ORDER.index(found) <= ORDER.index(own), f"{own} imports {found}, which stands above it"
+        # a sibling's private names are its own
+        assert name is None or not name.startswith("_"), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_a_file_is_read_in_one_sitting(file):
+    assert len(file.read_text().splitlines()) <= MOST_LINES
+
+
+def test_one_matrix_needs_neither_files_nor_transformers():
+    for file in SOURCE.glob("matrix/*.py"):
+        foreign = {module.split(".")[0] for module, _, _ in imports(file)}
+        assert not foreign & {"transformers", "pathlib", "os", "time", "safetensors", "typer", "rich"}, file.name
 
 
 def test_transformers_is_imported_inside_functions():
-    # the plugin's classes are subclasses of transformers' own
-    for file in set(SOURCE.rglob("*.py")) - {SOURCE / "hf.py"}:
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
-                assert not any(n.split(".")[0] == "transformers" for n in names), file.name
+    for file in set(FILES) - {SOURCE / "pack" / "plugin.py"}:
+        # the plugin's classes are subclasses of transformers' own
+        assert not [m for m, _, top in imports(file) if top and m.split(".")[0] == "transformers"], file.name

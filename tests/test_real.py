@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import secateurs as sc
-from secateurs import calibrate, permute
+from secateurs.model.checkpoint import Checkpoint
+from secateurs.prune import permute
+from secateurs.quality import texts
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -126,8 +128,8 @@ def test_smollm2_speaks(smollm2):
 
 
 def test_smollm2_wikitext_tokens_and_dense_perplexity(smollm2):
-    from secateurs.checkpoint import Checkpoint
-    from secateurs.prune import quality
+    from secateurs.model.checkpoint import Checkpoint
+    from secateurs.quality.evaluation import quality
 
     text = data("wikitext-2-raw.test.txt")
     source = Checkpoint(smollm2)
@@ -148,7 +150,7 @@ def test_smollm2_calibration_text_is_documents_shuffled_and_joined(smollm2):
     documents = [row["prefix"] + row["gold_completion"] for row in rows]
     Random(0).shuffle(documents)
     want = tokenizer("\n\n".join(documents), verbose=False).input_ids[:32_768]
-    got = calibrate.load(f"{file}:prefix+gold_completion", tokenizer, 64, 512, 0)
+    got = texts.load(f"{file}:prefix+gold_completion", tokenizer, 64, 512, 0)
     assert got.windows.flatten().tolist() == want
 
 
@@ -215,10 +217,10 @@ def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_p
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    from secateurs import pack
+    from secateurs.pack import folder
 
     plain = tmp_path / "plain"
-    sc.checkpoint.Checkpoint(smollm2).copy_small_files(plain)
+    Checkpoint(smollm2).copy_small_files(plain)
     for file in Path(smollm2).glob("*.safetensors"):
         tensors = load_file(file)
         for name, weight in tensors.items():
@@ -226,7 +228,7 @@ def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_p
                 keep = sc.patterns.parse("unstructured").keep(sc.scores.magnitude(weight.float(), None), 0.5)
                 tensors[name] = weight.masked_fill(~keep, 0)
         save_file(tensors, plain / file.name, metadata={"format": "pt"})
-    totals = pack.pack(plain, tmp_path / "packed")["totals"]
+    totals = folder.pack(plain, tmp_path / "packed")["totals"]
     ratio = totals["packed_layers_nbytes"] / totals["packed_layers_dense_nbytes"]
     print(f"packed layers take {ratio:.4f}x the bytes")
     assert totals["layers_packed"] == 210
@@ -238,7 +240,7 @@ def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_p
         want, got = dense(ids).logits, packed(ids).logits
     assert (got - want).norm() / want.norm() < 1e-5
     assert torch.equal(got.argmax(-1), want.argmax(-1))
-    pack.unpack(tmp_path / "packed", tmp_path / "back")
+    folder.unpack(tmp_path / "packed", tmp_path / "back")
     a = {k: t for f in plain.glob("*.safetensors") for k, t in load_file(f).items()}
     b = {k: t for f in (tmp_path / "back").glob("*.safetensors") for k, t in load_file(f).items()}
     assert a.keys() == b.keys()
@@ -247,7 +249,8 @@ def test_smollm2_packs_to_nine_bits_a_weight_and_answers_the_same(smollm2, tmp_p
 
 def test_a_decision_on_a_trained_model(tmp_path):
     """Real quality, real bytes, real times of a model of a second: what is recommended is what the numbers say."""
-    from secateurs.decide import DecidePlan, decide, front
+    from secateurs.decide.decide import decide, front
+    from secateurs.decide.plan import DecidePlan
 
     model, text = data("stories260K"), str(data("tinystories_30KB.txt"))
     plan = DecidePlan(
@@ -274,7 +277,7 @@ def test_prose_and_code_are_told_apart(tmp_path, smollm2):
 
     from transformers import AutoTokenizer
 
-    from secateurs import calibrate
+    from secateurs.quality import texts
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -285,8 +288,8 @@ def test_prose_and_code_are_told_apart(tmp_path, smollm2):
         "c4": f"{data('c4_sample.jsonl')}:prefix+gold_completion", "wikitext": str(data("wikitext-2-raw.test.txt")),
         "code": str(tmp_path / "code-0.txt"), "other code": str(tmp_path / "code-1.txt"),
     }  # fmt: skip
-    windows = {name: calibrate.load(source, tokenizer, 32, 512, 0).windows for name, source in sources.items()}
+    windows = {name: texts.load(source, tokenizer, 32, 512, 0).windows for name, source in sources.items()}
     for a, b, alike in (
         ("c4", "wikitext", True), ("code", "other code", True), ("c4", "code", False), ("wikitext", "code", False),
     ):  # fmt: skip
-        assert (calibrate.distance(windows[a], windows[b]).mismatch is None) == alike, (a, b)
+        assert (texts.distance(windows[a], windows[b]).mismatch is None) == alike, (a, b)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import secateurs as sc
-from secateurs import semi_structured
-from secateurs.device import machine
-from secateurs.errors import DeviceError
-from secateurs.files import write_json
+from secateurs.base.device import machine
+from secateurs.base.errors import DeviceError
+from secateurs.base.files import write_json
+from secateurs.kernels import semi_structured
 from secateurs.train.held import prunable
 
 ROOT = Path(__file__).resolve().parent.parent

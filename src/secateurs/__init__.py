@@ -1,18 +1,23 @@
 """Secateurs prunes neural networks to the sparsity that their hardware can cash in, and proves it."""
 
-# importing hf registers the packed format with transformers
-from secateurs import formats, hf, kernels, patterns, scores, solvers, train
-from secateurs.decide import DecidePlan, decide
-from secateurs.errors import SecateursError
-from secateurs.linear import accelerate
-from secateurs.pack import pack_run
-from secateurs.plan import Plan
-from secateurs.prune import prune
-from secateurs.report import Report
-from secateurs.stats import Stats
-from secateurs.structured.channels import shrink_module
-from secateurs.structured.shrink import ShrinkPlan, shrink
-from secateurs.verify import verify
+# importing the plugin registers the packed format with transformers
+from secateurs import kernels, train
+from secateurs.base.errors import SecateursError
+from secateurs.decide.decide import decide
+from secateurs.decide.plan import DecidePlan
+from secateurs.kernels import formats
+from secateurs.kernels.packed_linear import accelerate
+from secateurs.matrix import patterns, scores, solvers
+from secateurs.matrix.stats import Stats
+from secateurs.pack import plugin as _plugin  # noqa: F401
+from secateurs.pack.folder import pack_run
+from secateurs.prune.plan import Plan
+from secateurs.prune.prune import prune
+from secateurs.prune.report import Report
+from secateurs.prune.verify import verify
+from secateurs.shrink.channels import shrink_module
+from secateurs.shrink.folder import shrink
+from secateurs.shrink.plan import ShrinkPlan
 
 __all__ = [
     "DecidePlan",
@@ -24,7 +29,6 @@ __all__ = [
     "accelerate",
     "decide",
     "formats",
-    "hf",
     "kernels",
     "pack_run",
     "patterns",

@@ -7,7 +7,8 @@ from secateurs.train.lora import Lora, lora
 from secateurs.train.lottery import Rounds, iterative
 from secateurs.train.masked import MaskedLinear, finish, sr_ste
 from secateurs.train.pruning import SCORES, dynamic, gradual
-from secateurs.train.recover import RecoverPlan, recover
+from secateurs.train.recover import recover
+from secateurs.train.recover_plan import RecoverPlan
 from secateurs.train.schedules import Ramp, Schedule, Steps, cubic, linear, one_step, rounds
 
 __all__ = [

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from secateurs.errors import PlanError
-from secateurs.walk import layers_of
+from secateurs.base.errors import PlanError
+from secateurs.model.layers import layers_of
 
 # integers as wide as a weight, by bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -155,7 +155,7 @@ def as_matrix(
 
 def _kinds(model: nn.Module) -> dict[int, str]:
     """{id of parameter: kind of layer}."""
-    from secateurs.families import FAMILIES
+    from secateurs.model.families import FAMILIES
 
     experts = {name for family in FAMILIES.values() for name in family.experts}
     return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from secateurs.errors import PlanError
+from secateurs.base.errors import PlanError
 from secateurs.train.held import prunable
 
 

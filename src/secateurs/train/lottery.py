@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateurs import patterns
-from secateurs.errors import PlanError
-from secateurs.files import claim, locked, write_json, write_tensors
+from secateurs.base.errors import PlanError
+from secateurs.base.files import claim, locked, write_json, write_tensors
+from secateurs.matrix import patterns
 from secateurs.train.held import Held, hold, prunable
 
 CONTROLS = ("random", "reinit")

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from secateurs import patterns
-from secateurs.errors import PlanError
+from secateurs.base.errors import PlanError
+from secateurs.matrix import patterns
 from secateurs.train.held import as_matrix, prunable
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs import patterns
-from secateurs.allocate import LayerSummary, erk
-from secateurs.errors import PlanError
+from secateurs.base.errors import PlanError
+from secateurs.matrix import patterns
+from secateurs.prune.allocation import LayerSummary, erk
 from secateurs.train.held import Held, as_matrix, check_owned, prunable
 from secateurs.train.schedules import Schedule
 

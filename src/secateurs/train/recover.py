@@ -15,110 +15,32 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateurs import calibrate, checkpoint, evaluate, gates
-from secateurs.device import machine, peak_memory
-from secateurs.distill import cross_entropy, dense_ends, divergence, square_head
-from secateurs.errors import PlanError, VerifyError
-from secateurs.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
-from secateurs.products import described, widened
-from secateurs.prune import (
-    Noted,
-    Progress,
-    batched,
-    overlap_warning,
-    predicts_next_token,
-    quality,
-    silent,
-    ticker,
-    window_length,
-)  # fmt: skip
-from secateurs.ranks import Ranks, joined
+from secateurs.base.device import machine, peak_memory
+from secateurs.base.errors import PlanError, VerifyError
+from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.precision import described, widened
+from secateurs.base.processes import Ranks, joined
+from secateurs.base.progress import Progress, silent, ticker
+from secateurs.model import checkpoint
+from secateurs.model.activations import OnDisk
+from secateurs.model.batches import batched, window_length
+from secateurs.model.parts import blocks_of, leave
+from secateurs.prune.tune_model import cross_entropy, dense_ends, divergence, square_head
+from secateurs.prune.tuning import Moving, Noted, Outcome, loss_scale, tune, unscaled
+from secateurs.quality import evaluate, gates, texts
+from secateurs.quality.evaluation import overlap_warning, predicts_next_token, quality
 from secateurs.train.held import prunable
 from secateurs.train.lora import Lora, lora
-from secateurs.tuning import Moving, Outcome, loss_scale, tune, unscaled
-from secateurs.walk import OnDisk, blocks_of, leave
+from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
 
-# what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
-TRAINED = {
-    "blocks": (4e-3, "every weight of the blocks"),
-    "all": (4e-3, "every weight, embeddings and head too"),
-    "vectors": (2e-2, "norms and biases"),
-    "lora": (1e-3, "masked low-rank additions to pruned weights"),
-}
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Place = tuple[int, int]
 """A batch, and a window of it."""
-
-
-@dataclass(frozen=True)
-class RecoverPlan:
-    """How to train what is left of a model. Raises PlanError for what cannot be.
-
-    model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
-    no teacher: the text alone. data, samples, seqlen: as calibration in Plan; samples None is a window for every turn of every
-    step. steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is
-    0 with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the
-    model's own. checkpointing: blocks are computed again on the way back, for less memory. gate, eval_text, eval_windows,
-    eval_seqlen: as in Plan.
-    """
-
-    model: str
-    teacher: str | None = None
-    data: str = "pydoc"
-    samples: int | None = None
-    seqlen: int | None = 512
-    steps: int = 300
-    batch: int = 4
-    train: str = "blocks"
-    rank: int = 16
-    kl: float = 1.0
-    temperature: float = 1.0
-    hidden: float = 0.0
-    labels: float | None = None
-    rate: float | None = None
-    dtype: str | None = None
-    checkpointing: bool = False
-    seed: int = 0
-    gate: tuple[str, ...] = ()
-    eval_text: str = "pydoc"
-    eval_windows: int = 24
-    eval_seqlen: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "gate", tuple(self.gate))
-        if self.train not in TRAINED:
-            raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}")
-        if self.dtype not in (None, *_DTYPES):
-            raise PlanError(f"unknown dtype '{self.dtype}'; write {' or '.join(_DTYPES)}")
-        for name, least in (("steps", 1), ("batch", 1), ("rank", 1), ("eval_windows", 0)):
-            if getattr(self, name) < least:
-                raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
-        if self.samples is not None and self.samples < 2:
-            raise PlanError(f"samples {self.samples} is too small: one window is held out; give 2 or more")
-        for name in ("temperature", "rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise PlanError(f"{name} {value:g} is not above 0")
-        for name in ("kl", "hidden", "labels"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise PlanError(f"{name} {value:g} is below 0")
-        try:
-            gates.check(self.gate)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
-        if self.gate and not self.eval_windows:
-            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
 
 def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
@@ -186,7 +108,7 @@ class _Run:
             self.source.load_whole(model)
             zeros = {name: p.detach() == 0 for name, p in prunable(model)}
             if plan.dtype:
-                checkpoint.cast(model, _DTYPES[plan.dtype])
+                checkpoint.cast(model, DTYPES[plan.dtype])
             outcome, low = self._tune(model, dense, ends, batches, ranks)
             if low:
                 low.merge()
@@ -258,11 +180,11 @@ class _Run:
                     f"model {sizes[1][0]} of {sizes[1][1]}; leave it out"
                 )
 
-    def _text(self, model: nn.Module) -> calibrate.Text:
+    def _text(self, model: nn.Module) -> texts.Text:
         plan = self.plan
         wanted = plan.samples or plan.steps * plan.batch
         seqlen = window_length(plan.seqlen, model)
-        text = calibrate.load(plan.data, self.source.tokenizer(), wanted, seqlen, plan.seed)
+        text = texts.load(plan.data, self.source.tokenizer(), wanted, seqlen, plan.seed)
         if len(text.windows) < 2:
             raise PlanError(
                 f"{plan.data} has one window of {seqlen} tokens, and one is held out; give more text or a smaller --seqlen"
@@ -397,7 +319,7 @@ class _Run:
 
     def _quality(
         self, name: str, dense: checkpoint.Checkpoint, other: checkpoint.Checkpoint
-    ) -> tuple[evaluate.Quality, calibrate.Text]:
+    ) -> tuple[evaluate.Quality, texts.Text]:
         plan, cache = self.plan, self.work / f"windows-{name}.json"
         # a checkpoint remembers what it has loaded, into another skeleton
         dense, other = checkpoint.Checkpoint(dense.folder), checkpoint.Checkpoint(other.folder)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from secateurs.errors import PlanError
+from secateurs.base.errors import PlanError
 
 
 class Schedule(Protocol):

@@ -1,0 +1,38 @@
+"""What a run directory holds: which model it was made of, which model it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.errors import OutputError
+
+
+def models_of(run: Path) -> tuple[str, Path]:
+    """The dense model, and the folder of what became of it, of a run directory of prune, shrink or recover; without a teacher, what
+    recover was given takes the dense model's place.
+    """
+    try:
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+        dense, teacher = plan["model"], plan.get("teacher") or "none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{run / 'plan.json'} is not a plan of ours: {error}") from None
+    if teacher != "none":
+        dense = teacher
+    elif (Path(dense) / "plan.json").is_file():
+        # what recover was given is a run itself
+        dense = str(Path(dense) / "model")
+    return dense, run / "model"
+
+
+def shrunk_before(model: str) -> dict[str, Any] | None:
+    """What `secateurs shrink` reports of a model folder that it made, or None: budget, parameters, quality, latency."""
+    try:
+        found = json.loads((Path(model).expanduser().parent / "report.json").read_text(encoding="utf-8"))
+        return {
+            "budget": found["plan"]["budget"],
+            "parameters": {kind: found[kind]["parameters"] for kind in ("dense", "left")},
+            "quality": found["quality"],
+            "latency_ratio": found["latency"]["ratio"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,340 @@
+"""What to ship on this machine: candidates are estimated, then pruned and measured, held to the floor, and one is recommended.
+
+The run directory holds plan.json, profile.json, candidates/NAME (a run directory of prune or shrink each, with its packed model and
+timing.json) and decide.json. Everything that was measured is found again after a kill, and not measured twice.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.device import machine
+from secateurs.base.errors import DeviceError, PlanError, SecateursError
+from secateurs.base.files import claim, locked, resolved, unchanged, write_json
+from secateurs.base.precision import described
+from secateurs.base.progress import Progress, silent
+from secateurs.decide.plan import DecidePlan
+from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
+from secateurs.kernels.formats import DTYPES
+from secateurs.kernels.packed_linear import linears
+from secateurs.machine.bench import bench, variants_of
+from secateurs.machine.hardware import Hardware
+from secateurs.machine.probe import Question, probe, shapes_of
+from secateurs.machine.profile import DeviceProfile
+from secateurs.machine.timing import Timing
+from secateurs.model import checkpoint, families
+from secateurs.pack.folder import pack_run
+from secateurs.prune.folder import Run
+from secateurs.quality import gates, tasks
+from secateurs.shrink import units
+from secateurs.shrink.budget import Budget
+from secateurs.shrink.folder import shrink
+from secateurs.shrink.plan import ShrinkPlan
+
+Show = Callable[[list[dict[str, Any]]], None]
+
+FORMAT = 1
+
+
+def decide(
+    plan: DecidePlan, out: str | Path, progress: Progress = silent, show: Show = lambda rows: None
+) -> dict[str, Any]:
+    """Do what is left of a decision and return decide.json. show: called with all rows whenever one changes.
+
+    Raises SecateursError; that nothing pays is in the result's `recommended`, which is then 'dense', and no error here.
+    """
+    return _Decision(plan, Path(out).expanduser(), progress, show).complete()
+
+
+class _Decision:
+    def __init__(self, plan: DecidePlan, out: Path, progress: Progress, show: Show) -> None:
+        self.plan = dataclasses.replace(plan, model=resolved(plan.model))
+        self.out, self.progress, self.show = out, progress, show
+        self.errors: list[SecateursError] = []
+
+    def complete(self) -> dict[str, Any]:
+        source = checkpoint.Checkpoint(self.plan.model)
+        skeleton = source.skeleton()
+        self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
+        self.share = _share(skeleton, source.block_names(skeleton))
+        self.units = _units(skeleton.config)
+        if self.plan.tasks:
+            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        given = self._given_profile()
+        claim(self.out, self.plan.as_dict())
+        with locked(self.out):
+            # candidates that are done were made of it
+            unchanged(self.out, {self.plan.model: source.fingerprint()})
+            self.here = given if given is not None else self._own_profile()
+            self.estimated = not (isinstance(self.here, DeviceProfile) and self.here.of_here)
+            self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]
+            self.show(self.rows)
+            # the mildest of a kind first: where it misses the floor, those that remove more need not be tried
+            order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept)
+            for i in order:
+                self._settle(i)
+                self.show(self.rows)
+            if self.errors and not any(r["status"] == "measured" for r in self.rows):
+                # a fault is no decision
+                raise self.errors[0]
+            result = self._result()
+            write_json(self.out / "decide.json", result)
+        return result
+
+    # ------------------------------------------------------------------------------------------------- estimates
+
+    def _given_profile(self) -> DeviceProfile | Hardware | None:
+        plan = self.plan
+        if plan.profile is None:
+            return None
+        found = machine_named(plan.profile)
+        if isinstance(found, DeviceProfile) and not (found.of_here or plan.foreign):
+            here = machine()
+            raise DeviceError(
+                f"{plan.profile} is of {found.name}, this machine is {here['processor']}, {here['threads']} threads, and times do "
+                "not carry over; run `secateurs probe` here, or pass --allow-foreign-profile to decide by its estimates"
+            )
+        return found
+
+    def _own_profile(self) -> DeviceProfile:
+        """The one of this machine: kept here, left by `secateurs probe`, or measured now on the model's own shapes."""
+        file = self.out / "profile.json"
+        if file.is_file():
+            profile = DeviceProfile.read(file)
+            if not profile.of_here:
+                raise DeviceError(
+                    f"{self.out} was begun on {profile.name}, this is another machine or number of threads, and times do not carry "
+                    "over; go on there, or choose another folder"
+                )
+            return profile
+        at_hand = DeviceProfile.at_hand()
+        if at_hand is None or not any(r["dtype"] == self.dtype for r in at_hand.rows):
+            masks = [c for c in self.plan.parsed if c.kind == "mask"]
+            sparsities = tuple(sorted({c.sparsity for c in masks} or {0.5}))
+            question = Question(
+                shapes_of(self.plan.model, 2), sparsities, ("unstructured",), tokens=(1, 256), dtypes=(self.dtype,),
+                seconds_per_cell=1.0,
+            )  # fmt: skip
+            at_hand = probe(question, self.progress)
+        at_hand.write(file)
+        return at_hand
+
+    def _estimate(self, candidate: Candidate) -> dict[str, Any]:
+        worth = realize(candidate, self.here, self.dtype)
+        timed = candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
+        nbytes, seconds = self._of_all(worth.nbytes, candidate), self._estimated_seconds(worth, candidate)
+        row: dict[str, Any] = {
+            "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
+            "gate": [], "passed": None, "bytes_ratio": nbytes, "seconds_ratio": seconds, "prefill": 1 / worth.prefill,
+            "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [],
+        }  # fmt: skip
+        if not worth.pays:
+            row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
+        elif self.estimated and timed:
+            why = "its budget is a time, and only this machine's clock can be asked; name params, bytes or flops"
+            row |= {"status": "dropped", "reason": why}
+        elif not candidate.budget.startswith("seconds") and (reason := self._over_budget(row, slack=GAIN)):
+            row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
+        return row
+
+    def _of_all(self, fraction: float, candidate: Candidate) -> float:
+        """A fraction of the pruned layers as one of the whole model: the rest, embeddings and head, stays as it is."""
+        return fraction if candidate.kind == "shrink" else 1 - (1 - fraction) * self.share
+
+    def _estimated_seconds(self, worth: Worth, candidate: Candidate) -> dict[str, float]:
+        """Of a request, over the dense model's: prompts wait for products, tokens for memory."""
+        flops = self.here.flops_per_second
+        rate = flops.get(self.dtype, max(flops.values())) if isinstance(flops, dict) else flops
+        itemsize = 4 if self.dtype == "fp32" else 2
+        prefill = 2 * self.plan.prompt / rate
+        decode = itemsize * self.plan.new / self.here.bytes_per_second
+        ratio = self._of_all((worth.prefill * prefill + worth.decode * decode) / (prefill + decode), candidate)
+        return {"value": ratio, "low": ratio, "high": ratio}
+
+    # ------------------------------------------------------------------------------------------------ measurements
+
+    def _settle(self, i: int) -> None:
+        row, candidate = self.rows[i], self.plan.parsed[i]
+        if row["status"] == "dropped":
+            return
+        for other, settled in zip(self.plan.parsed, self.rows, strict=True):
+            milder = other.family == candidate.family and other.kept > candidate.kept
+            missed = [g["missed"] for g in settled["gate"] if g["verdict"] == "missed"]
+            if milder and missed:
+                row |= {"status": "dropped", "reason": f"{other.text} removes less and already fails: {missed[0]}"}
+                return
+        row["status"] = "running"
+        self.show(self.rows)
+        try:
+            self._measure(row, candidate)
+        except SecateursError as error:
+            # the others may still be worth something
+            row |= {"status": "failed", "reason": str(error)}
+            self.errors.append(error)
+
+    def _measure(self, row: dict[str, Any], candidate: Candidate) -> None:
+        folder = self.out / "candidates" / re.sub(r"[^\w.=]+", "-", candidate.text)
+        asked = self.plan.plan_of(candidate)
+        if isinstance(asked, ShrinkPlan) and not candidate.units:
+            asked = dataclasses.replace(asked, units=self.units)
+        label = candidate.text
+
+        def progress(what: str, done: int, total: int) -> None:
+            self.progress(f"{label}: {what}", done, total)
+
+        if isinstance(asked, ShrinkPlan):
+            report = shrink(asked, folder, progress)
+            nbytes = report["bytes"]
+            report |= self._tasks(folder, report)
+        else:
+            Run(asked, folder, progress).complete()
+            report = json.loads((folder / "report.json").read_text())
+            if report["packed"] is None:
+                profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
+                pack_run(folder, None, profile, progress)
+                report = json.loads((folder / "report.json").read_text())
+            nbytes = report["bytes"]
+        row |= {
+            "quality": report["quality"], "gate": report["gate"], "compared": report.get("compared", {}),
+            "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"], "bytes": nbytes,
+            "folder": str(folder.relative_to(self.out)), "status": "measured",
+        }  # fmt: skip
+        if [g["gate"] for g in row["gate"]] != list(self.plan.gate):
+            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.gate)}")
+        # another machine reads our packed files as they are, or a format of its own, which is an estimate
+        if not self.estimated or row["worth"]["kernel"] in ("bitmask", "dense"):
+            row["bytes_ratio"] = nbytes.get("packed", nbytes.get("left")) / nbytes["dense"]
+        if not self.estimated:
+            self._time(row, folder, progress)
+        self._judge(row)
+
+    def _tasks(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+        """The tasks of a smaller model beside the dense one, and all gates in the order of the plan."""
+        plan = self.plan
+        if not plan.tasks:
+            return {}
+        results = []
+        dense = checkpoint.Checkpoint(plan.model).folder
+        for file, model in ((self.out / "tasks-dense.json", dense), (folder / "tasks.json", folder / "model")):
+            if not file.is_file():
+                write_json(file, tasks.run_tasks(model, plan.tasks, plan.tasks_path, plan.tasks_limit))
+            results.append(json.loads(file.read_text()))
+        compared = tasks.compare(results[0], results[1], plan.seed)
+        return {"compared": compared, "gate": gates.judge(plan.gate, report["quality"], compared)}
+
+    def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
+        plan, file = self.plan, folder / "timing.json"
+        asked = {"prompt": plan.prompt, "new": plan.new, "repeats": plan.repeats}
+        if not file.is_file():
+            write_json(file, bench(variants_of(folder), plan.prompt, plan.new, plan.repeats, progress))
+        found = json.loads(file.read_text())
+        if {name: found[name] for name in asked} != asked:
+            raise PlanError(f"{file} was not measured by this plan; delete it, and it is measured again")
+        dense, ours = found["variants"][0], found["variants"][-1]
+
+        def seconds(variant: dict[str, Any]) -> list[float]:
+            stages = (variant[stage]["samples"] for stage in ("prefill", "decode"))
+            return [plan.prompt / a + (plan.new - 1) / b for a, b in zip(*stages, strict=True)]
+
+        ratio = Timing.of([a / b for a, b in zip(seconds(ours), seconds(dense), strict=True)])
+        row |= {
+            "seconds_ratio": {"value": ratio.seconds, "low": ratio.low, "high": ratio.high},
+            "prefill": ours["prefill"]["speedup"], "decode": ours["decode"]["speedup"], "measured": True,
+        }  # fmt: skip
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        seconds, nbytes = row["seconds_ratio"], row["bytes_ratio"]
+        if not row["passed"]:
+            row["reason"] = next(g["missed"] for g in row["gate"] if not g["passed"])
+        elif reason := self._over_budget(row):
+            row["reason"] = reason
+        elif not (self._faster(seconds) or nbytes < 1 / GAIN):
+            row["reason"] = f"does not pay: {seconds['value']:.2f}x the seconds and {nbytes:.2f}x the bytes"
+        elif seconds["value"] > GAIN and (self.plan.limit or ("seconds",))[0] == "seconds":
+            row["reason"] = f"takes {seconds['value']:.2f}x the seconds; with --budget bytes=… that would not count"
+
+    @staticmethod
+    def _faster(seconds: dict[str, float]) -> bool:
+        return seconds["value"] < 1 / GAIN and seconds["high"] < 1
+
+    def _over_budget(self, row: dict[str, Any], slack: float = 1.0) -> str | None:
+        if self.plan.limit is None:
+            return None
+        kind, limit = self.plan.limit
+        takes = row["seconds_ratio"]["value"] if kind == "seconds" else row["bytes_ratio"]
+        return f"it takes {takes:.2f}x the {kind}, and the budget is {limit:g}x" if takes > limit * slack else None
+
+    # ------------------------------------------------------------------------------------------------- the decision
+
+    def _result(self) -> dict[str, Any]:
+        fit = [r for r in self.rows if _fits(r)]
+        best = min(fit, key=lambda r: (r["seconds_ratio"]["value"], r["bytes_ratio"]), default=None)
+        return {
+            "format": FORMAT,
+            "plan": self.plan.as_dict(),
+            "machine": machine(),
+            "compute": described(checkpoint.Checkpoint(self.plan.model).dtype),
+            "profile": self.here.name,
+            "estimated": self.estimated,
+            "rows": self.rows,
+            "front": [r["candidate"] for r in front(self.rows)],
+            "recommended": best["candidate"] if best else "dense",
+            "sentence": _sentence(best, self.rows, self.here.name, self.estimated),
+        }
+
+
+def _units(config: Any) -> tuple[str, ...]:
+    """What shrink cuts if nobody names units, as far as the model's family has it."""
+    family = families.find(config.model_type)
+    return tuple(u for u in ShrinkPlan.units if not units.refuses(u, family, config))
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    return row["status"] == "measured" and row["reason"] is None
+
+
+def _share(skeleton: Any, blocks: Sequence[str]) -> float:
+    """The share of a model's parameters that lies in the linear layers of its blocks."""
+    inside = tuple(f"{block}." for block in blocks)
+    weights: list[Any] = [module.weight for name, module, _ in linears(skeleton) if name.startswith(inside)]
+    return float(sum(w.numel() for w in weights) / sum(p.numel() for p in skeleton.parameters()))
+
+
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those measured that no other beats in both perplexity and seconds, the fastest first."""
+    known = [r for r in rows if r["status"] == "measured" and r["quality"]]
+
+    def point(row: dict[str, Any]) -> tuple[float, float]:
+        return row["seconds_ratio"]["value"], row["quality"]["ppl_ratio"]["value"]
+
+    kept = []
+    for row in known:
+        seconds, quality = point(row)
+        others = [point(o) for o in known if o is not row]
+        if not any(s <= seconds and q <= quality and (s, q) != (seconds, quality) for s, q in others):
+            kept.append(row)
+    return sorted(kept, key=point)
+
+
+def _sentence(best: dict[str, Any] | None, rows: list[dict[str, Any]], where: str, estimated: bool) -> str:
+    how = f"by estimate for {where}" if estimated else f"measured on {where}"
+    if best is None:
+        reasons = "; ".join(f"{r['candidate']}: {r['reason']}" for r in rows)
+        return f"Ship the dense model: no candidate both passes the floor and pays ({how}). {reasons}."
+    seconds, quality = best["seconds_ratio"], best["quality"]
+    time = f"{seconds['value']:.2f}x the time" + (
+        "" if estimated else f" (10th to 90th percentile {seconds['low']:.2f} to {seconds['high']:.2f})"
+    )
+    lost = ""
+    if quality:
+        ratio = quality["ppl_ratio"]
+        change = f"{ratio['value'] - 1:+.1%}, 95% interval {ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%}"
+        lost = f" Perplexity against the dense model's: {change}."
+    passed = ", ".join(g["gate"] for g in best["gate"])
+    return (
+        f"Ship {best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), and it "
+        f"passes {passed}.{lost}"
+    )

@@ -1,0 +1,110 @@
+"""Every choice of a decision, as data."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from secateurs.base.errors import PlanError
+from secateurs.decide.realize import Candidate
+from secateurs.prune.plan import Plan
+from secateurs.quality import gates
+from secateurs.shrink.plan import ShrinkPlan
+
+DEFAULT_CANDIDATES: tuple[str, ...] = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
+
+
+@dataclass(frozen=True)
+class DecidePlan:
+    """Which candidates for which machine, and what they must be worth. Raises PlanError.
+
+    candidates: as Candidate.parse() reads them. gate: floors, at least one. budget: 'seconds=0.8x' (of a request of `prompt` tokens
+    and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of `secateurs probe`, or a name of HARDWARE; None for the
+    one at hand, which is measured where there is none. foreign: let a profile of another machine decide, by estimates.
+    effort, calibration, samples, seqlen, seed, eval_*, tasks*: as in Plan. repeats: runs of each model, in turn. multiple: as in
+    ShrinkPlan.
+    """
+
+    model: str
+    gate: tuple[str, ...]
+    candidates: tuple[str, ...] = DEFAULT_CANDIDATES
+    budget: str | None = None
+    profile: str | None = None
+    foreign: bool = False
+    effort: str = "balanced"
+    calibration: str = "pydoc"
+    samples: int = 64
+    seqlen: int | None = 512
+    seed: int = 0
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: str | None = None
+    tasks_limit: int | None = None
+    prompt: int = 256
+    new: int = 64
+    repeats: int = 5
+    multiple: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("gate", "candidates", "tasks"):
+            object.__setattr__(self, name, tuple(text.strip() for text in getattr(self, name)))
+        if not self.gate:
+            raise PlanError("a decision needs a floor: give --gate, e.g. 'ppl<=+5%'")
+        try:
+            gates.check(self.gate, self.tasks)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        if not self.candidates:
+            raise PlanError("no candidates to decide between; leave --candidates out for the usual ones")
+        _ = self.limit
+        for candidate in self.parsed:
+            # whatever is wrong with a plan is found before the first one is run
+            self.plan_of(candidate)
+        if min(self.prompt, self.repeats) < 1 or self.new < 2:
+            raise PlanError(f"prompt {self.prompt}, new {self.new}, repeats {self.repeats}: give at least 1, 2 and 1")
+
+    @property
+    def parsed(self) -> list[Candidate]:
+        return [Candidate.parse(text) for text in dict.fromkeys(self.candidates) if text.strip() != "dense"]
+
+    @property
+    def limit(self) -> tuple[str, float] | None:
+        """('seconds' or 'bytes', the fraction of the dense model's that it may take)."""
+        if self.budget is None:
+            return None
+        found = re.fullmatch(r"(seconds|bytes)=(0?\.\d+)x?", self.budget)
+        if not found or not float(found[2]) > 0:
+            raise PlanError(
+                f"cannot read budget '{self.budget}'; write seconds=0.8x or bytes=0.6x, of the dense model's"
+            )
+        return found[1], float(found[2])
+
+    def plan_of(self, candidate: Candidate) -> Plan | ShrinkPlan:
+        """What prune or shrink is asked for."""
+        shared: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("calibration", "samples", "seqlen", "seed", "gate", "eval_text", "eval_windows", "eval_seqlen")
+        }
+        if candidate.kind == "shrink":
+            # shrink runs no tasks: they are asked of its result here
+            asked = tuple(g for g in self.gate if gates.Gate.parse(g).task is None)
+            named = {"units": candidate.units} if candidate.units else {}
+            return ShrinkPlan(
+                self.model,
+                candidate.budget,
+                prompt=self.prompt,
+                new=self.new,
+                multiple=self.multiple,
+                **{**shared, **named, "gate": asked},
+            )
+        return Plan(
+            self.model, pattern=candidate.pattern, sparsity=candidate.sparsity, effort=self.effort, allow_skips=True,
+            tasks=self.tasks, tasks_path=self.tasks_path, tasks_limit=self.tasks_limit, **shared,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found

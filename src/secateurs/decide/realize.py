@@ -1,0 +1,213 @@
+"""What a candidate is worth on a machine before anything is pruned: nominal fractions of the dense model, and realizable ones.
+
+Nominal: what is left when zeros are counted as nothing. Realizable: what the machine still computes, stores and waits for, by its
+measured profile or, unmeasured, by published figures. Fractions are of the pruned layers, 1 = dense.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from secateurs.base.errors import DeviceError, PlanError
+from secateurs.machine.hardware import HARDWARE, Hardware
+from secateurs.machine.profile import DeviceProfile
+from secateurs.matrix import patterns
+
+# what `secateurs realize` shows unasked
+USUAL = (
+    "dense", "0.5", "0.7", "0.9", "0.95", "2:4", "4:8", "16x16:0.5", "shrink:mlp:flops=0.7x", "shrink:layers:flops=0.7x",
+)  # fmt: skip
+_FORMS = "'0.7' (unstructured), '2:4', '16x16:0.5', 'shrink:latency=0.8x' or 'shrink:layers:params=0.8x'"
+# below this a gain is not told from noise
+GAIN = 1.05
+# bits beside the survivors, per weight: one of ours; 2:4 tensor cores read two a survivor
+_BITMASK, _TWO_FOUR = 1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What might be shipped. kind: 'dense', 'mask' or 'shrink'. pattern, sparsity: of a mask. budget, units: of `secateurs shrink`;
+    no units are its usual ones."""
+
+    text: str
+    kind: str
+    pattern: str = ""
+    sparsity: float = 0.0
+    budget: str = ""
+    units: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Candidate":
+        """'dense', '0.7', 'unstructured:0.7', '2:4', '16x16:0.5', 'shrink:latency=0.8x', 'shrink:mlp:params=0.8x' (width),
+        'shrink:layers:params=0.8x' (depth), units joined by +. Raises PlanError."""
+        text = text.strip()
+        if text == "dense":
+            return cls(text, "dense")
+        if text.startswith("shrink:"):
+            from secateurs.shrink.budget import Budget
+
+            units, _, budget = text.removeprefix("shrink:").rpartition(":")
+            Budget.parse(budget)
+            return cls(text, "shrink", budget=budget, units=tuple(units.split("+")) if units else ())
+        number = re.fullmatch(r"(?:(unstructured|\d+x\d+):)?(0?\.\d+)", text)
+        if number:
+            return cls(text, "mask", number[1] or "unstructured", float(number[2]))
+        try:
+            fixed = patterns.parse(text).fixed_sparsity
+        except ValueError:
+            fixed = None
+        if fixed is None:
+            raise PlanError(f"cannot read candidate '{text}'; write {_FORMS}")
+        return cls(text, "mask", text, fixed)
+
+    @property
+    def kept(self) -> float:
+        """Nominal fraction of the work that is left; of a budget in seconds, which says no fraction, 1."""
+        if self.kind == "mask":
+            return 1 - self.sparsity
+        found = re.fullmatch(r"\w+=(0?\.\d+)x?", self.budget)
+        return float(found[1]) if found and not self.budget.startswith("seconds") else 1.0
+
+    @property
+    def family(self) -> str:
+        """Candidates of one family differ only in how much goes."""
+        return self.pattern or "+".join((*self.units, self.budget.partition("=")[0])) or self.kind
+
+
+@dataclass(frozen=True)
+class Worth:
+    """flops, nbytes: realizable fractions. prefill, decode: fractions of the dense model's seconds. why: the reason, where
+    realizable is not nominal. measured: on this profile, or from published figures."""
+
+    candidate: str
+    nominal_flops: float
+    nominal_bytes: float
+    flops: float
+    nbytes: float
+    prefill: float
+    decode: float
+    kernel: str
+    why: str
+    measured: bool
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster in prefill or decoding, or smaller, by more than noise; of a budget in seconds nobody knows yet."""
+        if "seconds=" in self.candidate:
+            return True
+        return min(self.flops, self.nbytes, self.prefill, self.decode) < 1 / GAIN
+
+
+def realize(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: str = "bf16") -> Worth:
+    """Raises PlanError if a measured profile has no rows for the dtype."""
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise PlanError(f"unknown dtype '{dtype}'; write bf16, fp16 or fp32")
+    kept, measured = candidate.kept, isinstance(machine, DeviceProfile)
+    if candidate.kind != "mask":
+        why = "" if candidate.kind == "dense" else "what is left is dense and runs anywhere"
+        if kept > 1 / GAIN and candidate.kind == "shrink" and not candidate.budget.startswith("seconds"):
+            why = f"no more than {1 - kept:.0%} goes, which is not told from noise"
+        return Worth(candidate.text, kept, kept, kept, kept, kept, kept, "dense", why, measured)
+    if isinstance(machine, Hardware):
+        return _published(candidate, machine, dtype)
+    return _measured(candidate, machine, dtype)
+
+
+def machine_named(profile: str | None) -> DeviceProfile | Hardware:
+    """A name of HARDWARE, a file of `secateurs probe`, or the profile that it left of this machine. Raises DeviceError."""
+    if profile is None:
+        found = DeviceProfile.at_hand()
+        if found is None:
+            raise DeviceError(
+                f"this machine was not measured yet: run `secateurs probe`, or name one of {', '.join(HARDWARE)}"
+            )
+        return found
+    if profile in HARDWARE:
+        return HARDWARE[profile]
+    file = Path(profile).expanduser()
+    if not file.is_file():
+        raise DeviceError(
+            f"no profile '{profile}': it is no file of `secateurs probe` and none of {', '.join(HARDWARE)}"
+        )
+    return DeviceProfile.read(file)
+
+
+def rank(candidates: Sequence[Candidate], machine: DeviceProfile | Hardware, dtype: str = "bf16") -> list[Worth]:
+    """Least realizable FLOPs first, then least time, then least bytes."""
+    found = [realize(c, machine, dtype) for c in candidates]
+    return sorted(found, key=lambda w: (w.flops, w.prefill + w.decode, w.nbytes))
+
+
+def _stored(kept: float, extra_bits: float, dtype: str) -> float:
+    """Bytes of survivors and `extra_bits` a weight, over dense ones."""
+    return min(1.0, kept + extra_bits / (32 if dtype == "fp32" else 16))
+
+
+def _dense(candidate: Candidate, why: str, measured: bool) -> Worth:
+    kept = candidate.kept
+    return Worth(candidate.text, kept, kept, 1.0, 1.0, 1.0, 1.0, "dense", why, measured)
+
+
+def _published(candidate: Candidate, machine: Hardware, dtype: str) -> Worth:
+    kept = candidate.kept
+    if machine.two_four and candidate.pattern == "2:4":
+        prefill, decode = machine.two_four
+        return Worth(
+            candidate.text, kept, kept, 0.5, _stored(kept, _TWO_FOUR, dtype), 1 / prefill, 1 / decode, "sparse tensor cores",
+            "tensor cores skip half of the products; few tokens wait for memory and launches, and gain little", False,
+        )  # fmt: skip
+    if machine.bitmask:
+        nbytes = _stored(kept, _BITMASK, dtype)
+        why = (
+            "zeros are not read, but survivors are expanded before they are multiplied: fewer bytes, not fewer products"
+        )
+        return Worth(candidate.text, kept, kept, 1.0, nbytes, 1.0, nbytes, "bitmask", why, False)
+    return _dense(
+        candidate,
+        f"no kernel of {machine.name} skips {candidate.pattern} zeros: a dense kernel multiplies them, a dense tensor stores them",
+        False,
+    )
+
+
+def _measured(candidate: Candidate, profile: DeviceProfile, dtype: str) -> Worth:
+    kept = candidate.kept
+    if candidate.pattern == "2:4" and profile.accelerator.get("device"):
+        rows = [r for r in profile.rows if r["kernel"].startswith("nm24") and r["dtype"] == dtype]
+        if rows:
+            return _two_four(candidate, rows, dtype)
+    tokens = sorted({r["tokens"] for r in profile.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")})
+    if not tokens:
+        raise PlanError(f"the profile has no packed row for {dtype}; run `secateurs probe --dtype {dtype}`")
+    few, many = (profile.speedup(dtype, candidate.sparsity, t) or 1.0 for t in (tokens[0], tokens[-1]))
+    nbytes = _stored(kept, _BITMASK, dtype)
+    # a layer is packed only where that is faster for few tokens, and then it is packed for many as well
+    if few < GAIN:
+        why = f"packed products are no faster here at {candidate.sparsity:.0%} zeros ({few:.2f}x at {tokens[0]} tokens at once)"
+        return _dense(candidate, why, True)
+    why = (
+        f"measured {few:.2f}x at {tokens[0]} and {many:.2f}x at {tokens[-1]} tokens at once: zeros are not read, but survivors are "
+        "expanded before they are multiplied"
+    )
+    return Worth(candidate.text, kept, kept, min(1.0, 1 / many), nbytes, 1 / many, 1 / few, "bitmask", why, True)
+
+
+def _two_four(candidate: Candidate, rows: list[dict[str, Any]], dtype: str) -> Worth:
+    def best(tokens: int) -> float:
+        """Of the fastest backend of a shape, the median over shapes."""
+        by_shape: dict[str, float] = {}
+        for r in rows:
+            if r["tokens"] == tokens:
+                shape = str(r.get("shape"))
+                by_shape[shape] = max(by_shape.get(shape, 0.0), float(r["speedup"]))
+        return median(by_shape.values())
+
+    few, many = best(min(r["tokens"] for r in rows)), best(max(r["tokens"] for r in rows))
+    kept = candidate.kept
+    why = f"measured {few:.2f}x for few tokens and {many:.2f}x for many"
+    return Worth(
+        candidate.text, kept, kept, min(1.0, 1 / many), _stored(kept, _TWO_FOUR, dtype), min(1.0, 1 / many), min(1.0, 1 / few),
+        "sparse tensor cores", why, True,
+    )  # fmt: skip

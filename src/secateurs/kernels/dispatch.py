@@ -1,0 +1,339 @@
+"""Which kernel multiplies a packed matrix, and the call: y = x W' + b for T tokens.
+
+A Kernel is a row: of csrc/kernels.inc for CPUs, and PyTorch's 2:4 for GPUs. It says why it cannot take a problem, and select()
+chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row; SECATEURS_MAX_ISA=avx2 leaves out rows of richer
+instruction sets. The torch.library operator secateurs::linear is the only way in, so torch.compile traces through it.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.base.errors import DeviceError
+from secateurs.base.precision import compute_dtype
+from secateurs.kernels import semi_structured
+from secateurs.kernels.formats import DTYPES, PANEL, Packed, pack_dense, read_bitmask
+from secateurs.kernels.library import Info, Product, Weight, library
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row. index: of the compiled table, -1 for a GPU row. lacks: why it cannot run on this machine, or None."""
+
+    name: str
+    format: str
+    dtype: str
+    isa: str
+    strategy: str
+    index: int
+    lacks: str | None
+
+    def accepts(self, packed: Packed, tokens: int) -> str | None:
+        """None, or why this kernel cannot multiply `tokens` tokens with this matrix."""
+        if self.lacks:
+            return self.lacks
+        if self.format != packed.format:
+            return f"{self.name} takes {self.format} weights, these are {packed.format}"
+        if self.dtype != DTYPES[packed.dtype]:
+            return f"{self.name} takes {self.dtype}, these are {DTYPES[packed.dtype]}"
+        if self.strategy == "gather" and packed.shape[1] > GATHER_INPUTS:
+            return f"{self.name} takes at most {GATHER_INPUTS} inputs, these are {packed.shape[1]}"
+        return None
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """All rows, fastest first; those this machine lacks something for as well."""
+    rows = []
+    limit = max_isa()
+    for index in range(library().secateurs_kernels()):
+        info = Info()
+        library().secateurs_kernel_info(index, ctypes.byref(info))
+        name, format, dtype, isa, strategy = (
+            getattr(info, f).decode() for f in ("name", "format", "dtype", "isa", "strategy")
+        )
+        lacks = None if info.runnable else f"{name} needs {ISA_NEEDS[isa]}, which this CPU lacks"
+        if lacks is None and limit and ISA_LEVELS[isa] > ISA_LEVELS[limit]:
+            lacks = f"{name} needs {ISA_NEEDS[isa]}, and {MAX_ISA}={limit} leaves that out"
+        rows.append(Kernel(name, format, dtype, isa, strategy, index, lacks))
+    gpu = semi_structured.lacks() or "it takes tensors on the GPU: `secateurs probe` measures it"
+    rows.append(Kernel(semi_structured.NAME, "2:4", "bf16", "cuda", "semi_structured", -1, gpu))
+    return tuple(rows)
+
+
+ISA_NEEDS = {
+    "avx512": "AVX-512 with VBMI2 and BF16",
+    "avx2": "AVX2 with FMA, F16C and BMI2",
+    "neon": "NEON",
+    "scalar": "nothing",
+}
+# a limit leaves out the instruction sets above it; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY do the same for torch's own
+ISA_LEVELS = {"scalar": 0, "neon": 1, "avx2": 1, "avx512": 2}
+MAX_ISA = "SECATEURS_MAX_ISA"
+# positions of the strategy gather have 16 bits
+GATHER_INPUTS = 1 << 16
+
+
+def max_isa() -> str | None:
+    """The richest instruction set that SECATEURS_MAX_ISA allows, None for all. Raises DeviceError for an unknown one."""
+    name = os.environ.get(MAX_ISA)
+    if not name:
+        return None
+    if name not in ISA_LEVELS:
+        raise DeviceError(f"{MAX_ISA}={name} is no instruction set; known: {', '.join(ISA_LEVELS)}")
+    return name
+
+
+def named(name: str) -> Kernel:
+    """The row of that name. Raises DeviceError, with the rows that can run, if there is none or it cannot."""
+    row = next((k for k in kernels() if k.name == name), None)
+    if row is None or row.lacks:
+        found = row.lacks if row else f"no kernel is named '{name}'"
+        raise DeviceError(f"{found}; these run here: {', '.join(k.name for k in kernels() if not k.lacks)}")
+    return row
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Measured crossings (docs/log.md). Up to stream_tokens: stream; beyond: skip from skip_sparsity on, else tile.
+
+    gather: (tokens, sparsity): up to so many tokens, from this sparsity on, gather instead. many: (tokens, sparsity): from
+    so many tokens on, another skip_sparsity, since one listing of positions serves more of them.
+    """
+
+    stream_tokens: int
+    skip_sparsity: float
+    gather: tuple[int, float] = (0, 1.0)
+    many: tuple[int, float] | None = None
+
+    def strategy(self, tokens: int, sparsity: float) -> str:
+        if tokens <= self.gather[0] and sparsity >= self.gather[1]:
+            return "gather"
+        if tokens <= self.stream_tokens:
+            return "stream"
+        enough = self.many[1] if self.many and tokens >= self.many[0] else self.skip_sparsity
+        return "skip" if sparsity >= enough else "tile"
+
+
+# by (dtype, isa), measured on one machine of each; SECATEURS_KERNEL overrules them
+CHOICES = {
+    ("bf16", "avx512"): Choice(8, 0.85, many=(256, 0.73)),
+    ("fp16", "avx512"): Choice(8, 0.50),
+    ("fp32", "avx512"): Choice(8, 0.50),
+    ("bf16", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
+    ("fp16", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
+    ("fp32", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
+}
+# of dense matrices: the most tokens that our kernels stream, by isa; beyond, tile
+DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
+
+
+# the most tokens for which our dense kernels are faster than torch's, by (dtype, isa); measured up to 256
+DENSE_TOKENS = {("bf16", "avx512"): 16, ("fp32", "avx512"): 256, ("bf16", "avx2"): 8, ("fp32", "avx2"): 256}
+
+
+@functools.cache
+def _dense_tokens(dtype: torch.dtype) -> int | None:
+    """The most tokens for which torch's product of this dtype is slower than ours; None: any number."""
+    isa = _best("dense", DTYPES[dtype])["stream"].isa
+    if isa in ("avx2", "avx512") and compute_dtype(dtype) != dtype:
+        # torch emulates it
+        return None
+    return DENSE_TOKENS.get((DTYPES[dtype], isa), 0)
+
+
+def ours_is_faster(weight_OI: Tensor, x: Tensor) -> bool:
+    """Is our dense kernel the faster one for this product?"""
+    row = forced()
+    if row is not None and row.format != "dense":
+        return False
+    if weight_OI.dtype not in DTYPES or x.dtype != weight_OI.dtype or x.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        return False
+    most = _dense_tokens(weight_OI.dtype)
+    return most is None or x.numel() <= most * weight_OI.shape[1]
+
+
+@functools.cache
+def _best(format: str, dtype: str) -> dict[str, Kernel]:
+    """strategy -> the kernel of the fastest instruction set that has one and runs here."""
+    found: dict[str, Kernel] = {}
+    for k in kernels():
+        if k.format == format and k.dtype == dtype and not k.lacks:
+            found.setdefault(k.strategy, k)
+    return found
+
+
+@functools.cache
+def forced() -> Kernel | None:
+    """The row that SECATEURS_KERNEL names, if it names one. Raises DeviceError if it cannot run."""
+    name = os.environ.get("SECATEURS_KERNEL")
+    return named(name) if name else None
+
+
+def select(packed: Packed, tokens: int) -> Kernel:
+    """The kernel for so many tokens. Raises DeviceError if SECATEURS_KERNEL names one that cannot take the matrix."""
+    row = forced()
+    if row:
+        if reason := row.accepts(packed, tokens):
+            raise DeviceError(f"SECATEURS_KERNEL={row.name}: {reason}")
+        return row
+    best = _best(packed.format, DTYPES[packed.dtype])
+    isa = best["stream"].isa
+    if packed.format == "dense":
+        choice = Choice(DENSE_STREAM_TOKENS[isa], 1.1)
+    else:
+        choice = CHOICES.get((DTYPES[packed.dtype], isa), Choice(4, 1.1))
+    found = best[choice.strategy(tokens, packed.sparsity)]
+    return best["stream"] if found.accepts(packed, tokens) else found
+
+
+# held while positions are listed, which a second thread must not do again under a kernel that reads them
+_LISTING = threading.Lock()
+
+
+class Call:
+    """Matrices that share their input, ready for the kernels: the addresses that do not change between calls."""
+
+    def __init__(self, packed: Sequence[Packed], biases: Sequence[Tensor | None]) -> None:
+        self.packed = tuple(packed)
+        self.biases = tuple(biases)
+        self.outputs = [p.shape[0] for p in packed]
+        self.inputs = packed[0].shape[1]
+        self.width = sum(self.outputs)
+        self._products = (Product * len(packed))()
+        for product, p, bias in zip(self._products, packed, biases, strict=True):
+            mask = p.mask_PJ4.data_ptr() if p.mask_PJ4 is not None else None
+            starts = p.starts.data_ptr() if p.starts is not None else None
+            product.weight = Weight(*p.shape, mask, p.values.data_ptr(), starts, p.most, None, None)
+            product.bias = bias.data_ptr() if bias is not None else None
+        self._address = ctypes.addressof(self._products)
+        self._linear = library().secateurs_linear
+        self._kernels: dict[int, int] = {}
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        self._gathers = frozenset(k.index for k in kernels() if k.strategy == "gather")
+
+    def _list_positions(self) -> None:
+        """Make what gather kernels read: about as many bytes again as the packed matrix has at 90% zeros."""
+        threads, made_of = torch.get_num_threads(), []
+        for product, p in zip(self._products, self.packed, strict=True):
+            weight = ctypes.addressof(product) + Product.weight.offset
+            starts = torch.empty(-(-p.shape[0] // PANEL) + 1, dtype=torch.int64)
+            steps = library().secateurs_count_steps(weight, starts.data_ptr())
+            made = torch.empty(steps * 8 * (1 + p.values.element_size()), dtype=torch.uint8)
+            product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
+            library().secateurs_fill_steps(weight, p.values.element_size(), threads)
+            made_of.append((starts, made))
+        # only now: another thread takes them for complete
+        self._steps = made_of
+
+    def kernel(self, tokens: int) -> int:
+        """The index of the kernel for so many tokens; the largest matrix decides for all."""
+        index = self._kernels.get(tokens)
+        if index is None:
+            largest = max(self.packed, key=lambda p: p.shape[0])
+            index = self._kernels[tokens] = select(largest, tokens).index
+        return index
+
+    def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
+        """Flat y: for each matrix in turn, tokens x outputs."""
+        if not x_TI.is_contiguous():
+            x_TI = x_TI.contiguous()
+        tokens = x_TI.numel() // self.inputs
+        index = self.kernel(tokens) if kernel is None else kernel
+        if index in self._gathers and not self._steps:
+            with _LISTING:
+                if not self._steps:
+                    self._list_positions()
+        y = x_TI.new_empty(tokens * self.width)
+        wrong = self._linear(
+            index, self._address, len(self.packed),
+            x_TI.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong:
+            raise DeviceError(
+                f"kernel refused {tokens} tokens of {self.inputs} inputs: code {wrong} of csrc/secateurs.h"
+            )
+        return y
+
+
+def _call_of(
+    values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
+) -> Call:
+    """The Call of these tensors, checked once; kept until one of them changes or the first is gone."""
+    state: list[int] = [*shapes]
+    for v, mask, bias in zip(values, masks, biases, strict=True):
+        # a mask that was written to has another version, and is checked again; survivors may have been copied
+        state += (
+            v.data_ptr(),
+            *((0, 0, 0) if mask is None else (mask.data_ptr(), mask._version, v._version)),
+            0 if bias is None else bias.data_ptr(),
+        )
+    key = id(values[0])
+    kept = _calls.get(key)
+    if kept is not None and kept[0]() is values[0] and kept[1] == state:
+        return kept[2]
+    packed = []
+    for i, (v, mask) in enumerate(zip(values, masks, strict=True)):
+        shape = (shapes[2 * i], shapes[2 * i + 1])
+        packed.append(pack_dense(v.view(shape)) if mask is None else read_bitmask(v, mask, shape))
+    for p, bias in zip(packed, biases, strict=True):
+        if bias is not None and (tuple(bias.shape) != (p.shape[0],) or bias.dtype != p.dtype):
+            raise DeviceError(f"the bias of {p.shape[0]} {p.dtype} outputs is {bias.dtype} of shape {list(bias.shape)}")
+    call = Call(packed, biases)
+    _calls[key] = (weakref.ref(values[0], lambda _: _calls.pop(key, None)), state, call)
+    return call
+
+
+# by the identity of the first tensor, while it lives
+_calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
+
+
+_library: Any = torch.library.Library("secateurs", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "linear(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] biases, int[] shapes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _linear_cpu(
+    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
+) -> Tensor:
+    call = _call_of(values, masks, biases, shapes)
+    if x.dtype != values[0].dtype or x.shape[-1] != call.inputs:
+        raise DeviceError(
+            f"a packed layer of {call.inputs} {values[0].dtype} inputs was given {x.dtype} of shape {list(x.shape)}"
+        )
+    return call(x)
+
+
+@torch.library.impl(_library, "linear", "CUDA")
+def _linear_cuda(x: Tensor, *_: Any) -> Tensor:
+    raise DeviceError(
+        f"packed layers multiply on the CPU, and one was given tensors on {x.device}: model.cpu() first, or run what "
+        "`secateurs pack --dense` makes on the GPU"
+    )
+
+
+@torch.library.register_fake("secateurs::linear", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_fake(
+    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
+) -> Tensor:
+    return x.new_empty(x.numel() // shapes[1] * sum(shapes[::2]))
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y = x W' + b: x (..., I), y (..., O), all of the matrix's dtype; sums in fp32. Raises DeviceError."""
+    operator: Any = torch.ops.secateurs.linear.default
+    y: Tensor = operator(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
+    return y.view(*x.shape[:-1], packed.shape[0])

@@ -1,0 +1,103 @@
+"""The compiled kernels, csrc/, through ctypes: found, checked and given the thread pool of torch.
+
+Two thread pools would fight over the cores, so the kernels have none: they split their work with torch_parallel_for of
+torch's C interface, whatever runtime that wheel was built with.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateurs.base.errors import DeviceError
+
+ABI = 2
+
+
+class Weight(ctypes.Structure):
+    """secateurs_weight of csrc/secateurs.h."""
+
+    _fields_ = (
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("most", ctypes.c_int64),
+        ("steps", ctypes.c_void_p),
+        ("step_starts", ctypes.c_void_p),
+    )
+
+
+class Product(ctypes.Structure):
+    """secateurs_product of csrc/secateurs.h."""
+
+    _fields_ = (("weight", Weight), ("bias", ctypes.c_void_p))
+
+
+class Info(ctypes.Structure):
+    """secateurs_kernel of csrc/secateurs.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("format", ctypes.c_char_p),
+        ("dtype", ctypes.c_char_p),
+        ("isa", ctypes.c_char_p),
+        ("strategy", ctypes.c_char_p),
+        ("runnable", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The loaded library. Raises DeviceError if it was not built or is of another version."""
+    import secateurs
+
+    places = [Path(folder) / "libsecateurs_kernels.so" for folder in secateurs.__path__]
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        looked = " or ".join(str(p.parent) for p in places)
+        raise DeviceError(f"no libsecateurs_kernels.so in {looked}; install secateurs with a C++ compiler at hand")
+    loaded = ctypes.CDLL(str(found))
+    if loaded.secateurs_abi() != ABI:
+        raise DeviceError(
+            f"{found} has interface {loaded.secateurs_abi()}, this Python code wants {ABI}; install again"
+        )
+    loaded.secateurs_kernel_info.argtypes = [ctypes.c_int32, ctypes.POINTER(Info)]
+    loaded.secateurs_linear.argtypes = [
+        ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
+    ]  # fmt: skip
+    loaded.secateurs_check_bitmask.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip
+    loaded.secateurs_count_steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    loaded.secateurs_count_steps.restype = ctypes.c_int64
+    loaded.secateurs_fill_steps.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    loaded.secateurs_fill_steps.restype = None
+    loaded.secateurs_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    loaded.secateurs_read.restype = ctypes.c_double
+    loaded.secateurs_spin.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int32]
+    loaded.secateurs_spin.restype = ctypes.c_double
+    loaded.secateurs_use_threads.argtypes = [ctypes.c_void_p]
+    loaded.secateurs_use_threads.restype = None
+    loaded.secateurs_use_threads(_torch_parallel_for())
+    return loaded
+
+
+def _torch_parallel_for() -> int | None:
+    """The address of torch_parallel_for in the libtorch of this process; None where torch has none (before 2.10)."""
+    name = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(name)).torch_parallel_for
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def threads_note() -> str | None:
+    """None if the kernels use torch's thread pool, else why they run on one thread."""
+    if _torch_parallel_for():
+        return None
+    return f"torch {torch.__version__} has no torch_parallel_for, so the kernels run on one thread; use torch 2.10 or later"

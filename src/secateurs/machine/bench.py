@@ -1,0 +1,319 @@
+"""Tokens per second of whole models through generate(): each in a process of its own, run in turn, medians and spreads.
+
+prefill: a prompt of so many tokens to the first new one. decode: the new tokens after that. A variant is a folder and how to
+run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerated dense' (our dense kernels where they are faster),
+'compiled' and 'packed compiled' (under torch.compile, with a static cache). Speedups are over the fastest dense variant.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.device import machine, peak_memory
+from secateurs.base.errors import CheckpointError, PlanError
+from secateurs.base.precision import compute_dtype
+from secateurs.base.progress import Progress, silent
+from secateurs.base.run_folder import models_of
+from secateurs.machine.timing import Timing
+from secateurs.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run one folder."""
+
+    name: str
+    folder: str
+    how: str
+    dtype: str | None = None
+
+
+def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
+    """What `secateurs bench` compares: a run's dense model with its packed or smaller one; a packed folder with itself made
+    dense; or any two folders."""
+    main, dense = folder, None
+    if (folder / "plan.json").is_file():
+        dense, left = models_of(folder)
+        shrunk = "units" in json.loads((folder / "plan.json").read_text())
+        if shrunk and against is None:
+            # a smaller dense model meets the same rivals as a packed one, and runs in the best way for such weights too
+            how = "dense" if _wide(left) is None else "accelerated dense"
+            return [*dense_variants(dense), Variant("shrunk", str(left), how)]
+        main = left if shrunk else folder / "packed"
+        if not (main / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no packed model; make one with `secateurs pack {folder}`")
+    if against is not None:
+        return [Variant(str(against), str(against), _how(against)), Variant(str(main), str(main), _how(main))]
+    if _how(main) != "packed":
+        raise PlanError(f"{main} is not packed: give a run, a packed folder, or a second folder with --against")
+    other = str(dense or main)
+    return [*dense_variants(other), Variant("packed", str(main), "packed")]
+
+
+def dense_variants(folder: str) -> list[Variant]:
+    """The ways to run a dense model that may be the fastest here: as stored; where the CPU has no instructions for its 16-bit
+    weights, which torch then emulates, widened to fp32 and by our own kernels instead."""
+    wide = _wide(Path(folder))
+    if wide is None:
+        return [Variant("dense", folder, "dense")]
+    return [Variant("dense, fp32", folder, "dense", wide), Variant("dense, our kernels", folder, "accelerated dense")]
+
+
+def _wide(folder: Path) -> str | None:
+    """'float32' for a checkpoint of 16-bit weights that this CPU has no instructions for."""
+    stored = Checkpoint(folder, packed=True).dtype
+    return None if compute_dtype(stored) == stored else "float32"
+
+
+def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
+    """All variants are in memory at once: without the widened ones that have no room beside the others, and why."""
+    there = machine()["memory_bytes"]
+    kept, left_out = list(variants), []
+    for variant in variants:
+        needed = sum(Checkpoint(v.folder, packed=True).nbytes * (2 if v.dtype == "float32" else 1) for v in kept)
+        others = [v for v in kept if v is not variant and v.folder == variant.folder]
+        if needed > there and variant.dtype == "float32" and others:
+            kept.remove(variant)
+            left_out.append(
+                f"{variant.name} was not run: all ways together take {needed / 1e9:.1f} GB of memory, this machine has "
+                f"{there / 1e9:.1f}"
+            )
+    return kept, left_out
+
+
+def record_of(folder: Path) -> Path | None:
+    """Where a run directory keeps its measurement, which `fleet` and `report` read; None for another folder."""
+    return folder / "bench.json" if (folder / "plan.json").is_file() else None
+
+
+def _how(folder: Path) -> str:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model")
+    method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
+    return "packed" if method == "secateurs" else "dense"
+
+
+def bench(
+    variants: list[Variant],
+    prompt: int = 64,
+    new: int = 64,
+    repeats: int = 5,
+    progress: Progress = silent,
+    batches: Sequence[int] = (1,),
+) -> dict[str, Any]:
+    """Run all variants in turn; speedups are against the first one, which is dense. Raises CheckpointError.
+
+    Of several dense ways to run the first one's folder the fastest for one request becomes the first. One in fp32 that memory has
+    no room for is left out, and `left_out` says so.
+
+    batches: so many prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are of all
+    prompts together.
+    """
+    if min(prompt, repeats, *batches) < 1 or new < 2 or not batches:
+        raise PlanError(
+            f"prompt {prompt}, new {new}, repeats {repeats}, batches {list(batches)}: give at least 1, 2, 1 and 1"
+        )
+    variants, left_out = _that_fit(variants)
+    workers: list[_Worker] = []
+    samples: list[dict[tuple[str, int], list[float]]] = [
+        {(stage, batch): [] for batch in batches for stage in ("prefill", "decode")} for _ in variants
+    ]
+    total, done = len(variants) * len(batches) * (repeats + 1), 0
+    progress("runs", 0, total)
+    try:
+        for variant in variants:
+            workers.append(_Worker(variant, prompt, new))
+            workers[-1].ready()
+        for number in range(repeats + 1):
+            for batch in batches:
+                for worker, kept in zip(workers, samples, strict=True):
+                    run = worker.run(batch)
+                    # the first run warms up: allocator, threads, compiler
+                    if number:
+                        kept["prefill", batch].append(batch * prompt / run["first"])
+                        kept["decode", batch].append(batch * (new - 1) / (run["all"] - run["first"]))
+                    done += 1
+                    progress("runs", done, total)
+        peaks = [worker.finish() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+    runs = list(zip(variants, workers, samples, peaks, strict=True))
+    ways = [r for r in runs if r[0].folder == variants[0].folder and not r[0].how.startswith("packed")] or runs[:1]
+
+    def request(run: Any) -> float:
+        """Seconds of a prompt and its new tokens at the first batch size."""
+        first = batches[0]
+        prefill, decode = (Timing.of(run[2][stage, first]).seconds for stage in ("prefill", "decode"))
+        return first * (prompt / prefill + (new - 1) / decode)
+
+    fastest = min(ways, key=request)
+    runs = [fastest, *(r for r in runs if r is not fastest)]
+    base = fastest[2]
+    rows = []
+    for variant, worker, kept, peak in runs:
+        measured = [
+            {
+                "batch": batch,
+                **{stage: _rate(kept[stage, batch], base[stage, batch]) for stage in ("prefill", "decode")},
+            }
+            for batch in batches
+        ]
+        rows.append(
+            {
+                "name": variant.name,
+                "folder": variant.folder,
+                "how": variant.how,
+                "peak_memory_bytes": peak,
+                "weights_bytes": Checkpoint(variant.folder, packed=True).nbytes,
+                "kv_bytes_per_token": worker.kv_bytes_per_token,
+                "prefill": measured[0]["prefill"],
+                "decode": measured[0]["decode"],
+                "batches": measured,
+            }
+        )
+    return {
+        "machine": machine(),
+        "prompt": prompt,
+        "new": new,
+        "repeats": repeats,
+        "variants": rows,
+        "left_out": left_out,
+    }
+
+
+def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
+    timing = Timing.of(values)
+    # each sample beside the first variant's of the same moment
+    speedups = Timing.of([a / b for a, b in zip(values, base, strict=True)])
+    return {
+        "tokens_per_second": timing.seconds, "low": timing.low, "high": timing.high, "samples": values,
+        "speedup": speedups.seconds, "speedup_low": speedups.low, "speedup_high": speedups.high,
+    }  # fmt: skip
+
+
+class _Worker:
+    """A process with one model, which runs when told to and sleeps otherwise."""
+
+    def __init__(self, variant: Variant, prompt: int, new: int) -> None:
+        self.variant, self.kv_bytes_per_token = variant, 0
+        request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
+        # a file: nobody reads while the model runs, and a full pipe would stop it
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "secateurs.machine.bench", request],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+        )  # fmt: skip
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        if word:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        self.process.wait()
+        self.said.seek(0)
+        said = self.said.read().strip().splitlines()
+        raise CheckpointError(
+            f"{self.variant.folder} ({self.variant.how}) does not run: {said[-1] if said else 'it died'}"
+        )
+
+    def ready(self) -> None:
+        self.kv_bytes_per_token = int(self._ask("")["kv_bytes_per_token"])
+
+    def run(self, batch: int) -> dict[str, float]:
+        return self._ask(str(batch))
+
+    def finish(self) -> int:
+        return int(self._ask("finish")["peak"])
+
+
+def load(folder: str, how: str, dtype: str | None = None) -> Any:
+    """The model as a variant asks for it, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from secateurs.kernels.packed_linear import DenseLinear
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": getattr(torch, dtype)} if dtype else {}))
+    packed = hasattr(model, "hf_quantizer")
+    if not how.startswith("packed") and packed:
+        model = model.dequantize()
+    if how == "accelerated dense":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = DenseLinear
+    if how in ("compiled", "packed compiled"):
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        model.forward = torch.compile(model.forward, dynamic=False)
+    return model.eval()
+
+
+def _work(request: dict[str, Any]) -> None:
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Clock(LogitsProcessor):  # type: ignore[misc]
+        """Notes when the logits of every new token are there."""
+
+        def __init__(self) -> None:
+            self.ticks: list[float] = []
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            self.ticks.append(time.perf_counter())
+            return scores
+
+    model = load(request["folder"], request["how"], request["dtype"])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (1, request["prompt"]), generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    if "compiled" in request["how"]:
+        settings["cache_implementation"] = "static"
+
+    new = request["new"]
+
+    def seconds(batch: int) -> dict[str, float]:
+        """Until the first token, and until the last."""
+        prompts = prompt.expand(batch, -1).contiguous()
+        clock = Clock()
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                prompts, max_new_tokens=new, min_new_tokens=new, attention_mask=torch.ones_like(prompts),
+                logits_processor=LogitsProcessorList([clock]), **settings,
+            )  # fmt: skip
+        return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
+
+    print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model)}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            print(json.dumps({"peak": peak_memory()}), flush=True)
+            return
+        print(json.dumps(seconds(int(line))), flush=True)
+
+
+def _kv_bytes_per_token(model: Any) -> int:
+    """Keys and values of all blocks for one token, in the model's dtype."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kept * width * model.dtype.itemsize)
+
+
+if __name__ == "__main__":
+    _work(json.loads(sys.argv[1]))

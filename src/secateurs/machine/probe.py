@@ -1,0 +1,297 @@
+"""What zeros are worth on this machine, measured: roofs, then shape x pattern x sparsity x tokens against the best dense.
+
+Every cell times our packed kernel and all dense products of torch, in the stored dtype and in fp32, and of ours, interleaved,
+on weights larger than the last cache. A cell without a gain says so. `secateurs probe` is the command to run first.
+"""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.base.device import machine
+from secateurs.base.errors import DeviceError, PlanError
+from secateurs.base.progress import Progress, silent
+from secateurs.kernels import semi_structured
+from secateurs.kernels.dispatch import Call, kernels, select
+from secateurs.kernels.formats import DTYPES, pack
+from secateurs.kernels.library import library, threads_note
+from secateurs.machine.profile import DeviceProfile
+from secateurs.machine.timing import Timing, dense_runs, interleaved
+from secateurs.matrix.patterns import parse
+
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
+# below this, noise and a gain look alike
+GAIN = 1.05
+# weights are rotated through at least this much memory
+COLD_BYTES = 160 << 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to measure. shapes: outputs x inputs. patterns: unstructured takes each sparsity, N:M its own."""
+
+    shapes: tuple[tuple[int, int], ...] = ((11008, 4096),)
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
+    patterns: tuple[str, ...] = ("unstructured", "2:4")
+    tokens: tuple[int, ...] = (1, 16, 256)
+    dtypes: tuple[str, ...] = ("bf16",)
+    seconds_per_cell: float = 2.0
+
+    def __post_init__(self) -> None:
+        for o, i in self.shapes:
+            if not (0 < o <= 1 << 20 and 0 < i <= 1 << 20):
+                raise PlanError(f"shape {o}x{i} cannot be measured; give outputs x inputs, each from 1 to 1048576")
+        for s in self.sparsities:
+            if not 0 <= s < 1:
+                raise PlanError(f"sparsity {s} is not a fraction of zeros; give 0 <= s < 1, e.g. 0.5")
+        for t in self.tokens:
+            if t < 1:
+                raise PlanError(f"{t} tokens cannot be measured; give 1 or more")
+        for d in self.dtypes:
+            if d not in NAMES:
+                raise PlanError(f"unknown dtype '{d}'; known: {', '.join(NAMES)}")
+
+    def cells(self) -> list[tuple[str, float]]:
+        """(pattern, sparsity) in order."""
+        found: list[tuple[str, float]] = []
+        for text in self.patterns:
+            try:
+                pattern = parse(text)
+            except ValueError as error:
+                raise PlanError(str(error)) from None
+            for o, i in self.shapes:
+                if reason := pattern.refuses(o, i):
+                    raise PlanError(f"pattern {text} on {o}x{i}: {reason}")
+            implied = pattern.fixed_sparsity
+            found += [(text, s) for s in ((implied,) if implied is not None else self.sparsities)]
+        return found
+
+
+def read_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """'11008x4096,512x512' -> shapes. Raises PlanError."""
+    found = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
+    if not all(found):
+        raise PlanError(f"shapes '{text}' cannot be read; write outputs x inputs, e.g. 11008x4096,4096x4096")
+    return tuple((int(m[1]), int(m[2])) for m in found if m)
+
+
+def read_list(text: str, kind: type, what: str) -> tuple[Any, ...]:
+    """'1,16' -> (1, 16). Raises PlanError naming what could not be read."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise PlanError(f"{what} '{text}' cannot be read; write numbers with commas between") from None
+
+
+def shapes_of(model: str, most: int = 3) -> tuple[tuple[int, int], ...]:
+    """The Linear shapes that hold most weights of a model's blocks. Raises CheckpointError."""
+    from secateurs.kernels.packed_linear import linears
+    from secateurs.model.checkpoint import Checkpoint
+
+    weights: dict[tuple[int, int], int] = {}
+    checkpoint = Checkpoint(model, packed=True)
+    skeleton = checkpoint.skeleton()
+    inside = tuple(f"{name}." for name in checkpoint.block_names(skeleton))
+    for name, module, transposed in linears(skeleton):
+        if not name.startswith(inside):
+            continue
+        shape: Any = tuple(module.weight.shape)  # type: ignore[arg-type]
+        shape = shape[::-1] if transposed else shape
+        weights[shape] = weights.get(shape, 0) + math.prod(shape)
+    if not weights:
+        raise DeviceError(f"{model} has no linear layer to measure")
+    return tuple(sorted(weights, key=lambda s: -weights[s])[:most])
+
+
+def bandwidth(seconds: float = 1.0) -> float:
+    """Bytes a second that all threads together read from memory: the median over 256 MiB."""
+    buffer = torch.zeros(1 << 28, dtype=torch.uint8)
+    buffer.fill_(1)
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples) < 5:
+        begin = time.perf_counter()
+        library().secateurs_read(buffer.data_ptr(), buffer.numel(), torch.get_num_threads())
+        samples.append(time.perf_counter() - begin)
+    return buffer.numel() / Timing.of(samples).seconds
+
+
+def peak_flops() -> dict[str, float]:
+    """Multiply-adds (as two) a second by dtype, of the fastest kernel's own instructions on all threads."""
+    found: dict[str, float] = {}
+    for kernel in kernels():
+        if kernel.lacks or kernel.dtype in found or kernel.strategy != "tile":
+            continue
+        threads, rounds, best = torch.get_num_threads(), 200_000, 0.0
+        for _ in range(5):
+            begin = time.perf_counter()
+            flops = library().secateurs_spin(kernel.index, rounds, threads)
+            best = max(best, flops / (time.perf_counter() - begin))
+        found[kernel.dtype] = best
+    return found
+
+
+def caches() -> dict[str, int]:
+    """Bytes of the caches that the first core sees, by level and kind."""
+    found: dict[str, int] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
+        except OSError:
+            continue
+        found[f"L{level} {kind.lower()}"] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1], 0)
+    return found
+
+
+def accelerator() -> dict[str, Any]:
+    """The GPU, its compute capability and whether it has 2:4; or why not."""
+    reason = semi_structured.lacks()
+    if not torch.cuda.is_available():
+        return {"device": None, "two_four": False, "why_not": reason}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "two_four": reason is None,
+        "why_not": reason,
+    }
+
+
+def probe(question: Question, progress: Progress = silent) -> DeviceProfile:
+    """Measure this machine. Raises PlanError for a question that cannot be measured."""
+    here = machine()
+    here["caches"] = caches()
+    here["kernels"] = [k.name for k in kernels() if not k.lacks]
+    if note := threads_note():
+        here["note"] = note
+    cells = question.cells()
+    total = 1 + len(question.shapes) * len(question.dtypes) * (len(question.tokens) * len(cells) + 1)
+    done = 0
+    progress("probe", done, total)
+    rate, flops = bandwidth(), peak_flops()
+    rows: list[dict[str, Any]] = []
+    for shape in question.shapes:
+        for name in question.dtypes:
+            done += 1
+            progress("probe", done, total)
+            weights = _weights(shape, NAMES[name])
+            wide = weights if NAMES[name] == torch.float32 else [w.float() for w in weights]
+            rows += _stored_densely(weights, question)
+            for pattern, sparsity in cells:
+                pruned = [_prune(w, pattern, sparsity) for w in weights]
+                packed = [pack(w) for w in pruned]
+                for tokens in question.tokens:
+                    rows.append(_row(shape, name, pattern, sparsity, tokens, weights, wide, packed, question))
+                    done += 1
+                    progress("probe", done, total)
+            rows += _gpu_rows(shape, NAMES[name], question)
+    progress("probe", total, total)
+    label = f"{here['processor']}, {here['threads']} threads"
+    return DeviceProfile(label, here, rate, flops, rows, accelerator())
+
+
+def _weights(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    copies = min(64, max(2, -(-COLD_BYTES // (math.prod(shape) * dtype.itemsize))))
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(shape, generator=generator).to(dtype)
+    return [first, *(first.roll(i, 0) for i in range(1, copies))]
+
+
+def _prune(weight_OI: Tensor, pattern: str, sparsity: float) -> Tensor:
+    """Random survivors: what is timed does not depend on which they are."""
+    mask = parse(pattern).keep(torch.rand(weight_OI.shape), sparsity)
+    # a product with the mask would leave negative zeros, which are stored
+    return weight_OI.masked_fill(~mask, 0)
+
+
+def _row(
+    shape: tuple[int, int], dtype: str, pattern: str, sparsity: float, tokens: int,
+    weights: Sequence[Tensor], wide: Sequence[Tensor], packed: Sequence[Any], question: Question,
+) -> dict[str, Any]:  # fmt: skip
+    x = torch.randn(tokens, shape[1]).to(NAMES[dtype])
+    runs: dict[str, Any] = dense_runs(weights, x, wide)
+    dense_names = set(runs)
+    kernel = select(packed[0], tokens)
+    calls = [Call([p], [None]) for p in packed]
+    want = torch.nn.functional.linear(x.float(), _unpacked(packed[0]).float())
+    got = calls[0](x, kernel.index).view(tokens, -1).float()
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    if not error < 0.01:
+        raise DeviceError(
+            f"{kernel.name} is wrong on {shape[0]}x{shape[1]}, {tokens} tokens: relative error {error:.3g}"
+        )
+    runs[kernel.name] = [lambda c=c: c(x, kernel.index) for c in calls]
+    found = interleaved(runs, rounds=25, budget_seconds=question.seconds_per_cell, droppable=dense_names)
+    best = min(dense_names, key=lambda n: found[n].seconds)
+    ours, dense = found[kernel.name], found[best]
+    speedup = dense.seconds / ours.seconds
+    return {
+        "shape": list(shape), "dtype": dtype, "pattern": pattern, "sparsity": sparsity, "tokens": tokens,
+        "kernel": kernel.name, "seconds": ours.seconds, "low": ours.low, "high": ours.high, "samples": ours.samples,
+        "nbytes": packed[0].nbytes, "dense": best, "dense_seconds": dense.seconds, "dense_nbytes": packed[0].dense_nbytes,
+        "all_dense_seconds": {n: found[n].seconds for n in sorted(dense_names)},
+        "speedup": speedup, "bytes_per_second": packed[0].nbytes / ours.seconds,
+        "verdict": f"{speedup:.2f}x" if speedup >= GAIN else "no gain" if speedup > 1 / GAIN else f"no gain: {speedup:.2f}x",
+    }  # fmt: skip
+
+
+def _unpacked(packed: Any) -> Tensor:
+    from secateurs.kernels.formats import unpack
+
+    return unpack(packed)
+
+
+def _stored_densely(weights: Sequence[Tensor], question: Question) -> list[dict[str, Any]]:
+    """The textbook case: zeros in a dense tensor, through the dense kernel."""
+    shape, dtype = tuple(weights[0].shape), DTYPES[weights[0].dtype]
+    x = torch.randn(1, shape[1]).to(weights[0].dtype)
+    runs: dict[str, Any] = {"dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]}
+    cases = {"unstructured": 0.95}
+    if "2:4" in question.patterns:
+        cases["2:4"] = 0.5
+    for pattern, sparsity in cases.items():
+        pruned = [_prune(w, pattern, sparsity) for w in weights]
+        runs[pattern] = [lambda w=w: torch.nn.functional.linear(x, w) for w in pruned]
+    found = interleaved(runs, rounds=15, budget_seconds=question.seconds_per_cell)
+    needs = {
+        "unstructured": "stored as zeros and multiplied as numbers; it needs a packed format and a kernel that reads it",
+        "2:4": "a dense-only kernel multiplies it like any other; it needs sparse tensor cores, or a packed format and its kernel",
+    }
+    rows = []
+    for pattern, sparsity in cases.items():
+        speedup = found["dense"].seconds / found[pattern].seconds
+        nbytes = math.prod(shape) * weights[0].element_size()
+        rows.append({
+            "shape": list(shape), "dtype": dtype, "pattern": pattern, "sparsity": sparsity, "tokens": 1,
+            "kernel": "stored densely", "seconds": found[pattern].seconds, "low": found[pattern].low,
+            "high": found[pattern].high, "samples": found[pattern].samples, "nbytes": nbytes,
+            "dense": f"torch {dtype}", "dense_seconds": found["dense"].seconds, "dense_nbytes": nbytes,
+            "speedup": speedup, "verdict": f"no gain: {needs[pattern]}",
+        })  # fmt: skip
+    return rows
+
+
+def _gpu_rows(shape: tuple[int, int], dtype: torch.dtype, question: Question) -> list[dict[str, Any]]:
+    if semi_structured.lacks(dtype) or "2:4" not in question.patterns:
+        return []
+    rows = []
+    nbytes = math.prod(shape) * dtype.itemsize
+    for tokens in question.tokens:
+        found = semi_structured.measure(shape, tokens, dtype)
+        for backend in semi_structured.BACKENDS:
+            speedup = found.speedup(backend)
+            if speedup is None:
+                continue
+            rows.append({
+                "shape": list(shape), "dtype": DTYPES[dtype], "pattern": "2:4", "sparsity": 0.5, "tokens": tokens,
+                "kernel": f"{semi_structured.NAME} {backend}", "seconds": found.seconds[backend], "nbytes": nbytes * 9 // 16,
+                "dense": "cuBLAS", "dense_seconds": found.seconds["dense"], "dense_nbytes": nbytes, "speedup": speedup,
+                "verdict": f"{speedup:.2f}x" if speedup >= GAIN else "no gain",
+            })  # fmt: skip
+    return rows

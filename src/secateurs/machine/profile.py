@@ -1,0 +1,92 @@
+"""A DeviceProfile: what one machine was measured to do, as a JSON file that other commands read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from secateurs.base.device import machine
+from secateurs.base.errors import DeviceError
+from secateurs.base.files import cache_folder, write_json
+from secateurs.kernels.dispatch import kernels
+
+FORMAT = 1
+
+
+def default_file() -> Path:
+    """Where `secateurs probe` leaves the profile of this machine."""
+    return cache_folder() / "profile.json"
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """rows: one measured product each: shape, dtype, pattern, sparsity, tokens, kernel, seconds, nbytes, dense, dense_seconds,
+    speedup (dense seconds / seconds), verdict. bytes_per_second: streaming reads. flops_per_second: by dtype, multiply-adds as two.
+    """
+
+    name: str
+    machine: dict[str, Any]
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+    rows: list[dict[str, Any]]
+    accelerator: dict[str, Any]
+
+    def speedup(self, dtype: str, sparsity: float, tokens: int) -> float | None:
+        """Measured speedup of packed over the best dense; None if none was measured.
+
+        Of several shapes the median; of several token counts the nearest. Between the nearest sparsities seconds are
+        interpolated, since they go with the weights that are left; without zeros there is nothing to gain (1), above
+        the highest sparsity measured no more is promised, and none is promised less than a lower one.
+        """
+        rows = [r for r in self.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")]
+        if not rows:
+            return None
+        nearest = min({r["tokens"] for r in rows}, key=lambda t: abs(t - tokens))
+        by_sparsity: dict[float, list[float]] = {}
+        for r in rows:
+            if r["tokens"] == nearest:
+                by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
+        known = sorted(by_sparsity)
+        # fewer survivors never take longer: what says so was measured in a slow moment
+        found = np.maximum.accumulate([median(by_sparsity[s]) for s in known])
+        if 0.0 not in known:
+            known, found = [0.0, *known], np.array([1.0, *found])
+        return float(1 / np.interp(sparsity, known, 1 / found))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.as_dict())
+
+    @classmethod
+    def read(cls, file: Path) -> "DeviceProfile":
+        """Raises DeviceError if the file is missing or no profile."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise DeviceError(f"{file} is of another profile format than {FORMAT}; run `secateurs probe` again")
+            return cls(**data)
+        except OSError as error:
+            raise DeviceError(
+                f"{file} cannot be read: {error.strerror}; `secateurs probe --out {file}` makes it"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DeviceError(f"{file} is not a profile of `secateurs probe`: {error}") from None
+
+    @classmethod
+    def at_hand(cls) -> "DeviceProfile | None":
+        """The profile that probe left, if it is of this processor and thread count."""
+        if not default_file().is_file():
+            return None
+        profile = cls.read(default_file())
+        return profile if profile.of_here else None
+
+    @property
+    def of_here(self) -> bool:
+        """Whether it was measured on this processor, with these instruction sets, kernels and as many threads."""
+        here = {**machine(), "kernels": [k.name for k in kernels() if not k.lacks]}
+        return all(self.machine.get(k) == here[k] for k in ("processor", "isa", "limits", "kernels", "threads"))

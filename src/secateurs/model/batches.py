@@ -1,0 +1,61 @@
+"""Token windows as batches, the keyword arguments that a model is called with: {name: [B, S]}.
+
+B sequences, S positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import CalibrationError, PlanError
+
+Batch = dict[str, Tensor]
+
+# windows run together; more fill the cores better and take more memory
+_TOKENS_PER_BATCH = 4096
+
+# windows run back together: their logits and the gradients of these are in memory at once
+_TOKENS_BACK = 1024
+
+
+def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """The first windows that hold at least this many tokens, in batches small enough for their logits and gradients."""
+    taken: list[Batch] = []
+    for batch in batches:
+        windows, each = next(iter(batch.values())).shape[:2]
+        wanted = min(windows, -(-tokens // each))
+        tokens -= wanted * each
+        step = max(1, _TOKENS_BACK // each)
+        for start in range(0, wanted, step):
+            part = slice(start, min(start + step, wanted))
+            taken.append({key: value[part] for key, value in batch.items()})
+        if tokens <= 0:
+            break
+    return taken
+
+
+def batched(windows: Tensor) -> list[Batch]:
+    per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+    return [{"input_ids": part} for part in torch.split(windows, per_batch)]
+
+
+def window_length(asked: int | None, model: nn.Module) -> int:
+    """The window length: as asked, or 2048 or what the model's positions allow. Raises PlanError if it cannot be."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or 2048
+    if asked is not None and asked > positions:
+        raise PlanError(
+            f"windows of {asked} tokens were asked for, the model has {positions} positions; lower --seqlen"
+        )
+    return asked or min(2048, positions)
+
+
+def check_vocabulary(windows: Tensor, model: nn.Module) -> None:
+    """Raises CalibrationError if the windows hold a token that the model does not know."""
+    config: Any = model.config
+    if int(windows.max()) >= config.vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token {int(windows.max())}, the model knows {config.vocab_size}; they do not belong together"
+        )

@@ -1,0 +1,400 @@
+"""Sharded safetensors in and out: a skeleton without weights, filled and emptied by the prefix of names.
+
+A model is never in memory as a whole. Tensors that nothing edits are copied as they lie in the source; edited ones
+keep their name and dtype. Pickled weights are refused.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from secateurs.base.errors import CheckpointError
+from secateurs.base.files import write_json, write_tensors
+from secateurs.model import attention
+from secateurs.model.parts import blocks_of
+
+INDEX = "model.safetensors.index.json"
+# weights outside the blocks that are written together
+_SHARD_WEIGHTS = 1 << 27
+# bytes of a safetensors dtype; those not listed take 8 at most
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "F64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder as it is; anything else is a hub id, whose safetensors and small files are downloaded.
+
+    Raises CheckpointError if it is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{model} is a file; give the folder with config.json and *.safetensors, or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        raise CheckpointError(f"no folder {model} here, and it cannot be a hub id (those read 'owner/name')")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no folder {model} here, and the hub did not give it: {first}") from None
+
+
+class Checkpoint:
+    """One Hugging Face folder: its config, where each tensor lies, and a loader for walk.stream()."""
+
+    def __init__(self, model: str | Path, packed: bool = False) -> None:
+        """packed: the folder may be one of `secateurs pack`, whose skeleton is that of the dense model."""
+        self.folder = resolve(model)
+        config = self.folder / "config.json"
+        if not config.is_file():
+            raise CheckpointError(f"{self.folder} has no config.json, so it is not a Hugging Face model")
+        try:
+            self.raw_config: dict[str, Any] = json.loads(config.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{config} is not JSON: {error}") from None
+        method = self.raw_config.get("quantization_config", {}).get("quant_method")
+        if method == "secateurs" and not packed:
+            raise CheckpointError(f"{self.folder} is packed; `secateurs pack --dense` gives the plain model back")
+        if "quantization_config" in self.raw_config and method != "secateurs":
+            raise CheckpointError(f"{self.folder} is already quantized; prune the model that it was made from")
+        self.file_of = self._find_tensors()
+        self.target_of: dict[str, str] = {}
+        self.converted: set[str] = set()
+        self._mapping: list[Any] = []
+        self._outside_loaded = False
+        # parameters that were looked at: an embedding is loaded many times in a run
+        self._sound: set[str] = set()
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def _find_tensors(self) -> dict[str, Path]:
+        index = self.folder / INDEX
+        shards = sorted(self.folder.glob("*.safetensors"))
+        listed: dict[str, str] | None = None
+        if index.is_file():
+            try:
+                listed = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index} cannot be read: {error}") from None
+            shards = [self.folder / name for name in sorted(set(listed.values()))]
+        if not shards:
+            pickled = [f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
+            hint = f" ({pickled[0]} is pickled: convert it with transformers, save_pretrained)" if pickled else ""
+            raise CheckpointError(f"{self.folder} has no *.safetensors{hint}")
+        found: dict[str, Path] = {}
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"{shard} is missing, though {index.name} lists it; download the model again")
+            with _opened(shard) as handle:
+                found.update(dict.fromkeys(handle.keys(), shard))
+        missing = sorted(set(listed or ()) - set(found))
+        if missing:
+            raise CheckpointError(f"{index.name} lists {missing[0]} and no shard holds it; download the model again")
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name as stored."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.file_of[name], []).append(name)
+        out: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with _opened(file) as handle:
+                out.update((name, handle.get_tensor(name)) for name in wanted)
+        return out
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights: as config.json states it, else of the first one."""
+        stated = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")
+        if isinstance(stated, str):
+            return getattr(torch, stated.removeprefix("torch."))  # type: ignore[no-any-return]
+        name = next(iter(self.file_of))
+        return self.read([name])[name].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files."""
+        return sum(file.stat().st_size for file in set(self.file_of.values()))
+
+    def ordered_keys(self) -> list[str]:
+        """All stored names in natural order."""
+        return sorted(self.file_of, key=_natural)
+
+    def nbytes_of(self, key: str) -> int:
+        """Bytes of one tensor as stored, from its file's header."""
+        with _opened(self.file_of[key]) as handle:
+            part = handle.get_slice(key)
+            return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
+
+    def fingerprint(self) -> str:
+        """Changes when any weight file or the config does: names, sizes and times, not contents."""
+        files = sorted({*self.file_of.values(), self.folder / "config.json"})
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer. Raises CheckpointError if there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.folder} has no tokenizer that loads: {first}") from None
+
+    def skeleton(self) -> Any:
+        """The model's own class with every parameter on the meta device; buffers are real."""
+        import transformers
+        from accelerate import init_empty_weights
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.folder}/config.json: {first}") from None
+        names = getattr(config, "architectures", None) or []
+        cls = getattr(transformers, names[0], None) if names else None
+        if cls is None:
+            raise CheckpointError(
+                f"{self.folder}/config.json names architecture {names}; transformers has no such class"
+            )
+        if getattr(config, "dtype", None) is None:
+            config.dtype = self.dtype
+        with init_empty_weights(include_buffers=False):
+            model = cls._from_config(config)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.register())
+        # parameters on meta take the dtype they will be loaded in; a float8 or integer tensor keeps its own
+        cast(model, config.dtype)
+        model.eval()
+        if hasattr(model, "set_experts_implementation") and getattr(config, "_experts_implementation", None) != "eager":
+            # fused expert kernels hide which expert saw which token
+            with suppress(ValueError, RuntimeError, AttributeError):
+                model.set_experts_implementation("eager")
+        self._mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        state = model.state_dict()
+        for key in self.file_of:
+            target, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            if target not in state and key in state:
+                target, source = key, None
+            self.target_of[key] = target
+            if source is not None:
+                self.converted.add(key)
+        return model
+
+    # ------------------------------------------------------------------------------------- the loader walk.py asks for
+
+    def keys_under(self, prefix: str) -> list[str]:
+        """Stored names whose parameters lie under a module, in natural order."""
+        return sorted((k for k, t in self.target_of.items() if t.startswith(prefix + ".")), key=_natural)
+
+    def load(self, model: nn.Module, prefix: str) -> None:
+        """Fill the parameters under a module. Raises CheckpointError for a missing, misshapen or non-finite tensor."""
+        self._fill(model, self.keys_under(prefix))
+        self._check(model, lambda name: name.startswith(prefix + "."))
+
+    def load_outside(self, model: nn.Module) -> None:
+        """Fill all parameters that lie in no block: embeddings, final norm, head."""
+        if self._outside_loaded:
+            return
+        inside = tuple(f"{prefix}." for prefix in self.block_names(model))
+        for keys in self.outside_groups(model):
+            self._fill(model, keys)
+        tie: Any = model
+        tie.tie_weights()
+        self._check(model, lambda name: not name.startswith(inside))
+        self._outside_loaded = True
+
+    def load_whole(self, model: nn.Module) -> None:
+        """Fill every parameter."""
+        self.load_outside(model)
+        for name in self.block_names(model):
+            self.load(model, name)
+
+    def outside_keys(self, model: nn.Module) -> list[str]:
+        inside = tuple(f"{prefix}." for prefix in self.block_names(model))
+        return [key for key, target in self.target_of.items() if not target.startswith(inside)]
+
+    def outside_groups(self, model: nn.Module) -> list[list[str]]:
+        """outside_keys() in shards; a large embedding has its own, so that two are never read and copied at once."""
+        groups: list[list[str]] = []
+        room = 0
+        for key in self.outside_keys(model):
+            with _opened(self.file_of[key]) as handle:
+                numel = math.prod(handle.get_slice(key).get_shape())
+            if not groups or numel > room:
+                groups.append([])
+                room = _SHARD_WEIGHTS
+            groups[-1].append(key)
+            room -= numel
+        return groups
+
+    def release(self, model: nn.Module) -> None:
+        """Send every parameter back to the meta device."""
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.device.type != "meta":
+                    module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        self._outside_loaded = False
+
+    def block_names(self, model: nn.Module) -> list[str]:
+        """The names of the model's blocks. Raises CheckpointError for a model without a family row."""
+        try:
+            return blocks_of(model)[0]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+    def experts(self, model: nn.Module) -> tuple[str, ...]:
+        """The names of the family's fused expert parameters."""
+        return blocks_of(model)[1]
+
+    def _fill(self, model: nn.Module, keys: list[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        if not keys:
+            return
+        any_model: Any = model
+        settings = LoadStateDictConfig(weight_mapping=self._mapping, dtype=any_model.config.dtype)
+        info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings)
+        if info.mismatched_keys:
+            name, got, want = next(iter(info.mismatched_keys))
+            raise CheckpointError(f"{self.folder}: {name} has shape {list(got)}, config.json asks for {list(want)}")
+        if info.conversion_errors:
+            raise CheckpointError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
+
+    def _check(self, model: nn.Module, wanted: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if not wanted(name):
+                continue
+            if parameter.device.type == "meta":
+                raise CheckpointError(f"{self.folder} has no tensor for {name}, which its config.json asks for")
+            parameter.requires_grad_(False)
+            if name in self._sound or not parameter.is_floating_point():
+                continue
+            bad = _not_finite(parameter)
+            if bad:
+                raise CheckpointError(
+                    f"{self.folder}: {bad} of {parameter.numel()} weights of {name} are NaN or infinite"
+                )
+            self._sound.add(name)
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def edited(self, model: nn.Module, prefix: str, names: set[str]) -> dict[str, Tensor]:
+        """edited_keys() of a block."""
+        return self.edited_keys(model, self.keys_under(prefix), names)
+
+    def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
+        """Stored tensors after some of the model's parameters were edited: same names, dtypes and shapes.
+
+        names: parameters that were edited; fused ones go back to the separate tensors they were read from.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        fused = {self.target_of[k] for k in keys if k in self.converted and self.target_of[k] in names}
+        out: dict[str, Tensor] = {}
+        if fused:
+            any_model: Any = model
+            out = revert_weight_conversion(any_model, {name: model.get_parameter(name) for name in sorted(fused)})
+        plain = {k: self.target_of[k] for k in keys if self.target_of[k] in names and k not in self.converted}
+        out.update((key, model.get_parameter(name)) for key, name in plain.items())
+        stored = self.read(keys)
+        unknown = sorted(set(out) - set(stored))
+        if unknown:
+            raise CheckpointError(f"{self.folder}: {unknown[0]} would be written and was never read")
+        for key, tensor in out.items():
+            stored[key] = tensor.detach().to(stored[key].dtype).reshape(stored[key].shape)
+        return stored
+
+    def copy_small_files(self, to: Path, but: tuple[str, ...] = ()) -> None:
+        """Config, tokenizer, templates: everything but weights, the old model card and what `but` names."""
+        to.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ("README.md", *but):
+                shutil.copyfile(file, to / file.name)
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Floating parameters to a dtype. Buffers stay, as from_pretrained leaves them: in 16 bits the frequencies of rotary positions
+    would be off by up to a 500th, and far tokens turned by radians.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def write_shard(folder: Path, index: int, count: int, tensors: dict[str, Tensor]) -> None:
+    write_tensors(folder / shard_name(index, count), tensors)
+
+
+def write_index(folder: Path, count: int) -> None:
+    """The index over all shards of a folder, from what the shards hold."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i in range(count):
+        file = folder / shard_name(i, count)
+        with _opened(file) as handle:
+            weight_map.update(dict.fromkeys(handle.keys(), file.name))
+        total += file.stat().st_size
+    ordered = dict(sorted(weight_map.items(), key=lambda item: _natural(item[0])))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": ordered})
+
+
+def checksum(file: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """safe_open with a sentence for a file that is truncated, corrupt or gone."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or corrupt ({str(error).strip()}); download or copy it again"
+        ) from None
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite, looked at in pieces: a whole embedding's masks would be as large as itself."""
+    bad = 0
+    for piece in torch.split(tensor.detach().flatten(), 1 << 24):
+        # torch compares no float8
+        wide = piece.float() if piece.itemsize == 1 else piece
+        # one pass where all is well: a NaN is least and largest
+        low, high = wide.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            bad += wide.numel() - int(torch.isfinite(wide).sum())
+    return bad
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -1,0 +1,251 @@
+"""Parts of a model, run alone: what comes before its blocks, one block, what comes after them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from secateurs.base.errors import CalibrationError, CheckpointError
+from secateurs.base.precision import widened
+from secateurs.model import families
+from secateurs.model.activations import Activations
+from secateurs.model.batches import Batch
+
+# logits made at a time: 256 tokens of a vocabulary of 262,144
+_LOGITS = 1 << 26
+
+
+class Stop(Exception):
+    """Leave a forward pass: what was wanted is known."""
+
+
+class Loader(Protocol):
+    """Brings parameters into a skeleton by the prefix of their names, and takes them away."""
+
+    def load(self, model: nn.Module, prefix: str) -> None: ...
+    def load_outside(self, model: nn.Module) -> None: ...
+    def release(self, model: nn.Module) -> None: ...
+
+
+class AllLoaded:
+    """The loader of a live model: everything is there and stays."""
+
+    def load(self, model: nn.Module, prefix: str) -> None: ...
+    def load_outside(self, model: nn.Module) -> None: ...
+    def release(self, model: nn.Module) -> None: ...
+
+
+def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the model's blocks in order, and of its fused expert parameters.
+
+    A Hugging Face model needs a row in families.py (ValueError otherwise); any other module is one block, named ''.
+    """
+    hugging_face: Any = model
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return [""], ()
+    family = families.find(config.model_type)
+    # a bare base model has no attribute of that name
+    base: nn.Module = getattr(model, hugging_face.base_model_prefix, model)
+    container: Any = base.get_submodule(family.blocks)
+    prefix = next(name for name, module in model.named_modules() if module is container)
+    return [f"{prefix}.{i}" for i in range(len(container))], family.experts
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a live model's parameters are; the CPU for a skeleton, which is loaded there."""
+    found = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(found, torch.device("cpu"))
+
+
+@contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    # only the forward of the instance: loops over blocks still find the attributes they read
+    before = [module.__dict__.get("forward") for module in modules]
+    for i, module in enumerate(modules):
+        module.forward = make(i)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            # accelerate moves inputs to a block's device in a forward of the instance
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    eager = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if eager and before not in (None, "eager"):
+        # the fused kernels hide which expert saw which token
+        eager("eager")
+    try:
+        with torch.no_grad(), widened():
+            yield
+    finally:
+        if eager and before not in (None, "eager"):
+            eager(before)
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Call:
+    """The arguments of a block besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def of(self, windows: int, whole: int) -> "Call":
+        """The same for fewer windows than the whole batch: tensors that have one entry a window are cut."""
+        if windows == whole:
+            return self
+        leaves, spec = tree_flatten((self.args, self.kwargs))
+        cut = [x[:windows] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == whole else x for x in leaves]
+        return Call(*tree_unflatten(cut, spec))
+
+
+def _same(a: object, b: object) -> bool:
+    leaves_a, leaves_b = tree_flatten(a)[0], tree_flatten(b)[0]
+    if len(leaves_a) != len(leaves_b):
+        return False
+    pairs = zip(leaves_a, leaves_b, strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else isinstance(y, type(x)) for x, y in pairs)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    hugging_face = hasattr(getattr(model, "config", None), "model_type")
+    return model(**batch, use_cache=False) if hugging_face else model(**batch)
+
+
+def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Tensor, list[Call]]:
+    """Run what comes before the blocks: the hidden states that enter block 0, and how each block is called."""
+    entered: list[Tensor] = []
+    calls: list[Call] = []
+
+    def make(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden, rest, named = _hidden(args, kwargs)
+            entered.append(hidden)
+            calls.append(Call(rest, named))
+            if i == len(blocks) - 1:
+                raise Stop
+            return hidden
+
+        return forward
+
+    with _replaced_forward(blocks, make):
+        try:
+            run(model, batch)
+        except Stop:
+            return entered[0], calls
+    raise CheckpointError(f"the last block of {type(model).__name__} was never called; is its family row right?")
+
+
+def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None = None) -> Any:
+    """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output.
+
+    at: the positions of the batch that `hidden` is of, for norms and heads treat each alone; None is all of them. Gradients flow
+    to `hidden` if it requires them.
+    """
+    if at is not None:
+        length = shape_of(batch)[1]
+        batch = {n: x[:, at] if x.dim() > 1 and x.shape[1] == length else x for n, x in batch.items()}
+    names, _ = blocks_of(model)
+    blocks = [model.get_submodule(name) for name in names]
+
+    def make(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        return forward
+
+    loader.load_outside(model)
+    with evaluation_mode(model), _replaced_forward(blocks, make), torch.set_grad_enabled(hidden.requires_grad):
+        return run(model, batch)
+
+
+def pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
+    """Positions of hidden states [N, S, D], so few at a time that their logits are no more than _LOGITS: those of a large
+    vocabulary would take more memory than all else.
+    """
+    words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    each = max(1, _LOGITS // (words * hidden.shape[0]))
+    return [slice(start, start + each) for start in range(0, hidden.shape[1], each)]
+
+
+def whole(model: nn.Module, batch: Batch) -> Any:
+    """Run a whole model in evaluation mode: its output. Gradients flow where they are enabled."""
+    grad = torch.is_grad_enabled()
+    with evaluation_mode(model), torch.set_grad_enabled(grad):
+        return run(model, batch)
+
+
+def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
+    """A function (index, hidden, batch, block=None) that runs a block of a live model, or another in its place, on hidden states of
+    some windows of a batch, with the arguments that the model as it now is gives to that place: also after blocks were taken out.
+    """
+    names, _ = blocks_of(model)
+    blocks = [model.get_submodule(name) for name in names]
+    calls = enter_all(model, blocks, batches, AllLoaded(), [])
+
+    def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Any:
+        return called(blocks[index] if block is None else block, calls, index, hidden, batches[batch])
+
+    return call
+
+
+def called(block: nn.Module, calls: dict[tuple[int, ...], list[Call]], index: int, hidden: Tensor, batch: Batch) -> Any:
+    """A block on hidden states of some windows of a batch, with the arguments of place `index`."""
+    shape = shape_of(batch)
+    arguments = calls[shape][index].of(hidden.shape[0], shape[0])
+    return first(block(hidden, *arguments.args, **arguments.kwargs))
+
+
+def first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def shape_of(batch: Batch) -> tuple[int, ...]:
+    return tuple(next(iter(batch.values())).shape)
+
+
+def enter_all(
+    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
+) -> dict[tuple[int, ...], list[Call]]:
+    """How blocks are called, by the shape of the batch; what enters block 0 goes to the stores."""
+    calls: dict[tuple[int, ...], list[Call]] = {}
+    if not batches:
+        return calls
+    loader.load_outside(model)
+    with evaluation_mode(model):
+        for i, batch in enumerate(batches):
+            known = calls.get(shape_of(batch))
+            if known and not stores:
+                continue
+            hidden, found = _enter(model, blocks, batch)
+            if known and i == 1 and not _same([vars(c) for c in known], [vars(c) for c in found]):
+                raise CalibrationError(
+                    f"the blocks of {type(model).__name__} take arguments that change with the tokens; "
+                    "only hidden states may"
+                )
+            calls.setdefault(shape_of(batch), found)
+            for store in stores:
+                store.write(0, i, hidden)
+    loader.release(model)
+    return calls

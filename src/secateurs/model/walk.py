@@ -1,0 +1,202 @@
+"""Block by block through a model: the only place with hooks and weight layouts.
+
+    for step in stream(model, batches):      # one block in memory, the Hugging Face module untouched
+        stats = step.observe(...)            # what its layers' inputs looked like
+        ...edit step.layers in place...      # the next block's inputs come from the edited block
+
+T tokens, O outputs, I inputs, B sequences, S positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateurs.base.errors import CheckpointError
+from secateurs.matrix.stats import Stats
+from secateurs.model.activations import Activations, InMemory
+from secateurs.model.batches import Batch
+from secateurs.model.layers import Layer, layers_of
+from secateurs.model.parts import (
+    AllLoaded,
+    Loader,
+    Stop,
+    blocks_of,
+    called,
+    enter_all,
+    evaluation_mode,
+    first,
+    run,
+    shape_of,
+)
+from secateurs.model.watch import Watch
+
+# ---------------------------------------------------------------------------------------------------- weight layouts
+
+
+# ------------------------------------------------------------------------------------------------------- activations
+
+
+# --------------------------------------------------------------------------------------------------------- the walk
+
+
+@dataclass
+class Step:
+    """One block on its way through: its layers to edit, and a pass over its inputs to look at them. windows: of each batch."""
+
+    index: int
+    count: int
+    name: str
+    block: nn.Module
+    layers: list[Layer]
+    windows: list[int]
+    _model: nn.Module = field(repr=False)
+    _forward: Callable[[int], Tensor] = field(repr=False)
+    _keep_output: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
+    _tick: Callable[[], None] = field(default=lambda: None, repr=False)
+    _call: Callable[..., Tensor] | None = field(default=None, repr=False)
+    _teacher: Activations | None = field(default=None, repr=False)
+    _store: Activations | None = field(default=None, repr=False)
+    _targets: Activations | None = field(default=None, repr=False)
+    _seen: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def can_tune(self) -> bool:
+        """Whether there is a place for targets()."""
+        return self._targets is not None and self._call is not None
+
+    @property
+    def batches(self) -> int:
+        return len(self.windows)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The model in evaluation mode and without gradients, as calls of the block expect it."""
+        return evaluation_mode(self._model)
+
+    def call(self, hidden: Tensor, batch: int) -> Tensor:
+        """The block, as it now is, on some windows of a batch: hidden states in, hidden states out."""
+        assert self._call
+        return self._call(hidden, batch)
+
+    def inputs(self, batch: int) -> Tensor:
+        """The hidden states that enter the block, from the blocks before it as they now are."""
+        assert self._store
+        return self._store.read(self.index, batch)
+
+    def see_targets(self) -> None:
+        """Keep what the block, which must still be dense, makes of its inputs; nothing to do if observe() has seen it."""
+        assert self._targets
+        with self.evaluating():
+            for batch in range(self.batches):
+                if batch not in self._seen:
+                    self._targets.write(self.index, batch, self._forward(batch))
+                    self._seen.add(batch)
+
+    def targets(self, batch: int) -> Tensor:
+        """What the dense block makes of the inputs that it now gets; needs stream(targets=...)."""
+        assert self._targets
+        return self._targets.read(self.index, batch)
+
+    def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
+        """One pass over all batches: Stats of each layer's inputs, by layer name; layers called on one tensor share
+        one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also how far the inputs
+        have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out. What leaves the
+        block is kept for targets() where stream() was given a place for it.
+
+        Raises LayerError if an input is not finite or a layer was never called.
+        """
+        watch = Watch(layers, gram, self._keep_output is None and self._targets is None)
+        with evaluation_mode(self._model), watch.hooks():
+            for batch in range(self.batches):
+                if drift:
+                    assert self._teacher
+                    with watch.looking_at_dense():
+                        dense = self.call(self._teacher.read(self.index, batch), batch)
+                    self._teacher.write(self.index + 1, batch, dense)
+                    self._tick()
+                try:
+                    output = self._forward(batch)
+                    if self._keep_output:
+                        self._keep_output(batch, output)
+                    if self._targets:
+                        self._targets.write(self.index, batch, output)
+                        self._seen.add(batch)
+                except Stop:
+                    pass
+                watch.next_batch()
+                self._tick()
+        return watch.finish()
+
+
+def stream(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loader: Loader | None = None,
+    store: Activations | None = None,
+    start: int = 0,
+    propagate: str = "pruned",
+    keep_last: bool = False,
+    tick: Callable[[], None] = lambda: None,
+    teacher: Activations | None = None,
+    targets: Activations | None = None,
+    keep_all: bool = False,
+    backwards: bool = False,
+) -> Iterator[Step]:
+    """Yield the model's blocks in order, each with the inputs that the blocks before it give.
+
+    batches: what the model is called with; empty walks without inputs. propagate: 'pruned' sends inputs through each
+    block as the caller left it, 'dense' as it was when observed. start > 0 goes on from the inputs of that block, which
+    `store` holds from an earlier walk: the inputs of a block are dropped only after the next block was yielded and
+    done, so a caller that notes its place before editing a block can always return to it. keep_last also stores what
+    leaves the last block, for leave(). tick is called after every batch of every pass. teacher: where the inputs that
+    the dense blocks would have are kept beside those of the edited ones; observe(drift=True) of every block sees to it.
+    targets: where a block's dense outputs are kept until the next block. keep_all drops
+    no block's inputs; backwards then goes through the same blocks from the last to the first.
+    Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
+    """
+    loader = loader or AllLoaded()
+    store = store or InMemory()
+    try:
+        names, experts = blocks_of(model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    blocks = [model.get_submodule(name) for name in names]
+    whole = names == [""]
+    stores = [] if start or backwards else [store] if teacher is None else [store, teacher]
+    calls = {} if whole else enter_all(model, blocks, batches, loader, stores)
+
+    indices = range(start, len(names))
+    for index in reversed(indices) if backwards else indices:
+        block = blocks[index]
+        loader.load(model, names[index])
+
+        def call(hidden: Tensor, batch: int, index: int = index, block: nn.Module = block) -> Any:
+            return called(block, calls, index, hidden, batches[batch])
+
+        def forward(batch: int, index: int = index, call: Callable[[Tensor, int], Any] = call) -> Any:
+            return first(run(model, batches[batch])) if whole else call(store.read(index, batch), batch)
+
+        def keep_output(batch: int, hidden: Tensor, index: int = index) -> None:
+            store.write(index + 1, batch, hidden)
+
+        wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
+        early = keep_output if wanted and propagate == "dense" else None
+        layers = layers_of(block, names[index], experts)
+        yield Step(
+            index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], model, forward, early, tick,
+            None if whole else call, teacher, store, targets,
+        )  # fmt: skip
+        if not keep_all and not backwards:
+            store.drop(index - 1)
+        if teacher is not None:
+            teacher.drop(index - 1)
+        if targets is not None:
+            targets.drop(index)
+        if wanted and not early:
+            with evaluation_mode(model):
+                for batch in range(len(batches)):
+                    keep_output(batch, forward(batch))
+                    tick()
+        loader.release(model)

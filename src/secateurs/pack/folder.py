@@ -1,0 +1,255 @@
+"""The pack stage: a folder with zeros -> a folder whose zeros take no space, and back.
+
+Tensors go through one at a time. Every shard is renamed into place and noted in pack.json; config.json comes last, so a
+folder that was cut off does not load, and the same command goes on where it stopped.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.base.errors import OutputError, PackError
+from secateurs.base.files import write_json, write_text
+from secateurs.base.progress import Progress, silent
+from secateurs.base.run_folder import models_of
+from secateurs.kernels import formats
+from secateurs.kernels.packed_linear import LayerChoice, choose, linears
+from secateurs.model.checkpoint import Checkpoint, shard_name, write_index, write_shard
+from secateurs.model.plain import plain_reader
+
+# dense bytes that are read for one shard
+SHARD_BYTES = 1 << 29
+
+
+def pack(
+    source: str | Path, out: Path, profile: Any = None, progress: Progress = silent, merge_zeros: bool = False
+) -> dict[str, Any]:
+    """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
+
+    Each Linear (and Conv1D) takes the format of linear.choose(); all other tensors are copied as they are. Negative zeros,
+    which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops them. Raises
+    CheckpointError for a source that cannot be read, OutputError for a place that cannot be written.
+    """
+    checkpoint = Checkpoint(source)
+    skeleton = checkpoint.skeleton()
+    modules = {f"{name}.weight": (name, transposed) for name, _, transposed in linears(skeleton)}
+    uses: dict[int, int] = {}
+    for module in skeleton.modules():
+        for parameter in module._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    layer_of = {
+        key: modules[target]
+        for key, target in checkpoint.target_of.items()
+        if target in modules and key not in checkpoint.converted and uses[id(skeleton.get_parameter(target))] == 1
+    }
+    packable = {name for name, _ in layer_of.values()}
+    settings = {
+        "source": checkpoint.fingerprint(),
+        "profile": profile.name if profile is not None else None,
+        "merge_zeros": merge_zeros,
+    }
+
+    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        name, transposed = layer_of.get(key, (None, False))
+        if name is None:
+            return {key: tensor}, None
+        weight_OI = tensor.T.contiguous() if transposed else tensor
+        negative_zeros = int(((weight_OI == 0) & weight_OI.signbit()).sum())
+        if merge_zeros and negative_zeros:
+            weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
+            tensor = weight_OI.T.contiguous() if transposed else weight_OI
+        choice = choose(name, weight_OI, profile)
+        record = {**_record(choice), "transposed": transposed, "negative_zeros": 0 if merge_zeros else negative_zeros}
+        if choice.format == "dense":
+            return {key: tensor}, record
+        packed = formats.pack(weight_OI)
+        assert packed.mask_PJ4 is not None
+        if not torch.equal(_bits(formats.unpack(packed)), _bits(weight_OI)):
+            raise PackError(
+                f"{name}: unpacking does not give the weights back; this is a bug, keep the model and report it"
+            )
+        return {key: packed.values, f"{key}_mask": packed.mask_PJ4}, record
+
+    notes = _rewrite(checkpoint, out, settings, convert, progress)
+    records = [r for shard in notes["shards"].values() for r in shard]
+    config = dict(checkpoint.raw_config)
+    layers = {
+        r["name"]: {"format": r["format"], "survivors": r["survivors"], "transposed": r["transposed"]}
+        for r in records
+        if r["format"] != "dense"
+    }
+    if layers:
+        config["quantization_config"] = {
+            "quant_method": "secateurs",
+            "format_version": formats.VERSION,
+            "layers": layers,
+        }
+    left = [
+        f"{n}: its weight is shared or fused with others"
+        for n in sorted({name for name, _ in modules.values()} - packable)
+    ]
+    result = {
+        "format_version": formats.VERSION,
+        "status": "complete",
+        **settings,
+        "totals": {
+            "layers_packed": len(layers),
+            "layers_dense": len(records) - len(layers),
+            "nbytes": sum(r["nbytes"] for r in records),
+            "dense_nbytes": sum(r["dense_nbytes"] for r in records),
+            "packed_layers_nbytes": sum(r["nbytes"] for r in records if r["format"] != "dense"),
+            "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in records if r["format"] != "dense"),
+            "negative_zeros": sum(r["negative_zeros"] for r in records),
+            "folder_nbytes": _weights_nbytes(out),
+            "source_folder_nbytes": checkpoint.nbytes,
+        },
+        "layers": records,
+        "left_out": left,
+    }
+    write_text(out / "README.md", _card(result))
+    write_json(out / "pack.json", result)
+    write_json(out / "config.json", config)
+    return result
+
+
+def pack_run(
+    run: str | Path,
+    out: Path | None = None,
+    profile: Any = None,
+    progress: Progress = silent,
+    merge_zeros: bool = False,
+) -> dict[str, Any]:
+    """pack() for a run directory: its model to `out`, or to its folder `packed`, and the choices into its report."""
+    run = Path(run).expanduser()
+    file, folder = run / "report.json", out or run / "packed"
+    # of prune, shrink or recover
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        status = report.get("status", "complete")
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputError(f"{file} cannot be read: {error}; finish the run first") from None
+    if status != "complete":
+        raise OutputError(f"{run} is not finished (status '{status}'); rerun the command that began it")
+    result = pack(run / "model", folder, profile, progress, merge_zeros)
+    report["packed"] = {
+        "folder": str(folder if out else "packed"),
+        **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
+    }
+    if "bytes" not in report:
+        dense, _ = models_of(run)
+        report["bytes"] = {"dense": Checkpoint(dense).nbytes, "pruned": result["totals"]["source_folder_nbytes"]}
+    report["bytes"]["packed"] = result["totals"]["folder_nbytes"]
+    write_json(file, report)
+    return result
+
+
+def unpack(source: str | Path, out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """The inverse of pack(): a plain folder, every weight bit for bit. Raises as pack() does, and for damaged tensors."""
+    checkpoint = Checkpoint(source, packed=True)
+    plain = plain_reader(checkpoint)
+
+    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        is_mask = key.endswith("_mask") and key.removesuffix("_mask") in checkpoint.file_of
+        return {} if is_mask else {key: plain(key)}, None
+
+    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
+    config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
+    (out / "pack.json").unlink(missing_ok=True)
+    (out / "README.md").unlink(missing_ok=True)
+    write_json(out / "config.json", config)
+    return {"folder_nbytes": _weights_nbytes(out)}
+
+
+def _rewrite(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: dict[str, Any],
+    convert: Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Any] | None]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every tensor of a checkpoint through convert() into shards of `out`; what an earlier run finished is kept."""
+    if out.resolve() == checkpoint.folder.resolve():
+        raise OutputError(f"{out} is the folder to read; give another with --out")
+    state = out / "pack.json"
+    notes: dict[str, Any] = {**settings, "status": "packing", "shards": {}}
+    if state.is_file():
+        try:
+            old = json.loads(state.read_text())
+        except ValueError:
+            old = {}
+        if old.get("status") == "packing" and {k: old.get(k) for k in settings} == settings:
+            notes = old
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not a packed folder; give an empty place with --out")
+    # until config.json is back, no loader takes the folder for a model
+    (out / "config.json").unlink(missing_ok=True)
+    checkpoint.copy_small_files(out, but=("config.json", "pack.json"))
+    groups = _groups(checkpoint)
+    for index, keys in enumerate(groups):
+        progress("tensors", sum(map(len, groups[:index])), len(checkpoint.file_of))
+        name = shard_name(index, len(groups))
+        if name in notes["shards"] and (out / name).is_file():
+            continue
+        tensors: dict[str, Tensor] = {}
+        records = []
+        for key in keys:
+            stored, record = convert(key, checkpoint.read([key])[key])
+            tensors.update(stored)
+            if record:
+                records.append(record)
+        write_shard(out, index, len(groups), tensors)
+        notes["shards"][name] = records
+        write_json(state, notes)
+    for stale in set(out.glob("*.safetensors")) - {out / shard_name(i, len(groups)) for i in range(len(groups))}:
+        stale.unlink()
+    write_index(out, len(groups))
+    progress("tensors", len(checkpoint.file_of), len(checkpoint.file_of))
+    return notes
+
+
+def _groups(checkpoint: Checkpoint) -> list[list[str]]:
+    """Keys in natural order, in groups of at most SHARD_BYTES as they are stored; one tensor at least."""
+    groups: list[list[str]] = []
+    room = 0
+    for key in checkpoint.ordered_keys():
+        nbytes = checkpoint.nbytes_of(key)
+        if not groups or nbytes > room:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(key)
+        room -= nbytes
+    return groups
+
+
+def _record(choice: LayerChoice) -> dict[str, Any]:
+    return {
+        "name": choice.name, "shape": list(choice.shape), "sparsity": choice.sparsity, "format": choice.format,
+        "survivors": choice.survivors, "nbytes": choice.nbytes, "dense_nbytes": choice.dense_nbytes,
+        "reason": choice.reason,
+    }  # fmt: skip
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(torch.int16 if weight.element_size() == 2 else torch.int32)
+
+
+def _weights_nbytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _card(result: dict[str, Any]) -> str:
+    totals = result["totals"]
+    ratio = totals["packed_layers_nbytes"] / max(1, totals["packed_layers_dense_nbytes"])
+    return "\n".join((
+        "---", "library_name: transformers", "tags: [pruning, sparsity, secateurs]", "---", "", "# A packed model", "",
+        f"{totals['layers_packed']} layers are stored without their zeros, in {ratio:.3f}x the bytes; "
+        f"{totals['layers_dense']} layers are dense. The folder has {totals['folder_nbytes']:,} bytes of weights, the one that "
+        f"it was made from {totals['source_folder_nbytes']:,}.", "",
+        "It needs secateurs, which registers the format with transformers:", "", "```python", "import secateurs",
+        "from transformers import AutoModelForCausalLM", "", "model = AutoModelForCausalLM.from_pretrained(FOLDER)", "```", "",
+        "`secateurs pack --dense FOLDER --out PLAIN` gives the plain checkpoint back, bit for bit.", "",
+    ))  # fmt: skip

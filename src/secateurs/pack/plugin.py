@@ -1,0 +1,109 @@
+"""The transformers plugin: from_pretrained() of a packed folder gives a model that runs on the sparse kernels.
+
+Importing secateurs registers it. Without it the packed layers' tensors have shapes that transformers refuses, so nothing
+loads with random weights in their place.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from secateurs.base.errors import CheckpointError, DeviceError, PackError
+from secateurs.kernels.formats import VERSION
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense
+
+METHOD = "secateurs"
+
+
+@register_quantization_config(METHOD)
+class SecateursConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """quantization_config of a packed folder. layers: module name -> {format, survivors, transposed}."""
+
+    def __init__(
+        self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = VERSION, **_: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.layers = layers or {}
+        if format_version != VERSION:
+            raise CheckpointError(
+                f"this folder is packed in format version {format_version}, this secateurs reads version {VERSION}: "
+                "use the release that wrote it, or its `secateurs pack --dense`"
+            )
+
+
+@register_quantizer(METHOD)
+class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps packed layers in before the weights are loaded, and checks them after."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        for name, layer in layers.items():
+            if layer.get("format") != "bitmask":
+                raise CheckpointError(
+                    f"{name} is packed as {layer.get('format')!r}, which this secateurs does not know"
+                )
+            found = self._find(model, name)
+            if found is None:
+                continue
+            survivors = layer.get("survivors")
+            if type(survivors) is not int or survivors < 0:
+                raise CheckpointError(
+                    f"config.json: {name} has survivors {survivors!r}, which is no count; pack it again"
+                )
+            transposed = bool(layer.get("transposed"))
+            module = model.get_submodule(found)
+            shape = tuple(module.weight.shape)
+            packed = PackedLinear.empty(
+                (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
+                survivors, module.weight.dtype, module.bias is not None, transposed,
+            )  # fmt: skip
+            parent, _, child = found.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+        return model
+
+    @staticmethod
+    def _find(model: Any, name: str) -> str | None:
+        """The layer in this class of model: with, without or under the prefix of the base model; None if it has no such."""
+        prefix = f"{model.base_model_prefix}."
+        names = {n for n, _ in model.named_modules()}
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for place, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                if module.weight.device.type != "cpu":
+                    raise DeviceError(
+                        f"packed layers multiply on the CPU, and {place} was loaded to {module.weight.device}: load with "
+                        "device_map='cpu', or run what `secateurs pack --dense` makes"
+                    )
+                try:
+                    module.packed()
+                except PackError as error:
+                    raise CheckpointError(
+                        f"{model.config._name_or_path}: {place}: {error}; copy or pack it again"
+                    ) from None
+            elif type(module) is nn.Linear and module.weight.device.type == "cpu":
+                module.__class__ = DenseLinear
+        group_shared_inputs(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        make_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,223 @@
+"""What an allocation wants to know of a model, found by walking the dense one; and what it then gives each layer.
+
+    shares = assign(model, loader, batches, plan, sensitivity, norms, cost, tick)     # {layer: (pattern, sparsity)}
+
+O outputs, I inputs.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import LayerError, PlanError
+from secateurs.base.seed import seed_of
+from secateurs.matrix import solvers
+from secateurs.matrix.patterns import count_zeros, parse
+from secateurs.matrix.stats import Stats
+from secateurs.model.activations import InMemory, OnDisk, note_place, read_place
+from secateurs.model.batches import Batch
+from secateurs.model.layers import Layer
+from secateurs.model.parts import Loader
+from secateurs.model.walk import stream
+from secateurs.prune.allocation import LayerSummary, Option, cheapest_loss
+from secateurs.prune.block import skip
+from secateurs.prune.cost import Cost, kept_weights
+from secateurs.prune.plan import Plan
+
+Shares = dict[str, tuple[str, float]]
+
+# scores are made of this many rows at a time
+_ROWS_PER_CHUNK = 4096
+# sparsities whose losses are measured: beside the target, or where a budget decides, evenly between the bounds
+_BESIDE = (-0.4, -0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+_LEVELS = 13
+
+
+def assign(
+    model: nn.Module,
+    loader: Loader | None,
+    batches: Sequence[Batch],
+    plan: Plan,
+    sensitivity: dict[str, Tensor],
+    norms: dict[str, Stats],
+    cost: Cost = kept_weights,
+    tick: Callable[[], None] = lambda: None,
+    work: Path | None = None,
+) -> Shares | None:
+    """Each layer's pattern and sparsity, or None where all are alike. Scores and losses are those of the dense model.
+
+    sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
+    between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
+    cost: what the plan's budget is in. work: a folder where `measured` keeps what it found, block by block, so that a killed run
+    goes on.
+    """
+    needs = plan.allocator.needs
+    if plan.allocation == "uniform":
+        return None
+    if needs == "curves":
+        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work)
+    solver = plan.solver
+    found: dict[str, tuple[str, Layer]] = {}
+    norms = dict(norms)
+    looks = needs == "scores" and solver.needs != "weights" and not norms
+    for step in stream(model, batches if looks else [], loader, propagate="dense", tick=tick):
+        todo = [layer for layer in step.layers if skip(layer, plan) is None]
+        found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
+        if looks:
+            norms.update(step.observe(todo, gram=False))
+    loaded = ""
+
+    def weight(name: str) -> Tensor:
+        nonlocal loaded
+        block, layer = found[name]
+        if loader is not None:
+            if block != loaded:
+                loader.release(model)
+                loader.load(model, block)
+                loaded = block
+            layer = _with_weights(layer)
+        return layer.read().float()
+
+    def scores(name: str) -> Iterator[Tensor]:
+        weight_OI = weight(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(plan.seed, name))
+            # an expert that no token reached has inputs of size 0
+            stats = norms.get(name) or Stats.zeros(weight_OI.shape[1], False, weight_OI.device) if norms else None
+            score_OI = solver.score(weight_OI, stats)
+        if name in sensitivity:
+            score_OI = score_OI * sensitivity[name].sqrt()[:, None]
+        # outside the fork: whoever takes the chunks keeps its own random numbers
+        yield from torch.split(score_OI, _ROWS_PER_CHUNK)
+
+    summaries = {
+        name: LayerSummary(
+            layer.shape, block, functools.partial(scores, name), functools.partial(weight, name), layer.kernel
+        )
+        for name, (block, layer) in found.items()
+    }
+    share = plan.allocator.share
+    assert share
+    try:
+        shares = share(summaries, plan.target, plan.bounds)
+    except ValueError as error:
+        raise PlanError(f"allocation {plan.allocation}: {error}") from None
+    finally:
+        if loader is not None:
+            loader.release(model)
+    return {name: (plan.pattern, sparsity) for name, sparsity in shares.items()}
+
+
+def _measured(
+    model: nn.Module,
+    loader: Loader | None,
+    batches: Sequence[Batch],
+    plan: Plan,
+    sensitivity: dict[str, Tensor],
+    cost: Cost,
+    tick: Callable[[], None],
+    work: Path | None,
+) -> Shares:
+    """Losses of every layer at several sparsities by SparseGPT, and the choice that a budget allows."""
+    place = work / "options.json" if work else None
+    # {layer: its shape, its dtype, and [pattern, sparsity, loss] of every option}; what they cost may change before a run goes on
+    known: dict[str, Any] = json.loads(place.read_text())["layers"] if place and place.is_file() else {}
+    store = OnDisk(work / "inputs") if work else InMemory()
+    start = read_place(place)
+    for _ in range(start * len(batches)):
+        tick()
+    for step in stream(model, batches, loader, store, start, "dense", tick=tick):
+        note_place(place, step.index, layers=known)
+        todo = [layer for layer in step.layers if skip(layer, plan) is None]
+        stats = step.observe(todo, gram=True)
+        measured = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
+        # an expert that no token reached when sensitivities were measured counts like the others
+        usual = torch.cat(measured).mean() if measured else torch.tensor(1.0)
+        for layer in todo:
+            importance_O = sensitivity.get(layer.name, usual)
+            # what has no price shows before anything is solved
+            cost(layer.shape, layer.parameter.dtype, plan.target)
+            try:
+                losses = list(_losses(layer, stats[layer.name], plan, importance_O))
+            except ValueError as error:
+                raise LayerError(f"{layer.name}: {error}") from None
+            dtype = str(layer.parameter.dtype).removeprefix("torch.")
+            known[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
+    if not known:
+        raise PlanError(f"{plan.model} has no layers to prune in its blocks")
+    options: dict[str, list[Option]] = {}
+    whole, dense = 0.0, 0.0
+    for name, layer in known.items():
+        shape, dtype = (layer["shape"][0], layer["shape"][1]), getattr(torch, layer["dtype"])
+        options[name] = [Option(p, s, cost(shape, dtype, s), loss) for p, s, loss in layer["losses"]]
+        whole += cost(shape, dtype, plan.target)
+        dense += cost(shape, dtype, 0.0)
+    budget = float(plan.budget.partition("=")[2]) * dense if plan.budget else whole
+    try:
+        chosen = cheapest_loss(options, budget)
+    except ValueError as error:
+        raise PlanError(f"allocation measured: {error}; raise the budget or --max-sparsity") from None
+    shares = {name: (option.pattern, option.sparsity) for name, option in chosen.items()}
+    numels = {name: math.prod(layer["shape"]) for name, layer in known.items()}
+    return shares if plan.budget else _exactly(shares, chosen, numels, plan)
+
+
+def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], plan: Plan) -> Shares:
+    """Zeros beyond those asked for, which levels leave over, are given back where a zero costs most."""
+    zeros = {name: count_zeros(numels[name], sparsity) for name, (_, sparsity) in shares.items()}
+    over = sum(zeros.values()) - sum(count_zeros(numel, plan.target) for numel in numels.values())
+    for name in sorted(shares, key=lambda name: chosen[name].loss / max(1, zeros[name]), reverse=True):
+        pattern, _ = shares[name]
+        if parse(pattern).fixed_sparsity is None:
+            back = max(0, min(over, zeros[name] - count_zeros(numels[name], plan.bounds[0])))
+            over -= back
+            shares[name] = (pattern, (zeros[name] - back) / numels[name])
+    return shares
+
+
+def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Iterator[tuple[str, float, float]]:
+    """(pattern, sparsity, loss) of everything that a layer could become. Losses are sums over the calibration tokens, so that an
+    expert counts by how many reach it.
+    """
+    weight_OI = layer.read().float()
+    if plan.bounds[0] == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
+        yield "unstructured", 0.0, 0.0
+    for pattern in plan.layer_patterns:
+        if pattern.refuses(*layer.shape):
+            continue
+        fixed = pattern.fixed_sparsity
+        for sparsity in _levels(plan) if fixed is None else [fixed]:
+            loss = 0.0
+            # an expert that no token reached loses nothing
+            if stats.tokens and stats.gram_II is not None:
+                new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping_of(stats))
+                error_O = solvers.row_loss(new_OI - weight_OI, stats.gram_II)
+                loss = float((error_O * importance_O.to(error_O.device)).sum())
+            yield str(pattern), sparsity, loss
+
+
+def _levels(plan: Plan) -> list[float]:
+    """The sparsities that are tried; the bounds are among them."""
+    low, high = plan.bounds
+    if plan.budget:
+        found = [round(low + (high - low) * i / (_LEVELS - 1), 4) for i in range(_LEVELS)]
+        return [s for s in found if s > 0]
+    return sorted({low, high, *(round(plan.target + d, 4) for d in _BESIDE if low < plan.target + d < high)})
+
+
+def _without_weights(layer: Layer) -> Layer:
+    """The layer as a place only: holding its parameter would hold the whole model."""
+    return dataclasses.replace(layer, parameter=nn.Parameter(layer.parameter.detach().to("meta"), requires_grad=False))
+
+
+def _with_weights(layer: Layer) -> Layer:
+    """The same layer after its block was loaded, which puts new parameters into the modules."""
+    parameter = layer.module.get_parameter(layer.tensor_name.rpartition(".")[2])
+    return dataclasses.replace(layer, parameter=parameter)

@@ -1,0 +1,268 @@
+"""One block on its way through the walk: reorder inputs, prune every layer, tune what is left. In place.
+
+O outputs, I inputs.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import LayerError
+from secateurs.base.seed import seed_of
+from secateurs.matrix import solvers
+from secateurs.matrix.patterns import NM, Pattern, parse
+from secateurs.matrix.stats import Stats
+from secateurs.model.families import Family
+from secateurs.model.layers import Layer, layers_of, matches, survivors
+from secateurs.model.parts import blocks_of
+from secateurs.model.walk import Step
+from secateurs.prune import permute
+from secateurs.prune.plan import Plan
+from secateurs.prune.report import LayerRecord
+from secateurs.prune.tune_block import reconstruct
+from secateurs.prune.tuning import Moving, movable
+
+# A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
+# plain output error; pruning goes too far for the quadratic model, and 1/2 gave the lowest loss (docs/log.md).
+_POWER = 0.5
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What was found out about the model before its first layer is pruned.
+
+    shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
+    family, config: of a Hugging Face model, for what can be reordered.
+    """
+
+    shares: dict[str, tuple[str, float]] | None = None
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
+    family: Family | None = None
+    config: Any = None
+
+    def share(self, plan: Plan, layer: str) -> tuple[Pattern, float]:
+        """A layer's pattern and sparsity."""
+        if self.shares is None:
+            return plan.layer_patterns[0], plan.target
+        text, sparsity = self.shares[layer]
+        return parse(text, plan.scope), sparsity
+
+    def output_scale(self, layer: str) -> Tensor | None:
+        """What a layer's rows are multiplied by while it is solved, [O, 1]: the root of what their squared errors count."""
+        found = self.sensitivity.get(layer)
+        if found is None or not found.any():
+            return None
+        return (found / found.mean()).clamp(min=1e-6).pow(_POWER / 2)[:, None]
+
+
+@dataclass
+class Outcome:
+    """records: one a layer, in order. tuned: names of other parameters that changed. reconstruction: or None."""
+
+    records: list[LayerRecord]
+    tuned: list[str] = field(default_factory=list)
+    reconstruction: dict[str, Any] | None = None
+
+
+def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] = lambda: None) -> Outcome:
+    """Prune every layer of a block in place, then tune the block if the plan says so. tick: once a step of tuning."""
+    records = {layer.name: record for layer in step.layers if (record := skip(layer, plan))}
+    todo = [layer for layer in step.layers if layer.name not in records]
+    needs = plan.solver.needs
+    stats: dict[str, Stats] = {}
+    if needs != "weights" or plan.permute:
+        stats = step.observe(todo, gram=needs == "gram", drift=bool(plan.blend)) if step.batches else {}
+    if step.can_tune:
+        step.see_targets()
+    notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
+    for layer in todo:
+        records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
+    outcome = Outcome([records[layer.name] for layer in step.layers], tuned)
+    if plan.reconstruct and todo and step.can_tune:
+        _tune(step, todo, plan, outcome, tick)
+    return outcome
+
+
+def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
+    """The record of a layer that stays dense, or None."""
+    glob = matches(layer.name, plan.skip)
+    refusals = [layer.refused or pattern.refuses(*layer.shape) for pattern in plan.layer_patterns]
+    refused = refusals[0] if all(refusals) else None
+    if glob is None and refused is None:
+        return None
+    reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
+    kept = int((layer.read() != 0).sum())
+    return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by)
+
+
+def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, note: str | None = None) -> LayerRecord:
+    """Solve one layer and write its weights. An expert that no token reached is pruned by magnitude."""
+    began = time.perf_counter()
+    solver = plan.solver
+    pattern, sparsity = guide.share(plan, layer.name)
+    if layer.kind == "expert" and stats is not None and stats.tokens == 0:
+        solver, stats, note = solvers.find("magnitude"), None, "no calibration token reached it; pruned by magnitude"
+    elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
+        few = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
+        note = f"{note}; {few}" if note else few
+    if plan.blend and layer.kind == "expert":
+        own = "an expert aims at its own outputs, blend or not"
+        note = f"{note}; {own}" if note else own
+    if solver.needs == "weights":
+        stats = None
+    weight_OI = layer.read().float()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed() would leave the GPU's generator seeded as well
+            torch.default_generator.manual_seed(seed_of(plan.seed, layer.name))
+            new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
+    except ValueError as error:
+        raise LayerError(f"{layer.name}: {error}") from None
+    relative_error = solvers.relative_error(weight_OI, new_OI, stats)
+    # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
+    layer.write(new_OI)
+    kept = _check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
+    kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
+    return LayerRecord(
+        layer.name,
+        layer.shape,
+        sparsity,
+        kept,
+        relative_error,
+        kind,
+        0 if stats is None else stats.tokens,
+        time.perf_counter() - began,
+        note=note,
+        pattern=str(pattern),
+    )
+
+
+def _solve(
+    solver: solvers.Solver,
+    weight_OI: Tensor,
+    stats: Stats | None,
+    pattern: Pattern,
+    sparsity: float,
+    plan: Plan,
+    scale_O1: Tensor | None,
+) -> Tensor:
+    """Rows weighted by how much the loss depends on them: the objective of W times a scale is a weighted sum of rows."""
+    target_OI = weight_OI
+    damping = solvers.DAMPING if stats is None else plan.damping_of(stats)
+    if plan.blend and stats is not None and stats.drift_II is not None:
+        target_OI = solvers.dense_target(weight_OI, stats, damping, plan.blend)
+    if scale_O1 is None:
+        return solver.solve(target_OI, stats, pattern, sparsity, damping)
+    return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, damping) / scale_O1
+
+
+def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
+    """How many weights a layer keeps. Raises LayerError if they are not finite or break the pattern."""
+    written_OI = layer.read()
+    if not torch.isfinite(written_OI).all():
+        raise LayerError(f"{layer.name}: {not_finite.format(written_OI.dtype)}")
+    broken = pattern.violation(written_OI != 0, sparsity)
+    if broken:
+        raise LayerError(f"{layer.name} does not hold {pattern}: {broken}")
+    return int((written_OI != 0).sum())
+
+
+def _reorder(
+    step: Step, todo: list[Layer], plan: Plan, guide: Guide, stats: dict[str, Stats]
+) -> tuple[dict[str, str], list[str], Guide]:
+    """Reorder what can be, for layers that take an N:M pattern: notes by layer, biases that moved, and the guide in the new
+    order. `stats` are reordered in place.
+    """
+    patterns = {layer.name: guide.share(plan, layer.name)[0] for layer in todo}
+    wanting = {name for name, pattern in patterns.items() if isinstance(pattern, NM) and name in stats}
+    if not plan.permute or not wanting:
+        return {}, [], guide
+    notes = dict.fromkeys(wanting, "inputs not reordered: they are not known to come from layers of this block alone")
+    tuned: list[str] = []
+    sensitivity = dict(guide.sensitivity)
+    found = permute.couplings(step.name, step.layers, guide.family, guide.config) if guide.family else []
+    for coupling in found:
+        name = coupling.consumer.name
+        pattern = patterns.get(name)
+        if name not in wanting or not isinstance(pattern, NM) or stats[name].tokens == 0:
+            continue
+        blocked = permute.refuses(coupling, pattern)
+        if blocked:
+            notes[name] = f"inputs not reordered: {blocked}"
+            continue
+        order_I = permute.choose(coupling, stats[name].sqnorm_I, pattern)
+        if order_I is None:
+            notes[name] = "inputs already in the best order found"
+            continue
+        tuned += permute.apply(coupling, order_I)
+        stats[name] = stats[name].reordered(order_I)
+        rows = permute.rows_of(coupling, order_I)
+        for producer in coupling.producers:
+            if producer.name in sensitivity:
+                sensitivity[producer.name] = sensitivity[producer.name][rows]
+            # a producer that is left dense has moved rows all the same
+            if producer.name not in patterns:
+                tuned.append(producer.tensor_name)
+        notes[name] = "inputs reordered"
+    return notes, tuned, replace(guide, sensitivity=sensitivity)
+
+
+def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Moving]:
+    """What can be tuned of all blocks of a model: the survivors of layers that were pruned, and vectors."""
+    names, experts = blocks_of(model)
+    pruned = {record.name for record in records if record.skipped is None}
+    found: list[Moving] = []
+    for name in names:
+        block = model.get_submodule(name)
+        found += movable(block, survivors(y for y in layers_of(block, name, experts) if y.name in pruned))
+    return found
+
+
+def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[str]]:
+    """The records and the names of what else moved, after all blocks of a model were tuned."""
+    names, experts = blocks_of(model)
+    by_name = {record.name: record for record in records}
+    vectors: list[str] = []
+    for name in names:
+        block = model.get_submodule(name)
+        for layer in layers_of(block, name, experts):
+            if by_name[layer.name].skipped is None:
+                by_name[layer.name] = _tuned(layer, by_name[layer.name], plan)
+        vectors += _vectors(name, block)
+    return list(by_name.values()), vectors
+
+
+def _tuned(layer: Layer, record: LayerRecord, plan: Plan) -> LayerRecord:
+    """The record of a layer whose survivors moved."""
+    pattern = parse(record.pattern or "", plan.scope)
+    return replace(record, kept=_check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
+
+
+def _vectors(name: str, block: nn.Module) -> list[str]:
+    return [f"{name}.{n}" for n, p in block.named_parameters() if p.dim() == 1]
+
+
+def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: Callable[[], None]) -> None:
+    """Tune the block against the dense one and bring the records up to date."""
+    with step.evaluating():
+        found = reconstruct(
+            movable(step.block, survivors(pruned)),
+            lambda batch, part: step.call(step.inputs(batch)[part], batch),
+            lambda batch, part: step.targets(batch)[part],
+            step.windows,
+            plan.reconstruct or 0,
+            seed=seed_of(plan.seed, step.name),
+            tick=tick,
+        )
+    outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}
+    if not found.accepted:
+        return
+    records = {record.name: record for record in outcome.records}
+    for layer in pruned:
+        records[layer.name] = _tuned(layer, records[layer.name], plan)
+    outcome.records = list(records.values())
+    outcome.tuned += _vectors(step.name, step.block)

@@ -1,0 +1,381 @@
+"""stream x observe x solve: prune a model folder into a run directory, or a live module in place.
+
+The run directory holds plan.json, model/ (a plain checkpoint), report.json, and work/ while the run is under way. Each
+block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
+moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had. What is found out
+beforehand is kept when it is complete (sensitivities) or block by block (the losses of allocation `measured`).
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.device import machine, peak_memory, return_memory
+from secateurs.base.errors import CalibrationError, PlanError, SecateursError
+from secateurs.base.files import (
+    claim,
+    locked,
+    resolved,
+    unchanged,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from secateurs.base.precision import described
+from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.run_folder import shrunk_before
+from secateurs.base.seed import seed_of
+from secateurs.matrix.stats import Stats
+from secateurs.model import checkpoint
+from secateurs.model.activations import Activations, OnDisk
+from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows, window_length
+from secateurs.model.walk import stream
+from secateurs.prune.assign import Shares, assign
+from secateurs.prune.block import Guide, prune_block, survivors_of
+from secateurs.prune.cost import Cost, cost_of
+from secateurs.prune.model_card import model_card
+from secateurs.prune.plan import Plan
+from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.sensitivity import sensitivity
+from secateurs.prune.tune_model import dense_ends, distill
+from secateurs.prune.tuning import Noted
+from secateurs.prune.whole import guide_of, left_out, note_distillation
+from secateurs.quality import evaluate, gates, tasks, texts
+from secateurs.quality.evaluation import quality, texts_apart
+
+# ------------------------------------------------------------------------------------------------------ a live module
+
+
+# -------------------------------------------------------------------------------------------------------- a folder
+
+
+class Run:
+    """One run directory. complete() does what is left to do."""
+
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
+        self.plan = dataclasses.replace(plan, model=resolved(plan.model))
+        self.out = out
+        self.progress = progress
+        self.work = out / "work"
+        self.model_folder = out / "model"
+        self.report_file = out / "report.json"
+
+    def complete(self) -> Report:
+        """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
+        # before the folder is made, so that a wrong model name leaves nothing behind
+        source = checkpoint.Checkpoint(self.plan.model)
+        if self.plan.tasks:
+            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        claim(self.out, self.plan.as_dict())
+        with locked(self.out):
+            report = Report.read(self.report_file) if self.report_file.is_file() else None
+            if report is not None and report.status == "complete":
+                return report
+            unchanged(self.out, {self.plan.model: source.fingerprint()})
+            if report is None:
+                report = self._prune(source)
+                report.write(self.report_file)
+            self._evaluate(source, report)
+            self._finish(report)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return report
+
+    # ------------------------------------------------------------------------------------------------ the folder
+
+    # -------------------------------------------------------------------------------------------------- pruning
+
+    def _prune(self, source: checkpoint.Checkpoint) -> Report:
+        plan, state = self.plan, self._state()
+        model = source.skeleton()
+        # what cannot be is said before anything is measured
+        self._check_memory(source, model)
+        cost = cost_of(plan)
+        compute = described(model.config.dtype)
+        report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
+        batches = self._calibration(source, model, report)
+        self._spend("calibration")
+        store: Activations = OnDisk(self.work / "activations")
+        start = state["next_block"]
+        records = [LayerRecord.from_dict(r) for r in state["layers"]]
+        guide = self._guide(source, model, batches, cost)
+        report.warnings += left_out(plan, guide.sensitivity)
+        report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
+        teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
+        targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None
+
+        names = source.block_names(model)
+        outside = source.outside_groups(model)
+        count = len(outside) + len(names)
+        passes = (1 if plan.propagate == "dense" else 2) + (teacher is not None)
+        each = len(batches) * passes + (plan.reconstruct or 0 if targets else 0) if batches else 1
+        total, done = each * len(names), each * start
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self.progress("pruning", done, total)
+
+        self.progress("pruning", done, total)
+        if start == 0:
+            source.copy_small_files(self.model_folder)
+            for i, keys in enumerate(outside):
+                checkpoint.write_shard(self.model_folder, i, count, source.read(keys))
+        walk = stream(
+            model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher, targets=targets
+        )  # fmt: skip
+        for step in walk:
+            # what a pass left out is made up for here
+            done = each * step.index
+            self._save_state(state, step.index, records, report)
+            outcome = prune_block(step, plan, guide, tick)
+            report.tuned += outcome.tuned
+            report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
+            edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
+            shard = source.edited(model, step.name, edited)
+            checkpoint.write_shard(self.model_folder, len(outside) + step.index, count, shard)
+            records += outcome.records
+            # the next block must not meet this one's tensors
+            del shard
+            return_memory()
+            if not batches:
+                tick()
+        checkpoint.write_index(self.model_folder, count)
+        if not records:
+            raise PlanError(f"{plan.model} has no layers to prune in its blocks")
+        report.layers = records
+        if plan.distill and batches:
+            self._save_state(state, len(names), records, report)
+            self._distill(source, model, batches, report, count)
+            self._spend("distill")
+        for i in range(count):
+            file = checkpoint.shard_name(i, count)
+            report.shards[file] = checkpoint.checksum(self.model_folder / file)
+        report.bytes = {
+            "dense": source.nbytes,
+            "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
+        }
+        self._spend("prune")
+        report.seconds.update(self.spent)
+        report.peak_memory_bytes = peak_memory()
+        return report
+
+    def _check_memory(self, source: checkpoint.Checkpoint, model: nn.Module) -> None:
+        """Tuning the whole model comes last: that it does not fit is better said first."""
+        if not self.plan.distill:
+            return
+        blocks = (model.get_submodule(name) for name in source.block_names(model))
+        weights = sum(p.numel() for block in blocks for p in block.parameters())
+        # fp32 copies, gradients and two moments
+        needed = source.nbytes + 16 * weights
+        there = machine()["memory_bytes"]
+        if needed > there:
+            raise PlanError(
+                f"tuning all blocks together (distill {self.plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
+                f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        """Where an earlier run of this plan stopped, or the beginning."""
+        file = self.work / "state.json"
+        state: dict[str, Any] = {"next_block": 0, "seconds": {}, "layers": [], "tuned": [], "reconstruction": []}
+        if file.is_file():
+            state = json.loads(file.read_text())
+        self.spent: dict[str, float] = state["seconds"]
+        self._since = time.perf_counter()
+        return state
+
+    def _spend(self, stage: str) -> None:
+        """Count the seconds since the last call for a stage of the report."""
+        now = time.perf_counter()
+        self.spent[stage] = self.spent.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
+        self._spend("prune")
+        saved = {
+            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.spent,
+            "tuned": report.tuned, "reconstruction": report.reconstruction,
+        }  # fmt: skip
+        write_json(self.work / "state.json", saved)
+
+    def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
+        plan = self.plan
+        if not plan.calibrated:
+            return []
+        seqlen = window_length(plan.seqlen, model)
+        file = self.work / "calibration.safetensors"
+        facts_file = self.work / "calibration.json"
+        if facts_file.is_file():
+            from safetensors.torch import load_file
+
+            windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
+        else:
+            text = (
+                self._sample(source, seqlen)
+                if plan.calibration == "self"
+                else texts.load(plan.calibration, source.tokenizer(), plan.samples, seqlen, plan.seed)
+            )
+            windows, report.calibration = text.windows, text.facts()
+            write_tensors(file, {"windows": windows})
+            write_json(facts_file, report.calibration)
+        assert report.calibration is not None
+        if len(windows) < plan.samples:
+            report.warnings.append(
+                f"calibration: {report.calibration['source']} has text for {len(windows)} windows of {seqlen} tokens, "
+                f"{plan.samples} were asked for"
+            )
+        check_vocabulary(windows, model)
+        return batched(windows)
+
+    def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> texts.Text:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+        tick = ticker(self.progress, "sampling", seqlen - 1)
+        return texts.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
+
+    def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
+        """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
+        from safetensors.torch import load_file
+
+        plan = self.plan
+        file = self.work / "sensitivity.safetensors"
+        found: dict[str, Tensor] = {}
+        norms: dict[str, Stats] = {}
+        if plan.sensitivity and batches:
+            if not file.is_file():
+                part = first_windows(batches, plan.sensitivity)
+                blocks = len(source.block_names(model))
+                store = OnDisk(self.work / "gradients")
+                tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
+                found, norms = sensitivity(model, part, source, store, plan.seed, tick)
+                tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
+                squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
+                write_tensors(file, {**found, **squares, "tokens": tokens})
+                shutil.rmtree(store.folder, ignore_errors=True)
+                return_memory()
+                self._spend("sensitivity")
+            stored = load_file(file)
+            names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
+            tokens = stored.pop("tokens").tolist()
+            norms = {n: Stats(t, stored.pop(f"inputs {n}")) for n, t in zip(names, tokens, strict=True)}
+            found = stored
+        shares_file = self.work / "shares.json"
+        if shares_file.is_file():
+            shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
+        else:
+            tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
+            shares = assign(model, source, batches, plan, found, norms, cost, tick, self.work)
+            if shares is not None:
+                write_json(shares_file, shares)
+                # until now a kill could go back to them
+                shutil.rmtree(self.work / "inputs", ignore_errors=True)
+                return_memory()
+                self._spend("allocation")
+        return guide_of(model, plan, shares, found)
+
+    def _distill(
+        self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
+    ) -> None:
+        """Tune the pruned model as a whole and write its blocks' shards again; `count` shards in all."""
+        plan, memory = self.plan, Noted(self.work / "distill.safetensors")
+        names = source.block_names(dense)
+        store = OnDisk(self.work / "ends")
+        tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
+        ends = dense_ends(dense, batches, source, store, tick, self.work / "ends.json")
+        pruned = checkpoint.Checkpoint(self.model_folder)
+        model = pruned.skeleton()
+        pruned.load_whole(model)
+        tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
+        outcome = distill(
+            model, survivors_of(model, report.layers), (dense, source), ends, batches, plan.distill or 0,
+            seed=seed_of(plan.seed, "distill"), tick=tick, memory=memory,
+        )  # fmt: skip
+        source.release(dense)
+        note_distillation(model, plan, report, outcome)
+        if outcome is None or not outcome.accepted:
+            return
+        edited = {name for name, _ in model.named_parameters()}
+        for i, name in enumerate(names, count - len(names)):
+            checkpoint.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
+
+    # -------------------------------------------------------------------------------------------- quality
+
+    def _evaluate(self, source: checkpoint.Checkpoint, report: Report) -> None:
+        plan, began = self.plan, time.perf_counter()
+        if plan.eval_windows and report.quality is None:
+            result = checkpoint.Checkpoint(self.model_folder)
+            cache = self.work / "windows.json"
+            measured = quality(
+                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
+            )  # fmt: skip
+            if measured is None:
+                if any(gates.Gate.parse(text).task is None for text in plan.gate):
+                    raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
+                report.warnings.append("quality was not measured: the model predicts no next token")
+            else:
+                found, text = measured
+                report.evaluation, report.quality = text.facts(), found.as_dict()
+                self._against_calibration(source, report, text, found)
+        if plan.tasks and report.tasks is None:
+            results = {
+                name: self._tasks(name, folder)
+                for name, folder in (("dense", source.folder), ("pruned", self.model_folder))
+            }
+            report.tasks = {name: tasks.without_scores(found) for name, found in results.items()}
+            report.compared = tasks.compare(results["dense"], results["pruned"], plan.seed)
+        report.gate = gates.judge(plan.gate, report.quality, report.compared)
+        report.seconds["evaluate"] = time.perf_counter() - began
+
+    def _tasks(self, name: str, folder: Path) -> dict[str, Any]:
+        """Results of one model; kept, for a run that goes on."""
+        file = self.work / f"tasks-{name}.json"
+        if not file.is_file():
+            write_json(file, tasks.run_tasks(folder, self.plan.tasks, self.plan.tasks_path, self.plan.tasks_limit))
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    def _against_calibration(
+        self, source: checkpoint.Checkpoint, report: Report, text: texts.Text, found: evaluate.Quality
+    ) -> None:
+        """Whether the two texts share passages, or are of different kinds."""
+        file = self.work / "calibration.safetensors"
+        if not file.is_file():
+            return
+        from safetensors.torch import load_file
+
+        windows = load_file(file)["windows"]
+        report.distance, warnings = texts_apart(source, windows, text.windows, found, self.plan.seed)
+        report.warnings += warnings
+
+    def _finish(self, report: Report) -> None:
+        from secateurs.prune.verify import check_run
+
+        for warning in check_run(self.out, report, self.progress):
+            report.warnings.append(warning)
+        report.status = "complete"
+        report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
+        write_text(self.model_folder / "README.md", model_card(report))
+        report.write(self.report_file)
+
+
+def failure(report: Report) -> SecateursError | None:
+    """Why a finished run must still exit non-zero: a missed gate, or layers left dense that nobody allowed."""
+    from secateurs.base.errors import QualityGateError, SkippedLayersError
+
+    missed = [g["missed"] for g in report.gate if not g["passed"]]
+    if missed:
+        return QualityGateError("; ".join(missed) + "; the results are kept")
+    skipped = [r for r in report.layers if r.skipped_by == "shape"]
+    if skipped and not report.plan["allow_skips"]:
+        return SkippedLayersError(
+            f"{len(skipped)} of {len(report.layers)} layers cannot take {report.plan['pattern']} and stay dense, first "
+            f"{skipped[0].name}: {skipped[0].skipped}; the results are kept; pass --allow-skips if that is wanted"
+        )
+    return None

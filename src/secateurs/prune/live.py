@@ -1,0 +1,84 @@
+"""Prune a live module in place."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.device import machine, peak_memory
+from secateurs.base.errors import CalibrationError, PlanError
+from secateurs.base.precision import described
+from secateurs.base.progress import Progress, ticker
+from secateurs.base.seed import seed_of
+from secateurs.matrix.stats import Stats
+from secateurs.model.activations import InMemory
+from secateurs.model.batches import Batch, batched, first_windows
+from secateurs.model.parts import AllLoaded, blocks_of, device_of
+from secateurs.model.walk import stream
+from secateurs.prune.assign import assign
+from secateurs.prune.block import prune_block, survivors_of
+from secateurs.prune.cost import cost_of
+from secateurs.prune.plan import Plan
+from secateurs.prune.report import Report
+from secateurs.prune.sensitivity import sensitivity
+from secateurs.prune.tune_model import dense_ends, distill
+from secateurs.prune.whole import guide_of, left_out, note_distillation
+
+
+def prune_live(
+    model: nn.Module, plan: Plan, calibration: Sequence[Batch] | Tensor | None, progress: Progress
+) -> Report:
+    if isinstance(calibration, Tensor):
+        calibration = batched(calibration)
+    batches = list(calibration or [])
+    if plan.calibrated and not batches:
+        raise CalibrationError(
+            f"{plan.method} needs to see the module's inputs: pass calibration=token windows [N, S] or a list of "
+            "keyword-argument dicts; magnitude and random need none"
+        )
+    if plan.gate:
+        raise PlanError(
+            "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
+        )
+    began, cost = time.perf_counter(), cost_of(plan)
+    absent = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    if absent is not None:
+        raise PlanError(
+            f"{absent} is on the meta device (not loaded, or offloaded); load the whole model, or prune its folder"
+        )
+    device = device_of(model)
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
+    found: dict[str, Tensor] = {}
+    norms: dict[str, Stats] = {}
+    # a module that is one block has no loss to be sensitive to
+    whole = blocks_of(model)[0] == [""]
+    if plan.sensitivity and not whole:
+        found, norms = sensitivity(model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+    report.warnings += left_out(plan, found, whole)
+    guide = guide_of(model, plan, assign(model, None, batches, plan, found, norms, cost), found)
+    teacher = InMemory() if plan.blend else None
+    targets = InMemory() if plan.reconstruct else None
+    ends = None
+    if plan.distill and not whole:
+        ends = dense_ends(model, batches, AllLoaded(), InMemory(), lambda: None)
+    for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):
+        outcome = prune_block(step, plan, guide)
+        report.layers += outcome.records
+        report.tuned += outcome.tuned
+        report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
+        progress("pruning", step.index + 1, step.count)
+    if not report.layers:
+        raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
+    if ends:
+        tick = ticker(progress, "tuning the whole model", plan.distill or 0)
+        found_out = distill(
+            model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
+            seed=seed_of(plan.seed, "distill"), tick=tick,
+        )  # fmt: skip
+        note_distillation(model, plan, report, found_out)
+    report.seconds["prune"] = time.perf_counter() - began
+    report.peak_memory_bytes = peak_memory()
+    return report

@@ -1,0 +1,278 @@
+"""Every choice of one run, as data: checks itself, <-> plan.json. Where the result goes is not part of it."""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.errors import PlanError
+from secateurs.matrix import patterns, solvers
+from secateurs.matrix.stats import Stats
+from secateurs.prune.allocation import ALLOCATIONS, Allocation
+from secateurs.prune.effort import EFFORTS, PLAIN
+from secateurs.quality import gates
+
+SCOPES = ("row", "layer")
+# how far a layer's sparsity may lie from the target when zeros are shared out
+SPREAD = 0.2
+# and its bounds where a budget decides how many there are
+BOUNDS = (0.0, 0.9)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to prune, how, on which text, and what the result must be worth. Raises PlanError for what cannot be.
+
+    model: folder or hub id ('' for a live module). pattern: 'unstructured', 'N:M' (N kept of M) or 'RxC'; several with
+    commas between them where allocation 'measured' is to choose for each layer.
+    sparsity: fraction of zeros; None for 0.5, or what N:M implies.
+    effort: a row of EFFORTS, which fills what is None below: method, sensitivity, blend, permute, reconstruct, distill,
+    allocation.
+    None for 'balanced', or for nothing but the method where that is given. method: a row of SOLVERS, '+refit' allowed.
+    sensitivity: calibration tokens on which the loss's dependence on every output is measured; 0 for none; allocation
+    'measured' needs them, whatever the effort. blend: how far
+    layers aim at the dense model's outputs instead of their own (0 to 1). permute: reorder inputs for N:M where that
+    can be folded away. reconstruct: steps of tuning a block's survivors against the dense block. distill: steps of tuning
+    all blocks' survivors together against the dense model's predictions, which takes the whole model in memory.
+    scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
+    min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
+    and above the target, with a budget 0 and 0.9. budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for
+    allocation 'measured', in place of a count of zeros.
+    calibration, samples, seqlen, seed: the text, how many windows of how many tokens, their order. seqlen None: 2048 or
+    what the model's positions allow. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
+    what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
+    None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
+    skip: globs of layer names to leave dense. allow_skips: layers that cannot take the pattern are no failure.
+    gate: quality floors. eval_text, eval_windows, eval_seqlen: where quality is measured; eval_windows 0: not at all.
+    tasks: names of lm-eval tasks; tasks_path: a folder of task files of your own; tasks_limit: questions of each, None for all.
+    """
+
+    model: str = ""
+    pattern: str = "unstructured"
+    sparsity: float | None = None
+    effort: str | None = None
+    method: str | None = None
+    sensitivity: int | None = None
+    blend: float | None = None
+    permute: bool | None = None
+    reconstruct: int | None = None
+    distill: int | None = None
+    scope: str | None = None
+    allocation: str | None = None
+    min_sparsity: float | None = None
+    max_sparsity: float | None = None
+    budget: str | None = None
+    calibration: str = "pydoc"
+    samples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    propagate: str = "pruned"
+    damping: float | None = None
+    skip: tuple[str, ...] = ()
+    allow_skips: bool = False
+    gate: tuple[str, ...] = ()
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: str | None = None
+    tasks_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("skip", "gate", "tasks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._resolve_effort()
+        try:
+            parsed = [patterns.parse(text) for text in self.pattern.split(",")]
+            solver = solvers.find(self.method or "")
+            gates.check(self.gate, self.tasks)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        self._check_allocation(parsed)
+        pattern = parsed[0]
+        self._resolve_sparsity(pattern)
+        if self.scope is None:
+            # a count of its own for each layer is kept by the layer as a whole
+            own = isinstance(pattern, patterns.Unstructured) and self.allocation == "uniform"
+            scope = solver.scope if own else "layer"
+            object.__setattr__(self, "scope", scope)
+        spread = (BOUNDS[0], max(BOUNDS[1], self.target))
+        bounds = spread if self.budget else (self.target - SPREAD, self.target + SPREAD)
+        for name, value in zip(("min_sparsity", "max_sparsity"), bounds, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, min(1.0, max(0.0, value)))
+        self._check()
+
+    def _resolve_effort(self) -> None:
+        if self.effort is None:
+            object.__setattr__(self, "effort", "balanced" if self.method is None else PLAIN.name)
+        efforts = {**EFFORTS, PLAIN.name: PLAIN}
+        if self.effort not in efforts:
+            raise PlanError(f"unknown effort '{self.effort}'; write {', '.join(EFFORTS)}")
+        effort = efforts[self.effort]
+        if self.method is None and not effort.method:
+            raise PlanError(f"effort {effort.name} has no method of its own; give --method")
+        fixed = all(re.fullmatch(r"\d+:\d+", text) for text in self.pattern.split(","))
+        even = fixed or self.scope == "row"
+        if self.damping is None and effort is PLAIN:
+            object.__setattr__(self, "damping", solvers.DAMPING)
+        allocation = self.allocation or ("measured" if self.budget else "uniform" if even else effort.allocation)
+        # losses of layers compare in units of the model's loss only
+        tokens = effort.sensitivity or (EFFORTS["balanced"].sensitivity if allocation == "measured" else 0)
+        filled = {
+            "method": effort.method,
+            "sensitivity": 0 if even and allocation == "uniform" else tokens,
+            "blend": effort.blend,
+            "permute": effort.permute,
+            "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,
+            "distill": effort.distill,
+            "allocation": allocation,
+        }
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _check_allocation(self, parsed: list[patterns.Pattern]) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise PlanError(f"unknown allocation '{self.allocation}'; write {', '.join(ALLOCATIONS)}")
+        if len(parsed) > 1 and self.allocation != "measured":
+            raise PlanError(
+                f"patterns {self.pattern} leave a choice for every layer, which only --allocation measured makes; "
+                "name one pattern or add that"
+            )
+        fixed = len(parsed) == 1 and parsed[0].fixed_sparsity is not None
+        if fixed and self.allocation != "uniform" and not self.budget:
+            raise PlanError(
+                f"allocation {self.allocation} moves zeros between layers, and {self.pattern} fixes every layer's; "
+                "use unstructured"
+            )
+        if self.budget is None:
+            return
+        if self.allocation != "measured":
+            raise PlanError(f"a budget is kept by --allocation measured, and {self.allocation} was asked; leave it out")
+        found = re.fullmatch(r"(bytes|seconds)=(0?\.\d+|1(\.0*)?)", self.budget)
+        if not found or not 0 < float(found[2]) <= 1:
+            raise PlanError(
+                f"cannot read budget '{self.budget}'; write bytes=F or seconds=F with 0 < F <= 1, a fraction of the dense layers'"
+            )
+
+    def _resolve_sparsity(self, pattern: patterns.Pattern) -> None:
+        fixed = pattern.fixed_sparsity
+        asked = self.sparsity
+        if asked is None:
+            object.__setattr__(self, "sparsity", 0.5 if fixed is None else fixed)
+        elif not 0 <= asked < 1:
+            raise PlanError(f"sparsity {asked} is not a fraction of zeros; give 0 <= sparsity < 1, e.g. 0.5")
+        elif fixed is not None and not math.isclose(asked, fixed, abs_tol=1e-3):
+            raise PlanError(
+                f"pattern {self.pattern} keeps {self.pattern.replace(':', ' of ')}, which is sparsity {fixed:g}; "
+                f"sparsity {asked:g} was asked: leave --sparsity out or change the pattern"
+            )
+        elif fixed is not None:
+            object.__setattr__(self, "sparsity", fixed)
+
+    def _check(self) -> None:
+        if self.scope not in SCOPES:
+            raise PlanError(f"unknown scope '{self.scope}'; write row or layer")
+        if (
+            self.min_sparsity is None
+            or self.max_sparsity is None
+            or not (0 <= self.min_sparsity <= self.target <= self.max_sparsity <= 1)
+        ):
+            raise PlanError(
+                f"bounds {self.min_sparsity:g}..{self.max_sparsity:g} of a layer's sparsity do not hold {self.target:g}"
+            )
+        if self.propagate not in ("pruned", "dense"):
+            raise PlanError(f"cannot propagate '{self.propagate}'; write pruned or dense")
+        limits = (
+            ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0),
+            ("distill", 0), ("tasks_limit", 1),
+        )  # fmt: skip
+        for name, least in limits:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PlanError(f"{name.replace('_', '-')} {value} is too small; give {least} or more")
+        if self.blend is None or not 0 <= self.blend <= 1:
+            raise PlanError(f"blend {self.blend} is not between 0 (a layer's own outputs) and 1 (the dense model's)")
+        if self.blend and self.solver.needs != "gram":
+            raise PlanError(
+                f"a blend is for methods that solve on Gram matrices, and {self.method} does not; leave it out"
+            )
+        if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
+            raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
+        if not self.eval_windows and any(gates.Gate.parse(text).task is None for text in self.gate):
+            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
+        if self.propagate == "dense" and (self.blend or self.reconstruct):
+            raise PlanError("blend and reconstruct need the inputs that pruned blocks give; propagate dense hides them")
+
+    @property
+    def target(self) -> float:
+        """The resolved sparsity."""
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and most sparsity of a layer."""
+        assert self.min_sparsity is not None
+        assert self.max_sparsity is not None
+        return self.min_sparsity, self.max_sparsity
+
+    @property
+    def layer_patterns(self) -> list[patterns.Pattern]:
+        """The pattern, or those that an allocation may choose from."""
+        scope = "row" if self.scope == "row" else "layer"
+        return [patterns.parse(text, scope) for text in self.pattern.split(",")]
+
+    @property
+    def solver(self) -> solvers.Solver:
+        return solvers.find(self.method or "")
+
+    def damping_of(self, stats: Stats) -> float:
+        """The damping of a layer whose inputs were seen so often."""
+        return self.damping or solvers.damping_for(stats.tokens, len(stats.sqnorm_I))
+
+    @property
+    def allocator(self) -> Allocation:
+        return ALLOCATIONS[self.allocation or "uniform"]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything in the plan looks at calibration text."""
+        asks = (self.sensitivity, self.blend, self.permute, self.reconstruct, self.distill)
+        return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "plan") -> "Plan":
+        """The inverse of as_dict(). Raises PlanError naming unknown keys and values of the wrong type."""
+        if not isinstance(data, dict):
+            raise PlanError(f"{where} is not a JSON object")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PlanError(f"{where} has unknown key '{unknown[0]}'; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise PlanError(f"{where} holds a value of the wrong type: {error}") from None
+
+    @classmethod
+    def read(cls, file: Path) -> "Plan":
+        """plan.json -> Plan."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{file} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise PlanError(f"{file} is not JSON: {error}") from None
+        return cls.from_dict(data, str(file))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,115 @@
+"""What happened, as data: one record a layer, totals, quality, machine. docs/report.md describes report.json."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.errors import OutputError
+from secateurs.base.files import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer. sparsity: asked. kept: weights that are not zero. error: relative output error on calibration inputs.
+
+    error_from: 'gram' (exact), 'norms' (as if inputs were uncorrelated) or 'weights' (of the weights themselves).
+    skipped: why it is dense, or None; skipped_by: 'plan' (asked for) or 'shape' (it cannot take the pattern).
+    note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    kept: int
+    error: float | None = None
+    error_from: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: str | None = None
+    skipped_by: str | None = None
+    note: str | None = None
+    pattern: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "LayerRecord":
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+@dataclass
+class Report:
+    """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
+    tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
+    reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
+    model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
+    the model before, or None. compared: tasks, dense and pruned question by question. distance: of
+    calibration from evaluation text (calibrate.Distance), or None. compute: products.described() of the model's dtype.
+    """
+
+    plan: dict[str, Any]
+    machine: dict[str, Any]
+    layers: list[LayerRecord] = field(default_factory=list)
+    status: str = "pruned"
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    distance: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    tuned: list[str] = field(default_factory=list)
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    distillation: dict[str, Any] | None = None
+    packed: dict[str, Any] | None = None
+    shrunk: dict[str, Any] | None = None
+    compute: dict[str, Any] | None = None
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts over layers: pruned, left dense by the plan, left dense by their shape; weights, zeros, sparsity."""
+        pruned = [r for r in self.layers if r.skipped is None]
+        weights = sum(r.numel for r in pruned)
+        zeros = weights - sum(r.kept for r in pruned)
+        return {
+            "layers_pruned": len(pruned),
+            "layers_skipped_by_plan": sum(r.skipped_by == "plan" for r in self.layers),
+            "layers_skipped_by_shape": sum(r.skipped_by == "shape" for r in self.layers),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["layers"] = [dataclasses.asdict(r) for r in self.layers]
+        return {"format": FORMAT, **data, "totals": self.totals}
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.as_dict())
+
+    @classmethod
+    def read(cls, file: Path) -> "Report":
+        """report.json -> Report. Raises OutputError if it is missing or not one of ours."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise OutputError(f"{file} is of another report format than {FORMAT}; use the secateurs that wrote it")
+            data.pop("totals")
+            data["layers"] = [LayerRecord.from_dict(r) for r in data["layers"]]
+            return cls(**data)
+        except OSError as error:
+            raise OutputError(f"{file} cannot be read: {error.strerror}; is this a run directory?") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{file} is not a secateurs report: {error}") from None

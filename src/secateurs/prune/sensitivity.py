@@ -1,0 +1,169 @@
+"""How much the model's loss depends on every output of every layer: E[g^2], the diagonal of the Fisher information.
+
+g is the gradient of -log p(y) by an output, y drawn from the model's own next-token distribution. An error d in output o
+then costs about g_o^2 d^2 / 2 nats (Fisher information as the Hessian of the KL divergence: Amari 1998; one factor of
+K-FAC, Martens and Grosse 2015, arXiv 1503.05671). Layer errors in these units can be compared: between the rows of a
+layer, and between layers.
+
+The pass goes forward block by block and then back block by block, each run again with gradients, so memory holds one
+block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateurs.matrix.stats import Stats
+from secateurs.model.activations import Activations
+from secateurs.model.batches import Batch
+from secateurs.model.layers import Layer
+from secateurs.model.parts import Loader, leave, pieces
+from secateurs.model.walk import stream
+
+Tick = Callable[[], None]
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loader: Loader,
+    store: Activations,
+    seed: int = 0,
+    tick: Tick = lambda: None,
+) -> tuple[dict[str, Tensor], dict[str, Stats]]:
+    """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
+    that of what leaves them.
+
+    Both empty for a model that gives no logits. store: an empty one, left full. Ticks: a batch and block forward, one a batch
+    for the head, a batch and block backward.
+    """
+    last = 0
+    for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
+        last = step.index + 1
+    generator = torch.Generator().manual_seed(seed)
+    gradients: dict[int, Tensor] = {}
+    for i, batch in enumerate(batches):
+        hidden = store.read(last, i)
+        uniform_NS = torch.rand(hidden.shape[:2], generator=generator)
+        gradients[i] = torch.empty_like(hidden)
+        for at in pieces(model, hidden):
+            piece = hidden[:, at].detach().requires_grad_(True)
+            logits = getattr(leave(model, loader, piece, batch, at), "logits", None)
+            if logits is None:
+                loader.release(model)
+                return {}, {}
+            gradients[i][:, at] = _head(piece, logits, uniform_NS[:, at])
+        tick()
+    loader.release(model)
+    found: dict[str, Tensor] = {}
+    norms: dict[str, Stats] = {}
+    for step in stream(model, batches, loader, store, backwards=True):
+        sums = _Sums()
+        for i in range(len(batches)):
+            sums.add(step.name, gradients[i])
+            hidden = step.inputs(i).detach().requires_grad_(True)
+            with step.evaluating(), torch.enable_grad(), sums.watch(step.layers):
+                out = step.call(hidden, i)
+            (gradients[i],) = torch.autograd.grad(out, hidden, gradients[i])
+            tick()
+        found.update(sums.means())
+        norms.update(sums.norms)
+        store.drop(step.index + 1)
+    return found, norms
+
+
+def _head(hidden: Tensor, logits: Tensor, uniform_NS: Tensor) -> Tensor:
+    """The gradient by the hidden states of the summed -log p(y) of drawn tokens y; its gradient by a logit is p - 1[y]."""
+    with torch.no_grad():
+        rows_TV = logits.detach().reshape(-1, logits.shape[-1])
+        uniform_T = uniform_NS.reshape(-1).to(rows_TV.device)
+        by_logits_TV = torch.empty_like(rows_TV)
+        each = max(1, _LOGITS // rows_TV.shape[-1])
+        for start in range(0, len(rows_TV), each):
+            part = slice(start, start + each)
+            chance_TV = rows_TV[part].float().softmax(-1)
+            drawn_T1 = draw(chance_TV, uniform_T[part])[:, None]
+            chance_TV.scatter_add_(1, drawn_T1, torch.full_like(drawn_T1, -1.0, dtype=chance_TV.dtype))
+            by_logits_TV[part] = chance_TV
+    (gradient,) = torch.autograd.grad(logits, hidden, by_logits_TV.reshape(logits.shape))
+    return gradient
+
+
+def draw(chance_TV: Tensor, uniform_T: Tensor) -> Tensor:
+    """One word a row, [T]: the first whose chance, with those of all before it, exceeds a number from [0, 1) times their sum.
+
+    A running sum takes a thirtieth of the time of torch.multinomial.
+    """
+    sums_TV = chance_TV.cumsum(-1)
+    found_T1 = torch.searchsorted(sums_TV, uniform_T[:, None] * sums_TV[:, -1:], right=True)
+    return found_T1[:, 0].clamp(max=chance_TV.shape[1] - 1)
+
+
+# chances made at a time
+_LOGITS = 1 << 22
+
+
+class _Sums:
+    """Squared gradients by what layers give, and squared inputs, summed while a block is run and run back."""
+
+    def __init__(self) -> None:
+        self.norms: dict[str, Stats] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        gradient_TO = gradient.detach().float().reshape(-1, gradient.shape[-1])
+        self.sums[name] = self.sums.get(name, 0) + gradient_TO.square().sum(0)
+        self.tokens[name] = self.tokens.get(name, 0) + len(gradient_TO)
+
+    def see(self, layer: Layer, x: Tensor) -> None:
+        if layer.name not in self.norms:
+            self.norms[layer.name] = Stats.zeros(layer.shape[1], False, x.device)
+        self.norms[layer.name].add_(layer.inputs(x.detach()))
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self.tokens[name] for name, total in self.sums.items()}
+
+    def watch(self, layers: Sequence[Layer]) -> "_Outputs":
+        return _Outputs(self, layers)
+
+
+class _Outputs(TorchFunctionMode):
+    """Hooks the gradient of every product with a layer's matrix: modules by hook, slices of fused experts by F.linear."""
+
+    def __init__(self, sums: _Sums, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.sums = sums
+        self.modules = [layer for layer in layers if layer.kind != "expert"]
+        self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind == "expert"}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "_Outputs":
+        self.handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in self.modules]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            self.sums.see(layer, args[0])
+            if out.requires_grad:
+                hooked: Any = out
+                hooked.register_hook(lambda gradient: self.sums.add(layer.name, gradient))
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.experts and func is nn.functional.linear and isinstance(args[1], Tensor):
+            layer = self.experts.get(args[1].data_ptr())
+            if layer is not None and tuple(args[1].shape) == layer.shape and out.requires_grad:
+                self._hook(layer)(layer.module, args, out)
+        return out

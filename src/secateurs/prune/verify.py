@@ -1,0 +1,126 @@
+"""Re-read a run directory from disk and check everything that the report claims."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from secateurs.base.errors import CheckpointError, VerifyError
+from secateurs.base.progress import Progress, silent
+from secateurs.matrix.patterns import parse
+from secateurs.model.checkpoint import Checkpoint, checksum
+from secateurs.model.layers import Layer, layers_of
+from secateurs.model.plain import plain_reader
+from secateurs.prune.plan import Plan
+from secateurs.prune.report import LayerRecord, Report
+
+
+def verify(folder: str | Path, progress: Progress = silent) -> Report:
+    """Check a finished run directory; returns its report. Raises VerifyError with the first thing that is wrong.
+
+    Checked: the checksum of every shard; the names, shapes and dtypes of all tensors against the source, and that
+    nothing but pruned layers and what the report lists as tuned differs from it (where the source is still there, else a
+    warning); every layer's count and pattern; that no weight is NaN or infinite; that a packed model unpacks to the same
+    weights.
+    """
+    folder = Path(folder).expanduser()
+    # plans of shrink, recover and decide
+    if _keys(folder / "plan.json") & {"units", "teacher", "candidates"}:
+        raise VerifyError(
+            f"{folder} is no run of `secateurs prune`, so its report claims no masks that could be checked"
+        )
+    report = Report.read(folder / "report.json")
+    if report.status != "complete":
+        raise VerifyError(f"{folder} is not finished (status '{report.status}'); rerun the command that began it")
+    report.warnings += [w for w in check_run(folder, report, progress) if w not in report.warnings]
+    return report
+
+
+def _keys(file: Path) -> set[str]:
+    """Of a JSON object; none of what is not one."""
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], None]) -> list[str]:
+    """verify() for a report in hand: raises VerifyError, returns warnings."""
+    plan = Plan.from_dict(report.plan)
+    model_folder = folder / "model"
+    for name, expected in report.shards.items():
+        file = model_folder / name
+        if not file.is_file():
+            raise VerifyError(f"{file} is missing")
+        if checksum(file) != expected:
+            raise VerifyError(f"{file} is not the file that was written: its sha256 differs from report.json's")
+    result = Checkpoint(model_folder)
+    model = result.skeleton()
+    records = {record.name: record for record in report.layers}
+    names, experts = result.block_names(model), result.experts(model)
+    seen: set[str] = set()
+    pruned: set[str] = set()
+    for i, name in enumerate(names):
+        result.load(model, name)
+        for layer in layers_of(model.get_submodule(name), name, experts):
+            if layer.name not in records:
+                raise VerifyError(f"{layer.name} is in the model and not in report.json")
+            _check_layer(layer, records[layer.name], plan.scope)
+            seen.add(layer.name)
+            if records[layer.name].skipped is None:
+                pruned.add(layer.tensor_name)
+        result.release(model)
+        progress("verifying", i + 1, len(names))
+    missing = sorted(set(records) - seen)
+    if missing:
+        raise VerifyError(f"{missing[0]} is in report.json and not in the model")
+    if report.packed:
+        _check_packed(folder / report.packed["folder"], result)
+    return _check_source(plan, result, pruned | set(report.tuned))
+
+
+def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
+    weight_OI = layer.read()
+    if layer.shape != record.shape:
+        raise VerifyError(f"{layer.name} has shape {layer.shape}, report.json says {record.shape}")
+    kept = int((weight_OI != 0).sum())
+    if kept != record.kept:
+        raise VerifyError(f"{layer.name} keeps {kept} weights, report.json says {record.kept}")
+    if record.skipped is None and record.pattern is not None:
+        broken = parse(record.pattern, scope).violation(weight_OI != 0, record.sparsity)
+        if broken:
+            raise VerifyError(f"{layer.name} does not hold {record.pattern}: {broken}")
+
+
+def _check_packed(folder: Path, result: Checkpoint) -> None:
+    """The packed model holds the pruned one's weights, bit for bit but for the sign of zeros."""
+    plain = plain_reader(Checkpoint(folder, packed=True))
+    for name in result.file_of:
+        before, after = result.read([name])[name], plain(name)
+        if before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after):
+            raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
+
+
+def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str]:
+    """Nothing but what is named may differ from the dense model."""
+    try:
+        source = Checkpoint(plan.model)
+    except CheckpointError as error:
+        return [f"not compared with the dense model: {error}"]
+    if set(source.file_of) != set(result.file_of):
+        name = sorted(set(source.file_of) ^ set(result.file_of))[0]
+        raise VerifyError(f"tensor {name} is in only one of {source.folder} and {result.folder}")
+    for name in source.file_of:
+        before, after = source.read([name])[name], result.read([name])[name]
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise VerifyError(
+                f"{name} was {before.dtype} {list(before.shape)} and is {after.dtype} {list(after.shape)}"
+            )
+        if result.target_of[name] not in changed and not torch.equal(_bits(before), _bits(after)):
+            raise VerifyError(f"{name} was not to be pruned and differs from {source.folder}")
+    return []
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)

@@ -1,0 +1,213 @@
+"""What pruning cost: perplexity, KL and top-1 agreement with the dense model on the same tokens, each with an interval.
+
+Windows are not overlapping, so the stride is the window. Position 0 of a window predicts nothing. Both models run in
+their own dtype; logits are compared in fp32. V vocabulary, S positions.
+"""
+
+import dataclasses
+import functools
+import operator
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import CalibrationError, OutputError
+from secateurs.base.estimate import RESAMPLES, Estimate
+from secateurs.base.files import write_tensors
+from secateurs.model.activations import InMemory
+from secateurs.model.batches import Batch
+from secateurs.model.parts import Loader, blocks_of, device_of, leave, pieces
+from secateurs.model.walk import stream
+
+# logits compared at a time, as fp32: few enough to stay in a cache, and enough that threads are worth waking
+_CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the predicted tokens of one window. kl, agree: None for the dense model alone."""
+
+    tokens: int
+    nll_dense: float
+    nll: float | None = None
+    kl: float | None = None
+    agree: float | None = None
+
+    def __add__(self, other: "Window") -> "Window":
+        """The sums of both, over the same models."""
+        sums: dict[str, Any] = {}
+        for name, mine in vars(self).items():
+            sums[name] = None if mine is None else mine + getattr(other, name)
+        return Window(**sums)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Dense and pruned on the same windows. ppl_ratio is paired: both perplexities from the same resamples."""
+
+    windows: int
+    tokens: int
+    ppl_dense: Estimate
+    ppl: Estimate | None = None
+    ppl_ratio: Estimate | None = None
+    kl: Estimate | None = None
+    agree: Estimate | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def measure(
+    dense: tuple[nn.Module, Loader],
+    pruned: tuple[nn.Module, Loader] | None,
+    windows: Tensor,
+    done: Sequence[Window] = (),
+    tick: Callable[[], None] = lambda: None,
+    ends: Path | None = None,
+) -> list[Window]:
+    """Run windows [N, S] through one or two models, block by block in step, and compare their logits. Both are on one device.
+
+    Memory holds one block of each model, the hidden states of all windows and at most 2^26 logits of each. done: windows that
+    were measured before, which come first and are not measured again. One tick a window, block and model, and one a
+    window at the end. ends: a folder for this dense model and these windows, where what leaves its last block is kept; what
+    lies there is not computed again, to the same bits. Raises CalibrationError if the model gives no logits.
+    """
+    first = len(done)
+    windows = windows.to(device_of(dense[0]))
+    todo = [{"input_ids": ids[None]} for ids in windows[first:]]
+    models = [dense] if pruned is None else [dense, pruned]
+    kept = [_kept(dense, todo, first, tick, ends)]
+    if pruned is not None:
+        kept.append(_kept(pruned, todo, first, tick))
+    results = list(done)
+    for i, batch in enumerate(todo):
+        hidden = [read(i) for read in kept]
+        found = []
+        for at in pieces(dense[0], hidden[0]):
+            logits = [predicted(*m, h[:, at], batch, at)[0] for m, h in zip(models, hidden, strict=True)]
+            found.append(compare(_next(batch, at)[0], logits))
+        results.append(functools.reduce(operator.add, found))
+        tick()
+    for model, loader in models:
+        loader.release(model)
+    return results
+
+
+def predicted(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice) -> Tensor:
+    """Logits [N, S, V] of positions `at` of a batch. Raises CalibrationError if the model gives none."""
+    output = leave(model, loader, hidden, batch, at)
+    if getattr(output, "logits", None) is None:
+        raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
+    logits: Tensor = output.logits
+    return logits
+
+
+def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> float:
+    """Nats a token, mean over all that are predicted, from what left the last block [N, S, D]."""
+    found = []
+    for at in pieces(model, hidden):
+        logits = predicted(model, loader, hidden[:, at], batch, at)
+        found += [compare(labels, [row]) for labels, row in zip(_next(batch, at), logits, strict=True)]
+    total = functools.reduce(operator.add, found)
+    return total.nll_dense / total.tokens
+
+
+def _next(batch: Batch, at: slice) -> Tensor:
+    """The tokens that positions `at` should predict, [N, S]; one less at the end of the text."""
+    return batch["input_ids"][:, at.start + 1 : at.stop + 1]
+
+
+def _kept(
+    given: tuple[nn.Module, Loader],
+    todo: Sequence[Batch],
+    first: int,
+    tick: Callable[[], None],
+    ends: Path | None = None,
+) -> Callable[[int], Tensor]:
+    """What leaves a model's last block, by window."""
+    model, loader = given
+    # models may have different numbers of blocks
+    count = len(blocks_of(model)[0])
+    files = [ends / f"{first + i:05d}.safetensors" for i in range(len(todo))] if ends else []
+    if not files or not all(file.is_file() for file in files):
+        held = InMemory()
+        for _ in stream(model, todo, loader, held, keep_last=True, tick=tick):
+            pass
+        for i, file in enumerate(files):
+            # another process may keep the same; and without room the next one computes them again
+            own = file.with_name(f"{os.getpid()}-{file.name}")
+            with suppress(OutputError, OSError):
+                write_tensors(own, {"hidden": held.read(count, i)})
+                own.replace(file)
+        return lambda i: held.read(count, i)
+    from safetensors.torch import load_file
+
+    for _ in range(count * len(todo)):
+        tick()
+    return lambda i: load_file(files[i])["hidden"]
+
+
+def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
+    """Sums over tokens: logits [T, V] of the dense model, or of the dense and the pruned one. Rows without a label are left out."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    rows = max(1, _CHUNK // logits[0].shape[-1])
+    for start in range(0, len(labels_T), rows):
+        part = slice(start, min(start + rows, len(labels_T)))
+        wanted = labels_T[part, None]
+        dense_TV = logits[0][part].float().log_softmax(-1)
+        sums[0] -= dense_TV.gather(1, wanted).double().sum().item()
+        if len(logits) == 1:
+            continue
+        pruned_TV = logits[1][part].float().log_softmax(-1)
+        sums[1] -= pruned_TV.gather(1, wanted).double().sum().item()
+        sums[3] += (_first_largest(dense_TV) == _first_largest(pruned_TV)).sum().item()
+        chance_TV = dense_TV.exp()
+        # a row of chances times a column of differences: one pass, and no product in memory
+        sums[2] += torch.bmm(chance_TV[:, None], dense_TV.sub_(pruned_TV)[:, :, None]).double().sum().item()
+    nll_dense, nll, kl, agree = sums.tolist()
+    if len(logits) == 1:
+        return Window(len(labels_T), nll_dense)
+    return Window(len(labels_T), nll_dense, nll, kl, agree)
+
+
+def _first_largest(rows_TV: Tensor) -> Any:
+    """The place of each row's largest value, [T]; NumPy finds it many times as fast as torch."""
+    return rows_TV.cpu().numpy().argmax(-1)
+
+
+def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
+    """Means over tokens, intervals from 10,000 resamples of whole windows (tokens inside one are not independent)."""
+    n = len(windows)
+    pick = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    tokens = np.array([w.tokens for w in windows], dtype=np.float64)
+
+    def mean(name: str) -> tuple[float, Any]:
+        values = np.array([getattr(w, name) for w in windows], dtype=np.float64)
+        return float(values.sum() / tokens.sum()), values[pick].sum(1) / tokens[pick].sum(1)
+
+    def estimate(value: float, samples: Any) -> Estimate:
+        low, high = np.quantile(samples, [0.025, 0.975])
+        return Estimate(value, float(low), float(high), n)
+
+    dense, dense_samples = mean("nll_dense")
+    ppl_dense = estimate(float(np.exp(dense)), np.exp(dense_samples))
+    total = int(tokens.sum())
+    if windows[0].nll is None:
+        return Quality(n, total, ppl_dense)
+    nll, samples = mean("nll")
+    return Quality(
+        n,
+        total,
+        ppl_dense,
+        estimate(float(np.exp(nll)), np.exp(samples)),
+        estimate(float(np.exp(nll - dense)), np.exp(samples - dense_samples)),
+        estimate(*mean("kl")),
+        estimate(*mean("agree")),
+    )

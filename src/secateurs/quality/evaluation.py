@@ -1,0 +1,132 @@
+"""Quality of model folders on held-out text: the dense model and what became of it, walked side by side."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateurs.base.device import machine
+from secateurs.base.files import (
+    cache_folder,
+    fingerprint_of,
+    trim,
+    write_json,
+)
+from secateurs.base.precision import compute_dtype
+from secateurs.base.progress import Progress, silent
+from secateurs.model import checkpoint
+from secateurs.model.batches import check_vocabulary, window_length
+from secateurs.quality import evaluate, texts
+
+# of calibration text whose perplexity is shown beside that of the evaluation text
+_TOKENS_TOLD = 4096
+
+# evaluation notes its place after this many windows
+_WINDOWS_PER_GROUP = 8
+
+# of what leaves dense models' last blocks, kept from run to run
+_ENDS_BYTES = 4 << 30
+
+
+def quality(
+    dense: checkpoint.Checkpoint,
+    pruned: checkpoint.Checkpoint | None,
+    source: str,
+    windows: int,
+    seqlen: int | None,
+    seed: int,
+    progress: Progress = silent,
+    cache: Path | None = None,
+) -> tuple[evaluate.Quality, texts.Text] | None:
+    """Measure one or two model folders on held-out text; None if the model predicts no next token.
+
+    cache: a file that remembers finished windows of the same models and text across a kill. What leaves the dense model's last
+    block is kept in the cache folder for all that is measured against it later, 4 GB in all.
+    """
+    if not predicts_next_token(dense):
+        return None
+    models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
+    length = window_length(seqlen, models[0][0])
+    text = texts.load(source, dense.tokenizer(), windows, length, None, "held-out")
+    check_vocabulary(text.windows, models[0][0])
+    of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
+    ends = _ends_of(models[0][0], of) if pruned is not None else None
+    done: list[evaluate.Window] = []
+    if cache is not None and cache.is_file():
+        known = json.loads(cache.read_text())
+        if isinstance(known, dict) and known["of"] == of:
+            done = [evaluate.Window(**w) for w in known["windows"]]
+    blocks = len(dense.block_names(models[0][0]))
+    n = len(text.windows)
+    total = n * (blocks * len(models) + 1)
+    ticks = len(done) * (blocks * len(models) + 1)
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        progress("evaluating", ticks, total)
+
+    while len(done) < n:
+        group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
+        second = models[1] if pruned is not None else None
+        done = evaluate.measure(models[0], second, group, done, tick, ends)
+        if cache is not None:
+            write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
+    return evaluate.summarise(done, seed), text
+
+
+def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
+    """Where what leaves a dense model's last block is kept for a text; None where nothing can be written.
+
+    Another version, instruction set or dtype of products has other bits.
+    """
+    here = machine()
+    facts = [of[0], of[2], here["versions"], here["isa"], str(compute_dtype(model.config.dtype))]
+    folder = cache_folder() / "ends" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # whatever was used last goes last
+        folder.touch()
+        trim(folder.parent, _ENDS_BYTES)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
+    """Whether its class is one of transformers' causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = source.raw_config.get("architectures") or [""]
+    return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def texts_apart(
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: evaluate.Quality, seed: int
+) -> tuple[dict[str, Any], list[str]]:
+    """How far apart the windows of two texts are for the dense model, of which `found` tells the second; and warnings."""
+    some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
+    seen = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), seed)
+    apart = dataclasses.replace(
+        texts.distance(calibration, evaluation),
+        ppl_calibration=seen.ppl_dense.value,
+        ppl_evaluation=found.ppl_dense.value,
+    )
+    mismatch = [apart.mismatch] if apart.mismatch else []
+    return dataclasses.asdict(apart), overlap_warning(calibration, evaluation) + mismatch
+
+
+def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:
+    """One sentence if they share text, else none."""
+    share = texts.overlap(calibration, evaluation)
+    if not share:
+        return []
+    return [
+        f"{share:.0%} of the evaluation windows share a run of 50 tokens with the calibration text, so quality looks better than "
+        "it is"
+    ]

@@ -1,0 +1,98 @@
+"""Tasks beside perplexity: lm-eval's, or files of one's own; dense and pruned compared question by question."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateurs.base.errors import CalibrationError
+from secateurs.base.estimate import Estimate, mean_of
+from secateurs.base.precision import widened
+
+# a task's own metric is the first of these that it has
+_PREFERRED = ("acc", "exact_match", "acc_norm", "f1")
+
+
+def check(tasks: Sequence[str], tasks_path: str | None) -> Any:
+    """lm-eval's task manager, if it knows them all. Raises CalibrationError without lm-eval, for unknown tasks and groups."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise CalibrationError("tasks need the library lm-eval; pip install 'secateurs[tasks]'") from None
+    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
+    for name in tasks:
+        if name in (*manager.all_groups, *manager.all_tags):
+            raise CalibrationError(
+                f"'{name}' is a group of lm-eval tasks, which has no questions of its own; name its tasks"
+            )
+        if name not in manager.all_tasks:
+            where = tasks_path or "lm-eval"
+            known = ", ".join(sorted(manager.all_subtasks)[:12])
+            raise CalibrationError(f"no task '{name}' in {where}; it has {known}")
+    return manager
+
+
+def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit: int | None = None) -> dict[str, Any]:
+    """lm-eval tasks on a model folder: {task: {metric: value, metric_stderr: value}}. Loads the whole model.
+
+    Each task also has 'metric', its own one, and 'scores', that metric of every question. tasks_path: a folder of YAML task
+    files (and the JSONL they name). limit: questions of each task. Raises CalibrationError without lm-eval, or for a task that
+    it does not know.
+    """
+    manager = check(tasks, tasks_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # of its own accord it would take a GPU where there is one, and report.json says what computed
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    with widened():
+        found = simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True
+        )
+    out: dict[str, Any] = {}
+    for task, row in found["results"].items():
+        out[task] = {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, (int, float))}
+        samples = found["samples"].get(task, [])
+        metric = next((m for m in _PREFERRED if samples and m in samples[0]), None)
+        if metric is not None:
+            # a task may read its answers in several ways; the first counts
+            ways = [s for s in samples if s.get("filter") == samples[0].get("filter")]
+            out[task] |= {"metric": metric, "scores": [float(s[metric]) for s in sorted(ways, key=_number)]}
+    return out
+
+
+def _number(sample: dict[str, Any]) -> int:
+    return int(sample["doc_id"])
+
+
+def compare(dense: dict[str, Any], pruned: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """{task: metric, and estimates dense, pruned and difference (pruned - dense, paired)} of two results of run_tasks()."""
+    out = {}
+    for task, row in dense.items():
+        if "scores" not in row or "scores" not in pruned.get(task, {}):
+            continue
+        a, b = np.array(row["scores"]), np.array(pruned[task]["scores"])
+        estimates = {"dense": (a, 0.0), "pruned": (b, 0.0), "difference": (b - a, -1.0)}
+        out[task] = {
+            "metric": row["metric"],
+            **{name: vars(_certain(mean_of(values, seed), least)) for name, (values, least) in estimates.items()},
+        }
+    return out
+
+
+def _certain(found: Estimate, least: float) -> Estimate:
+    """Equal answers leave a bootstrap no spread: the rule of three, 3/n, bounds what was not seen (Hanley, Lippman-Hand 1983)."""
+    if found.low < found.high:
+        return found
+    rare = 3 / found.n
+    return replace(found, low=max(least, found.low - rare), high=min(1.0, found.high + rare))
+
+
+def without_scores(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows of run_tasks(): numbers only."""
+    return {task: {k: v for k, v in row.items() if k not in ("metric", "scores")} for task, row in results.items()}

@@ -1,0 +1,183 @@
+"""Which of a matrix's input columns to remove, and what the others do instead.
+
+Columns come in groups (a neuron is a group of one, an attention head of as many as it is wide), and all rows share one support,
+so least squares on what is left is one Cholesky solve. O outputs, I inputs, G groups of C columns, K columns kept.
+The loss is that of solvers.py: tr((W' - W) H (W' - W)'), H the damped Gram matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateurs.matrix.solvers import DAMPING
+from secateurs.matrix.stats import Stats
+
+
+@dataclass(frozen=True)
+class Side:
+    """One consumer of the units: its weights, its inputs, the columns [G, C] that belong to each unit, and, where the criterion is
+    Taylor's, taylor_G. A unit that several matrices read has a side for each.
+    """
+
+    weight_OI: Tensor
+    stats: Stats
+    groups_GC: Tensor
+    taylor_G: Tensor | None = None
+
+
+Criterion = Callable[[Sequence[Side], int, float, Tensor | None, int], Tensor]
+"""(sides, count, damping, parents_G, at_once) -> the groups to remove, in the order of their removal. With parents_G, every parent
+loses one group before any loses another. at_once: as in removal(), for a criterion that looks again.
+"""
+
+
+def magnitude(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
+    """The groups with the smallest ||W_g||."""
+    return _least([s.weight_OI.float().square().sum(0)[s.groups_GC].sum(1) for s in sides], count, parents_G)
+
+
+def energy(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
+    """The groups that add the least output energy if inputs were uncorrelated: sum_j ||W_j||^2 ||x_j||^2."""
+    return _least(
+        [(s.weight_OI.float().square().sum(0) * s.stats.sqnorm_I)[s.groups_GC].sum(1) for s in sides], count, parents_G
+    )
+
+
+def taylor(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
+    """The groups whose removal changes the loss least to first order: mean over windows of |sum_{oj in g} W_oj dL/dW_oj|.
+
+    Molchanov et al. 2019, arXiv 1906.10771; of a consumer's columns, where it is the same sum as over g's activations.
+    """
+    if any(s.taylor_G is None for s in sides):
+        raise ValueError("taylor needs gradients, and nobody took them")
+    return _least([s.taylor_G for s in sides if s.taylor_G is not None], count, parents_G)
+
+
+def obs(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
+) -> Tensor:
+    """Optimal brain surgeon for columns: remove the group whose removal, made up for by all others, costs least; repeat.
+
+    Kurtic et al. 2023, ZipLM, arXiv 2302.04089, alg. 1; Meng et al. 2024, OSSCAR, arXiv 2403.12983.
+    """
+    return removal(sides, count, damping, at_once, parents_G)[0]
+
+
+def removal(
+    sides: Sequence[Side], count: int, damping: float = DAMPING, at_once: int = 1, parents_G: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The order in which OBS removes groups, [count], and the loss after each, [count], summed over sides.
+
+    With P = H^-1, removing g costs tr(W_g P_gg^-1 W_g') exactly; then W -= W_g P_gg^-1 P_g and P -= P_g' P_gg^-1 P_g.
+    at_once: so many of the cheapest go before costs are taken again; their loss together is exact, and shared out evenly.
+    """
+    surgeons = [_Surgeon(side, damping) for side in sides]
+    parents_G = torch.zeros(len(sides[0].groups_GC), dtype=torch.long) if parents_G is None else parents_G
+    families = int(parents_G.max()) + 1
+    left = torch.ones(len(parents_G), dtype=torch.bool)
+    gone_P = torch.zeros(families, dtype=torch.long)
+    removed: list[int] = []
+    losses: list[float] = []
+    total = 0.0
+    while len(removed) < count:
+        # in turns: nobody loses its next before all have lost this one
+        may_G = left if families == 1 else left & (gone_P == len(removed) // families)[parents_G]
+        # who goes is noted on the CPU, wherever the sides are
+        cost_G = torch.stack([surgeon.costs() for surgeon in surgeons]).sum(0).cpu().masked_fill_(~may_G, torch.inf)
+        chosen = cost_G.argsort(stable=True)[: min(at_once if families == 1 else 1, count - len(removed))]
+        together = sum(surgeon.remove(chosen) for surgeon in surgeons)
+        left[chosen] = False
+        gone_P[parents_G[chosen]] += 1
+        removed += chosen.tolist()
+        losses += [total + together * (i + 1) / len(chosen) for i in range(len(chosen))]
+        total += together
+    return torch.tensor(removed, dtype=torch.long), torch.tensor(losses, dtype=torch.float64)
+
+
+class _Surgeon:
+    """Weights and inverse of one side, in fp64, as groups go."""
+
+    def __init__(self, side: Side, damping: float) -> None:
+        upper_II = side.stats.inverse_factor(damping).double()
+        self.inverse_II = upper_II.T @ upper_II
+        self.weight_OI = side.weight_OI.double().clone()
+        # a dead input's column does nothing, and goes first
+        self.weight_OI[:, side.stats.dead_I] = 0
+        self.groups_GC = side.groups_GC
+
+    def costs(self) -> Tensor:
+        """tr(W_g P_gg^-1 W_g') of every group."""
+        groups_GC = self.groups_GC
+        if groups_GC.shape[1] == 1:
+            return self.weight_OI.square().sum(0)[groups_GC[:, 0]] / self.inverse_II.diagonal()[groups_GC[:, 0]]
+        weight_GCO = self.weight_OI.T[groups_GC]
+        block_GCC = self.inverse_II[groups_GC[:, :, None], groups_GC[:, None, :]]
+        cost_G: Tensor = (weight_GCO * torch.linalg.solve(block_GCC, weight_GCO)).sum((1, 2))
+        return cost_G
+
+    def remove(self, chosen: Tensor) -> float:
+        """Take groups out together; what that costs."""
+        columns_C = self.groups_GC[chosen].flatten()
+        block_CC = self.inverse_II[columns_C][:, columns_C]
+        row_CI = torch.linalg.solve(block_CC, self.inverse_II[columns_C])
+        gone_OC = self.weight_OI[:, columns_C].clone()
+        together = float((torch.linalg.solve(block_CC, gone_OC.T) * gone_OC.T).sum())
+        self.weight_OI.addmm_(gone_OC, row_CI, alpha=-1)
+        self.inverse_II.addmm_(self.inverse_II[:, columns_C].clone(), row_CI, alpha=-1)
+        # exactly gone, and out of every later product
+        self.weight_OI[:, columns_C] = 0
+        self.inverse_II[columns_C] = 0
+        self.inverse_II[:, columns_C] = 0
+        self.inverse_II[columns_C, columns_C] = 1
+        return together
+
+
+def _least(scores: Sequence[Tensor], count: int, parents_G: Tensor | None) -> Tensor:
+    score_G = torch.stack(list(scores)).sum(0).cpu()
+    order = score_G.argsort(stable=True)
+    if parents_G is None:
+        return order[:count]
+    # the cheapest of every parent, then the second of every parent
+    turns = torch.zeros_like(order)
+    for parent in set(parents_G.tolist()):
+        mine = parents_G[order] == parent
+        turns[mine] = torch.arange(int(mine.sum()))
+    return order[turns.argsort(stable=True)][:count]
+
+
+def refit(weight_OI: Tensor, stats: Stats, kept_K: Tensor, damping: float = DAMPING) -> Tensor:
+    """argmin of the loss over the kept columns, [O, K]: W_K' = (W H)_K H[K, K]^-1, one Cholesky solve.
+
+    Raises ValueError if H is not positive definite.
+    """
+    hessian_II = stats.damped(damping).double()
+    target_KO = (weight_OI.double() @ hessian_II)[:, kept_K].T
+    lower_KK, failed = torch.linalg.cholesky_ex(hessian_II[kept_K][:, kept_K])
+    if failed:
+        raise ValueError(
+            f"the Gram matrix of {stats.tokens} tokens is singular at damping {damping:g}; raise --damping"
+        )
+    return torch.cholesky_solve(target_KO, lower_KK).T.float()
+
+
+def kept_columns(groups_GC: Tensor, removed: Sequence[int] | Tensor) -> Tensor:
+    """The columns of the groups that stay, ascending."""
+    stays = torch.ones(len(groups_GC), dtype=torch.bool)
+    stays[torch.as_tensor(removed, dtype=torch.long)] = False
+    return groups_GC[stays].flatten().sort().values
+
+
+CRITERIA: dict[str, tuple[Criterion, str]] = {
+    "magnitude": (magnitude, "smallest weights"),
+    "energy": (energy, "least output energy, as if inputs were uncorrelated"),
+    "taylor": (taylor, "least first-order change of the loss"),
+    "obs": (obs, "one after another, each where the others can make up for it best (ZipLM, OSSCAR)"),
+}

@@ -1,0 +1,126 @@
+"""Seconds of a prompt and of a token after it, for models of any shape: measured on this machine, not counted.
+
+    t(shape) = rest + hidden * (ends + layers * (block + mlp * neuron + heads * (head + queries * query)))
+is fitted to measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy
+import torch
+
+from secateurs.base.precision import widened
+from secateurs.shrink.units import Shape
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """prefill: of the prompt. decode: of one token after it."""
+
+    prefill: float
+    decode: float
+
+    def over(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.prefill / other.prefill, self.decode / other.decode)
+
+    def times(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.prefill * other.prefill, self.decode * other.decode)
+
+
+def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:
+    """Every model in turn, `rounds` times after one that warms up; medians. Random tokens, batch 1, with a KV cache."""
+    samples: list[list[Seconds]] = [[] for _ in models]
+    for number in range(rounds + 1):
+        for model, kept in zip(models, samples, strict=True):
+            found = _once(model, prompt, new)
+            if number:
+                kept.append(found)
+    return [Seconds(median(s.prefill for s in kept), median(s.decode for s in kept)) for kept in samples]
+
+
+def _once(model: Any, prompt: int, new: int) -> Seconds:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
+    with torch.no_grad():
+        begin = time.perf_counter()
+        with widened():
+            # the head is needed for the last token only, as generate() has it
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        first = time.perf_counter()
+        for i in range(new):
+            at = i % prompt
+            cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
+        return Seconds(first - begin, (time.perf_counter() - first) / new)
+
+
+def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of that shape whose weights are all one small number, loaded from a folder as a trained one is.
+
+    Memory that from_pretrained fills lies otherwise than what a tensor is made in: on two cores of an EPYC the one decoded 6%
+    faster and read prompts half as fast as the other (docs/log.md).
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config)
+    model.to(dtype)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                filled = torch.full(parameter.shape, 0.01, dtype=dtype)
+                module._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
+    model.tie_weights()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        # the files may go while they are mapped
+        return cls.from_pretrained(folder, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """What a shape takes of the dense model's seconds. shares: of both stages, of the dense model's, that go with each term
+    [rest, ends, block, neuron, head, query]; their sum is 1 where the fit is exact.
+    """
+
+    dense: Shape
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, dense: Shape, points: Sequence[tuple[Shape, Seconds]]) -> "LatencyModel":
+        """points: shapes with their seconds over the dense model's. Least squares of relative errors, no share negative."""
+        from scipy.optimize import nnls
+
+        rows = numpy.array([_terms(shape, dense) for shape, _ in points])
+
+        def solve(stage: Callable[[Seconds], float]) -> tuple[float, ...]:
+            taken = numpy.array([stage(s) for _, s in points])
+            return tuple(nnls(rows / taken[:, None], numpy.ones(len(taken)))[0].tolist())
+
+        return cls(dense, solve(lambda s: s.prefill), solve(lambda s: s.decode))
+
+    def through(self, shape: Shape, seconds: Seconds) -> "LatencyModel":
+        """All shares scaled, so that it is exact there, and nearly so for shapes like that."""
+        off = seconds.over(self.at(shape))
+        return LatencyModel(
+            self.dense, tuple(off.prefill * s for s in self.prefill), tuple(off.decode * s for s in self.decode)
+        )
+
+    def at(self, shape: Shape) -> Seconds:
+        terms = _terms(shape, self.dense)
+        prefill, decode = (sum(c * t for c, t in zip(k, terms, strict=True)) for k in (self.prefill, self.decode))
+        return Seconds(prefill, decode)
+
+
+def _terms(shape: Shape, dense: Shape) -> list[float]:
+    """Over the dense model's."""
+    hidden = shape.hidden / dense.hidden if dense.hidden else 1.0
+    blocks = hidden * shape.layers / dense.layers
+    heads = blocks * shape.heads / dense.heads
+    return [1.0, hidden, blocks, blocks * shape.mlp / dense.mlp, heads, heads * shape.queries / dense.queries]

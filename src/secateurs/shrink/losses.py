@@ -1,0 +1,214 @@
+"""What every unit costs in quality, before any is removed: nats a token, on calibration text.
+
+Neurons and heads: OBS on the consumer's Gram matrix with rows weighted by E[g^2], so that half the summed error is an
+estimate of the loss (sensitivity.py). Blocks: the loss measured without them, removed greedily.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from secateurs.base.precision import widened
+from secateurs.model.activations import InMemory
+from secateurs.model.batches import Batch
+from secateurs.model.families import Family
+from secateurs.model.layers import Layer
+from secateurs.model.parts import AllLoaded
+from secateurs.model.walk import stream
+from secateurs.quality.evaluate import measure, surprise
+from secateurs.shrink import columns, experts
+from secateurs.shrink.units import COLUMNS, Shape, Units, units_of
+
+Tick = Callable[[], None]
+
+# of a consumer's units, how many may be looked at
+_MOST = 0.75
+# groups that OBS removes before it takes costs again, as a fraction of all
+_AT_ONCE = 1 / 192
+# blocks that are tried again after the first has gone
+_TRIED_AGAIN = 10
+
+
+@dataclass(frozen=True)
+class Losses:
+    """curves: {kind: [block][removals]}, beginning with 0 for none ('hidden' has one for all blocks). blocks: their order; after:
+    loss with so many gone. truth: {kind: [estimate, measured loss], rising}, of every block cut alike: curves are of small
+    changes, and what they say of large ones is put right between and beyond these points.
+    """
+
+    curves: dict[str, list[list[float]]]
+    blocks: list[int]
+    after: list[float]
+    truth: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def of(self, kinds: dict[str, int], gone: int) -> float:
+        """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
+        total = self.after[gone - 1] if gone else 0.0
+        for kind, removed in kinds.items():
+            if removed:
+                # the residual width has one curve, for the whole model
+                blocks = self.curves[kind]
+                estimate = sum(
+                    curve[removed] for i, curve in enumerate(blocks) if len(blocks) == 1 or i not in self.blocks[:gone]
+                )
+                total += self._true(kind, estimate)
+        return total
+
+    def _true(self, kind: str, estimate: float) -> float:
+        """On the lines through 0 and the measured points; beyond the last, in its proportion."""
+        below = (0.0, 0.0)
+        for at, measured in self.truth.get(kind, ()):
+            if estimate <= at:
+                share = (estimate - below[0]) / (at - below[0]) if at > below[0] else 1.0
+                return below[1] + share * (measured - below[1])
+            below = (at, measured)
+        return estimate * below[1] / below[0] if below[0] else estimate
+
+
+def curves(
+    model: nn.Module, batches: Sequence[Batch], family: Family, kinds: Sequence[str], sensitivity: dict[str, Tensor],
+    damping: float, tick: Tick,
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Losses.curves of a dense model."""
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    config: Any = model.config
+    shape = Shape.of(config, family)
+    if not kinds:
+        return found
+    of_columns = [kind for kind in kinds if kind in COLUMNS]
+    for step in stream(model, batches, propagate="dense", tick=tick):
+        here = [units_of(kind, step.name, step.layers, family, shape) for kind in of_columns]
+        x_TH = experts.inputs(step, family) if "experts" in kinds else None
+        # the pass that makes the next block's inputs, whoever looks
+        stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
+        for units in here:
+            weight_OI = weighted(units, sensitivity.get(units.consumer.name))
+            each = len(units.groups_GC) // shape.steps(units.kind)
+            seen = stats[units.consumer.name]
+            side = columns.Side(weight_OI, seen, units.groups_GC)
+            count = each * most(shape.steps(units.kind))
+            _, losses = columns.removal([side], count, damping, at_once(units), units.parents_G)
+            found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
+        if x_TH is not None:
+            count = most_experts(config, shape)
+            found["experts"].append(
+                [0.0, *experts.removal(step.block, family, x_TH, sensitivity.get(step.name), count)[1]]
+            )
+    return found
+
+
+def most_experts(config: Any, shape: Shape) -> int:
+    """As many as a token is sent to stay."""
+    return min(most(shape.experts), shape.experts - int(config.num_experts_per_tok))
+
+
+def most(steps: int) -> int:
+    """Of so many, how many may go."""
+    return min(max(1, int(_MOST * steps)), steps - 1)
+
+
+def at_once(units: Units) -> int:
+    """How many units may go together where only their loss is asked for."""
+    return max(1, round(len(units.groups_GC) * _AT_ONCE))
+
+
+def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
+    """The consumer's weights, rows times the root of E[g^2] where that is known."""
+    weight_OI = units.consumer.read().float()
+    return weight_OI if sensitivity_O is None else weight_OI * sensitivity_O.sqrt()[:, None]
+
+
+def blocks(
+    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False
+) -> tuple[list[int], list[float]]:
+    """The order in which up to `count` blocks go, and the loss above the dense model's after each, on windows [N, S].
+
+    Greedy: whichever block's removal costs least; after the first only the cheapest ten are tried again. influence: in the order
+    of 1 - mean cos(hidden before, hidden after), which asks for no search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+    """
+    batches: list[Batch] = [{"input_ids": windows}]
+    store = InMemory()
+    steps = list(stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True))
+    total = len(steps)
+    count = min(count, total - 1)
+
+    def loss(gone: set[int]) -> float:
+        first = min(gone, default=total)
+        hidden = store.read(first, 0)
+        with steps[0].evaluating():
+            for i in range(first, total):
+                if i not in gone:
+                    hidden = steps[i].call(hidden, 0)
+        return surprise(model, AllLoaded(), hidden, batches[0])
+
+    dense = loss(set())
+    order: list[int] = []
+    after: list[float] = []
+    if influence:
+        cosines = [float(cosine_similarity(store.read(i, 0), store.read(i + 1, 0), -1).mean()) for i in range(total)]
+        order = sorted(range(total), key=lambda i: 1 - cosines[i])[:count]
+        for n in range(count):
+            after.append(loss(set(order[: n + 1])) - dense)
+            tick()
+        return order, after
+    tried = list(range(total))
+    for _ in range(count):
+        found = {}
+        for i in tried:
+            if i not in order:
+                found[i] = loss({*order, i})
+                tick()
+        if not found:
+            break
+        best = min(found, key=lambda i: found[i])
+        order.append(best)
+        after.append(found[best] - dense)
+        if len(order) == 1:
+            tried = sorted(found, key=lambda i: found[i])[: max(_TRIED_AGAIN, count)]
+    return order, after
+
+
+def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tick) -> dict[str, Tensor]:
+    """{layer: sum over outputs of W dL/dW, for every window and input, [N, I]}, L the mean loss of a window's next tokens.
+
+    The whole model runs forward and back, a window at a time.
+    """
+    found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    asked = {p: p.requires_grad for p in model.parameters()}
+    for p in asked:
+        p.requires_grad_(False)
+    for layer in layers:
+        layer.parameter.requires_grad_(True)
+    try:
+        for ids in windows:
+            with torch.enable_grad(), widened():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                loss = nn.functional.cross_entropy(logits.float(), ids[1:])
+            gradients = torch.autograd.grad(loss, [layer.parameter for layer in layers])
+            for layer, gradient in zip(layers, gradients, strict=True):
+                product = layer.parameter.detach().float() * gradient.float()
+                found[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
+            tick()
+    finally:
+        for p, flag in asked.items():
+            p.requires_grad_(flag)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def tries(total: int, count: int, influence: bool = False) -> int:
+    """How often blocks() ticks."""
+    count = min(count, total - 1)
+    if influence:
+        return count
+    again = min(total, max(_TRIED_AGAIN, count))
+    return total + sum(max(0, again - n) for n in range(1, count))
+
+
+def nll(model: nn.Module, windows: Tensor) -> float:
+    """A model's loss in nats a token of windows [N, S]."""
+    found = measure((model, AllLoaded()), None, windows)
+    return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

@@ -1,0 +1,118 @@
+"""What shapes of a model count: parameters, bytes, flops."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from secateurs.model import families
+from secateurs.model.layers import Layer, layers_of
+from secateurs.model.parts import blocks_of
+from secateurs.shrink import experts, losses, units
+from secateurs.shrink.budget import Budget
+from secateurs.shrink.units import Shape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters outside the blocks, and of a block's neurons, KV heads (without their query heads), query heads, and the rest
+    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix. expert:
+    parameters, `router` of them in the router; every token is sent to `active` of them.
+    """
+
+    outside: int
+    dense: Shape
+    neuron: int
+    key_value: int
+    query: int
+    rest: int
+    attended: int
+    head: int
+    expert: int
+    router: int
+    active: int
+    most_experts: int
+    half: "Sizes | None" = None
+
+    def parameters(self, shape: Shape) -> int:
+        """Exact for a residual width as it was; others are between those of `half`, where all that is left is half as wide."""
+        if self.half and shape.hidden != self.dense.hidden:
+            whole, half = (s.parameters(replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
+            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+            return round(half + share * (whole - half))
+        return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
+
+    def _block(self, shape: Shape) -> int:
+        return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
+
+    def multiplications(self, shape: Shape, prompt: int) -> int:
+        """Of a prompt: every weight of a block with every token, of its experts those that the token is sent to, queries with keys,
+        chances with values, the head once.
+        """
+        if self.half and shape.hidden != self.dense.hidden:
+            whole, half = (s.multiplications(replace(shape, hidden=s.dense.hidden), prompt) for s in (self, self.half))
+            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+            return round(half + share * (whole - half))
+        attention = shape.heads * shape.queries * self.attended * prompt**2
+        active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
+        return shape.layers * ((self._block(shape) + active) * prompt + attention) + self.head
+
+    def share(self, kind: str, shape: Shape, prompt: int) -> float:
+        """Of the dense model's 'params', 'bytes' (weights have one dtype) or 'flops'."""
+        if kind == "flops":
+            return self.multiplications(shape, prompt) / self.multiplications(self.dense, prompt)
+        return self.parameters(shape) / self.parameters(self.dense)
+
+    def most_blocks(self, bound: Budget) -> int:
+        """How many blocks a budget can ask for, and a few more because time is not parameters."""
+        if bound.kind == "seconds":
+            return self.dense.layers // 2
+        whole = self.parameters(self.dense)
+        each = (whole - self.outside) / self.dense.layers
+        return min(self.dense.layers - 1, max(1, int((1 - bound.value) * whole / each) + 3))
+
+
+def sizes_of(model: nn.Module, family: families.Family, config: Any) -> Sizes:
+    dense = Shape.of(config, family)
+    names, _ = blocks_of(model)
+    block = model.get_submodule(names[0])
+    layers = layers_of(block, names[0], family.experts)
+
+    def each(kind: str) -> int:
+        if units.refuses(kind, family, config):
+            return 0
+        return units.units_of(kind, names[0], layers, family, dense).parameters_each
+
+    neuron, query = each("mlp"), each("queries")
+    key_value = each("heads") - dense.queries * query
+    whole = sum(p.numel() for p in block.parameters())
+    expert = router_row = active = most_experts = 0
+    if dense.experts:
+        active = int(config.num_experts_per_tok)
+        _, router, fused = experts.mixture(block, family)
+        own = [*router.parameters(), *fused.parameters()]
+        expert = sum(p.numel() // dense.experts for p in own if len(p) == dense.experts)
+        router_row = sum(p.numel() // dense.experts for p in router.parameters())
+        most_experts = losses.most_experts(config, dense)
+    rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
+    outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head = config.vocab_size * config.hidden_size
+    return Sizes(
+        outside, dense, neuron, key_value, query, rest, 2 * width, head, expert, router_row, active, most_experts
+    )
+
+
+def consumers_of(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:
+    """The layers that lose columns."""
+    names, _ = blocks_of(model)
+    config: Any = model.config
+    dense = Shape.of(config, family)
+    found = {}
+    for name in names:
+        layers = layers_of(model.get_submodule(name), name, family.experts)
+        for kind in kinds:
+            layer = units.units_of(kind, name, layers, family, dense).consumer
+            found[layer.name] = layer
+    return list(found.values())

@@ -1,0 +1,85 @@
+"""Every choice of a run of recover, as data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateurs.base.errors import PlanError
+from secateurs.quality import gates
+
+# what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
+TRAINED = {
+    "blocks": (4e-3, "every weight of the blocks"),
+    "all": (4e-3, "every weight, embeddings and head too"),
+    "vectors": (2e-2, "norms and biases"),
+    "lora": (1e-3, "masked low-rank additions to pruned weights"),
+}
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RecoverPlan:
+    """How to train what is left of a model. Raises PlanError for what cannot be.
+
+    model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
+    no teacher: the text alone. data, samples, seqlen: as calibration in Plan; samples None is a window for every turn of every
+    step. steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is
+    0 with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the
+    model's own. checkpointing: blocks are computed again on the way back, for less memory. gate, eval_text, eval_windows,
+    eval_seqlen: as in Plan.
+    """
+
+    model: str
+    teacher: str | None = None
+    data: str = "pydoc"
+    samples: int | None = None
+    seqlen: int | None = 512
+    steps: int = 300
+    batch: int = 4
+    train: str = "blocks"
+    rank: int = 16
+    kl: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    labels: float | None = None
+    rate: float | None = None
+    dtype: str | None = None
+    checkpointing: bool = False
+    seed: int = 0
+    gate: tuple[str, ...] = ()
+    eval_text: str = "pydoc"
+    eval_windows: int = 24
+    eval_seqlen: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gate", tuple(self.gate))
+        if self.train not in TRAINED:
+            raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}")
+        if self.dtype not in (None, *DTYPES):
+            raise PlanError(f"unknown dtype '{self.dtype}'; write {' or '.join(DTYPES)}")
+        for name, least in (("steps", 1), ("batch", 1), ("rank", 1), ("eval_windows", 0)):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
+        if self.samples is not None and self.samples < 2:
+            raise PlanError(f"samples {self.samples} is too small: one window is held out; give 2 or more")
+        for name in ("temperature", "rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise PlanError(f"{name} {value:g} is not above 0")
+        for name in ("kl", "hidden", "labels"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise PlanError(f"{name} {value:g} is below 0")
+        try:
+            gates.check(self.gate)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        if self.gate and not self.eval_windows:
+            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from secateurs.base import device
+from secateurs.machine.bench import Variant, _that_fit, bench, dense_variants, variants_of
+
+
+def test_an_emulated_model_is_run_in_every_better_way(monkeypatch, tmp_path, llama):
+    shutil.copytree(llama, tmp_path / "bf16")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr("secateurs.machine.bench.compute_dtype", lambda dtype: torch.float32)
+    assert [v.name for v in dense_variants(str(llama))] == ["dense"]
+    found = [(v.name, v.how, v.dtype) for v in dense_variants(str(tmp_path / "bf16"))]
+    assert found == [("dense, fp32", "dense", "float32"), ("dense, our kernels", "accelerated dense", None)]
+
+
+def test_a_shrunk_model_meets_the_same_rivals(monkeypatch, tmp_path, llama):
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text())
+    for folder in ("model", "dense"):
+        shutil.copytree(llama, tmp_path / folder, dirs_exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (tmp_path / "plan.json").write_text(json.dumps({"model": str(tmp_path / "dense"), "units": ["mlp"]}))
+    for computed, ways in (
+        (torch.float32, [("dense", "float32"), ("accelerated dense", None), ("accelerated dense", None)]),
+        (torch.bfloat16, [("dense", None), ("dense", None)]),
+    ):
+        monkeypatch.setattr("secateurs.machine.bench.compute_dtype", lambda dtype, computed=computed: computed)
+        found = variants_of(tmp_path)
+        assert [(v.how, v.dtype) for v in found] == ways
+        assert found[-1].name == "shrunk"
+
+
+def test_speedups_are_over_the_fastest_dense_way(llama):
+    ways = [Variant("a", str(llama), "dense"), Variant("b", str(llama), "accelerated dense")]
+    rows = bench(ways, prompt=4, new=3, repeats=2)["variants"]
+    seconds = [4 / r["prefill"]["tokens_per_second"] + 2 / r["decode"]["tokens_per_second"] for r in rows]
+    assert seconds[0] <= seconds[1]
+    assert rows[0]["decode"]["speedup"] == rows[0]["prefill"]["speedup"] == 1
+
+
+def test_a_way_that_memory_has_no_room_for_is_left_out_with_a_word(monkeypatch, llama):
+    nbytes = sum(f.stat().st_size for f in llama.glob("*.safetensors"))
+    ways = [Variant("wide", str(llama), "dense", "float32"), Variant("ours", str(llama), "accelerated dense")]
+    for room, names in ((3 * nbytes, ["wide", "ours"]), (3 * nbytes - 1, ["ours"])):
+        monkeypatch.setattr("secateurs.machine.bench.machine", lambda room=room: {"memory_bytes": room})
+        kept, left_out = _that_fit(ways)
+        assert [v.name for v in kept] == names
+        assert len(left_out) == 2 - len(names)
+    assert "wide was not run: all ways together take" in left_out[0]
+    # a model's only way is tried
+    assert _that_fit(ways[:1]) == (ways[:1], [])
+
+
+def test_a_limit_is_in_the_report():
+    code = "from secateurs.device import machine; print(machine()['limits'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**device.os.environ, "SECATEURS_MAX_ISA": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert "'SECATEURS_MAX_ISA': 'avx2'" in found.stdout

@@ -1,0 +1,330 @@
+"""Decisions: what is dropped and why, the front, the recommendation, resuming; speeds are stated, pruning is real."""
+
+import importlib
+import json
+import os
+import shutil
+
+import pytest
+import tiny
+
+from secateurs.base.device import machine
+from secateurs.base.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
+from secateurs.decide.decide import decide, front
+from secateurs.decide.plan import DecidePlan
+from secateurs.kernels.dispatch import kernels
+from secateurs.machine.profile import DeviceProfile
+from secateurs.quality import evaluate
+
+# the function has the name of its module
+module = importlib.import_module("secateurs.decide.decide")
+# speedups of decoding and of prefill that the stated bench gives
+SPEEDS = {"packed": (1.5, 1.0), "shrunk": (1.2, 1.25)}
+
+
+def profile(file, here=True, speedup=1.6):
+    rows = [
+        {"dtype": dtype, "kernel": f"bitmask_{dtype}_x", "tokens": tokens, "sparsity": s, "speedup": value,
+         "shape": [8, 8], "pattern": "unstructured", "seconds": 1e-3, "dense": "torch", "dense_seconds": 2e-3, "verdict": "2x"}
+        for dtype in ("fp32", "bf16") for s in (0.5, 0.9) for tokens, value in ((1, speedup), (256, 1.0))
+    ]  # fmt: skip
+    of = {
+        **machine(),
+        "kernels": [k.name for k in kernels() if not k.lacks],
+        **({} if here else {"processor": "another"}),
+    }
+    DeviceProfile("stated", of, 1e10, {"fp32": 1e11}, rows, {"device": None}).write(file)
+    return str(file)
+
+
+def stated_bench(runs):
+    """A bench that states speeds and counts its runs."""
+
+    def bench(variants, prompt, new, repeats, progress, batches=(1,)):
+        runs.append(variants[1].folder)
+        rows = []
+        for variant in variants:
+            decoding, prefill = SPEEDS.get(variant.name, (1.0, 1.0))
+            stages = {}
+            for stage, rate in (("prefill", 100 * prefill), ("decode", 10 * decoding)):
+                values = [rate * (1 + 0.01 * i) for i in range(repeats)]
+                stages[stage] = {
+                    "tokens_per_second": values[0],
+                    "low": values[0],
+                    "high": values[-1],
+                    "samples": values,
+                    "speedup": rate / (100 if stage == "prefill" else 10),
+                }
+            rows.append(
+                {
+                    "name": variant.name,
+                    "folder": variant.folder,
+                    "weights_bytes": 1000,
+                    "peak_memory_bytes": 1,
+                    "kv_bytes_per_token": 8,
+                    **stages,
+                    "batches": [{"batch": 1, **stages}],
+                }
+            )
+        return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+
+    return bench
+
+
+@pytest.fixture
+def stated(monkeypatch):
+    runs = []
+    monkeypatch.setattr(module, "bench", stated_bench(runs))
+    return runs
+
+
+def plan(llama, words, tmp_path, **more):
+    given = {
+        "gate": ("ppl<=+900%",), "candidates": ("0.5", "2:4"), "profile": profile(tmp_path / "profile.json"), "effort": "fast",
+        "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
+        "prompt": 10, "new": 11, "repeats": 3, "multiple": 8,
+    }  # fmt: skip
+    return DecidePlan(str(llama), **{**given, **more})
+
+
+def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "shrink:params=0.9x"))
+    result = decide(chosen, tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    # 10 prompt tokens at 100/s and 10 new ones at 10/s: 1.1 s; packed 0.1 + 10/15; shrunk 10/125 + 10/12
+    assert rows["0.5"]["seconds_ratio"]["value"] == pytest.approx((0.1 + 10 / 15) / 1.1)
+    assert rows["shrink:params=0.9x"]["reason"] is None
+    assert rows["shrink:params=0.9x"]["seconds_ratio"]["value"] == pytest.approx((10 / 125 + 10 / 12) / 1.1)
+    assert result["recommended"] == "0.5"
+    assert result["sentence"].startswith("Ship 0.5: a request takes 0.70x the time")
+    assert all(r["measured"] and r["passed"] for r in rows.values())
+    assert rows["0.5"]["bytes_ratio"] == rows["0.5"]["bytes"]["packed"] / rows["0.5"]["bytes"]["dense"]
+
+
+def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
+    monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "2:4", "shrink:params=0.9x"))
+    walked, stream = [], evaluate.stream
+
+    def counted(model, batches, *rest, **more):
+        # calibration text is looked at, too, but has another number of windows
+        walked.append(len(batches))
+        return stream(model, batches, *rest, **more)
+
+    monkeypatch.setattr(evaluate, "stream", counted)
+    first = decide(chosen, tmp_path / "run")
+    assert len(stated) == 3
+    # three candidates and the dense model once
+    assert walked.count(chosen.eval_windows) == 4
+    assert len({str(row["quality"]["ppl_dense"]) for row in first["rows"]}) == 1
+    monkeypatch.setattr(module, "pack_run", None)
+    assert decide(chosen, tmp_path / "run") == first
+    assert len(stated) == 3
+
+
+def test_what_was_found_of_another_model_is_not_used_again(tmp_path, llama, words, stated):
+    source = tmp_path / "dense"
+    shutil.copytree(llama, source)
+    chosen = plan(source, words, tmp_path, candidates=("0.5",))
+    decide(chosen, tmp_path / "run")
+    os.utime(source / "config.json", (1, 1))
+    with pytest.raises(OutputError, match=r"dense has changed since .*run was begun; delete"):
+        decide(chosen, tmp_path / "run")
+
+
+def test_a_kill_between_candidates_loses_nothing(tmp_path, llama, words, stated, monkeypatch):
+    chosen = plan(llama, words, tmp_path)
+    whole = decide(chosen, tmp_path / "whole")
+
+    class KilledError(BaseException):
+        pass
+
+    def show(rows):
+        if any(r["status"] == "measured" for r in rows):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        decide(chosen, tmp_path / "run", show=show)
+    assert not (tmp_path / "run" / "decide.json").exists()
+    again = decide(chosen, tmp_path / "run")
+    assert [r["quality"] for r in again["rows"]] == [r["quality"] for r in whole["rows"]]
+    assert again["sentence"] == whole["sentence"]
+
+
+def test_more_of_what_misses_the_floor_is_not_tried(tmp_path, llama, words, stated):
+    result = decide(plan(llama, words, tmp_path, candidates=("0.9", "0.5", "0.7"), gate=("kl<=0",)), tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert rows["0.5"]["status"] == "measured"
+    assert rows["0.5"]["reason"].startswith("gate kl<=0 missed")
+    for text in ("0.7", "0.9"):
+        assert rows[text]["status"] == "dropped"
+        assert "0.5 removes less and already fails" in rows[text]["reason"]
+    assert result["recommended"] == "dense"
+    assert "Ship the dense model" in result["sentence"]
+
+
+def test_what_cannot_pay_is_dropped_before_it_is_pruned(tmp_path, llama, words, stated):
+    slow = profile(tmp_path / "slow.json", speedup=1.0)
+    result = decide(plan(llama, words, tmp_path, profile=slow), tmp_path / "run")
+    assert [r["status"] for r in result["rows"]] == ["dropped"] * 2
+    assert all("would not pay" in r["reason"] for r in result["rows"])
+    assert not (tmp_path / "run" / "candidates").exists()
+    assert stated == []
+
+
+def test_a_budget_drops_by_estimate_and_by_measurement(tmp_path, llama, words, stated, monkeypatch):
+    tight = decide(plan(llama, words, tmp_path, budget="bytes=0.3x"), tmp_path / "a")
+    assert all("by estimate, it takes 0.7" in r["reason"] for r in tight["rows"])
+    # by estimate 0.79x of the time: 62% of the parameters are in layers that take 0.66x; measured (0.1 + 10 / 12) / 1.1
+    monkeypatch.setitem(SPEEDS, "packed", (1.2, 1.0))
+    close = decide(plan(llama, words, tmp_path, budget="seconds=0.8x"), tmp_path / "b")
+    assert all(r["status"] == "measured" for r in close["rows"])
+    assert all("it takes 0.85x the seconds, and the budget is 0.8x" in r["reason"] for r in close["rows"])
+    assert close["recommended"] == "dense"
+
+
+def test_a_candidate_that_fails_leaves_the_others(tmp_path, llama, words, stated):
+    result = decide(plan(llama, words, tmp_path, candidates=("0.5", "shrink:params=0.01x")), tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert rows["shrink:params=0.01x"]["status"] == "failed"
+    assert "budget" in rows["shrink:params=0.01x"]["reason"]
+    assert result["recommended"] == "0.5"
+
+
+def test_a_candidate_that_fails_where_others_miss_the_floor_is_no_fault(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "shrink:params=0.01x"), gate=(" kl<=0 ",))
+    result = decide(chosen, tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert rows["0.5"]["reason"].startswith("gate kl<=0 missed")
+    assert rows["shrink:params=0.01x"]["status"] == "failed"
+    assert result["recommended"] == "dense"
+
+
+def test_units_that_nobody_named_are_those_that_the_family_has(tmp_path, words, stated):
+    source = tiny.save(tmp_path / "dense", "gpt2")
+    chosen = plan(source, words, tmp_path, candidates=("shrink:params=0.95x",))
+    (row,) = decide(chosen, tmp_path / "run")["rows"]
+    assert row["status"] == "measured"
+    made = json.loads((tmp_path / "run" / row["folder"] / "plan.json").read_text())
+    assert made["units"] == ["mlp", "layers"]
+
+
+def test_a_time_that_this_clock_would_keep_is_not_another_machine_s(tmp_path, llama, words, stated):
+    foreign = profile(tmp_path / "foreign.json", here=False)
+    chosen = plan(llama, words, tmp_path, profile=foreign, foreign=True, candidates=("0.5", "shrink:latency=0.8x"))
+    rows = {r["candidate"]: r for r in decide(chosen, tmp_path / "run")["rows"]}
+    assert rows["shrink:latency=0.8x"]["status"] == "dropped"
+    assert "only this machine's clock can be asked" in rows["shrink:latency=0.8x"]["reason"]
+    assert rows["0.5"]["status"] == "measured"
+
+
+def test_a_budget_in_seconds_is_not_dropped_by_a_fraction(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("shrink:seconds=0.5",), budget="seconds=0.4x")
+    row = module._Decision(chosen, tmp_path / "run", lambda *a: None, lambda rows: None)
+    row.here, row.estimated, row.dtype, row.share = DeviceProfile.read(tmp_path / "profile.json"), False, "fp32", 0.6
+    assert row._estimate(chosen.parsed[0])["status"] == "estimated"
+
+
+def test_a_fault_of_every_candidate_is_no_decision(tmp_path, llama, words, stated):
+    with pytest.raises(CalibrationError, match="no text file 'nowhere.txt'"):
+        decide(plan(llama, words, tmp_path, calibration="nowhere.txt"), tmp_path / "run")
+    assert not (tmp_path / "run" / "decide.json").exists()
+    with pytest.raises(CalibrationError, match="no task 'sums'"):
+        decide(
+            plan(llama, words, tmp_path, gate=("sums>=0.5",), tasks=("sums",), tasks_path=str(tmp_path)),
+            tmp_path / "again",
+        )
+    assert not (tmp_path / "again").exists()
+
+
+def test_times_are_of_this_plan_and_of_this_machine(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5",), profile=None)
+    kept = tmp_path / "run" / "profile.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.DeviceProfile, "at_hand", classmethod(lambda cls: cls.read(tmp_path / "profile.json")))
+        decide(chosen, tmp_path / "run")
+    # bench.json is the user's: other prompts in it change nothing
+    timing = tmp_path / "run" / "candidates" / "0.5" / "timing.json"
+    found = json.loads(timing.read_text())
+    timing.with_name("bench.json").write_text(json.dumps({**found, "prompt": 99}))
+    decide(chosen, tmp_path / "run")
+    timing.write_text(json.dumps({**found, "prompt": 99}))
+    with pytest.raises(PlanError, match="was not measured by this plan"):
+        decide(chosen, tmp_path / "run")
+    profile(kept, here=False)
+    with pytest.raises(DeviceError, match="was begun on stated, this is another machine"):
+        decide(chosen, tmp_path / "run")
+
+
+def test_what_is_slower_does_not_pay_by_its_bytes(tmp_path, llama, words, stated, monkeypatch):
+    monkeypatch.setitem(SPEEDS, "packed", (0.8, 0.8))
+    slow = decide(plan(llama, words, tmp_path, candidates=("0.5",)), tmp_path / "a")
+    assert "takes 1.25x the seconds" in slow["rows"][0]["reason"]
+    wanted = decide(plan(llama, words, tmp_path, candidates=("0.5",), budget="bytes=0.9x"), tmp_path / "b")
+    assert wanted["recommended"] == "0.5"
+
+
+def test_a_foreign_profile_is_refused_or_only_estimates(tmp_path, llama, words, stated):
+    foreign = profile(tmp_path / "foreign.json", here=False)
+    with pytest.raises(DeviceError, match=r"is of stated, this machine is .* --allow-foreign-profile"):
+        decide(plan(llama, words, tmp_path, profile=foreign), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = decide(plan(llama, words, tmp_path, profile=foreign, foreign=True), tmp_path / "run")
+    assert stated == []
+    assert result["estimated"]
+    assert not any(r["measured"] for r in result["rows"])
+    assert "by estimate for stated" in result["sentence"]
+
+
+def test_published_hardware_decides_by_estimates(tmp_path, llama, words, stated):
+    result = decide(plan(llama, words, tmp_path, profile="a100", candidates=("0.5", "2:4")), tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert rows["0.5"]["status"] == "dropped"
+    assert result["recommended"] == "2:4"
+
+
+def test_the_front_keeps_what_no_other_beats():
+    def row(name, seconds, ppl, status="measured"):
+        return {
+            "candidate": name,
+            "status": status,
+            "seconds_ratio": {"value": seconds},
+            "quality": {"ppl_ratio": {"value": ppl}},
+        }
+
+    rows = [row("a", 0.7, 1.1), row("b", 0.6, 1.2), row("c", 0.65, 1.3), row("d", 0.5, 1.0, "dropped")]
+    assert [r["candidate"] for r in front(rows)] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words_"),
+    [
+        ({"gate": ()}, "a decision needs a floor"),
+        ({"gate": ("ppl",)}, "cannot read gate"),
+        ({"gate": ("sums>=0.5",)}, "no task that is run"),
+        ({"gate": ("agre>=0.9",), "candidates": ("shrink:params=0.9x",)}, "no task that is run"),
+        ({"candidates": ()}, "no candidates"),
+        ({"candidates": ("many",)}, "cannot read candidate 'many'"),
+        ({"budget": "seconds=2"}, "cannot read budget"),
+        ({"effort": "heroic"}, "unknown effort"),
+        ({"new": 1}, "at least 1, 2 and 1"),
+    ],
+)
+def test_bad_plans_are_refused(tmp_path, llama, words, more, words_):
+    with pytest.raises(PlanError, match=words_):
+        plan(llama, words, tmp_path, **more)
+
+
+def test_nothing_is_made_for_a_model_that_is_not_there(tmp_path, llama, words):
+    with pytest.raises(CheckpointError):
+        decide(plan(tmp_path / "none", words, tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    with pytest.raises(OutputError, match="not empty"):
+        decide(plan(llama, words, tmp_path), tmp_path / "mine")
+
+
+def test_decide_json_is_plain(tmp_path, llama, words, stated):
+    result = decide(plan(llama, words, tmp_path, candidates=("0.5",)), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "decide.json").read_text()) == json.loads(json.dumps(result))

@@ -1,0 +1,164 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import secateurs
+from secateurs.base.errors import PackError
+from secateurs.kernels.formats import pack
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, SharedInput, choose, make_dense
+from secateurs.machine.profile import DeviceProfile
+
+
+def pruned(model, sparsity=0.5):
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.weight.data.masked_fill_(torch.rand(module.weight.shape) < sparsity, 0)
+    return model.eval()
+
+
+def tokens():
+    return torch.arange(20).view(2, 10) % 200
+
+
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_accelerate_changes_the_layers_and_not_the_answers(model_type):
+    model = pruned(tiny.make(model_type))
+    with torch.no_grad():
+        want = model(tokens())[0]
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        choices = secateurs.accelerate(model)
+        got = model(tokens())[0]
+    assert any(isinstance(m, PackedLinear) for m in model.modules())
+    assert any(c.format == "bitmask" for c in choices)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    make_dense(model)
+    assert not any(isinstance(m, PackedLinear | DenseLinear) for m in model.modules())
+    back = model.state_dict()
+    assert state.keys() == back.keys()
+    assert all(torch.equal(state[k], back[k]) for k in state)
+
+
+def test_a_dense_layer_stays_dense_and_says_why():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.data.masked_fill_(torch.rand(64, 64) < 0.7, 0)
+    first, second = secateurs.accelerate(model)
+    assert (first.format, second.format) == ("dense", "bitmask")
+    assert "0.0% zeros: packed it would take" in first.reason
+    assert isinstance(model[0], DenseLinear)
+    assert second.nbytes < second.dense_nbytes
+
+
+def test_a_profile_can_advise_against():
+    weight = torch.randn(64, 64).masked_fill(torch.rand(64, 64) < 0.5, 0)
+    rows = [{"dtype": "fp32", "sparsity": 0.5, "tokens": 1, "kernel": "bitmask_x", "speedup": 0.8}]
+    slow = DeviceProfile("a slow machine", {}, 1.0, {}, rows, {})
+    assert choose("layer", weight).format == "bitmask"
+    choice = choose("layer", weight, slow)
+    assert choice.format == "dense"
+    assert "0.80x as fast as dense on a slow machine" in choice.reason
+
+
+def test_a_tied_head_is_left_alone():
+    model = pruned(tiny.make("llama"))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    choices = {c.name: c for c in secateurs.accelerate(model)}
+    assert choices["lm_head"].format == "dense"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def siblings():
+    layers = [PackedLinear.of(pack(torch.randn(o, 64).masked_fill(torch.rand(o, 64) < 0.5, 0))) for o in (32, 16, 16)]
+    alone = [copy.deepcopy(layer) for layer in layers]
+    return layers, alone, SharedInput(layers)
+
+
+def test_siblings_share_one_call(monkeypatch):
+    layers, alone, _ = siblings()
+    x = torch.randn(5, 64)
+    want = [layer(x) for layer in alone]
+    calls = []
+    multiply = PackedLinear._multiply
+    monkeypatch.setattr(PackedLinear, "_multiply", staticmethod(lambda ls, x: calls.append(len(ls)) or multiply(ls, x)))
+    got = [layer(x) for layer in layers]
+    assert calls == [3]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_changed_or_another_input_is_multiplied_again():
+    layers, alone, group = siblings()
+    x = torch.randn(5, 64)
+    layers[0](x)
+    x.mul_(2)
+    assert torch.equal(layers[1](x), alone[1](x))
+    y = torch.randn(5, 64)
+    assert torch.equal(layers[2](y), alone[2](y))
+    # the same layer twice on one input
+    assert torch.equal(layers[2](y), alone[2](y))
+    for layer in layers:
+        layer(x)
+    with torch.inference_mode():
+        z = torch.randn(1, 64)
+        layers[0](z)
+        z.mul_(3)
+        assert torch.equal(layers[1](z), alone[1](z))
+    assert len(group.waiting) <= 1
+
+
+def test_threads_do_not_take_each_other_s_results():
+    layers, alone, _ = siblings()
+    wrong = []
+
+    def work(seed):
+        for i in range(50):
+            x = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed * 1000 + i))
+            for a, b in zip(layers, alone, strict=True):
+                if not torch.equal(a(x), b(x)):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_model_can_be_copied_and_pickled():
+    model = pruned(tiny.make("llama"))
+    secateurs.accelerate(model)
+    with torch.no_grad():
+        want = model(tokens())[0]
+        twin = copy.deepcopy(model)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(tokens())[0], want)
+        assert torch.equal(again(tokens())[0], want)
+    layer, other = model.model.layers[0].self_attn.q_proj, twin.model.layers[0].self_attn.q_proj
+    assert layer.group is not None
+    assert other.group is not layer.group
+    assert other.group.layers[0] is other
+
+
+def test_a_cast_model_runs_in_the_new_dtype():
+    model = pruned(tiny.make("llama"))
+    secateurs.accelerate(model)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(tokens()).logits.dtype == torch.bfloat16
+
+
+def test_compile_traces_through():
+    model = nn.Sequential(PackedLinear.of(pack(torch.eye(64))), nn.ReLU(), PackedLinear.of(pack(torch.eye(64))))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64)
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_only_the_cpu():
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"))
+    with pytest.raises(PackError, match="0 is on meta; the kernels run on the CPU"):
+        secateurs.accelerate(model)

@@ -1,0 +1,206 @@
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateurs.base.errors import CheckpointError
+from secateurs.model.checkpoint import Checkpoint, resolve
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def first_shard(folder):
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_loading_by_blocks_gives_what_from_pretrained_gives(model_type, tmp_path):
+    import transformers
+
+    tiny.save(tmp_path, model_type)
+    checkpoint = Checkpoint(tmp_path)
+    model = checkpoint.skeleton()
+    assert all(p.device.type == "meta" for p in model.parameters())
+    want = getattr(transformers, tiny.TINY[model_type][0]).from_pretrained(tmp_path).state_dict()
+    checked = set()
+    for name in checkpoint.block_names(model):
+        checkpoint.load(model, name)
+        for key, tensor in model.state_dict().items():
+            if key.startswith(name + "."):
+                assert torch.equal(tensor, want[key]), key
+                checked.add(key)
+        checkpoint.release(model)
+    checkpoint.load_outside(model)
+    for key, tensor in model.state_dict().items():
+        if key not in checked:
+            assert torch.equal(tensor, want[key]), key
+            checked.add(key)
+    assert checked == set(want)
+    checkpoint.release(model)
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_a_model_in_16_bits_has_the_buffers_that_from_pretrained_gives(model_type, tmp_path):
+    """Rotary frequencies stay in fp32, though no file has them."""
+    import transformers
+
+    tiny.save(tmp_path, model_type, torch.bfloat16)
+    checkpoint = Checkpoint(tmp_path)
+    model = checkpoint.skeleton()
+    checkpoint.load_whole(model)
+    want = getattr(transformers, tiny.TINY[model_type][0]).from_pretrained(tmp_path, dtype="auto").eval()
+    buffers = dict(want.named_buffers())
+    assert set(dict(model.named_buffers())) == set(buffers)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_what_lies_outside_the_blocks_is_written_in_pieces(llama, monkeypatch):
+    checkpoint = Checkpoint(llama)
+    model = checkpoint.skeleton()
+    whole = sorted(checkpoint.outside_keys(model))
+    assert [sorted(group) for group in checkpoint.outside_groups(model)] == [whole]
+    monkeypatch.setattr("secateurs.model.checkpoint._SHARD_WEIGHTS", 100)
+    pieces = checkpoint.outside_groups(model)
+    assert len(pieces) == 3
+    assert (
+        sorted(key for piece in pieces for key in piece)
+        == whole
+        == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_edited_tensors_go_back_under_their_stored_names(model_type, tmp_path):
+    tiny.save(tmp_path, model_type)
+    checkpoint = Checkpoint(tmp_path)
+    model = checkpoint.skeleton()
+    name = checkpoint.block_names(model)[1]
+    checkpoint.load(model, name)
+    edited = {k for k, p in model.named_parameters() if k.startswith(name + ".") and p.dim() > 1}
+    before = checkpoint.read(checkpoint.keys_under(name))
+    same = checkpoint.edited(model, name, edited)
+    assert set(same) == set(before)
+    assert all(torch.equal(same[k], before[k]) and same[k].dtype == before[k].dtype for k in before)
+    with torch.no_grad():
+        for key in edited:
+            model.get_parameter(key).zero_()
+    zeroed = checkpoint.edited(model, name, edited)
+    assert all(not zeroed[k].any() for k in before if before[k].dim() > 1 and "gate.weight" not in k)
+    assert all(torch.equal(zeroed[k], before[k]) for k in before if before[k].dim() == 1)
+
+
+def broken(folder, match):
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint = Checkpoint(folder)
+        model = checkpoint.skeleton()
+        for name in checkpoint.block_names(model):
+            checkpoint.load(model, name)
+        checkpoint.load_outside(model)
+
+
+def rewrite(folder, edit):
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        edit(tensors)
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def test_a_truncated_shard(folder):
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-10])
+    broken(folder, rf"{shard.name} is truncated or corrupt")
+
+
+def test_a_shard_of_noise(folder):
+    first_shard(folder).write_bytes(b"\xff" * 1000)
+    broken(folder, "is truncated or corrupt")
+
+
+def test_a_missing_shard(folder):
+    first_shard(folder).unlink()
+    broken(folder, "is missing, though model.safetensors.index.json lists it")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder, value):
+    def edit(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("layers.1.mlp.up_proj.weight"):
+                tensor[3, 4] = value
+
+    rewrite(folder, edit)
+    broken(folder, r"1 of 2048 weights of model\.layers\.1\.mlp\.up_proj\.weight are NaN or infinite")
+
+
+def test_a_missing_tensor(folder):
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        tensors.pop("model.layers.2.self_attn.o_proj.weight", None)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    broken(folder, r"lists model\.layers\.2\.self_attn\.o_proj\.weight and no shard holds it")
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"].pop("model.layers.2.self_attn.o_proj.weight")
+    index.write_text(json.dumps(data))
+    broken(folder, r"has no tensor for model\.layers\.2\.self_attn\.o_proj\.weight")
+
+
+def test_a_misshapen_tensor(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 60
+    (folder / "config.json").write_text(json.dumps(config))
+    broken(folder, r"has shape \[\d+, \d+\], config.json asks for")
+
+
+def test_an_unknown_family(folder, tmp_path):
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    broken(tmp_path / "bloom", "no family for model_type 'bloom'; known: llama, mistral")
+
+
+def test_an_unknown_model_type_and_a_broken_config(folder):
+    config = folder / "config.json"
+    data = json.loads(config.read_text())
+    config.write_text(json.dumps({**data, "model_type": "nonesuch"}))
+    broken(folder, "nonesuch")
+    config.write_text(json.dumps({**data, "architectures": ["Nonesuch"]}))
+    broken(folder, "transformers has no such class")
+    config.write_text(json.dumps({**data, "quantization_config": {}}))
+    broken(folder, "already quantized")
+    config.write_text("{")
+    broken(folder, "is not JSON")
+    config.unlink()
+    broken(folder, "has no config.json")
+
+
+def test_pickles_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    broken(tmp_path, r"has no \*\.safetensors \(pytorch_model.bin is pickled")
+
+
+def test_names_that_are_no_folder():
+    with pytest.raises(CheckpointError, match="cannot be a hub id"):
+        resolve("./no/such/folder")
+    with pytest.raises(CheckpointError, match=r"no folder owner/name here, and the hub did not give it"):
+        resolve("owner/name")
+
+
+def test_the_fingerprint_follows_the_files(folder):
+    before = Checkpoint(folder).fingerprint()
+    assert Checkpoint(folder).fingerprint() == before
+    rewrite(folder, lambda tensors: None)
+    assert Checkpoint(folder).fingerprint() != before

@@ -1,0 +1,292 @@
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateurs import Stats
+from secateurs.base.errors import CalibrationError, LayerError
+from secateurs.model import families, parts
+from secateurs.model.activations import InMemory, OnDisk
+from secateurs.model.layers import Layer, layers_of
+from secateurs.model.parts import AllLoaded, leave, pieces
+from secateurs.model.walk import stream
+
+IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"input_ids": IDS[:3]}, {"input_ids": IDS[3:]}]
+
+
+def test_every_family_type_has_a_tiny_config():
+    assert {t for f in families.FAMILIES.values() for t in f.types} == {name.split()[0] for name in tiny.TINY}
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_streaming_equals_the_whole_model(model_type, propagate, monkeypatch):
+    model = tiny.make(model_type)
+    if "mix" in model_type or "moe" in model_type:
+        # a walk uses the eager experts, whose sums are in another order than the fused kernel's
+        model.set_experts_implementation("eager")
+    whole = [model(**batch)[0] for batch in BATCHES]
+    store = InMemory()
+    steps = 0
+    for step in stream(model, BATCHES, store=store, propagate=propagate, keep_last=True):
+        steps += 1
+        if propagate == "dense":
+            step.observe(step.layers, gram=False)
+    assert steps == 3
+
+    for i, batch in enumerate(BATCHES):
+        hidden = store.read(3, i)
+        got = leave(model, AllLoaded(), hidden, batch)[0]
+        assert torch.equal(got, whole[i])
+        # what follows the blocks treats every position alone
+        monkeypatch.setattr(parts, "_LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
+        found = [leave(model, AllLoaded(), hidden[:, at], batch, at)[0] for at in pieces(model, hidden)]
+        assert [part.shape[1] for part in found] == [5] * (hidden.shape[1] // 5) + [hidden.shape[1] % 5] * (
+            hidden.shape[1] % 5 > 0
+        )
+        torch.testing.assert_close(torch.cat(found, 1), whole[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", tiny.TINY)
+def test_stats_are_those_of_hooks_on_the_whole_model(model_type):
+    model = tiny.make(model_type)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2))
+            )
+    for batch in BATCHES:
+        model(**batch)
+    checked = 0
+    for step in stream(tiny.make(model_type), BATCHES):
+        found = step.observe(step.layers, gram=True)
+        for layer in step.layers:
+            if layer.kind != "expert":
+                want = Stats.of(torch.cat(seen[layer.name]))
+                assert found[layer.name].tokens == want.tokens
+                torch.testing.assert_close(found[layer.name].gram_II, want.gram_II, rtol=1e-4, atol=1e-3)
+                checked += 1
+    assert checked >= 12
+
+
+def test_layers_on_one_input_share_one_gram():
+    step = next(iter(stream(tiny.make("llama"), BATCHES)))
+    found = {name.rsplit(".", 1)[1]: stats for name, stats in step.observe(step.layers, gram=True).items()}
+    assert found["q_proj"] is found["k_proj"] is found["v_proj"]
+    assert found["gate_proj"] is found["up_proj"]
+    assert len({id(s) for s in found.values()}) == 4
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_see_the_tokens_routed_to_them(model_type):
+    model = tiny.make(model_type)
+    step = next(iter(stream(model, BATCHES)))
+    experts = [layer for layer in step.layers if layer.kind == "expert"]
+    assert len(experts) == 8
+    module = experts[0].module
+    inputs = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append((args[0], args[1])))
+    found = step.observe(step.layers, gram=True)
+    handle.remove()
+    hidden, chosen = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    for layer in experts:
+        rows = hidden[(chosen == layer.index).any(1)]
+        gate, up = (rows @ module.gate_up_proj[layer.index].T).chunk(2, -1)
+        want = Stats.of(rows if "gate_up" in layer.name else module.act_fn(gate) * up)
+        assert found[layer.name].tokens == len(rows)
+        torch.testing.assert_close(found[layer.name].gram_II, want.gram_II, rtol=1e-3, atol=1e-3)
+    assert sum(found[e.name].tokens for e in experts if "down" in e.name) == 2 * IDS.numel()
+
+
+def test_edits_reach_the_next_block():
+    model = tiny.make("llama")
+    edited = tiny.make("llama")
+    with torch.no_grad():
+        edited.model.layers[0].mlp.down_proj.weight.zero_()
+    want = Stats.of(_inputs_of(edited, "model.layers.1.self_attn.q_proj"))
+    for step in stream(model, BATCHES):
+        if step.index == 0:
+            next(x for x in step.layers if x.name.endswith("down_proj")).write(torch.zeros(32, 64))
+        if step.index == 1:
+            got = step.observe(step.layers, gram=True)["model.layers.1.self_attn.q_proj"]
+            torch.testing.assert_close(got.gram_II, want.gram_II, rtol=1e-4, atol=1e-3)
+            return
+    pytest.fail("block 1 was never reached")
+
+
+def test_the_drift_is_measured_against_the_dense_model():
+    """sum (d - x) x', x the inputs that the pruned blocks before give and d the dense model's, found by hooks on whole models."""
+    dense, edited = tiny.make("llama"), tiny.make("llama")
+    with torch.no_grad():
+        for i in (0, 1):
+            edited.model.layers[i].mlp.down_proj.weight.mul_(torch.rand(32, 64) < 0.5)
+    wanted = {n: y.weight.detach() for n, y in edited.named_modules() if n.endswith("mlp.down_proj")}
+    names = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+    seen = {name: (_inputs_of(dense, name), _inputs_of(edited, name)) for name in names}
+    checked = 0
+    for step in stream(tiny.make("llama"), BATCHES, teacher=InMemory()):
+        found = step.observe(step.layers, gram=True, drift=True)
+        for layer in step.layers:
+            if layer.name in seen:
+                d_TI, x_TI = seen[layer.name]
+                torch.testing.assert_close(found[layer.name].gram_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(found[layer.name].drift_II, (d_TI - x_TI).T @ x_TI, rtol=1e-3, atol=1e-3)
+                checked += 1
+            if layer.name.endswith("mlp.down_proj") and step.index < 2:
+                layer.write(wanted[layer.name])
+    assert checked == len(names)
+
+
+def test_targets_are_the_dense_block_s_answers_to_the_inputs_it_now_gets():
+    dense = tiny.make("llama")
+    first, second = dense.model.layers[0], dense.model.layers[1]
+    entered = dense.model.embed_tokens(IDS)
+    store, targets = InMemory(), InMemory()
+    for step in stream(tiny.make("llama"), BATCHES, store=store, targets=targets):
+        step.observe(step.layers, gram=True)
+        if step.index == 1:
+            break
+        with torch.no_grad():
+            step.block.mlp.down_proj.weight.zero_()
+            first.mlp.down_proj.weight.zero_()
+    rotary = dense.model.rotary_emb(entered, torch.arange(24)[None])
+    with torch.no_grad():
+        for i in range(2):
+            x = first(entered[3 * i : 3 * i + 3], position_embeddings=rotary)
+            torch.testing.assert_close(step.inputs(i), x)
+            torch.testing.assert_close(step.targets(i), second(x, position_embeddings=rotary))
+
+
+def _inputs_of(model, name):
+    seen = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    for batch in BATCHES:
+        model(**batch)
+    return torch.cat(seen)
+
+
+def test_a_walk_goes_on_from_stored_activations(tmp_path):
+    model, store = tiny.make("llama"), OnDisk(tmp_path)
+    walk = stream(model, BATCHES, store=store)
+    next(walk), next(walk)
+    del walk
+    resumed = list(stream(tiny.make("llama"), BATCHES, store=OnDisk(tmp_path), start=1))
+    assert [s.index for s in resumed] == [1, 2]
+    step = next(iter(stream(tiny.make("llama"), BATCHES, store=OnDisk(tmp_path), start=2)))
+    fresh = next(s for s in stream(tiny.make("llama"), BATCHES) if s.index == 2)
+    name = step.layers[0].name
+    assert torch.equal(step.observe(step.layers, True)[name].gram_II, fresh.observe(fresh.layers, True)[name].gram_II)
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+
+def _layer(module):
+    return layers_of(nn.ModuleDict({"x": module}), "")[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(8, 6),
+        Conv1D(6, 8),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, (1, 3), dilation=2, padding="same"),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False),
+    ],
+    ids=["linear", "conv1d", "conv2d", "conv2d same", "conv2d reflect"],
+)
+def test_a_layer_is_a_matrix_times_its_inputs(module):
+    layer = _layer(module)
+    x = torch.randn(2, 4, 7, 7) if layer.kind == "conv2d" else torch.randn(2, 5, 8)
+    out = layer.inputs(x) @ layer.read().T
+    out = out + module.bias if module.bias is not None else out
+    want = module(x)
+    want = want.flatten(2).transpose(1, 2) if layer.kind == "conv2d" else want
+    torch.testing.assert_close(out, want.reshape(-1, 6), rtol=1e-4, atol=1e-5)
+    assert layer.shape == tuple(layer.read().shape)
+    other = torch.randn(layer.shape)
+    layer.write(other)
+    assert torch.equal(layer.read(), other)
+
+
+def test_neighbours_of_a_convolution_are_input_channels():
+    conv = nn.Conv2d(4, 1, 2)
+    conv.weight.data = torch.arange(16.0).reshape(1, 4, 2, 2)
+    # the first four inputs are the four channels at the top left
+    assert _layer(conv).read()[0, :4].tolist() == [0.0, 4.0, 8.0, 12.0]
+
+
+def test_protected_and_shared_weights():
+    shared = nn.Linear(4, 4)
+    block = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(4),
+            "table": nn.Embedding(4, 4),
+            "a": shared,
+            "b": nn.Linear(4, 4),
+            "again": nn.Linear(4, 4),
+        }
+    )
+    block["again"].weight = shared.weight
+    assert [layer.name for layer in layers_of(block, "block")] == ["block.a", "block.b"]
+    grouped = _layer(nn.Conv2d(4, 4, 3, groups=2))
+    assert "grouped" in grouped.refused
+
+
+def test_a_layer_that_is_never_called_is_named():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    step = next(iter(stream(Lazy(), [{"x": torch.ones(2, 4)}])))
+    with pytest.raises(LayerError, match="idle was never called"):
+        step.observe(step.layers, gram=True)
+
+
+def test_activations_that_are_not_finite_are_named():
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = float("inf")
+    step = next(iter(stream(model, BATCHES)))
+    with pytest.raises(LayerError, match=r"layers\.0\.self_attn\.q_proj: \d+ of 32 inputs were NaN or infinite"):
+        step.observe(step.layers, gram=True)
+
+
+def test_blocks_that_need_the_tokens_are_refused():
+    model = tiny.make("llama")
+    original = model.model.forward
+
+    def forward(*args, **kwargs):
+        model.model.rotary_emb.attention_scaling = float(kwargs["input_ids"].float().mean())
+        return original(*args, **kwargs)
+
+    model.model.forward = forward
+    with pytest.raises(CalibrationError, match="change with the tokens"):
+        next(iter(stream(model, BATCHES)))
+
+
+def test_training_mode_and_forwards_are_left_as_found():
+    model = tiny.make("llama").train()
+    for step in stream(model, BATCHES):
+        step.observe(step.layers, gram=False)
+    assert model.training
+    assert all(m.training for m in model.modules())
+    assert all("forward" not in vars(m) for m in model.modules())
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_layer_names_experts_by_their_parameter():
+    module = nn.Module()
+    module.down_proj = nn.Parameter(torch.zeros(2, 3, 4))
+    layer = Layer("experts.down_proj.1", module, module.down_proj, "expert", 1)
+    layer.write(torch.ones(3, 4))
+    assert layer.tensor_name == "experts.down_proj"
+    assert module.down_proj.sum(dim=(1, 2)).tolist() == [0.0, 12.0]

@@ -1,0 +1,123 @@
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from secateurs import Plan, Stats
+from secateurs.base.errors import LayerError
+from secateurs.matrix import solvers
+from secateurs.model.layers import Layer, layers_of
+from secateurs.prune.assign import _levels, _losses, assign
+from secateurs.prune.block import Guide, prune_layer
+
+
+def test_a_row_s_error_counts_by_the_root_of_its_sensitivity():
+    guide = Guide(sensitivity={"layer": torch.tensor([30.0, 2.0])})
+    # (g / mean)^(1/4) on the weights is (g / mean)^(1/2) on squared errors
+    assert guide.output_scale("layer").flatten().tolist() == pytest.approx([1.875**0.25, 0.125**0.25])
+    assert guide.output_scale("other") is None
+
+
+def test_rows_that_the_loss_depends_on_keep_more():
+    linear = nn.Linear(64, 2, bias=False)
+    layer = Layer("layer", linear, linear.weight, "linear")
+    stats = Stats.of(torch.randn(500, 64))
+    plan = Plan(method="admm", sparsity=0.5)
+    prune_layer(layer, stats, plan, Guide(sensitivity={"layer": torch.tensor([1000.0, 1.0])}))
+    kept = (linear.weight != 0).sum(1)
+    assert int(kept.sum()) == 64
+    assert kept[0] > 50
+
+
+@pytest.mark.parametrize("allocation", ["global", "measured"])
+def test_layers_that_the_loss_depends_on_keep_more(allocation):
+    model = tiny.make("llama")
+    batches = [{"input_ids": torch.randint(0, 250, (8, 32))}]
+    plan = Plan(method="sparsegpt", allocation=allocation, sparsity=0.5)
+    names = [f"model.layers.{i}.mlp.{p}_proj" for i in range(3) for p in ("gate", "up", "down")]
+    sensitivity = {name: torch.ones(32 if "down" in name else 64) for name in names}
+    sensitivity[names[0]] *= 1e8
+    sensitivity[names[4]] *= 1e-8
+    shares = assign(model, None, batches, plan, sensitivity, {})
+    assert shares[names[0]][1] == pytest.approx(0.3, abs=1e-3)
+    assert shares[names[4]][1] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_an_expert_counts_by_how_many_tokens_reach_it():
+    linear = nn.Linear(16, 4, bias=False)
+    layer = Layer("layer", linear, linear.weight, "linear")
+    x_TI = torch.randn(64, 16)
+    plan = Plan(method="sparsegpt", allocation="measured")
+    few, many = (
+        [loss for _, _, loss in _losses(layer, Stats.of(x), plan, torch.tensor(2.0))] for x in (x_TI, x_TI.repeat(8, 1))
+    )
+    assert many == pytest.approx([8 * loss for loss in few], rel=1e-4)
+
+
+def test_a_layer_whose_sensitivity_nobody_measured_counts_like_the_others():
+    model = tiny.make("llama")
+    batches = [{"input_ids": torch.randint(0, 250, (8, 32))}]
+    plan = Plan(method="sparsegpt", allocation="measured")
+    names = [layer.name for i in range(3) for layer in layers_of(model.model.layers[i], f"model.layers.{i}")]
+    # in the units of a loss; 1 would be far out
+    everywhere = {name: torch.full((model.get_submodule(name).out_features,), 1e-6) for name in names}
+    all_but_one = {name: value for name, value in everywhere.items() if name != names[3]}
+    want, got = (assign(model, None, batches, plan, found, {}) for found in (everywhere, all_but_one))
+    assert got == want
+
+
+def test_a_budget_is_looked_for_between_the_bounds():
+    assert Plan(budget="bytes=0.5").bounds == (0.0, 0.9)
+    levels = _levels(Plan(budget="bytes=0.1", max_sparsity=0.96))
+    assert (levels[0], levels[-1], len(levels)) == (0.08, 0.96, 12)
+    assert Plan().bounds == (0.3, 0.7)
+    levels = _levels(Plan(allocation="measured", max_sparsity=0.95))
+    assert (levels[0], levels[-1]) == (0.3, 0.95)
+    assert 0.5 in levels
+
+
+@pytest.mark.parametrize(("plan", "sensitivity", "reconstruct"), [
+    (Plan(), 4096, 0), (Plan(pattern="2:4"), 0, 24), (Plan(scope="row"), 0, 24), (Plan(method="admm"), 0, 0),
+    (Plan(pattern="2:4", budget="bytes=0.7"), 4096, 24), (Plan(pattern="2:4,1:4", budget="bytes=0.7"), 4096, 24),
+    (Plan(method="sparsegpt", allocation="measured"), 4096, 0), (Plan(scope="row", allocation="global"), 4096, 24),
+])  # fmt: skip
+def test_layers_are_compared_in_units_of_the_loss(plan, sensitivity, reconstruct):
+    assert (plan.sensitivity, plan.reconstruct) == (sensitivity, reconstruct)
+
+
+@pytest.mark.parametrize(("plan", "tokens", "damping"), [
+    (Plan(), 7 * 16, 0.01), (Plan(), 8 * 16, 0.001), (Plan(damping=0.02), 8 * 16, 0.02), (Plan(method="sparsegpt"), 8 * 16, 0.01),
+])  # fmt: skip
+def test_efforts_go_by_tokens_an_input_for_their_damping(plan, tokens, damping, monkeypatch):
+    linear = nn.Linear(16, 4, bias=False)
+    given = []
+    solver = replace(plan.solver, solve=lambda w, stats, pattern, sparsity, d: given.append(d) or w)
+    monkeypatch.setattr(Plan, "solver", solver)
+    with pytest.raises(LayerError):
+        prune_layer(Layer("layer", linear, linear.weight, "linear"), Stats.of(torch.randn(tokens, 16)), plan, Guide())
+    assert given == [damping]
+
+
+def test_a_blend_aims_where_the_dense_model_s_outputs_say():
+    x_TI = torch.randn(300, 16) @ torch.randn(16, 16)
+    stats = Stats.zeros(16, gram=True)
+    stats.add_(x_TI, x_TI + 0.3 * torch.randn(300, 16) + 0.2)
+    stats.finish()
+    for blend in (0.0, 0.5, 1.0):
+        linear = nn.Linear(16, 4, bias=False)
+        weight = linear.weight.detach().clone()
+        plan = Plan(method="sparsegpt", blend=blend, damping=0.01)
+        prune_layer(Layer("layer", linear, linear.weight, "linear"), stats, plan, Guide())
+        aim = solvers.dense_target(weight, stats, 0.01, blend)
+        want = solvers.obs(aim, stats, plan.layer_patterns[0], 0.5)
+        torch.testing.assert_close(linear.weight.detach(), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(aim, weight) == (blend == 0)
+
+
+def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():
+    linear = nn.Linear(16, 4, bias=False)
+    layer = Layer("layer", linear, linear.weight, "linear")
+    record = prune_layer(layer, Stats.of(torch.randn(9, 16)), Plan(method="sparsegpt"), Guide(), "inputs reordered")
+    assert record.note == "inputs reordered; only 9 tokens for 16 inputs"

@@ -1,0 +1,139 @@
+"""Gates: what can be read, the bad end of the interval decides, and how many more samples would."""
+
+import numpy as np
+import pytest
+
+from secateurs.base.estimate import Estimate, mean_of
+from secateurs.quality import gates
+from secateurs.quality.gates import Gate
+from secateurs.quality.tasks import compare
+
+
+def quality(**values):
+    """Estimates without a spread, but for those given as (value, low, high)."""
+    found = {"ppl_dense": 10.0, "ppl": 10.5, "kl": 0.1, "agree": 0.9, **values}
+    found.setdefault("ppl_ratio", found["ppl"] / 10)
+    spread = {name: v if isinstance(v, tuple) else (v, v, v) for name, v in found.items()}
+    return {name: vars(Estimate(*v, 30)) for name, v in spread.items()}
+
+
+def compared(difference, pruned=(0.4, 0.35, 0.45)):
+    return {
+        "sums": {
+            "metric": "acc",
+            "pruned": vars(Estimate(*pruned, 100)),
+            "difference": vars(Estimate(*difference, 100)),
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("gate", "holds", "misses"),
+    [
+        ("ppl<=+5%", {"ppl": 10.5}, {"ppl": 10.51}),
+        ("ppl<=12.0", {"ppl": 12.0}, {"ppl": 12.1}),
+        ("kl<=0.1", {"kl": 0.1}, {"kl": 0.11}),
+        ("agree>=0.9", {"agree": 0.9}, {"agree": 0.89}),
+        (" agree >= 0.9 ", {"agree": 0.95}, {"agree": 0.1}),
+        ("kl<=0", {"kl": 0.0}, {"kl": 0.01}),
+    ],
+)
+def test_gates_hold_and_miss(gate, holds, misses):
+    good, bad = Gate.parse(gate).judge(quality(**holds), {}), Gate.parse(gate).judge(quality(**misses), {})
+    assert (good["verdict"], good["passed"], good["missed"]) == ("passed", True, None)
+    assert (bad["verdict"], bad["passed"]) == ("missed", False)
+
+
+def test_a_missed_gate_says_by_how_much():
+    missed = Gate.parse("ppl<=+5%").judge(quality(ppl=21.0), {})["missed"]
+    assert missed == (
+        "gate ppl<=+5% missed: ppl over the dense model's is 2.1 [2.1, 2.1] over 30 windows, the limit is 1.05, off by 1.05 (100.0%)"
+    )
+
+
+@pytest.mark.parametrize("gate", ["kl<=0.2", "agree>=0.85"])
+def test_a_mean_that_holds_is_no_pass_while_its_interval_does_not(gate):
+    found = quality(kl=(0.15, 0.08, 0.22), agree=(0.86, 0.84, 0.88))
+    verdict = Gate.parse(gate).judge(found, {})
+    assert (verdict["verdict"], verdict["passed"]) == ("undecided", False)
+    # kl: 0.07 to the end, 0.05 to the limit: 30 * 1.4^2 = 58.8; agree: 30 * 2^2 = 120
+    assert verdict["more"] == {"kl<=0.2": 29, "agree>=0.85": 90}[gate]
+    assert f"about {verdict['more']} more windows would settle it" in verdict["missed"]
+
+
+def test_a_mean_that_misses_is_undecided_while_its_good_end_holds():
+    verdict = Gate.parse("kl<=0.1").judge(quality(kl=(0.12, 0.08, 0.2)), {})
+    # 0.04 to the good end, 0.02 to the limit: 30 * 2^2
+    assert (verdict["verdict"], verdict["more"]) == ("undecided", 90)
+
+
+def test_a_mean_at_the_limit_is_settled_by_nothing():
+    verdict = Gate.parse("kl<=0.1").judge(quality(kl=(0.1, 0.08, 0.2)), {})
+    assert verdict["more"] is None
+    assert "no number of samples" in verdict["missed"]
+
+
+def test_more_samples_settle_what_was_said_that_they_would():
+    draw = np.random.default_rng(0)
+    few = mean_of((draw.random(200) < 0.42).astype(float))
+    gate = Gate.parse("sums>=0.36")
+    verdict = gate.judge(None, {"sums": {"pruned": vars(few)}})
+    assert verdict["verdict"] == "undecided"
+    # the same answers over and over: the mean stays, the interval narrows
+    scores = np.repeat(
+        [1.0, 0.0], [round(few.value * (200 + verdict["more"])), round((1 - few.value) * (200 + verdict["more"]))]
+    )
+    low = mean_of(scores).low
+    assert low == pytest.approx(0.36, abs=0.005)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_few_windows_decide_nothing(n):
+    verdict = Gate.parse("kl<=0.2").judge({"kl": vars(Estimate(0.1, 0.1, 0.1, n))}, {})
+    assert (verdict["verdict"], verdict["more"]) == ("undecided", 8 - n)
+    assert "fewer than 8 windows cannot pass it" in verdict["missed"]
+
+
+def test_equal_answers_are_not_certain():
+    ones = {"sums": {"metric": "acc", "scores": [1.0] * 100}}
+    found = compare(ones, ones)["sums"]
+    # three in a hundred may be wrong and not be seen
+    assert (found["pruned"]["low"], found["pruned"]["high"]) == (0.97, 1.0)
+    assert (found["difference"]["low"], found["difference"]["high"]) == (-0.03, 0.03)
+    assert Gate.parse("sums>=dense-0.02").judge(None, {"sums": found})["verdict"] == "undecided"
+
+
+def test_tasks_pass_on_the_low_end_of_the_paired_difference():
+    assert Gate.parse("sums>=dense-0.02").judge(None, compared((0.0, -0.015, 0.015)))["passed"]
+    assert Gate.parse("sums>=dense-0.02").judge(None, compared((0.0, -0.03, 0.03)))["verdict"] == "undecided"
+    assert Gate.parse("sums>=dense-0.02").judge(None, compared((-0.2, -0.3, -0.1)))["verdict"] == "missed"
+    assert Gate.parse("sums>=0.35").judge(None, compared((0, 0, 0)))["passed"]
+    assert "was not measured" in Gate.parse("sums>=0.35").judge(None, {})["missed"]
+
+
+def test_questions_are_paired():
+    scores = np.array([1.0, 0.0] * 50)
+    result = {"sums": {"metric": "acc", "scores": list(scores)}}
+    same = compare(result, result)["sums"]
+    assert same["difference"] == vars(Estimate(0.0, -0.03, 0.03, 100))
+    assert same["dense"]["low"] < 0.5 < same["dense"]["high"]
+    # a bootstrap interval of a share of one half of 100 is 0.5 -+ 1.96 * 0.05
+    assert same["dense"]["low"] == pytest.approx(0.402, abs=0.011)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ppl", "ppl>=3", "agree<=0.5", "ppl<=5%", "kl<=+5%", "ppl<=+5", "bleu<=1", "ppl<=-1", "ppl<=nan", "sums>=2", "agree>=dense-0.1",
+     "sums>=+0.1", "sums>=30%"],
+)  # fmt: skip
+def test_unreadable_gates_are_refused(text):
+    with pytest.raises(ValueError, match="cannot read gate"):
+        Gate.parse(text)
+
+
+def test_a_gate_on_a_task_that_is_not_run_is_refused():
+    gates.check(["sums>=0.5"], ["sums"])
+    with pytest.raises(
+        ValueError, match=r"asks about sums, which is none of ppl, kl, agree and no task that is run: arc"
+    ):
+        gates.check(["sums>=0.5"], ["arc"])

@@ -1,0 +1,199 @@
+"""The report in a real browser: no error, no request, and every number equal to the file it names."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from test_decide import module, plan, stated_bench
+from typer.testing import CliRunner
+
+from secateurs.base.errors import OutputError
+from secateurs.decide.decide import decide
+from secateurs.report import page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, llama, words):
+    """A decision between packed and smaller models, with a fleet; tests must not write into it."""
+    from secateurs.cli.app import app
+
+    folder = tmp_path_factory.mktemp("page")
+    candidates = ("0.5", "0.9", "shrink:params=0.9x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "bench", stated_bench([]))
+        decide(plan(llama, words, folder, candidates=candidates, gate=("agree>=0",)), folder / "run")
+    shutil.copy(folder / "run" / "candidates" / "0.5" / "timing.json", folder / "bench.json")
+    options = [
+        "--rate",
+        "2",
+        "--price",
+        "2 USD",
+        "--prompt",
+        "10",
+        "--output",
+        "10",
+        "--tpot",
+        "1",
+        "--requests",
+        "2000",
+        "--quiet",
+    ]
+    done = CliRunner().invoke(app, ["fleet", str(folder / "bench.json"), *options])
+    assert done.exit_code == 0, done.output
+    shutil.copy(folder / "fleet.json", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy; the models it names stay where they are."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+class Visit:
+    """What a browser saw of a page: its console, its requests, its elements."""
+
+    def __init__(self, file, **options):
+        from playwright.sync_api import sync_playwright
+
+        self.errors, self.requests = [], []
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            tab = browser.new_page(**options)
+            tab.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+            tab.on("pageerror", lambda error: self.errors.append(str(error)))
+            tab.on("request", lambda r: self.requests.append(r.url))
+            tab.goto(file.as_uri())
+            tab.wait_for_function(
+                "document.querySelectorAll('.chart svg').length === document.querySelectorAll('.chart').length"
+            )
+            self.numbers = tab.eval_on_selector_all(
+                "[data-from]", "found => found.map(e => [e.dataset.from, e.dataset.key, e.dataset.form, e.textContent])"
+            )
+            self.charts = tab.eval_on_selector_all(
+                ".chart",
+                "found => found.map(e => [e.id, e.getAttribute('aria-label'), e.querySelectorAll('svg path').length])",
+            )
+            self.overflow = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            self.ink = tab.evaluate("""() => {
+                const text = document.querySelector(".chart svg text");
+                return [getComputedStyle(document.body).color, text && getComputedStyle(text).fill];
+            }""")
+            self.text = tab.inner_text("body")
+            tab.keyboard.press("Tab")
+            self.first_stop = tab.evaluate("document.activeElement.textContent")
+            browser.close()
+
+
+@needs_browser
+def test_a_browser_shows_it_without_a_network(run):
+    file = page.write([run])
+    visit = Visit(file)
+    assert visit.errors == []
+    assert visit.requests == [file.as_uri()]
+    assert "Ship 0." in visit.text
+    names = {name for name, _, _ in visit.charts}
+    assert {f"chart-{n}" for n in ("front-0", "replicas-0", "speed", "bytes", "zeros-0", "error-0")} <= names
+    assert all(label and marks for _, label, marks in visit.charts)
+    assert visit.first_stop == "To the decision"
+
+
+@needs_browser
+def test_numbers_on_the_page_are_those_of_the_files(run):
+    visit = Visit(page.write([run]))
+    assert len(visit.numbers) > 100
+    sources = {}
+    for source, key, form, shown in visit.numbers:
+        at = sources.setdefault(source, json.loads(Path(source).read_text()))
+        for part in key.split("/"):
+            at = at[int(part)] if isinstance(at, list) else at[part]
+        assert form.format(at) == shown, (source, key)
+    assert {s.rsplit("/", 1)[1] for s in sources} == {"decide.json", "report.json", "timing.json", "fleet.json"}
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_the_colour_scheme(run, scheme):
+    visit = Visit(page.write([run]), viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    assert visit.overflow <= 0
+    # text in charts has the colour of the page's own
+    assert visit.ink[0] == visit.ink[1]
+    light = sum(int(c) for c in visit.ink[0].removeprefix("rgb(").removesuffix(")").split(",")) > 382
+    assert light == (scheme == "dark")
+
+
+def test_it_is_small_and_quickly_made(run):
+    began = time.perf_counter()
+    file = page.write([run])
+    # a limit that only a fault exceeds; what it takes is in docs/log.md
+    assert time.perf_counter() - began < 60
+    assert file.stat().st_size < 5_000_000
+    text = file.read_text()
+    assert "src=" not in text.split("<script>")[0]
+
+
+@needs_browser
+def test_two_runs_stand_side_by_side(run, tmp_path):
+    visit = Visit(page.write([run, run / "candidates" / "0.5"], tmp_path / "both.html"))
+    assert visit.errors == []
+    assert str(run) in visit.text
+    assert "nothing was decided" in visit.text
+
+
+def test_incomplete_runs_are_refused(run, tmp_path):
+    with pytest.raises(OutputError, match=r"no run directory: it has no plan\.json"):
+        page.write([tmp_path / "none"])
+    (run / "decide.json").unlink()
+    with pytest.raises(OutputError, match="is incomplete: the decision is not made yet"):
+        page.write([run])
+    inside = run / "candidates" / "0.5"
+    report = json.loads((inside / "report.json").read_text())
+    (inside / "report.json").write_text(json.dumps({**report, "status": "pruned"}))
+    with pytest.raises(OutputError, match="is incomplete: it is pruned"):
+        page.write([inside])
+    (inside / "report.json").unlink()
+    with pytest.raises(OutputError, match=r"is incomplete: it has no report\.json"):
+        page.write([inside])
+
+
+def test_what_a_model_is_called_cannot_break_the_page(run):
+    decision = json.loads((run / "decide.json").read_text())
+    decision["sentence"] = "</script><script>alert(1)</script>"
+    decision["rows"][0]["candidate"] = "</script><b>"
+    (run / "decide.json").write_text(json.dumps(decision))
+    text = page.write([run]).read_text()
+    assert "<script>alert(1)" not in text
+    assert "</script><b>" not in text
+
+
+@needs_browser
+def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
+    from secateurs.train import RecoverPlan, recover
+
+    asked = RecoverPlan(
+        str(run / "candidates" / "0.5"), data=str(words), samples=8, seqlen=32, steps=2, batch=2, eval_text=str(words), eval_windows=8,
+        eval_seqlen=32,
+    )  # fmt: skip
+    report = recover(asked, tmp_path / "recovered")
+    visit = Visit(page.write([tmp_path / "recovered"]))
+    assert visit.errors == []
+    assert f"All {report['zeros']:,} zeros of {report['of_weights']:,} weights are zeros still" in visit.text
+
+
+def test_commands_on_the_page_make_the_same_run(run):
+    plan_of = json.loads((run / "plan.json").read_text())
+    words_of = page._command("decide", {**plan_of, "tasks_limit": 0, "profile": None}, run).split()
+    assert words_of[:2] == ["secateurs", "decide"]
+    assert "--tasks-limit" in words_of
+    assert "--profile" not in words_of
+    shrink = page._command(
+        "shrink",
+        {"model": "m", "budget": "params=0.9x", "units": ["mlp", "heads"], "refit": False, "uniform": True},
+        run,
+    )
+    assert "--units mlp,heads --no-refit --uniform" in shrink

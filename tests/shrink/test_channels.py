@@ -1,0 +1,212 @@
+"""A live module to fewer channels, under a budget."""
+
+import copy
+
+import pytest
+import torch
+from test_graph import Branching, Net, Shared, kill
+from torch import nn
+
+from secateurs import shrink_module
+from secateurs.base.errors import OutputError, PlanError
+from secateurs.shrink import channels, graph
+from secateurs.shrink.export import export
+
+
+@pytest.fixture
+def net():
+    model = Net().eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return model, [(torch.randn(256, 3, 8, 8),) for _ in range(4)]
+
+
+def distance(model, other, batches):
+    with torch.no_grad():
+        return sum(float((model(*b) - other(*b)).square().mean()) for b in batches)
+
+
+@pytest.mark.parametrize("budget", ["params=0.6x", "flops=0.5x"])
+def test_the_budget_is_met_and_the_report_is_true(net, budget):
+    model, batches = net
+    before = copy.deepcopy(model.state_dict())
+    small, report = shrink_module(model, batches, budget, multiple=2)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert type(small) is Net
+    for kind, module in (("dense", model), ("left", small)):
+        assert report["parameters"][kind] == sum(p.numel() for p in module.parameters())
+        found = graph.trace(module, (batches[0][0][:1],))
+        assert report["macs"][kind] == found.macs(module).at({g.name: len(g.units) for g in found.groups})
+    key, most = ("parameters", 0.6) if budget.startswith("params") else ("macs", 0.5)
+    assert 0.75 * most < report[key]["left"] / report[key]["dense"] <= most
+    assert all(r["after"] == r["before"] - len(r["removed"]) and r["after"] % 2 == 0 for r in report["groups"])
+    assert small(*batches[0]).shape == (256, 5)
+    assert report["kept_whole"] == {"out": "it is the model's output"}
+
+
+def test_dead_channels_cost_nothing(net):
+    """The search finds them, and the result computes what the dense module does."""
+    model, batches = net
+    found = graph.trace(model, (batches[0][0][:1],))
+    for group in found.groups:
+        if len(group.units) >= 4:
+            kill(model, found, group, list(range(0, len(group.units), 2)))
+    small, report = shrink_module(model, batches, "flops=0.5x", multiple=1, damping=1e-4)
+    assert report["estimated_loss"] < 1e-4
+    assert distance(model, small, batches) < 1e-5 * distance(model, lambda x: 0, batches)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "energy", "taylor", "obs"])
+def test_refit_pays_whatever_goes(net, criterion):
+    model, batches = net
+    with_refit, without = (
+        shrink_module(model, batches, "flops=0.6x", criterion, refit, multiple=2)[0] for refit in (True, False)
+    )
+    assert distance(model, with_refit, batches) < 0.7 * distance(model, without, batches)
+
+
+def test_obs_is_better_than_magnitude(net):
+    model, batches = net
+    obs, size = (shrink_module(model, batches, "flops=0.6x", c, multiple=2)[0] for c in ("obs", "magnitude"))
+    assert distance(model, obs, batches) < distance(model, size, batches)
+
+
+def test_a_consumer_is_least_squares_with_an_intercept():
+    """One hidden layer: what is left of the last layer is torch's own least squares on the dense outputs."""
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    x = torch.randn(400, 6)
+    small, report = shrink_module(model, [(x,)], "params=0.7x", multiple=4, damping=1e-7)
+    with torch.no_grad():
+        hidden = torch.cat([small[1](small[0](x)), torch.ones(400, 1)], 1)
+        expected = torch.linalg.lstsq(hidden.double(), model(x).double()).solution.T.float()
+    torch.testing.assert_close(torch.cat([small[2].weight, small[2].bias[:, None]], 1), expected, rtol=1e-3, atol=1e-3)
+    # the search is that of all 12 choose 4 or near it: no other subset's refit is much better
+    assert report["groups"][0]["after"] == 8
+
+
+def test_the_intercept_moves_a_batch_norm_s_mean():
+    """A consumer without a bias: what stands behind its batch norm is least squares with an intercept, and no bias is added."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 1), nn.ReLU(), nn.Conv2d(12, 5, 1, bias=False), nn.BatchNorm2d(5), nn.Conv2d(5, 3, 1)
+    ).eval()
+    model[3].running_mean.normal_()
+    model[3].weight.data.uniform_(1, 2)
+    x = torch.randn(40, 2, 4, 4)
+    # the second group stays whole: 5 channels have no smaller multiple of 4 but 4
+    small, report = shrink_module(model, [(x,)], "params=0.75x", multiple=4, damping=1e-7)
+    assert [(r["group"], r["after"]) for r in report["groups"]] == [("0", 8)]
+    assert small[2].bias is None
+    assert not torch.equal(small[3].running_mean, model[3].running_mean)
+    with torch.no_grad():
+        hidden = small[1](small[0](x)).transpose(0, 1).flatten(1).T
+        hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).double()
+        target = model[:4](x).transpose(0, 1).flatten(1).T.double()
+        expected = hidden @ torch.linalg.lstsq(hidden, target).solution
+        got = small[:4](x).transpose(0, 1).flatten(1).T.double()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+class Joined(nn.Module):
+    """Two groups that one layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+def test_the_second_group_is_chosen_on_what_the_first_left():
+    """Of a consumer of both: whichever of b's units costs least when a's are gone, by least squares of every candidate."""
+    model = Joined().eval()
+    x = torch.randn(300, 5)
+    small, report = shrink_module(model, [(x,)], "params=0.85x", multiple=5, damping=1e-6)
+    removed = {r["group"]: r["removed"] for r in report["groups"]}
+    assert set(removed) == {"a", "b"}
+    with torch.no_grad():
+        hidden = torch.relu(torch.cat([model.a(x), model.b(x)], 1))
+        target = model(x).double()
+
+    # outputs count by the gradients of the model's own samples; here all of its last layer's
+    def error(gone):
+        kept = torch.tensor([i for i in range(12) if i not in gone])
+        design = torch.cat([hidden[:, kept], torch.ones(300, 1)], 1).double()
+        left = design @ torch.linalg.lstsq(design, target).solution - target
+        return float((left.square() * weigh).sum())
+
+    chance = model(x).detach().softmax(1)
+    weigh = (chance * (1 - chance)).mean(0).double()
+    first = removed["a"][0]
+    errors = [error({first, 6 + i}) for i in range(6)]
+    # sampled labels weigh outputs a little differently
+    assert errors[removed["b"][0]] <= 1.05 * min(errors)
+    assert sorted(errors)[1] > 1.05 * min(errors)
+    with torch.no_grad():
+        design = torch.relu(torch.cat([small.a(x), small.b(x)], 1))
+        design = torch.cat([design, torch.ones(300, 1)], 1).double()
+        expected = design @ torch.linalg.lstsq(design, target).solution
+        torch.testing.assert_close(small(x).double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_what_saw_too_little_stays_whole(net):
+    """With fewer images than columns every removal looks free."""
+    model, batches = net
+    _, report = shrink_module(model, [(x[:16],) for (x,) in batches], "flops=0.9x", multiple=2)
+    assert "saw 64 inputs of 384 numbers; give 768 or more" in report["kept_whole"]["grouped"]
+    assert "grouped" not in {r["group"] for r in report["groups"]}
+    with pytest.raises(PlanError, match="grouped stays whole: a layer that reads it saw 64"):
+        shrink_module(model, [(x[:16],) for (x,) in batches], "params=0.2x", multiple=2)
+
+
+def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
+    """Time is a known function of size here; the search sees only measurements."""
+    model, batches = net
+    dense = sum(p.numel() for p in model.parameters())
+
+    def fake(one, other, example):
+        ratio = 0.2 + 0.8 * sum(p.numel() for p in other.parameters()) / dense
+        return 1.0, ratio, ratio
+
+    monkeypatch.setattr(channels, "measure", fake)
+    _, report = shrink_module(model, batches, "latency=0.7x", multiple=1)
+    assert 0.63 <= report["latency"]["ratio"] <= 0.7 * 1.01
+    assert 2 <= len(report["tried"]) <= 6
+    with pytest.raises(PlanError, match="the smallest shape takes"):
+        shrink_module(model, batches, "latency=0.21x", multiple=1)
+
+
+@pytest.mark.parametrize(("make", "batches", "budget", "options", "words"), [
+    (Net, None, "flops=0.01x", {}, "multiples of 8 the smallest shape is"),
+    (Net, None, "bytes=0.5x", {}, "cannot read budget"),
+    (Net, None, "flops=1.2x", {}, "all of the dense model"),
+    (Net, [], "flops=0.5x", {}, "no calibration inputs"),
+    (Net, None, "flops=0.5x", {"criterion": "best"}, "unknown criterion 'best'"),
+    (Shared, [(torch.randn(3, 4),)], "flops=0.5x", {}, "has no channels that can go: first: again is called 2 times"),
+    (Branching, [(torch.randn(3, 3, 2, 2),)], "flops=0.5x", {}, "cannot be traced"),
+])  # fmt: skip
+def test_bad_requests_are_refused_in_a_sentence(make, batches, budget, options, words):
+    given = [(torch.randn(4, 3, 8, 8),)] if batches is None else batches
+    with pytest.raises(PlanError, match=words):
+        shrink_module(make(), given, budget, **options)
+
+
+def test_what_is_exported_computes_the_same(net, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, batches = net
+    small, _ = shrink_module(model, batches, "flops=0.5x", multiple=2)
+    x = torch.randn(7, 3, 8, 8)
+    files = export(small, (x[:1],), tmp_path / "out")
+    assert [f.name for f in files] == ["model.pt2", "model.onnx"]
+    with torch.no_grad():
+        expected = small(x)
+    torch.testing.assert_close(torch.export.load(files[0]).module()(x), expected)
+    session = onnxruntime.InferenceSession(files[1])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(OutputError, match="is not empty"):
+        export(small, (x,), tmp_path / "out")
+    with pytest.raises(OutputError, match="Branching cannot be exported"):
+        export(Branching(), (x,), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,248 @@
+"""Which channels go together in a traced module, and that taking dead ones out changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateurs.base.errors import PlanError
+from secateurs.shrink import graph
+
+
+class Squeeze(nn.Module):
+    """Channel attention."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, 4, 1), nn.Conv2d(4, width, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Net(nn.Module):
+    """A residual sum, a concatenation, a grouped, a depthwise and a multiplied depthwise convolution, attention, a flat end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.widen, self.each, self.narrow = (
+            nn.Conv2d(8, 12, 1),
+            nn.Conv2d(12, 12, 3, padding=1, groups=12),
+            nn.Conv2d(12, 8, 1),
+        )
+        self.squeeze = Squeeze(12)
+        self.left, self.right = nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Conv2d(8, 4, 3, stride=2, padding=1)
+        self.grouped, self.more = (
+            nn.Conv2d(10, 12, 3, padding=1, groups=2),
+            nn.Conv2d(12, 24, 3, groups=12, padding="same"),
+        )
+        self.slope = nn.PReLU(24)
+        self.hidden, self.out = nn.Linear(24 * 16, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.narrow(self.squeeze(F.relu6(self.each(self.widen(x)))))
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        x = self.slope(self.more(F.relu(self.grouped(x))))
+        x = F.relu(self.hidden(torch.flatten(x, 1)))
+        return self.out(x)
+
+
+@pytest.fixture
+def net():
+    model = Net().eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    model.slope.weight.data.uniform_(0, 0.5)
+    return model, (torch.randn(2, 3, 8, 8),)
+
+
+def kill(model, found, group, units):
+    """Zero what consumers take from these units."""
+    for slot in found.consumers(group):
+        weight = model.get_submodule(slot.module).weight.data
+        rows = torch.arange(len(weight)).chunk(slot.groups)
+        flat = weight.flatten(1)
+        for part, groups_GC in zip(rows, found.columns(model, group, slot), strict=True):
+            flat[part[:, None], groups_GC[units].flatten()] = 0
+
+
+def test_the_groups_are_these(net):
+    model, example = net
+    found = graph.trace(model, example)
+    sizes = {group.name: len(group.units) for group in found.groups}
+    # left's 6 and right's 4 are read in two halves, place p of both together: 0 and 5 are left's, 1 to 4 go with one of right's
+    assert sizes == {"stem": 8, "widen": 12, "squeeze.down": 4, "left": 1, "left'": 4, "grouped": 6, "hidden": 10}
+    assert set(found.fixed) == {"out"}
+    names = {slot.module for i in found.groups[0].slots for slot in [found.slots[i]]}
+    assert names == {"stem", "norm", "narrow", "widen", "left", "right"}
+
+
+def test_dead_units_can_go_and_costs_are_true(net):
+    model, example = net
+    found = graph.trace(model, example)
+    counts = {group.name: len(group.units) for group in found.groups}
+    for group in found.groups:
+        whole = copy.deepcopy(model)
+        units = [0, 2] if len(group.units) > 2 else []
+        kill(whole, found, group, units)
+        with torch.no_grad():
+            expected = whole(*example)
+        smaller = copy.deepcopy(whole)
+        graph.cut(smaller, found, group.units[units].tolist())
+        with torch.no_grad():
+            torch.testing.assert_close(smaller(*example), expected, rtol=1e-4, atol=1e-5)
+        left = {**counts, group.name: len(group.units) - len(units)}
+        assert found.parameters(model).at(left) == sum(p.numel() for p in smaller.parameters())
+        again = graph.trace(smaller, example)
+        all_left = {g.name: len(g.units) for g in again.groups}
+        assert found.macs(model).at(left) == again.macs(smaller).at(all_left)
+        assert found.macs(model).saved(counts, group.name, [left[group.name]]) == pytest.approx(
+            [found.macs(model).at(counts) - found.macs(model).at(left)]
+        )
+
+
+def test_multiply_adds_by_hand(net):
+    model, example = net
+    found = graph.trace(model, example)
+    convolutions = (27 * 8 + 8 * 12 + 9 * 12 + 12 * 8) * 64 + 2 * 12 * 4
+    halves = (72 * 10 + 45 * 12 + 9 * 24) * 16
+    counts = {group.name: len(group.units) for group in found.groups}
+    assert found.macs(model).at(counts) == convolutions + halves + 384 * 10 + 50
+
+
+def test_two_steps_are_one(net):
+    model, example = net
+    found = graph.trace(model, example)
+    once, twice = copy.deepcopy(model), copy.deepcopy(model)
+    graph.cut(once, found, [int(g.units[i]) for g in found.groups if len(g.units) > 3 for i in (0, 1)])
+    for _ in range(2):
+        here = graph.trace(twice, example)
+        graph.cut(twice, here, [int(g.units[0]) for g in here.groups if len(g.units) > 2])
+    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(once(*example), twice(*example), rtol=0, atol=0)
+
+
+def test_unfolded_times_weights_is_the_convolution():
+    for module, x in (
+        (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), torch.randn(2, 6, 9, 9)),
+        (nn.Conv2d(6, 8, (3, 1), padding="same", dilation=2), torch.randn(2, 6, 9, 9)),
+        (nn.Conv1d(6, 4, 5, padding=2), torch.randn(2, 6, 9)),
+        (nn.Linear(6, 3), torch.randn(2, 6)),
+    ):
+        parts = graph.unfolded(module, x)
+        rows = module.weight.flatten(1).chunk(len(parts))
+        got = torch.cat([part @ row.T for part, row in zip(parts, rows, strict=True)], 2).transpose(1, 2)
+        expected = module(x).detach()
+        bias = module.bias.detach().reshape(1, -1, *[1] * (expected.dim() - 2))
+        torch.testing.assert_close(got.detach().reshape(expected.shape), expected - bias, rtol=1e-4, atol=1e-5)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.again(self.again(self.first(x))))
+
+
+class Written(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).view(x.size(0), 16))
+
+
+class WrittenLast(Written):
+    """The batch's place is left open, the width is not."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.reshape = reshape
+
+    def forward(self, x):
+        return self.b(self.reshape(self.a(x)))
+
+
+class Padded(Written):
+    """A shortcut that pads channels."""
+
+    def forward(self, x):
+        a = self.a(x) + F.pad(x, (0, 0, 0, 0, 0, 1))
+        return self.b(a.flatten(1))
+
+
+class Shuffled(Written):
+    def forward(self, x):
+        a = self.a(x)
+        a = a.view(-1, 2, 2, 2, 2).transpose(1, 2).reshape(a.shape)
+        return self.b(a.flatten(1))
+
+
+class Branching(Written):
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(("model", "layer", "why"), [
+    (Shared(), "first", "again is called 2 times"),
+    (Written(), "a", "reshape"),
+    (WrittenLast(lambda x: x.view(-1, 16)), "a", "reshape"),
+    (WrittenLast(lambda x: x.reshape((-1, 16))), "a", "reshape"),
+    (WrittenLast(lambda x: torch.reshape(x, (-1, 16))), "a", "reshape"),
+    (WrittenLast(lambda x: torch.reshape(x, shape=(x.size(0), 16))), "a", "reshape"),
+    (Padded(), "a", "pad"),
+    (Shuffled(), "a", "goes through"),
+])  # fmt: skip
+def test_what_cannot_be_known_stays_whole(model, layer, why):
+    example = (torch.randn(2, 4) if isinstance(model, Shared) else torch.randn(2, 3, 2, 2),)
+    found = graph.trace(model, example)
+    assert found.groups == []
+    assert why in found.fixed[layer]
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [lambda x: x.view(x.size(0), -1), lambda x: torch.reshape(x, (x.shape[0], -1)), lambda x: torch.flatten(x, 1)],
+)
+def test_a_width_that_follows_may_change(reshape):
+    found = graph.trace(WrittenLast(reshape), (torch.randn(2, 3, 2, 2),))
+    assert [group.name for group in found.groups] == ["a"]
+
+
+def test_what_is_called_twice_is_counted_as_it_is():
+    model, example = Shared(), (torch.randn(2, 4),)
+    found = graph.trace(model, example)
+    assert found.parameters(model).at({}) == sum(p.numel() for p in model.parameters())
+    # first, again twice, last
+    assert found.macs(model).at({}) == 4 * 6 + 2 * 6 * 6 + 6 * 2
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    tied[2].weight = tied[0].weight
+    found = graph.trace(tied, example)
+    assert found.parameters(tied).at({}) == sum(p.numel() for p in tied.parameters())
+    assert found.macs(tied).at({}) == 16 + 16 + 8
+
+
+def test_tied_layers_stay_whole():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    found = graph.trace(model, (torch.randn(2, 4),))
+    assert found.fixed["0"] == "2 and 0 share a parameter"
+    assert [group.name for group in found.groups] == []
+
+
+def test_untraceable_and_emptied():
+    with pytest.raises(PlanError, match="Branching cannot be traced by torch.fx: "):
+        graph.trace(Branching(), (torch.randn(2, 3, 2, 2),))
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    found = graph.trace(model, (torch.randn(2, 4),))
+    with pytest.raises(PlanError, match="all channels of 0 would go"):
+        graph.cut(model, found, found.groups[0].units.tolist())

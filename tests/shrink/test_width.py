@@ -1,0 +1,90 @@
+"""Channels of the residual stream."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_shrink import plan
+
+from secateurs.model import families
+from secateurs.shrink import units, width
+from secateurs.shrink.folder import shrink
+
+MODELS = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
+WINDOWS = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=WINDOWS).logits
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_channels_that_nobody_writes_can_go(model_type):
+    """Norms divide by another mean and are scaled for it; the config alone makes the smaller model."""
+    import transformers
+
+    model = tiny.make(model_type).eval()
+    family = families.find(model_type)
+    # tiny hidden states are not far from it
+    model.config.rms_norm_eps = 1e-9
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-9
+    gone = torch.tensor([1, 7, 20, 31])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, gone] = 0
+        for block in model.model.layers:
+            for norm, _, writer in family.residual:
+                block.get_submodule(norm).weight.uniform_(0.5, 2)
+                for parameter in block.get_submodule(writer).parameters():
+                    parameter[gone] = 0
+    expected = logits(model)
+    before = units.Shape.of(model.config, family)
+    count = sum(p.numel() for p in model.parameters())
+    found = width.readers(model, family, WINDOWS, {}, lambda: None)
+    # they go first, because nothing is lost
+    order, losses = width.removal(found, 4, 1e-4)
+    assert set(order.tolist()) == set(gone.tolist())
+    assert float(losses[3]) < 1e-3 * float(width.removal(found, 8, 1e-4)[1][7])
+    width.cut(model, family, found, gone, 1e-4, refit=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+    stated = units.stated(
+        model.config.to_dict(), model.config, family, replace(before, hidden=28), range(before.layers)
+    )
+    fresh = getattr(transformers, tiny.TINY[model_type][0])(type(model.config)(**stated))
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(fresh), expected, rtol=1e-3, atol=1e-4)
+    assert sum(p.numel() for p in fresh.parameters()) < count
+
+
+def test_refit_brings_the_readers_nearer():
+    family = families.find("llama")
+    dense = tiny.make("llama")
+    expected = logits(dense).log_softmax(-1)
+    found = {}
+    for refit in (True, False):
+        model = tiny.make("llama").eval()
+        reading = width.readers(model, family, WINDOWS, {}, lambda: None)
+        removed, _ = width.removal(reading, 6, 1e-3)
+        width.cut(model, family, reading, removed, 1e-3, refit)
+        got = logits(model).log_softmax(-1)
+        found[refit] = float((expected.exp() * (expected - got)).sum(-1).mean())
+    assert found[True] < found[False]
+
+
+@pytest.mark.parametrize("units_of", [("hidden",), ("hidden", "mlp", "heads", "layers")])
+def test_a_narrow_model_reloads(units_of, tmp_path, llama, words, elsewhere):
+    report = shrink(plan(llama, words, "params=0.8x", units=units_of), tmp_path / "run")
+    left = report["left"]
+    if units_of == ("hidden",):
+        assert left["hidden"] < report["dense"]["hidden"]
+    assert elsewhere.reload(tmp_path / "run" / "model")[0] == left["parameters"] <= 0.8 * report["dense"]["parameters"]
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["hidden_size"] == left["hidden"]
+
+
+def test_what_cannot_be_narrowed_is_refused():
+    for name in ("gpt2", "gemma2", "opt", "mixtral"):
+        assert "residual width" in units.refuses("hidden", families.find(name), None)
