@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import tiny
+from plans import asked
 
 from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
@@ -84,7 +85,7 @@ def plan(llama, words, tmp_path, **more):
         "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
         "prompt": 10, "new": 11, "repeats": 3, "multiple": 8,
     }  # fmt: skip
-    return DecidePlan(str(llama), **{**given, **more})
+    return asked(DecidePlan, str(llama), **{**given, **more})
 
 
 def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):

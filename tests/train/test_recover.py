@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
+from plans import asked
 from safetensors.torch import load_file
 
 import secateurs as sc
@@ -24,8 +25,8 @@ def pruned(llama, words, tmp_path_factory):
     from secateurs.prune.plan import Plan
 
     out = tmp_path_factory.mktemp("pruned") / "run"
-    plan = Plan(
-        str(llama), method="magnitude", sparsity=0.6, calibration=str(words), samples=4, seqlen=32, eval_windows=0
+    plan = asked(
+        Plan, str(llama), method="magnitude", sparsity=0.6, calibration=str(words), samples=4, seqlen=32, eval_windows=0
     )
     Run(plan, out).complete()
     return out
@@ -33,7 +34,7 @@ def pruned(llama, words, tmp_path_factory):
 
 def plan(pruned, words, **options):
     options = {"steps": 24, "batch": 2, "samples": 24, "seqlen": 32, "eval_windows": 0, **options}
-    return RecoverPlan(str(pruned), data=str(words), **options)
+    return asked(RecoverPlan, str(pruned), data=str(words), **options)
 
 
 def tensors(folder):
@@ -146,7 +147,7 @@ def test_two_processes_do_what_one_does(pruned, words, tmp_path):
     one = recover(plan(pruned, words, batch=4), tmp_path / "one")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateurs", "recover", str(pruned), "--out", str(tmp_path / "two"),
-        "--data", str(words), "--steps", "24", "--batch", "4", "--samples", "24", "--seqlen", "32", "--eval-windows", "0", "--quiet",
+        "--calibration", str(words), "--steps", "24", "--batch", "4", "--samples", "24", "--seqlen", "32", "--eval-windows", "0", "--quiet",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -216,7 +217,7 @@ def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, wor
     assert [v.folder for v in variants_of(run)] == [dense, str(run / "packed")]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
-        app.main(["eval", str(run), "--text", str(words), "--windows", "2", "--seqlen", "32", "--json"])
+        app.main(["eval", str(run), "--eval-text", str(words), "--eval-windows", "2", "--eval-seqlen", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["quality"]["ppl_ratio"]["value"] != 1
     with pytest.raises(VerifyError, match="no run of `secateurs prune`"):
         sc.verify(run)
@@ -283,7 +284,7 @@ def test_models_that_cannot_teach_or_learn(pruned, llama, words, tmp_path, monke
             return tiny.save(tmp_path / name)
 
     with pytest.raises(PlanError, match="give --teacher, or --teacher none"):
-        recover(RecoverPlan(str(llama), data=str(words)), tmp_path / "run")
+        recover(asked(RecoverPlan, str(llama), data=str(words)), tmp_path / "run")
     other = another("other", vocab_size=300)
     with pytest.raises(PlanError, match="has another vocabulary"):
         recover(plan(pruned, words, teacher=str(other)), tmp_path / "run")

@@ -16,6 +16,9 @@
 Inner functions raise ValueError with the numbers; the stage that called them adds the layer's name.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SecateursError(Exception):
     """Anything a user can be told in one sentence."""
@@ -73,3 +76,9 @@ class PackError(SecateursError):
 
 class DeviceError(SecateursError):
     """This machine lacks something that was asked of it."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' if a known word is near, else ''."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean '{found[0]}'?" if found else ""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.base.errors import OutputError, SecateursError
+from secateurs.base.run_folder import model_in
 
 
 def replace(file: Path, write: Callable[[Path], None]) -> None:
@@ -59,9 +60,9 @@ def trim(folder: Path, nbytes: int) -> None:
 
 
 def resolved(model: str) -> str:
-    """A folder's name that holds from any working directory; a hub id as it is."""
+    """A folder's name that holds from any working directory, of a run directory its model's; a hub id as it is."""
     folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    return str(model_in(folder).resolve()) if folder.is_dir() else model
 
 
 def claim(out: Path, plan: dict[str, Any]) -> None:

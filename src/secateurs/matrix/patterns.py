@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateurs.base.errors import nearest
+
 # an unstructured or block mask is decided for about this many inputs at a time by solvers that go left to right:
 # on the anchor layer 32 to 64 gives the lowest error, 128 costs 1%, 512 costs 6% (docs/log.md)
 MASK_BLOCK = 64
@@ -270,7 +272,7 @@ def parse(text: str, scope: str | None = None) -> Pattern:
         return Block(int(found[1]), int(found[2]), scope or "layer")
     raise ValueError(
         f"unknown pattern '{text}'; write 'unstructured', 'N:M' with 0 < N < M (N kept, e.g. '2:4'), "
-        "or 'RxC' (e.g. '16x16')"
+        f"or 'RxC' (e.g. '16x16'){nearest(text, ('unstructured', '2:4', '4:8', '1:4', '8:16', '16x16'))}"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateurs.base.errors import nearest
 from secateurs.matrix import scores
 from secateurs.matrix.patterns import Pattern
 from secateurs.matrix.stats import Stats
@@ -396,7 +397,10 @@ def find(method: str) -> Solver:
     unknown = [extra for extra in extras if extra not in EXTRAS]
     if name not in SOLVERS or unknown:
         known = ", ".join(SOLVERS)
-        raise ValueError(f"unknown method '{method}'; known: {known}; each may be followed by +{' or +'.join(EXTRAS)}")
+        near = nearest(name, SOLVERS) if name not in SOLVERS else nearest(unknown[0], EXTRAS)
+        raise ValueError(
+            f"unknown method '{method}'; known: {known}; each may be followed by +{' or +'.join(EXTRAS)}{near}"
+        )
     base = SOLVERS[name]
     if not extras:
         return base

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_json, write_tensors
+from secateurs.base.run_folder import model_in
 from secateurs.model import attention
 from secateurs.model.parts import blocks_of
 
@@ -32,13 +33,14 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def resolve(model: str | Path) -> Path:
-    """A local folder as it is; anything else is a hub id, whose safetensors and small files are downloaded.
+    """A local folder as it is, of a run directory its model; anything else is a hub id, whose safetensors and small files are
+    downloaded.
 
     Raises CheckpointError if it is neither.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return model_in(folder)
     if folder.is_file():
         raise CheckpointError(f"{model} is a file; give the folder with config.json and *.safetensors, or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):

@@ -37,8 +37,7 @@ class ModelFacts:
 
 def inspect(folder: str | Path, progress: Progress = silent) -> ModelFacts:
     """Look at a run directory (its model/) or a model folder or hub id. Raises CheckpointError if it cannot be read."""
-    path = Path(folder).expanduser()
-    checkpoint = Checkpoint(path / "model" if (path / "plan.json").is_file() else folder)
+    checkpoint = Checkpoint(folder)
     model = checkpoint.skeleton()
     names, experts = checkpoint.block_names(model), checkpoint.experts(model)
     facts: list[LayerFacts] = []

@@ -88,7 +88,7 @@ def assign(
     def scores(name: str) -> Iterator[Tensor]:
         weight_OI = weight(name)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(plan.seed, name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, name))
             # an expert that no token reached has inputs of size 0
             stats = norms.get(name) or Stats.zeros(weight_OI.shape[1], False, weight_OI.device) if norms else None
             score_OI = solver.score(weight_OI, stats)

@@ -118,7 +118,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     try:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed() would leave the GPU's generator seeded as well
-            torch.default_generator.manual_seed(seed_of(plan.seed, layer.name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, layer.name))
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
@@ -255,7 +255,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
-            seed=seed_of(plan.seed, step.name),
+            seed=seed_of(plan.calibration.seed, step.name),
             tick=tick,
         )
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from secateurs.base.device import machine
+from secateurs.base.errors import CalibrationError
 from secateurs.base.files import (
     cache_folder,
     fingerprint_of,
@@ -20,8 +22,9 @@ from secateurs.base.files import (
 from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent
 from secateurs.model import checkpoint
-from secateurs.model.batches import check_vocabulary, window_length
-from secateurs.quality import evaluate, texts
+from secateurs.model.batches import check_vocabulary
+from secateurs.quality import evaluate, gates, tasks, texts
+from secateurs.quality.settings import Evaluation
 
 # of calibration text whose perplexity is shown beside that of the evaluation text
 _TOKENS_TOLD = 4096
@@ -33,12 +36,82 @@ _WINDOWS_PER_GROUP = 8
 _ENDS_BYTES = 4 << 30
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a report says of a result's worth: quality and evaluation (its text), tasks and compared, gate, warnings.
+
+    numbers, text: what quality and evaluation are made of; None where nothing was measured on text.
+    """
+
+    gate: list[dict[str, Any]]
+    warnings: list[str]
+    tasks: dict[str, Any] | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
+    numbers: evaluate.Quality | None = None
+    text: texts.Text | None = None
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        return self.numbers.as_dict() if self.numbers else None
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        return self.text.facts() if self.text else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of a report."""
+        names = ("quality", "evaluation", "tasks", "compared", "gate")
+        return {name: getattr(self, name) for name in names}
+
+
+def measured(
+    dense: checkpoint.Checkpoint,
+    result: checkpoint.Checkpoint | None,
+    asked: Evaluation,
+    seed: int,
+    progress: Progress = silent,
+    work: Path | None = None,
+    beside: Path | None = None,
+) -> Measured:
+    """Measure a folder against its dense model, or the dense one alone, and hold it to its gates.
+
+    work: where finished windows and tasks are kept, for a run that goes on. beside: where the dense model's tasks are kept for
+    other runs on it. Raises CalibrationError where a gate asks for what the model cannot tell.
+    """
+    found, warnings = None, []
+    if asked.windows:
+        found = quality(dense, result, asked, seed, progress, work / "windows.json" if work else None)
+        if found is None:
+            if asked.text_gates:
+                raise CalibrationError(f"{dense.folder} predicts no next token, so a gate on it cannot be measured")
+            warnings.append("quality was not measured: the model predicts no next token")
+    told, compared = None, {}
+    if asked.tasks:
+        models = {"dense": (dense, beside or work)} | ({"pruned": (result, work)} if result else {})
+        results = {name: _tasks(name, one, asked, kept) for name, (one, kept) in models.items()}
+        told = {name: tasks.without_scores(one) for name, one in results.items()}
+        if result is not None:
+            compared = tasks.compare(results["dense"], results["pruned"], seed)
+    numbers, text = found or (None, None)
+    gate = gates.judge(asked.gates, numbers.as_dict() if numbers else None, compared)
+    return Measured(gate, warnings, told, compared, numbers, text)
+
+
+def _tasks(name: str, model: checkpoint.Checkpoint, asked: Evaluation, kept: Path | None) -> dict[str, Any]:
+    """Results of one model's tasks, from where they are kept if they are."""
+    file = kept / f"tasks-{name}.json" if kept else None
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())  # type: ignore[no-any-return]
+    found = tasks.run_tasks(model.folder, asked.tasks, asked.tasks_path, asked.tasks_limit)
+    if file is not None:
+        write_json(file, found)
+    return found
+
+
 def quality(
     dense: checkpoint.Checkpoint,
     pruned: checkpoint.Checkpoint | None,
-    source: str,
-    windows: int,
-    seqlen: int | None,
+    asked: Evaluation,
     seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
@@ -51,8 +124,8 @@ def quality(
     if not predicts_next_token(dense):
         return None
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
-    length = window_length(seqlen, models[0][0])
-    text = texts.load(source, dense.tokenizer(), windows, length, None, "held-out")
+    length = asked.length(models[0][0])
+    text = texts.load(asked.text, dense.tokenizer(), asked.windows, length, None, "held-out")
     check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     ends = _ends_of(models[0][0], of) if pruned is not None else None
