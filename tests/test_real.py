@@ -169,7 +169,7 @@ def test_smollm2_perplexity_meets_the_script_and_the_field_s_order(smollm2, tmp_
     c4, wikitext = data("c4_sample.jsonl"), data("wikitext-2-raw.test.txt")
     got = {}
     for (method, pattern), script in SCRIPT.items():
-        plan = asked(sc.Plan, 
+        plan = asked(sc.Plan,
             method=method, pattern=pattern, calibration=f"{c4}:prefix+gold_completion", samples=64, seqlen=512,
             eval_text=str(wikitext), eval_windows=24, eval_seqlen=2048,
         )  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_decision_on_a_trained_model(tmp_path):
     from secateurs.decide.plan import DecidePlan
 
     model, text = data("stories260K"), str(data("tinystories_30KB.txt"))
-    plan = asked(DecidePlan, 
+    plan = asked(DecidePlan,
         str(model), ("ppl<=+400%",), ("0.5", "0.7", "2:4", "shrink:params=0.9x"), calibration=text, samples=16, seqlen=256,
         eval_text=text, eval_windows=8, eval_seqlen=256, prompt=32, new=16, repeats=3, multiple=4,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
     import transformers
 
     source = tiny.save(tmp_path / "dense", model_type)
-    plan = asked(sc.Plan, 
+    plan = asked(sc.Plan,
         effort="best", pattern=pattern, blend=0.5, reconstruct=8, distill=8, calibration=str(words), eval_text=str(words),
         samples=16, seqlen=32, eval_windows=2, eval_seqlen=32,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def test_every_allocation_gives_the_whole_its_zeros(allocation, tmp_path, llama,
 def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, words):
     from secateurs.kernels.formats import bitmask_nbytes
 
-    plan = asked(sc.Plan, 
+    plan = asked(sc.Plan,
         method="sparsegpt", pattern="unstructured,2:4,1:4", budget="bytes=0.5", min_sparsity=0.0, max_sparsity=0.9,
         calibration=str(words), **{**FAST, "eval_windows": 0},
     )  # fmt: skip
@@ -156,7 +156,7 @@ def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, word
 def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, words, monkeypatch):
     from secateurs.machine import profile
 
-    plan = asked(sc.Plan, 
+    plan = asked(sc.Plan,
         method="sparsegpt", budget="seconds=0.6", min_sparsity=0.0, max_sparsity=0.9, calibration=str(words),
         **{**FAST, "eval_windows": 0},
     )  # fmt: skip
@@ -265,7 +265,7 @@ def test_skips_are_recorded_with_who_asked(tmp_path, llama, words):
 
 
 def test_a_missed_gate_keeps_the_results(tmp_path, llama, words):
-    plan = asked(sc.Plan, 
+    plan = asked(sc.Plan,
         method="magnitude", sparsity=0.9, eval_text=str(words), gate=("kl<=0.001", "agree>=0"),
         **{**FAST, "eval_windows": 8},
     )  # fmt: skip
@@ -366,7 +366,7 @@ def test_a_layer_that_is_left_dense_stands_still_in_every_tuning(model_type, ski
     dense[0, 0] = 0
     model.save_pretrained(tmp_path / "dense")
     tiny.tokenizer().save_pretrained(tmp_path / "dense")
-    plan = asked(sc.Plan, 
+    plan = asked(sc.Plan,
         effort="best", sparsity=0.7, skip=(skipped,), reconstruct=24, distill=96, calibration=str(words), samples=32, seqlen=32,
         eval_windows=0,
     )  # fmt: skip

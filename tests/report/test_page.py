@@ -176,7 +176,7 @@ def test_what_a_model_is_called_cannot_break_the_page(run):
 def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
     from secateurs.train import RecoverPlan, recover
 
-    asked = asked(RecoverPlan, 
+    asked = asked(RecoverPlan,
         str(run / "candidates" / "0.5"), data=str(words), samples=8, seqlen=32, steps=2, batch=2, eval_text=str(words), eval_windows=8,
         eval_seqlen=32,
     )  # fmt: skip

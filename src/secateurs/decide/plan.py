@@ -21,9 +21,9 @@ class DecidePlan:
 
     evaluation: how quality is measured, with at least one floor. candidates: as Candidate.parse() reads them. budget:
     'seconds=0.8x' (of a request of `prompt` tokens and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of
-    `secateurs probe`, or a name of HARDWARE; None for the one at hand, which is measured where there is none. foreign: let a profile
-    of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn. multiple: as in
-    ShrinkPlan.
+    `secateurs probe`, or a name of HARDWARE; None for the one at hand, which is measured where there is none. foreign: let a
+    profile of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn.
+    multiple: as in ShrinkPlan.
     """
 
     model: str

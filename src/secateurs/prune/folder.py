@@ -216,11 +216,7 @@ class Run:
 
             windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
         else:
-            text = (
-                self._sample(source, seqlen)
-                if asked.source == "self"
-                else texts.load(asked.source, source.tokenizer(), asked.count, seqlen, asked.seed)
-            )
+            text = texts.read(asked, source, model, asked.count, self.progress)
             windows, report.calibration = text.windows, text.facts()
             write_tensors(file, {"windows": windows})
             write_json(facts_file, report.calibration)
@@ -232,14 +228,6 @@ class Run:
             )
         check_vocabulary(windows, model)
         return batched(windows)
-
-    def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> texts.Text:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        tick = ticker(self.progress, "sampling", seqlen - 1)
-        asked = self.plan.calibration
-        return texts.sample_from(model, source.tokenizer(), asked.count, seqlen, asked.seed, tick)
 
     def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
         """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""

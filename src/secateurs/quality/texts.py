@@ -19,10 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError
 from secateurs.base.precision import widened
+from secateurs.base.progress import Progress, silent, ticker
+from secateurs.model.checkpoint import Checkpoint
+from secateurs.quality.settings import Calibration
 
 # a token takes 3 to 5 characters of English; this many are tokenized per token wanted, then twice as many if short
 _CHARACTERS_PER_TOKEN = 8
@@ -82,6 +85,18 @@ def load(source: str, tokenizer: Any, windows: int, seqlen: int, seed: int | Non
     rows = rows[:windows]
     prefix = torch.tensor(start, dtype=rows.dtype).expand(len(rows), len(start))
     return Text(name, torch.cat([prefix, rows], 1), windows, bool(start))
+
+
+def read(asked: Calibration, source: Checkpoint, model: nn.Module, windows: int, progress: Progress = silent) -> Text:
+    """The calibration text of a run, `windows` windows of it. model: a skeleton of `source`. Raises CalibrationError."""
+    seqlen = asked.length(model)
+    if asked.source != "self":
+        return load(asked.source, source.tokenizer(), windows, seqlen, asked.seed)
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+    tick = ticker(progress, "sampling", seqlen - 1)
+    return sample_from(whole, source.tokenizer(), windows, seqlen, asked.seed, tick)
 
 
 def sample_from(model: Any, tokenizer: Any, windows: int, seqlen: int, seed: int, tick: Callable[[], None]) -> Text:

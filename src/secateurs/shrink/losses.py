@@ -21,7 +21,7 @@ from secateurs.model.parts import AllLoaded
 from secateurs.model.walk import stream
 from secateurs.quality.evaluate import measure, surprise
 from secateurs.shrink import columns, experts
-from secateurs.shrink.units import COLUMNS, Shape, Units, units_of
+from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units, units_of
 
 Tick = Callable[[], None]
 
@@ -44,6 +44,10 @@ class Losses:
     blocks: list[int]
     after: list[float]
     truth: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def at(self, shape: Shape, dense: Shape) -> float:
+        """Estimated loss of a shape: nats a token above the dense model's."""
+        return self.of({kind: dense.steps(kind) - shape.steps(kind) for kind in COUNTED}, dense.layers - shape.layers)
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
         """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""

@@ -182,12 +182,12 @@ class _Run:
 
     def _text(self, model: nn.Module) -> texts.Text:
         plan = self.plan
-        asked, seqlen = plan.calibration, plan.calibration.length(model)
-        wanted = asked.samples or plan.steps * plan.batch
-        text = texts.load(asked.source, self.source.tokenizer(), wanted, seqlen, asked.seed)
+        asked, wanted = plan.calibration, plan.calibration.samples or plan.steps * plan.batch
+        text = texts.read(asked, self.source, model, wanted, self.progress)
         if len(text.windows) < 2:
+            tokens = text.windows.shape[1]
             raise PlanError(
-                f"{asked.source} has one window of {seqlen} tokens, and one is held out; give more text or a smaller --seqlen"
+                f"{asked.source} has one window of {tokens} tokens, and one is held out; give more text or a smaller --seqlen"
             )
         return text
 

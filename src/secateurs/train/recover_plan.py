@@ -26,9 +26,10 @@ class RecoverPlan:
     """How to train what is left of a model. Raises PlanError for what cannot be.
 
     model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
-    no teacher: the text alone. calibration: the text to train on; samples None is one window for each turn of each step. steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is
-    0 with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the
-    model's own. checkpointing: blocks are computed again on the way back, for less memory. evaluation: as in Plan.
+    no teacher: the text alone. calibration: the text to train on; samples None is one window for each window of each step.
+    steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is 0
+    with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the model's own.
+    checkpointing: blocks are computed again on the way back, for less memory. evaluation: as in Plan.
     """
 
     model: str
