@@ -3,14 +3,12 @@
 import dataclasses
 
 from secateurs.decide.plan import DecidePlan
-from secateurs.quality.settings import Calibration, Evaluation
+from secateurs.quality.settings import FLAGS, Calibration, Evaluation
 from secateurs.train.recover_plan import RecoverPlan
 
-_CALIBRATION = {"calibration": "source", "samples": "samples", "seqlen": "seqlen", "seed": "seed"}
-_EVALUATION = {
-    "eval_text": "text", "eval_windows": "windows", "eval_seqlen": "seqlen", "gate": "gates", "tasks": "tasks",
-    "tasks_path": "tasks_path", "tasks_limit": "tasks_limit",
-}  # fmt: skip
+_CALIBRATION, _EVALUATION = (
+    {flag.replace("-", "_"): name for name, flag in FLAGS[part].items()} for part in ("calibration", "evaluation")
+)
 
 
 def asked(kind, *positional, **options):

@@ -15,12 +15,15 @@ from secateurs.prune.plan import Plan
 from secateurs.prune.prune import prune
 from secateurs.prune.report import Report
 from secateurs.prune.verify import verify
+from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink.channels import shrink_module
 from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
 
 __all__ = [
+    "Calibration",
     "DecidePlan",
+    "Evaluation",
     "Plan",
     "Report",
     "SecateursError",

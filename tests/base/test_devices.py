@@ -10,9 +10,9 @@ from second_device import second_device
 from torch import nn
 
 import secateurs as sc
+from secateurs import cli
 from secateurs.base import device, errors
 from secateurs.base.errors import DeviceError, PlanError
-from secateurs.cli import app
 from secateurs.kernels import dispatch
 from secateurs.model.parts import AllLoaded
 from secateurs.quality import evaluate
@@ -261,13 +261,13 @@ def test_a_command_says_once_that_it_leaves_the_gpu_alone(a_card, capsys, tmp_pa
     few = ["--samples", "2", "--seqlen", "16", "--eval-windows", "1", "--eval-seqlen", "16"]
     command = ["prune", str(llama), "--out", str(out), "--method", "magnitude", "--eval-text", str(words), *few]
     with pytest.raises(SystemExit) as stopped:
-        app.main(command)
+        cli.main(command)
     assert stopped.value.code == 0
     said = " ".join(capsys.readouterr().err.split())
     assert said.count(f"{CARD} is not used: commands work on model folders on the CPU") == 1
     assert sc.Report.read(out / "report.json").machine["device"] == "cpu"
     with pytest.raises(SystemExit):
-        app.main([*command, "--quiet"])
+        cli.main([*command, "--quiet"])
     assert CARD not in capsys.readouterr().err
 
 
@@ -280,7 +280,7 @@ def test_every_command_that_computes_says_it(command, a_card, capsys, tmp_path, 
     """Before it fails, for want of a model or a text."""
     places = {"none": tmp_path / "none", "out": tmp_path / "out", "llama": llama}
     with pytest.raises(SystemExit):
-        app.main([part.format(**places) for part in command])
+        cli.main([part.format(**places) for part in command])
     said = " ".join(capsys.readouterr().err.split())
     assert said.count(f"{CARD} is not used") == 1
     assert "error:" in said

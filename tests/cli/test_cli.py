@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from secateurs.cli import app
+from secateurs import cli
 from secateurs.matrix.patterns import NM
 
 FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqlen", "32"]
@@ -17,7 +17,7 @@ FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqle
 
 def run(*arguments, code=0):
     """The command line in a process of its own: (stdout, stderr)."""
-    done = process.run(app.main, [str(a) for a in arguments], COLUMNS=200)
+    done = process.run(cli.main, [str(a) for a in arguments], COLUMNS=200)
     assert done.code == code, done.error + done.out
     return done.out, done.error
 
@@ -25,7 +25,7 @@ def run(*arguments, code=0):
 def fails(capsys, code, *arguments):
     """One sentence on standard error, no traceback, the exit code."""
     with pytest.raises(SystemExit) as stopped:
-        app.main([str(a) for a in arguments])
+        cli.main([str(a) for a in arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == code, error
     assert "Traceback" not in error
@@ -101,7 +101,7 @@ def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
     assert json.loads(out)["status"] == "complete"
     found = json.loads(run("methods", "--json")[0])
     assert set(found) == {"efforts", "methods", "patterns", "allocations", "families"}
-    assert len(json.loads(run("lab", "magnitude", "--json")[0])) == 5
+    assert len(json.loads(run("lab", "magnitude", "--json")[0])["rows"]) == 5
 
 
 def test_methods_lists_every_row_and_what_it_costs():
@@ -133,7 +133,7 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
 
     monkeypatch.setattr(lab, "magnitude", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        app.main(["lab", "magnitude"])
+        cli.main(["lab", "magnitude"])
     assert "what was finished is kept, rerun the same command" in capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_debug_shows_the_traceback(llama):
     from secateurs.base.errors import PlanError
 
     with pytest.raises(PlanError):
-        app.main(["--debug", "prune", str(llama), "--pattern", "x", "--out", "y"])
+        cli.main(["--debug", "prune", str(llama), "--pattern", "x", "--out", "y"])
 
 
 def test_sampling_from_the_model_itself(tmp_path, llama):

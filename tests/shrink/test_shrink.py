@@ -302,7 +302,6 @@ def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_pat
     ("params=0.5x", {"units": ("neurons",)}, "unknown unit 'neurons'"),
     ("params=0.5x", {"criterion": "luck"}, "unknown criterion 'luck'"),
     ("params=0.5x", {"samples": 0}, "samples 0 is too small"),
-    ("params=0.5x", {"uniform": False}, "config.json states one width"),
     ("params=0.5x", {"depth": "luck"}, "unknown depth 'luck'"),
     ("params=0.5x", {"gate": ("ppl<5",)}, "cannot read gate"),
 ])  # fmt: skip

@@ -13,6 +13,16 @@ from secateurs.quality import gates as floors
 _CALIBRATION_TOKENS, _EVALUATION_TOKENS = 512, 2048
 
 
+# the flags of the command line that set each field
+FLAGS = {
+    "calibration": {"source": "calibration", "samples": "samples", "seqlen": "seqlen", "seed": "seed"},
+    "evaluation": {
+        "text": "eval-text", "windows": "eval-windows", "seqlen": "eval-seqlen", "tasks": "tasks", "tasks_path": "tasks-path",
+        "tasks_limit": "tasks-limit", "gates": "gate",
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The text that a run looks at. Raises PlanError for what cannot be.
@@ -60,7 +70,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("tasks", "gates"):
             object.__setattr__(self, name, tuple(text.strip() for text in getattr(self, name)))
-        _at_least(self, (("windows", 0), ("seqlen", 2), ("tasks_limit", 1)), "eval-")
+        _at_least(self, (("windows", 0), ("seqlen", 2), ("tasks_limit", 1)))
         try:
             floors.check(self.gates, self.tasks)
         except ValueError as error:
@@ -91,9 +101,9 @@ def from_json(data: dict[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _at_least(settings: object, limits: tuple[tuple[str, int], ...], prefix: str = "") -> None:
+def _at_least(settings: object, limits: tuple[tuple[str, int], ...]) -> None:
+    flags = FLAGS[type(settings).__name__.lower()]
     for name, least in limits:
         value = getattr(settings, name)
-        flag = name if name.startswith("tasks") else prefix + name
         if value is not None and value < least:
-            raise PlanError(f"{flag.replace('_', '-')} {value} is too small; give {least} or more")
+            raise PlanError(f"{flags[name]} {value} is too small; give {least} or more")

@@ -20,7 +20,7 @@ class ShrinkPlan:
     budget: 'params=0.75x', 'bytes=0.75x', 'flops=0.75x' (of a prompt) or 'latency=0.8x' of the dense model's, latency being seconds
     of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS.
     criterion: a row of CRITERIA; depth: 'loss' or 'influence', which blocks go; refit: least squares on what is left. multiple: MLP
-    widths are multiples of this. uniform: one shape for all blocks, which is all that config.json can state.
+    widths are multiples of this. All blocks get one shape, for that is all that config.json can state.
     calibration, damping, evaluation: as in Plan.
     """
 
@@ -30,7 +30,6 @@ class ShrinkPlan:
     criterion: str = "obs"
     depth: str = "loss"
     refit: bool = True
-    uniform: bool = True
     multiple: int = 64
     prompt: int = 512
     new: int = 32
@@ -41,11 +40,6 @@ class ShrinkPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", tuple(self.units))
         _ = self.bound
-        if not self.uniform:
-            raise PlanError(
-                "no-uniform: config.json states one width and one number of heads for all blocks, so from_pretrained could not "
-                "load the result; leave it out"
-            )
         if self.depth not in ("loss", "influence"):
             raise PlanError(f"unknown depth '{self.depth}'; write loss or influence")
         unknown = [u for u in self.units if u not in KINDS]
