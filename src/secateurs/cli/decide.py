@@ -26,7 +26,7 @@ def decide(
     ] = None,
     budget: Annotated[
         str | None,
-        option(METHOD, "What a candidate may take of the dense model's: seconds=0.8x (of a request) or bytes=0.6x."),
+        option(METHOD, "What a candidate may take of the dense model's: e.g. seconds=0.8x (of a request) or bytes=0.6x."),
     ] = None,
     effort: Annotated[str | None, option(METHOD, "fast, balanced or best. Default: balanced.")] = None,
     calibration: options.Source = None,
@@ -108,7 +108,7 @@ def fleet(
     ] = "512",
     output: Annotated[str, option(TRAFFIC, "Tokens of the answer, written alike. Default: 128.")] = "128",
     trace: Annotated[
-        Path | None, option(TRAFFIC, 'A JSONL of {"time", "prompt", "output"} instead of the above.')
+        Path | None, option(TRAFFIC, 'A JSONL of {"time", "prompt", "output"} instead of the above. Default: none.')
     ] = None,
     ttft: Annotated[float, option(SPEED, "Seconds to the first token, at most. Default: 1.")] = 1.0,
     tpot: Annotated[float, option(SPEED, "Seconds a token after it, at most. Default: 0.1.")] = 0.1,
