@@ -20,7 +20,7 @@ def models_of(run: Path) -> tuple[str, Path]:
     if teacher != "none":
         dense = teacher
     elif (Path(dense) / "plan.json").is_file():
-        # what recover was given is a run itself
+        # recover was given a run directory, and trained its model
         dense = str(Path(dense) / "model")
     return dense, run / "model"
 

@@ -234,7 +234,7 @@ class Call:
             product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
             library().secateurs_fill_steps(weight, p.values.element_size(), threads)
             made_of.append((starts, made))
-        # assigned last, since another thread takes a list that is there for complete
+        # assigned last: another thread takes any list that is there for a complete one
         self._steps = made_of
 
     def kernel(self, tokens: int) -> int:
@@ -273,7 +273,7 @@ def _call_of(
     """The Call of these tensors: checked and made once, then kept until one of them changes or the first is freed."""
     state: list[int] = [*shapes]
     for v, mask, bias in zip(values, masks, biases, strict=True):
-        # a mask that was written to has another version and is checked again; so have survivors, of which a Call may hold copies
+        # a mask with another version was written to and is checked again; survivors too, since a Call may hold copies of them
         state += (
             v.data_ptr(),
             *((0, 0, 0) if mask is None else (mask.data_ptr(), mask._version, v._version)),

@@ -148,7 +148,7 @@ class SharedInput:
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies have nothing waiting
+        # a copy starts without results that wait
         return {"layers": self.layers, "waiting": {}}
 
 

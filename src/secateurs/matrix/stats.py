@@ -60,7 +60,7 @@ class Stats:
             if dense_TI is not None:
                 if self.drift_II is None:
                     self.drift_II = torch.zeros_like(self.gram_II)
-                # d - x may be rounded to 16 bits; the sums of d x' and x x', subtracted afterwards, would need more precision
+                # d - x may be rounded to 16 bits; sums of d x' and x x', subtracted afterwards, may not
                 moved_TI = dense_TI.reshape(x_TI.shape) - x_TI
                 self.drift_II.addmm_(moved_TI.float().T, full_TI)
 

@@ -202,7 +202,7 @@ class Checkpoint:
                 self.converted.add(key)
         return model
 
-    # ------------------------------------------------------------------------------------- the loader walk.py asks for
+    # ------------------------------------------------------------------------------------- the Loader of parts.py
 
     def keys_under(self, prefix: str) -> list[str]:
         """Stored names whose parameters lie under a module, in natural order."""
