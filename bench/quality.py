@@ -169,8 +169,8 @@ def page(done: dict, file: Path, plot: Path) -> None:
         f"{done['model']}, made by `bench/quality.py`, which runs whatever rows are missing.",
         *setup.replace("--limit", str(dense["limit"])).splitlines(),
         "",
-        "*Excess* is the loss above the dense model, in nats a token on WikiText-2; *ratio* is that over SparseGPT's at the same",
-        "sparsity. Intervals (95%) are in bench/results/quality.json; accuracies carry their standard error.",
+        "*Excess* is the loss above the dense model's, in nats a token on WikiText-2; *ratio* is that excess over SparseGPT's at",
+        "the same sparsity. Intervals (95%) are in bench/results/quality.json; accuracies carry their standard error.",
         "",
         *_HEAD,
     ]
@@ -185,9 +185,9 @@ def page(done: dict, file: Path, plot: Path) -> None:
     shares = [m for m in (*ALLOCATIONS, "balanced") if f"0.7:{m}" in rows]
     if len(shares) > 1:
         lines += [
-            "## Who gives the zeros", "",
-            "`balanced` at 70%, and the same with its zeros shared out otherwise; `balanced` itself takes `global`, one threshold",
-            "over all scores in units of the model's loss.", "", *_HEAD, *(line(rows, "0.7", m) for m in shares), "",
+            "## Allocations compared", "",
+            "`balanced` at 70%, and the same with other allocations of zeros to layers. `balanced` itself uses `global`: one",
+            "threshold over all scores, in units of the model's loss.", "", *_HEAD, *(line(rows, "0.7", m) for m in shares), "",
         ]  # fmt: skip
     write_text(file, "\n".join(lines))
     draw(rows, plot)

@@ -1,4 +1,7 @@
-"""Writing files so that a kill or a full disk never leaves half of one: temp file, fsync, rename."""
+"""Safe file writes, run directories and their locks, the cache folder.
+
+A file is written beside its place, flushed to the disk and renamed, so a kill or a full disk never leaves half of one.
+"""
 
 import fcntl
 import hashlib
@@ -45,13 +48,13 @@ def _part(file: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what may be used again is kept: $SECATEURS_CACHE, else ~/.cache/secateurs."""
+    """The folder for results that later runs may use again: $SECATEURS_CACHE, else ~/.cache/secateurs."""
     given = os.environ.get("SECATEURS_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "secateurs"
 
 
 def trim(folder: Path, nbytes: int) -> None:
-    """Remove the folders in `folder` that were used longest ago until the others take no more than this."""
+    """Delete the least recently used subfolders of `folder` until the others take at most `nbytes`."""
     found = sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime, reverse=True)
     for one in found:
         nbytes -= sum(file.stat().st_size for file in one.iterdir())
@@ -60,13 +63,16 @@ def trim(folder: Path, nbytes: int) -> None:
 
 
 def resolved(model: str) -> str:
-    """A folder's name that holds from any working directory, of a run directory its model's; a hub id as it is."""
+    """The absolute path of a model folder, of a run directory that of its model; a hub id unchanged."""
     folder = Path(model).expanduser()
     return str(model_in(folder).resolve()) if folder.is_dir() else model
 
 
 def claim(out: Path, plan: dict[str, Any]) -> None:
-    """Make a run directory ours: new or empty, or an earlier run of the same plan. Raises OutputError."""
+    """Take `out` as the run directory of this plan and write plan.json. Raises OutputError.
+
+    It must be new, empty, or the directory of an earlier run of the same plan.
+    """
     file = out / "plan.json"
     if file.is_file():
         try:
@@ -82,7 +88,7 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
             )
         return
     try:
-        # a run killed while it wrote its plan left that half behind
+        # a run that was killed while it wrote its plan left a temporary file behind
         if out.exists() and (not out.is_dir() or any(found.name != _part(file).name for found in out.iterdir())):
             raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,7 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
 
 
 def unchanged(run: Path, facts: dict[str, str]) -> None:
-    """Hold what a run reads, {what: its fingerprint}, against what it read when it began. Raises OutputError."""
+    """Check that what a run reads, {what: its fingerprint}, is what it read when it began. Raises OutputError."""
     file = run / "work" / "read.json"
     known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
     for what, fingerprint in facts.items():
@@ -103,15 +109,15 @@ def unchanged(run: Path, facts: dict[str, str]) -> None:
 
 
 def fingerprint_of(windows: Tensor) -> str:
-    """Of token windows: what they hold and how long they are."""
+    """A hash of token windows: their tokens and their shape."""
     return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError.
+    """Lock a run directory against other processes and make its work/. Raises OutputError if another one has it.
 
-    A mistake that shows before anything was made leaves no directory, so that the corrected command can have it.
+    A command that fails before it has made anything leaves no directory, so that the corrected command can use the name.
     """
     try:
         (run / "work").mkdir(exist_ok=True)
@@ -132,7 +138,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, data: Any) -> None:
-    """JSON, two spaces, keys in the order given; NaN and infinity are refused (ValueError would hide a bad number)."""
+    """Write JSON, indented by two spaces, keys in the order given. Refuses NaN and infinity, which would hide a bad number."""
     replace(file, lambda part: _write_text(part, json.dumps(data, indent=2, allow_nan=False) + "\n"))
 
 

@@ -1,4 +1,4 @@
-"""What a run directory holds: which model it was made of, which model it is."""
+"""Which dense model a run directory was made from, and where the resulting model lies."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,9 @@ def model_note(folder: str | Path) -> str | None:
 
 
 def models_of(run: Path) -> tuple[str, Path]:
-    """The dense model, and the folder of what became of it, of a run directory of prune, shrink or recover; without a teacher, what
-    recover was given takes the dense model's place.
+    """The dense model and the folder of the resulting model, for a run directory of prune, shrink or recover.
+
+    For recover the dense model is its teacher, or without a teacher the model that it was given.
     """
     try:
         plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
@@ -55,13 +56,13 @@ def models_of(run: Path) -> tuple[str, Path]:
     if teacher != "none":
         dense = teacher
     elif (Path(dense) / "plan.json").is_file():
-        # what recover was given is a run itself
+        # recover was given a run directory, and trained its model
         dense = str(Path(dense) / "model")
     return dense, run / "model"
 
 
 def shrunk_before(model: str) -> dict[str, Any] | None:
-    """What `secateurs shrink` reports of a model folder that it made, or None: budget, parameters, quality, latency."""
+    """Budget, parameters, quality and latency of a model folder that `secateurs shrink` made; None for other folders."""
     try:
         found = json.loads((Path(model).expanduser().parent / "report.json").read_text(encoding="utf-8"))
         return {

@@ -13,10 +13,10 @@ from secateurs.base.errors import CalibrationError, PlanError
 
 Batch = dict[str, Tensor]
 
-# windows run together; more fill the cores better and take more memory
+# tokens that are run together; more use the cores better and take more memory
 _TOKENS_PER_BATCH = 4096
 
-# windows run back together: their logits and the gradients of these are in memory at once
+# tokens that are run backward together: their logits and the gradients of these are in memory at once
 _TOKENS_BACK = 1024
 
 

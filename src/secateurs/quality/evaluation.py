@@ -1,4 +1,4 @@
-"""Quality of model folders on held-out text: the dense model and what became of it, walked side by side."""
+"""Quality of model folders on held-out text: the dense and the pruned model, walked side by side."""
 
 import dataclasses
 import hashlib
@@ -26,13 +26,13 @@ from secateurs.model.batches import check_vocabulary
 from secateurs.quality import evaluate, gates, tasks, texts
 from secateurs.quality.settings import Evaluation
 
-# of calibration text whose perplexity is shown beside that of the evaluation text
+# tokens of calibration text on which the dense model's perplexity is measured, to be shown beside the evaluation text's
 _TOKENS_TOLD = 4096
 
-# evaluation notes its place after this many windows
+# windows after which evaluation notes its place
 _WINDOWS_PER_GROUP = 8
 
-# of what leaves dense models' last blocks, kept from run to run
+# most bytes of dense models' last hidden states that are kept from run to run
 _ENDS_BYTES = 4 << 30
 
 
@@ -118,8 +118,8 @@ def quality(
 ) -> tuple[evaluate.Quality, texts.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
-    cache: a file that remembers finished windows of the same models and text across a kill. What leaves the dense model's last
-    block is kept in the cache folder for all that is measured against it later, 4 GB in all.
+    cache: a file that keeps finished windows of the same models and text across a kill. The hidden states that leave the dense
+    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later.
     """
     if not predicts_next_token(dense):
         return None
@@ -154,16 +154,16 @@ def quality(
 
 
 def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
-    """Where what leaves a dense model's last block is kept for a text; None where nothing can be written.
+    """The folder for a dense model's last hidden states on a text; None where nothing can be written.
 
-    Another version, instruction set or dtype of products has other bits.
+    Its name depends on the versions, the instruction set and the dtype of products, because the bits do.
     """
     here = machine()
     facts = [of[0], of[2], here["versions"], here["isa"], str(compute_dtype(model.config.dtype))]
     folder = cache_folder() / "ends" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # whatever was used last goes last
+        # trim() deletes what was used longest ago
         folder.touch()
         trim(folder.parent, _ENDS_BYTES)
     except OSError:
@@ -172,7 +172,7 @@ def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
 
 
 def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
-    """Whether its class is one of transformers' causal language models."""
+    """True if the model's class is one of transformers' causal language models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = source.raw_config.get("architectures") or [""]
@@ -182,7 +182,7 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 def texts_apart(
     source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: evaluate.Quality, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """How far apart the windows of two texts are for the dense model, of which `found` tells the second; and warnings."""
+    """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
     some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
     seen = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), seed)
     apart = dataclasses.replace(
@@ -195,7 +195,7 @@ def texts_apart(
 
 
 def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:
-    """One sentence if they share text, else none."""
+    """A list with one sentence if the two texts share passages, else an empty one."""
     share = texts.overlap(calibration, evaluation)
     if not share:
         return []
