@@ -75,7 +75,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.prune.folder import Run
+from secateurs.prune.run import Run
 from secateurs.prune.plan import Plan
 from secateurs.quality.evaluation import quality
 

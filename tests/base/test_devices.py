@@ -14,8 +14,8 @@ from secateurs import cli
 from secateurs.base import device, errors
 from secateurs.base.errors import DeviceError, PlanError
 from secateurs.kernels import dispatch
-from secateurs.model.parts import AllLoaded
-from secateurs.quality import evaluate
+from secateurs.model.blocks import AllLoaded
+from secateurs.quality import compare
 from secateurs.train.held import prunable
 
 IDS = torch.arange(3 * 24).reshape(3, 24) % 200
@@ -105,9 +105,9 @@ def test_experts_that_no_token_reached(allocation, sensitivity):
 def test_quality_of_live_models():
     dense, left = language_model(), language_model()
     sc.prune(left, asked(sc.Plan, method="magnitude"))
-    want = evaluate.measure((copy.deepcopy(dense), AllLoaded()), (copy.deepcopy(left), AllLoaded()), IDS)
+    want = compare.measure((copy.deepcopy(dense), AllLoaded()), (copy.deepcopy(left), AllLoaded()), IDS)
     with second_device() as card:
-        got = evaluate.measure((card(dense), AllLoaded()), (card(left), AllLoaded()), IDS)
+        got = compare.measure((card(dense), AllLoaded()), (card(left), AllLoaded()), IDS)
     assert [w.nll for w in got] == pytest.approx([w.nll for w in want], rel=1e-5)
 
 

@@ -14,7 +14,7 @@ from plans import asked
 import secateurs as sc
 from secateurs import cli
 from secateurs.base.errors import OutputError
-from secateurs.base.run_folder import model_in, model_note
+from secateurs.base.run_directory import model_in, model_note
 from secateurs.cli.options import CALIBRATION, EVALUATION, METHOD, MODEL, OUTPUT, PATTERN, RARE, SPEED
 from secateurs.quality.settings import FLAGS, Calibration, Evaluation
 

@@ -15,7 +15,7 @@ from secateurs.decide.decide import decide, front
 from secateurs.decide.plan import DecidePlan
 from secateurs.kernels.dispatch import kernels
 from secateurs.machine.profile import DeviceProfile
-from secateurs.quality import evaluate
+from secateurs.quality import compare
 
 # the function has the name of its module
 module = importlib.import_module("secateurs.decide.decide")
@@ -105,14 +105,14 @@ def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):
 def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
     monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
     chosen = plan(llama, words, tmp_path, candidates=("0.5", "2:4", "shrink:params=0.9x"))
-    walked, stream = [], evaluate.stream
+    walked, stream = [], compare.stream
 
     def counted(model, batches, *rest, **more):
         # calibration text is looked at, too, but has another number of windows
         walked.append(len(batches))
         return stream(model, batches, *rest, **more)
 
-    monkeypatch.setattr(evaluate, "stream", counted)
+    monkeypatch.setattr(compare, "stream", counted)
     first = decide(chosen, tmp_path / "run")
     assert len(stated) == 3
     # three candidates and the dense model once

@@ -23,12 +23,13 @@ from secateurs.base.errors import CalibrationError, CheckpointError, LayerError,
 from secateurs.base.files import fingerprint_of, trim
 from secateurs.model import families
 from secateurs.model.activations import OnDisk
+from secateurs.model.blocks import blocks_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import blocks_of
-from secateurs.prune import folder, permute
-from secateurs.prune.folder import failure
-from secateurs.quality import evaluate, evaluation, texts
+from secateurs.prune import permute
+from secateurs.prune import run as prune_run
+from secateurs.prune.run import failure
+from secateurs.quality import compare, evaluation, texts
 from secateurs.quality.evaluation import quality
 from secateurs.report.tables import print_report
 
@@ -383,7 +384,7 @@ def layers_of_block(model, i):
 
 
 def test_a_whole_model_that_memory_cannot_hold_is_refused_first(tmp_path, llama, words, monkeypatch):
-    module = importlib.import_module("secateurs.prune.folder")
+    module = importlib.import_module("secateurs.prune.run")
     facts = machine()
     monkeypatch.setattr(module, "machine", lambda: {**facts, "memory_bytes": 300_000})
     plan = asked(sc.Plan, effort="best", calibration=str(words), **FAST)
@@ -424,7 +425,7 @@ import importlib, sys, secateurs as sc
 from plans import asked
 prune, tuning, evaluation, activations = map(
     importlib.import_module,
-    ("secateurs.prune.folder", "secateurs.prune.tuning", "secateurs.quality.evaluation", "secateurs.model.activations"),
+    ("secateurs.prune.run", "secateurs.prune.tuning", "secateurs.quality.evaluation", "secateurs.model.activations"),
 )
 source, words, out, method = sys.argv[1:]
 how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if method == "best" else {"method": method}
@@ -730,8 +731,8 @@ def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, word
 
 def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_path, llama, words, monkeypatch):
     monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
-    walked, stream = [], evaluate.stream
-    monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
+    walked, stream = [], compare.stream
+    monkeypatch.setattr(compare, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
 
     def measured(text=words, windows=2, seqlen=64):
         walked.clear()
@@ -776,13 +777,13 @@ def test_seconds_are_by_stage_and_survive_a_kill(tmp_path, llama, words, monkeyp
         method="wanda",
     )
     clock = itertools.count()
-    monkeypatch.setattr(folder.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(prune_run.time, "perf_counter", lambda: float(next(clock)))
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as inside:
-        inside.setattr(folder, "prune_block", killed)
+        inside.setattr(prune_run, "prune_block", killed)
         with pytest.raises(KeyboardInterrupt):
             sc.prune(llama, plan, tmp_path / "run")
     seconds = sc.prune(llama, plan, tmp_path / "run").seconds

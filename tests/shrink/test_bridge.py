@@ -8,13 +8,13 @@ import torch
 from plans import asked, changed
 
 from secateurs.model.activations import InMemory
+from secateurs.model.blocks import AllLoaded, caller
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import AllLoaded, caller
 from secateurs.model.walk import stream
 from secateurs.shrink import cutting, losses
 from secateurs.shrink.bridge import bridge
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from secateurs.base.errors import OutputError, PlanError
 from secateurs.base.files import write_json
 from secateurs.model import families
 from secateurs.shrink import cutting, estimates, latency, losses, shapes, units
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 SMALL = {"multiple": 4, "samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32}
 
@@ -338,7 +338,7 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
     from rich.console import Console
 
     import secateurs as sc
-    from secateurs.prune.report import Report
+    from secateurs.prune.record import Report
     from secateurs.report.tables import print_report
 
     small = shrink(plan(llama, words), tmp_path / "small")

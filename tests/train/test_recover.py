@@ -21,8 +21,8 @@ from secateurs.train import RecoverPlan, recover
 @pytest.fixture(scope="module")
 def pruned(llama, words, tmp_path_factory):
     """A finished run directory: half of the tiny Llama is gone."""
-    from secateurs.prune.folder import Run
     from secateurs.prune.plan import Plan
+    from secateurs.prune.run import Run
 
     out = tmp_path_factory.mktemp("pruned") / "run"
     plan = asked(
@@ -198,7 +198,7 @@ def test_lora_is_masked_at_every_point(llama):
 def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, words, tmp_path, capsys):
     from secateurs import cli
     from secateurs.base.errors import CheckpointError, VerifyError
-    from secateurs.base.run_folder import models_of
+    from secateurs.base.run_directory import models_of
     from secateurs.machine.bench import variants_of
     from secateurs.report.page import write
 

@@ -26,7 +26,9 @@ def decide(
     ] = None,
     budget: Annotated[
         str | None,
-        option(METHOD, "What a candidate may take of the dense model's: e.g. seconds=0.8x (of a request) or bytes=0.6x."),
+        option(
+            METHOD, "What a candidate may take of the dense model's: e.g. seconds=0.8x (of a request) or bytes=0.6x."
+        ),
     ] = None,
     effort: Annotated[str | None, option(METHOD, "fast, balanced or best. Default: balanced.")] = None,
     calibration: options.Source = None,
@@ -63,7 +65,7 @@ def decide(
     """
     from secateurs.base.device import cpu_note
     from secateurs.base.errors import NothingPaysError
-    from secateurs.base.run_folder import model_note
+    from secateurs.base.run_directory import model_note
     from secateurs.decide.decide import decide as run
     from secateurs.decide.plan import DecidePlan
     from secateurs.report.tables import print_decision

@@ -35,7 +35,7 @@ def evaluate(
     """
     from secateurs.base.errors import CalibrationError, PlanError
     from secateurs.base.precision import described
-    from secateurs.base.run_folder import is_run, model_in, models_of
+    from secateurs.base.run_directory import is_run, model_in, models_of
     from secateurs.model.checkpoint import Checkpoint
     from secateurs.quality.evaluation import measured
     from secateurs.report.tables import print_compute, print_quality, print_tasks
@@ -95,7 +95,7 @@ def inspect(model: options.Model, as_json: options.Json = False, quiet: options.
 
     Example: secateurs inspect runs/half
     """
-    from secateurs.base.run_folder import model_note
+    from secateurs.base.run_directory import model_note
     from secateurs.model.inspect import inspect as look
     from secateurs.report.tables import print_facts
 

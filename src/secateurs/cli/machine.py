@@ -31,7 +31,7 @@ def probe(
 
     Example: secateurs probe MODEL --sparsity 0.5,0.7
     """
-    from secateurs.base.run_folder import model_note
+    from secateurs.base.run_directory import model_note
     from secateurs.machine.probe import Question, read_list, read_shapes, shapes_of
     from secateurs.machine.probe import probe as measure
     from secateurs.machine.profile import default_file

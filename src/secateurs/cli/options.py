@@ -54,7 +54,9 @@ Gates = Annotated[
 Tasks = Annotated[
     list[str] | None, option(EVALUATION, "An lm-eval task, e.g. piqa. Repeat it for more. Default: none.")
 ]
-TasksPath = Annotated[str | None, option(RARE, "A folder of lm-eval task files of your own. Default: those of lm-eval.")]
+TasksPath = Annotated[
+    str | None, option(RARE, "A folder of lm-eval task files of your own. Default: those of lm-eval.")
+]
 TasksLimit = Annotated[int | None, option(RARE, "Questions of each task, e.g. 200. Default: all.")]
 
 

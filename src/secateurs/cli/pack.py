@@ -32,7 +32,7 @@ def pack(
     Example: secateurs pack runs/half
     """
     from secateurs.base.errors import PlanError
-    from secateurs.base.run_folder import is_run, model_in
+    from secateurs.base.run_directory import is_run, model_in
     from secateurs.machine.profile import DeviceProfile
     from secateurs.pack import folder as stage
     from secateurs.report.tables import print_packed
@@ -84,7 +84,7 @@ def bench(
     Example: secateurs bench runs/half --prompt 512
     """
     from secateurs.base.files import write_json
-    from secateurs.base.run_folder import is_run, model_in
+    from secateurs.base.run_directory import is_run, model_in
     from secateurs.machine.bench import Variant, record_of, variants_of
     from secateurs.machine.bench import bench as measure
     from secateurs.machine.probe import read_list

@@ -118,8 +118,8 @@ def prune(
     Example: secateurs prune MODEL --out runs/half --sparsity 0.5
     """
     from secateurs.base.errors import PlanError
-    from secateurs.prune.folder import Run, failure
     from secateurs.prune.plan import Plan
+    from secateurs.prune.run import Run, failure
     from secateurs.quality.settings import Calibration, Evaluation
     from secateurs.report.tables import print_report
 

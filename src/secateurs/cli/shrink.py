@@ -61,8 +61,8 @@ def shrink(
     Example: secateurs shrink MODEL --budget latency=0.8x --out runs/smaller
     """
     from secateurs.report.tables import print_shrunk
-    from secateurs.shrink.folder import shrink as run
     from secateurs.shrink.plan import ShrinkPlan
+    from secateurs.shrink.run import shrink as run
 
     values = {
         "units": tuple(u.strip() for u in units.split(",")) if units else None, "criterion": criterion, "depth": depth,

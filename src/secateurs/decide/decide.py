@@ -13,9 +13,10 @@ from typing import Any
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError, SecateursError
-from secateurs.base.files import claim, locked, resolved, unchanged, write_json
+from secateurs.base.files import write_json
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
 from secateurs.kernels.formats import DTYPES
@@ -27,12 +28,12 @@ from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model import checkpoint, families
 from secateurs.pack.folder import pack_run
-from secateurs.prune.folder import Run
+from secateurs.prune.run import Run
 from secateurs.quality import tasks
 from secateurs.shrink import units
 from secateurs.shrink.budget import Budget
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 Show = Callable[[list[dict[str, Any]]], None]
 

@@ -19,7 +19,7 @@ from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import CheckpointError, PlanError
 from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent
-from secateurs.base.run_folder import models_of
+from secateurs.base.run_directory import models_of
 from secateurs.machine.timing import Timing
 from secateurs.model.checkpoint import Checkpoint
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_json, write_tensors
-from secateurs.base.run_folder import model_in
+from secateurs.base.run_directory import model_in
 from secateurs.model import attention
-from secateurs.model.parts import blocks_of
+from secateurs.model.blocks import blocks_of
 
 INDEX = "model.safetensors.index.json"
 # weights outside the blocks that are written together
@@ -33,8 +33,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model: a local folder as it is, of a run directory its model; anything else is a hub id, whose safetensors and
-    small files are downloaded.
+    """The folder of a model: a local folder as it is, of a run directory its model; anything else is a hub id, whose safetensors
+    and small files are downloaded.
 
     Raises CheckpointError if it is neither.
     """

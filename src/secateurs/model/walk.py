@@ -20,8 +20,7 @@ from secateurs.base.errors import CheckpointError
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations, InMemory
 from secateurs.model.batches import Batch
-from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import (
+from secateurs.model.blocks import (
     AllLoaded,
     Loader,
     Stop,
@@ -33,6 +32,7 @@ from secateurs.model.parts import (
     run,
     shape_of,
 )
+from secateurs.model.layers import Layer, layers_of
 from secateurs.model.watch import Watch
 
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from secateurs.base.errors import LayerError
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import Stop
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Stop
 
 
 class Watch:

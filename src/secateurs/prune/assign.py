@@ -23,8 +23,8 @@ from secateurs.matrix.patterns import count_zeros, parse
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import Loader
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Loader
 from secateurs.model.walk import stream
 from secateurs.prune.allocation import LayerSummary, Option, cheapest_loss
 from secateurs.prune.block import skip

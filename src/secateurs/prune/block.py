@@ -16,13 +16,13 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
 from secateurs.matrix.patterns import NM, Pattern, parse
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of, matches, survivors
-from secateurs.model.parts import blocks_of
 from secateurs.model.walk import Step
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord
+from secateurs.prune.record import LayerRecord
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving, movable
 

@@ -14,16 +14,16 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.parts import AllLoaded, blocks_of, device_of
+from secateurs.model.blocks import AllLoaded, blocks_of, device_of
 from secateurs.model.walk import stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import prune_block, survivors_of
 from secateurs.prune.cost import cost_of
+from secateurs.prune.guide import guide_of, left_out, note_distillation
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
-from secateurs.prune.whole import guide_of, left_out, note_distillation
 
 
 def prune_live(

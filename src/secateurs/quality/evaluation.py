@@ -23,7 +23,7 @@ from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent
 from secateurs.model import checkpoint
 from secateurs.model.batches import check_vocabulary
-from secateurs.quality import evaluate, gates, tasks, texts
+from secateurs.quality import compare, gates, tasks, texts
 from secateurs.quality.settings import Evaluation
 
 # tokens of calibration text on which the dense model's perplexity is measured, to be shown beside the evaluation text's
@@ -47,7 +47,7 @@ class Measured:
     warnings: list[str]
     tasks: dict[str, Any] | None = None
     compared: dict[str, Any] = field(default_factory=dict)
-    numbers: evaluate.Quality | None = None
+    numbers: compare.Quality | None = None
     text: texts.Text | None = None
 
     @property
@@ -115,7 +115,7 @@ def quality(
     seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
-) -> tuple[evaluate.Quality, texts.Text] | None:
+) -> tuple[compare.Quality, texts.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
     cache: a file that keeps finished windows of the same models and text across a kill. The hidden states that leave the dense
@@ -129,11 +129,11 @@ def quality(
     check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     ends = _ends_of(models[0][0], of) if pruned is not None else None
-    done: list[evaluate.Window] = []
+    done: list[compare.Window] = []
     if cache is not None and cache.is_file():
         known = json.loads(cache.read_text())
         if isinstance(known, dict) and known["of"] == of:
-            done = [evaluate.Window(**w) for w in known["windows"]]
+            done = [compare.Window(**w) for w in known["windows"]]
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
     total = n * (blocks * len(models) + 1)
@@ -147,10 +147,10 @@ def quality(
     while len(done) < n:
         group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
         second = models[1] if pruned is not None else None
-        done = evaluate.measure(models[0], second, group, done, tick, ends)
+        done = compare.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
-    return evaluate.summarise(done, seed), text
+    return compare.summarise(done, seed), text
 
 
 def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
@@ -180,11 +180,11 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
 
 def texts_apart(
-    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: evaluate.Quality, seed: int
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
     """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
     some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
-    seen = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), seed)
+    seen = compare.summarise(compare.measure((source.skeleton(), source), None, some), seed)
     apart = dataclasses.replace(
         texts.distance(calibration, evaluation),
         ppl_calibration=seen.ppl_dense.value,

@@ -20,7 +20,7 @@ from secateurs.base.errors import LayerError, PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.solvers import DAMPING
 from secateurs.matrix.stats import Stats
-from secateurs.model.parts import device_of
+from secateurs.model.blocks import device_of
 from secateurs.shrink import columns, graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.graph import Group, Slot

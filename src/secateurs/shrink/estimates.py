@@ -17,7 +17,7 @@ from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import ticker
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.parts import AllLoaded, blocks_of
+from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.shrink import cutting, losses, units, width
 from secateurs.shrink.job import Job

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import columns
 from secateurs.shrink.units import put
 

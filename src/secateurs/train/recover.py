@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import PlanError, VerifyError
-from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described, widened
 from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import batched
-from secateurs.model.parts import blocks_of, leave
+from secateurs.model.blocks import blocks_of, leave
 from secateurs.prune.tune_model import cross_entropy, dense_ends, divergence, square_head
 from secateurs.prune.tuning import Moving, Noted, Outcome, loss_scale, tune, unscaled
 from secateurs.quality import texts

@@ -18,18 +18,10 @@ from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory, return_memory
 from secateurs.base.errors import PlanError, SecateursError
-from secateurs.base.files import (
-    claim,
-    locked,
-    resolved,
-    unchanged,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent, ticker
-from secateurs.base.run_folder import shrunk_before
+from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
@@ -39,13 +31,13 @@ from secateurs.model.walk import stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
+from secateurs.prune.guide import guide_of, left_out, note_distillation
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
-from secateurs.prune.whole import guide_of, left_out, note_distillation
 from secateurs.quality import tasks, texts
 from secateurs.quality.evaluation import measured, texts_apart
 

@@ -23,7 +23,7 @@ from secateurs.base.estimate import RESAMPLES, Estimate
 from secateurs.base.files import write_tensors
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
-from secateurs.model.parts import Loader, blocks_of, device_of, leave, pieces
+from secateurs.model.blocks import Loader, blocks_of, device_of, leave, pieces
 from secateurs.model.walk import stream
 
 # logits compared at a time, in fp32: few enough to stay in a cache, and enough to be worth waking threads

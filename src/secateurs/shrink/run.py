@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.base.device import machine, peak_memory
-from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import texts
 from secateurs.quality.evaluation import measured, texts_apart
