@@ -1,4 +1,4 @@
 """Whole units removed (neurons, heads, experts, channels, blocks): what is left is a smaller dense model.
 
-folder.shrink() works on a model folder, channels.shrink_module() on a live module.
+run.shrink() works on a model folder, channels.shrink_module() on a live module.
 """
