@@ -24,6 +24,7 @@ from secateurs.model.parts import device_of
 from secateurs.shrink import columns, graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.graph import Group, Slot
+from secateurs.shrink.trace import trace
 
 Inputs = tuple[Tensor, ...]
 
@@ -107,7 +108,7 @@ class _Job:
         self.model, self.batches, self.bound, self.multiple = model, batches, bound, multiple
         self.damping, self.seed, self.progress = damping, seed, progress
         self.example = tuple(x[:1] for x in batches[0])
-        self.graph = graph.trace(model, self.example)
+        self.graph = trace(model, self.example)
         self.dense_counts = {g.name: len(g.units) for g in self.graph.groups}
         if not self.graph.groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.graph.fixed.items()) or "it has no such layers"
