@@ -159,7 +159,7 @@ class _Blocks:
     def _remove(self, block: nn.Module, found: units.Units, stats: Stats, name: str) -> "_Removed":
         """Cut units out of a block, in place. name: the consumer's in the dense model."""
         plan, layer = self.plan, found.consumer
-        at_once = losses.at_once(found) if self.hurry else 1
+        at_once = losses.at_once(len(found.groups_GC)) if self.hurry else 1
         count = self.todo[found.kind] * (1 if found.parents_G is None else int(found.parents_G.max()) + 1)
         weight_OI = layer.read().float()
         taylor = self.sensitive.get(f"taylor {name}")

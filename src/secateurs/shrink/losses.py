@@ -21,6 +21,7 @@ from secateurs.model.parts import AllLoaded
 from secateurs.model.walk import stream
 from secateurs.quality.evaluate import measure, surprise
 from secateurs.shrink import columns, experts
+from secateurs.shrink.passes import asking
 from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units, units_of
 
 Tick = Callable[[], None]
@@ -95,7 +96,7 @@ def curves(
             seen = stats[units.consumer.name]
             side = columns.Side(weight_OI, seen, units.groups_GC)
             count = each * most(shape.steps(units.kind))
-            _, losses = columns.removal([side], count, damping, at_once(units), units.parents_G)
+            _, losses = columns.removal([side], count, damping, at_once(len(units.groups_GC)), units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
         if x_TH is not None:
             count = most_experts(config, shape)
@@ -115,9 +116,9 @@ def most(steps: int) -> int:
     return min(max(1, int(_MOST * steps)), steps - 1)
 
 
-def at_once(units: Units) -> int:
-    """How many units may go together where only their loss is asked for."""
-    return max(1, round(len(units.groups_GC) * _AT_ONCE))
+def at_once(units: int) -> int:
+    """How many of so many units may go together where only their loss is asked for."""
+    return max(1, round(units * _AT_ONCE))
 
 
 def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
@@ -182,12 +183,7 @@ def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tic
     The whole model runs forward and back, a window at a time.
     """
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    asked = {p: p.requires_grad for p in model.parameters()}
-    for p in asked:
-        p.requires_grad_(False)
-    for layer in layers:
-        layer.parameter.requires_grad_(True)
-    try:
+    with asking(model, [layer.parameter for layer in layers]):
         for ids in windows:
             with torch.enable_grad(), widened():
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
@@ -197,9 +193,6 @@ def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tic
                 product = layer.parameter.detach().float() * gradient.float()
                 found[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
             tick()
-    finally:
-        for p, flag in asked.items():
-            p.requires_grad_(flag)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 

@@ -7,20 +7,20 @@ another mean, so its weights are multiplied by sqrt(H f / K), f being the share 
 eps, where the others were zero. The model is run whole, with hooks. H channels, K of them kept, V vocabulary, O outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.matrix.stats import Stats
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.parts import blocks_of
 from secateurs.shrink import columns
+from secateurs.shrink.passes import hooked
 from secateurs.shrink.units import put
 
 # channels that OBS removes before it takes costs again
@@ -60,8 +60,7 @@ def readers(
         chance_TV = logits.detach().float().flatten(0, -2).softmax(-1)
         curvature_V.add_((chance_TV * (1 - chance_TV)).sum(0))
 
-    with _hooked([(r.norm, _adder(r.stats)) for r in found]) as hooks, torch.no_grad():
-        hooks.append(head.register_forward_hook(at_head))
+    with hooked([*((r.norm, _adder(r.stats)) for r in found), (head, at_head)]), torch.no_grad():
         for ids in windows:
             model(input_ids=ids[None], use_cache=False)
             tick()
@@ -142,13 +141,3 @@ def _last_norm(model: Any, family: Family) -> Any:
 
 def _adder(stats: Stats) -> Callable[[Any, Any, Tensor], None]:
     return lambda _, __, out: stats.add_(out.detach().flatten(0, -2))
-
-
-@contextmanager
-def _hooked(pairs: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[list[Any]]:
-    hooks: list[Any] = [module.register_forward_hook(hook) for module, hook in pairs]
-    try:
-        yield hooks
-    finally:
-        for hook in hooks:
-            hook.remove()
