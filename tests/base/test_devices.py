@@ -15,7 +15,7 @@ from secateurs.cli import app
 from secateurs.kernels import dispatch
 from secateurs.model.parts import AllLoaded
 from secateurs.quality import evaluate
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 IDS = torch.arange(3 * 24).reshape(3, 24) % 200
 

@@ -45,7 +45,7 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
             found["hidden"] = [_of_channels(job, model, windows, sensitive)]
         order, after = _of_blocks(job, model, windows) if "layers" in plan.units else ([], [])
         if plan.criterion == "taylor" and kinds:
-            few = windows[: max(1, _SENSITIVITY // windows.shape[1])]
+            few = _first(windows, _SENSITIVITY)
             tick = ticker(job.progress, "taking gradients", len(few))
             layers = consumers_of(model, job.dense.family, kinds)
             sensitive |= {f"taylor {n}": t for n, t in losses.taylor(model, few, layers, tick).items()}
@@ -74,7 +74,12 @@ def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[f
     tries = losses.tries(job.dense.shape.layers, count, influence)
     tick = ticker(job.progress, "what blocks cost", tries)
     each = min(windows.shape[1], 512)
-    return losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick, influence)
+    return losses.blocks(model, _first(windows[:, :each], _DEPTH), count, tick, influence)
+
+
+def _first(windows: Tensor, tokens: int) -> Tensor:
+    """The first windows with about so many tokens, one at least."""
+    return windows[: max(1, tokens // windows.shape[1])]
 
 
 def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tensor]) -> Losses:
@@ -87,12 +92,12 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
         return lost
     file = work / "truth.json"
     truth: dict[str, list[list[float]]] = json.loads(file.read_text()) if file.is_file() else {}
-    held_out = max(1, _DEPTH // windows.shape[1])
+    held_out = _first(windows, _DEPTH)
     # what is cut is fitted to other windows, unless there are no others
-    fitting = windows[held_out : held_out + max(1, _TRUTH // windows.shape[1])]
-    fitting = fitting if len(fitting) else windows
+    others = windows[len(held_out) :]
+    fitting = _first(others, _TRUTH) if len(others) else windows
     todo = [kind for kind in lost.curves if kind not in truth]
-    whole = losses.nll(job.dense.load(), windows[:held_out]) if todo else 0.0
+    whole = losses.nll(job.dense.load(), held_out) if todo else 0.0
     for kind in todo:
         steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
         points = []
@@ -101,7 +106,7 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
             shape = replace(dense, **{kind: steps - gone})
             label = f"checking {gone} of {steps} {kind}"
             model, _ = cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, hurry=True)
-            points.append([lost.at(shape, dense), max(0.0, losses.nll(model, windows[:held_out]) - whole)])
+            points.append([lost.at(shape, dense), max(0.0, losses.nll(model, held_out) - whole)])
             shutil.rmtree(part.work, ignore_errors=True)
         truth[kind] = points
         write_json(file, truth)

@@ -1,6 +1,6 @@
 """What shapes of a model count: parameters, bytes, flops."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,10 +38,15 @@ class Sizes:
     def parameters(self, shape: Shape) -> int:
         """Exact for a residual width as it was; others are between those of `half`, where all that is left is half as wide."""
         if self.half and shape.hidden != self.dense.hidden:
-            whole, half = (s.parameters(replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
-            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
-            return round(half + share * (whole - half))
+            return self._between(shape, lambda sizes, there: sizes.parameters(there))
         return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
+
+    def _between(self, shape: Shape, count: Callable[["Sizes", Shape], int]) -> int:
+        """A count for another residual width: on the line through those of the whole width and of half of it."""
+        assert self.half
+        whole, half = (count(s, replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
+        share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+        return round(half + share * (whole - half))
 
     def _block(self, shape: Shape) -> int:
         return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
@@ -51,9 +56,7 @@ class Sizes:
         chances with values, the head once.
         """
         if self.half and shape.hidden != self.dense.hidden:
-            whole, half = (s.multiplications(replace(shape, hidden=s.dense.hidden), prompt) for s in (self, self.half))
-            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
-            return round(half + share * (whole - half))
+            return self._between(shape, lambda sizes, there: sizes.multiplications(there, prompt))
         attention = shape.heads * shape.queries * self.attended * prompt**2
         active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
         return shape.layers * ((self._block(shape) + active) * prompt + attention) + self.head

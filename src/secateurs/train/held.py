@@ -6,7 +6,7 @@ plain loops, gradient scalers, accumulation, compiled modules, DDP and FSDP2 (wh
 other change.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.model.layers import layers_of
+from secateurs.train.matrices import prunable
 
 # integers as wide as a weight, by bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -126,39 +126,6 @@ def check_owned(
     for name, parameter in named.items():
         if id(parameter) not in owned:
             raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
-
-
-def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of every matrix that pruning may touch: Linear, Conv1D, Conv2d, fused experts; each once."""
-    kinds = _kinds(model)
-    for name, parameter in model.named_parameters():
-        if id(parameter) in kinds:
-            yield name, parameter
-
-
-def as_matrix(
-    model: nn.Module, parameter: nn.Parameter
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Between a parameter's layout and the matrix [O, I] that patterns see, both ways; experts stand below each other."""
-    kind = _kinds(model)[id(parameter)]
-    shape = parameter.shape
-    if kind == "conv1d":
-        return lambda t: t.T, lambda t: t.T
-    if kind == "conv2d":
-        out, channels, height, width = shape
-        return (
-            lambda t: t.permute(0, 2, 3, 1).flatten(1),
-            lambda t: t.reshape(out, height, width, channels).permute(0, 3, 1, 2),
-        )
-    return lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(shape)
-
-
-def _kinds(model: nn.Module) -> dict[int, str]:
-    """{id of parameter: kind of layer}."""
-    from secateurs.model.families import FAMILIES
-
-    experts = {name for family in FAMILIES.values() for name in family.experts}
-    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}
 
 
 def take_over(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 
 class _Masked(nn.Module):

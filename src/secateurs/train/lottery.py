@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
 from secateurs.base.files import claim, locked, write_json, write_tensors
-from secateurs.matrix import patterns
-from secateurs.train.held import Held, hold, prunable
+from secateurs.train.held import Held, hold
+from secateurs.train.matrices import chosen, largest
 
 CONTROLS = ("random", "reinit")
 # of the seed, for the weights of the re-initialized control and for random masks
@@ -186,16 +186,13 @@ class _Run:
         """The next round's mask: the largest trained weights that the last mask had."""
         model = self._loaded(weights)
         # masks come from files
-        sizes = {n: p.detach().abs().cpu() for n, p in prunable(model) if n not in self.plan.skip}
-        if not sizes:
-            raise PlanError(f"{type(model).__name__} has no matrix to prune")
+        sizes = {n: p.detach().abs().cpu() for n, p in chosen(model, self.plan.skip).items()}
         sizes = {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in sizes.items()}
         sparsity = self.plan.sparsity(number)
         if self.plan.scope == "layer":
-            return {n: _largest(s.flatten(), sparsity).reshape(s.shape) for n, s in sizes.items()}
-        kept = _largest(torch.cat([s.flatten() for s in sizes.values()]), sparsity)
-        parts = torch.split(kept, [s.numel() for s in sizes.values()])
-        return {n: part.reshape(sizes[n].shape).clone() for n, part in zip(sizes, parts, strict=True)}
+            return {n: largest({n: s}, sparsity)[n] for n, s in sizes.items()}
+        # a file's tensors are none of another's memory
+        return {n: mask.clone() for n, mask in largest(sizes, sparsity).items()}
 
     def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a file, made once."""
@@ -251,10 +248,6 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     axes.legend()
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
-
-
-def _largest(size: Tensor, sparsity: float) -> Tensor:
-    return patterns.top(size, len(size) - patterns.count_zeros(len(size), sparsity))
 
 
 def _shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train.held import as_matrix, prunable
+from secateurs.train.matrices import as_matrix, check_pattern, prunable
 
 
 class MaskedLinear(nn.Module):
@@ -78,20 +78,17 @@ def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tu
 
     Zhou et al. 2021, arXiv 2102.04010, eq. 9 and its decay. Make the optimizer afterwards. Raises PlanError.
     """
-    chosen = patterns.parse(pattern)
-    if chosen.fixed_sparsity is None:
+    parsed = patterns.parse(pattern)
+    if parsed.fixed_sparsity is None:
         raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
     names = []
     for name, parameter in list(prunable(model)):
-        to, back = as_matrix(model, parameter)
-        rows, columns = to(parameter.detach()).shape
         if name in skip:
             continue
-        refused = chosen.refuses(rows, columns)
-        if refused:
-            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+        to, back = as_matrix(model, parameter)
+        check_pattern(name, to(parameter.detach()), pattern)
         path, _, leaf = name.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(chosen, to, back, decay))
+        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(parsed, to, back, decay))
         names.append(name)
     return names
 

@@ -6,7 +6,6 @@
 Everything happens in hooks of the optimizer's step.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.base.seed import seed_of
 from secateurs.matrix import patterns
 from secateurs.prune.allocation import LayerSummary, erk
-from secateurs.train.held import Held, as_matrix, check_owned, prunable
+from secateurs.train.held import Held, check_owned
+from secateurs.train.matrices import as_matrix, check_pattern, chosen, largest
 from secateurs.train.schedules import Schedule
 
 # (weight, running sum) -> score; the sum is over steps since masks were last decided
@@ -111,15 +112,11 @@ class Gradual:
             weight = parameter.detach().float()
             # every rank draws the same
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(zlib.crc32(f"{self._seed} {self.step} {name}".encode()))
+                torch.default_generator.manual_seed(seed_of(self._seed, f"{self.step} {name}"))
                 score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
             scores[name] = score.masked_fill(~old[name], -torch.inf)
-        masks = {}
         if self._scope == "global":
-            flat = torch.cat([score.flatten() for score in scores.values()])
-            kept = patterns.top(flat, len(flat) - patterns.count_zeros(len(flat), sparsity))
-            parts = torch.split(kept, [score.numel() for score in scores.values()])
-            masks = {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+            masks = largest(scores, sparsity)
         else:
             matrices = self._matrices
             masks = {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
@@ -147,14 +144,9 @@ def gradual(
     fixed = patterns.parse(pattern).fixed_sparsity
     if fixed is not None and any(schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(_LOOKED_AT)):
         raise PlanError(f"{pattern} is {fixed:g} zeros and nothing else; give one_step({fixed:g}, at=...)")
-    names = {n: p for n, p in prunable(model) if n not in skip}
-    if not names:
-        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    names = chosen(model, skip)
     for name, parameter in names.items():
-        rows, columns = as_matrix(model, parameter)[0](parameter.detach()).shape
-        refused = patterns.parse(pattern).refuses(rows, columns)
-        if refused:
-            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+        check_pattern(name, as_matrix(model, parameter)[0](parameter.detach()), pattern)
     check_owned(optimizer, names)
     return Gradual(model, optimizer, schedule, pattern, scope, score, names, seed)
 
@@ -234,9 +226,7 @@ def dynamic(
             f"sparsity {sparsity:g}, every {every}, until {until}, fraction {fraction:g}: give 0 < sparsity < 1, 1 <= every <= "
             "until and 0 < fraction <= 1"
         )
-    names = {n: p for n, p in prunable(model) if n not in skip}
-    if not names:
-        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    names = chosen(model, skip)
     generator = torch.Generator().manual_seed(seed)
     matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
     summaries = {n: _summary(m, tuple(names[n].shape[2:]) if names[n].dim() == 4 else ()) for n, m in matrices.items()}

@@ -31,8 +31,8 @@ from secateurs.prune.tune_model import dense_ends
 from secateurs.prune.tuning import Moving, Noted, Outcome, tune
 from secateurs.quality import evaluate, gates, texts
 from secateurs.quality.evaluation import overlap_warning, predicts_next_token, quality
-from secateurs.train.held import prunable
 from secateurs.train.lora import Lora, lora
+from secateurs.train.matrices import prunable
 from secateurs.train.objective import Objective, Teacher
 from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
 
