@@ -134,7 +134,7 @@ class _Decision:
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
         elif self.estimated and timed:
-            why = "its budget is a time, and only this machine's clock can be asked; name params, bytes or flops"
+            why = "its budget is a time, which can only be measured on the machine itself; give params, bytes or flops"
             row |= {"status": "dropped", "reason": why}
         elif not candidate.budget.startswith("seconds") and (reason := self._over_budget(row, slack=GAIN)):
             row |= {"status": "dropped", "reason": f"by estimate, {reason}"}

@@ -116,7 +116,7 @@ def realize(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: str 
     if candidate.kind != "mask":
         why = "" if candidate.kind == "dense" else "what is left is dense and runs anywhere"
         if kept > 1 / GAIN and candidate.kind == "shrink" and not candidate.budget.startswith("seconds"):
-            why = f"no more than {1 - kept:.0%} goes, which is not told from noise"
+            why = f"it removes {1 - kept:.0%} at most, which cannot be told from noise"
         return Worth(candidate.text, kept, kept, kept, kept, kept, kept, "dense", why, measured)
     if isinstance(machine, Hardware):
         return _published(candidate, machine, dtype)

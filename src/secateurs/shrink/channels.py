@@ -1,8 +1,8 @@
-"""Any traceable module to one with fewer channels, under a budget: a live module of the same class, for convolutions above all.
+"""Shrinks a live module, of convolutions above all, to one of the same class with fewer channels, under a budget.
 
 trace.py finds the units. Loss curves in nats an example (half the OBS error of the consumers' outputs, rows weighted by E[g^2])
-decide how many each group loses (widths.py). Then one group after another is cut: every consumer is refit by least squares, with an
-intercept, on what the module cut so far gives it, towards what the dense layer makes of the same inputs (consumers.py).
+decide how many units each group loses (widths.py). Then one group after another is cut: each consumer is refit by least squares,
+with an intercept, to the dense layer's outputs on the inputs that the module, as cut so far, gives it (consumers.py).
 """
 
 import copy
@@ -27,7 +27,7 @@ from secateurs.shrink.trace import trace
 from secateurs.shrink.widths import Counts, Curves, Widths
 
 BUDGETS = ("params", "flops", "latency")
-# tokens a column, or least squares and losses mean nothing: with fewer tokens than columns every removal looks free
+# calibration inputs that a consumer needs for each of its columns: with fewer than one, every removal looks free
 _TOKENS = 2
 
 
@@ -42,12 +42,12 @@ def shrink_module(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of a module with fewer channels, and what was done: (smaller, report). The given one stays as it is.
+    """A copy of a module with fewer channels, and a report on it. The given module stays as it is.
 
-    batches: calibration inputs, positional arguments; the first one's first example is what is traced and timed. budget:
-    'params=0.7x', 'flops=0.5x' (of convolutions and linear layers) or 'latency=0.8x', measured here at batch 1. criterion: a row of
-    columns.CRITERIA. multiple: widths that are left are multiples of this. Raises PlanError if the module cannot be traced, has no
-    unit, or cannot become so small; LayerError if a Gram matrix does not factor.
+    batches: calibration inputs, each a tuple of positional arguments; the first example is traced and timed. budget: 'params=0.7x',
+    'flops=0.5x' (of convolutions and linear layers) or 'latency=0.8x', measured on this machine at batch 1. criterion: a row of
+    columns.CRITERIA. refit: least squares for the consumers. multiple: new widths are multiples of this. Raises PlanError if the
+    module cannot be traced, has no units or cannot meet the budget; LayerError if a Gram matrix does not factor.
     """
     if criterion not in columns.CRITERIA:
         raise PlanError(f"unknown criterion '{criterion}'; write {', '.join(columns.CRITERIA)}")
@@ -70,7 +70,7 @@ def shrink_module(
     dense = copy.deepcopy(model)
     consumers.weigh()
     curves = _curves(consumers, widths)
-    # groups that saw too little stay whole
+    # groups with too few calibration inputs are now kept whole
     widths.refuse_too_small()
 
     def ratio_of(counts: Counts) -> float:
@@ -99,7 +99,7 @@ def _widths(model: nn.Module, found: Graph, consumers: Consumers, bound: Budget,
     cost = found.parameters(model) if bound.kind == "params" else found.macs(model)
     whole = cost.at(counts)
     if bound.kind == "params":
-        # intercepts that become biases
+        # intercepts become biases where there are none
         cost.rest += sum(c.new_biases for c in consumers.by_name.values())
     return Widths(bound, multiple, counts, cost, whole, dict(found.fixed))
 
@@ -153,7 +153,7 @@ def _blank(dense: nn.Module, found: Graph, counts: Counts) -> nn.Module:
 
 
 def measure(dense: nn.Module, left: nn.Module, example: Inputs, rounds: int = 15) -> tuple[float, float, float]:
-    """Seconds of two modules on one example, in turn after two rounds that warm up; medians, and the median ratio."""
+    """Median seconds of two modules on one example, and their median ratio. They take turns, after two rounds to warm up."""
     samples: list[tuple[float, float]] = []
     cuda = any(x.is_cuda for x in example)
     with torch.no_grad():

@@ -149,7 +149,7 @@ def _least(scores: Sequence[Tensor], count: int, parents_G: Tensor | None) -> Te
     order = score_G.argsort(stable=True)
     if parents_G is None:
         return order[:count]
-    # the cheapest of every parent, then the second of every parent
+    # parents take turns: the cheapest group of each, then the second of each
     turns = torch.zeros_like(order)
     for parent in set(parents_G.tolist()):
         mine = parents_G[order] == parent

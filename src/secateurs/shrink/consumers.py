@@ -1,8 +1,8 @@
-"""The layers of a live module that read channels which may go: what they are given, and how they do without some of it.
+"""The layers of a live module that read removable channels: their inputs, the losses of removals, and their new weights.
 
-All that the removal of a channel loses is lost in the layers that read it. For each, the Gram matrix of its unfolded inputs (and of
-a constant 1, for the intercept) gives the cost of every removal and the least-squares weights of what stays. Until the end of a
-run the module keeps its size: removed columns are zero.
+Whatever the removal of a channel loses, it loses in the layers that read it. The Gram matrix of such a layer's unfolded inputs (and
+of a constant 1, for the intercept) gives the cost of each removal and the least-squares weights of the kept columns. Until the end
+of a run the module keeps its size: removed columns are zero.
 
 O outputs, I inputs, G units of C columns, K columns kept, N examples, B batches.
 """
@@ -25,7 +25,7 @@ from secateurs.shrink.passes import asking, hooked
 
 Inputs = tuple[Tensor, ...]
 
-# places of an image that a consumer's Gram matrix takes in, at random
+# places of an image, chosen at random, that go into a consumer's Gram matrix
 _PLACES = 256
 
 
@@ -119,7 +119,7 @@ class Consumers:
                 sums[name][i].add_(with_one)
             waiting.discard(name)
             if not waiting and not label:
-                # what comes after them is of no use
+                # the rest of the pass is not needed
                 raise Stop
 
         waiting: set[str] = set()
@@ -211,7 +211,7 @@ class Consumers:
         self, sides: Sequence[columns.Side], places: Sequence[int], count: int, at_once: int
     ) -> tuple[Tensor, Tensor]:
         """The order in which OBS removes units, and the loss after each: nats an example."""
-        # a consumer counts by its places in an example, whatever number of them was seen
+        # errors are means over the inputs seen; an example has `places` of them
         scaled = [
             columns.Side(s.weight_OI * (n / (2 * s.stats.tokens)) ** 0.5, s.stats, s.groups_GC)
             for s, n in zip(sides, places, strict=True)
@@ -289,7 +289,7 @@ class Consumers:
 def _sampled_loss(out: Tensor, generator: torch.Generator) -> Tensor:
     if out.dim() == 2 and out.shape[1] > 1:
         chance = out.detach().float().softmax(1)
-        # drawn on the CPU, whose generator it is
+        # drawn on the CPU, where the generator is
         label_N = torch.multinomial(chance.cpu(), 1, generator=generator).to(out.device)
         return -out.float().log_softmax(1).gather(1, label_N).sum()
     noise = torch.randn(out.shape, generator=generator).to(out.device)

@@ -1,7 +1,7 @@
-"""What units cost in quality, found once for a run and kept in its work folder.
+"""Estimates what units cost in quality, once for a run; results are kept in its work folder.
 
-losses.json and sensitivity.safetensors hold the estimates, made on the dense model. truth.json holds the losses of models that
-were cut in one kind of unit, which correct the estimates where several kinds compete.
+losses.json and sensitivity.safetensors hold the estimates, made on the dense model. truth.json holds measured losses of models cut
+in one kind of unit, which correct the estimates where several kinds compete.
 """
 
 import json
@@ -24,15 +24,18 @@ from secateurs.shrink.job import Job
 from secateurs.shrink.losses import Losses
 from secateurs.shrink.sizes import consumers_of
 
-# calibration tokens that are run back, and those on which blocks are left out
+# calibration tokens for gradients, and for measuring the loss without some blocks
 _SENSITIVITY = 4096
 _DEPTH = 1024
-# calibration tokens on which a kind is cut, to see how far its estimate is off
+# calibration tokens on which a model is cut in one kind of unit, to correct the estimates
 _TRUTH = 8192
 
 
 def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
-    """Estimated losses of the plan's units on calibration windows [N, S], and the sensitivities that they are weighted by."""
+    """Estimate the losses of the plan's units on calibration windows [N, S]. Returns them and the sensitivities used.
+
+    Sensitivities: {layer: E[g^2] of its outputs}, and {'taylor LAYER': losses.taylor()} for that criterion.
+    """
     file, tensors = job.work / "losses.json", job.work / "sensitivity.safetensors"
     if not file.is_file():
         plan = job.plan
@@ -61,7 +64,7 @@ def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tens
 
 
 def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
-    """The loss with 0, 1, ... channels of the residual stream fewer."""
+    """The loss with 0, 1, 2, ... channels removed from the residual stream."""
     tick = ticker(job.progress, "what channels cost", len(windows))
     reading = width.readers(model, job.dense.family, windows, sensitive, tick)
     gone = losses.most(job.dense.shape.hidden)
@@ -69,7 +72,7 @@ def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Ten
 
 
 def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[float]]:
-    """The order in which blocks go, and the loss after each."""
+    """The order in which to remove blocks, and the loss after each."""
     count, influence = job.dense.sizes.most_blocks(job.plan.bound), job.plan.depth == "influence"
     tries = losses.tries(job.dense.shape.layers, count, influence)
     tick = ticker(job.progress, "what blocks cost", tries)
@@ -78,14 +81,14 @@ def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[f
 
 
 def _first(windows: Tensor, tokens: int) -> Tensor:
-    """The first windows with about so many tokens, one at least."""
+    """The first windows that hold at most so many tokens, but one at least."""
     return windows[: max(1, tokens // windows.shape[1])]
 
 
 def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tensor]) -> Losses:
-    """The estimates with the losses that were measured: of models cut by a quarter and by a half, in one kind of unit each.
+    """The estimates with measured losses of models that are cut by a quarter and by a half, in one kind of unit each.
 
-    With one kind of unit there is nothing to compare, and nothing is measured.
+    If the plan names one kind of unit, there is nothing to compare and nothing is measured.
     """
     dense, work = job.dense.shape, job.work
     if len(job.plan.units) == 1:
@@ -93,7 +96,7 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     file = work / "truth.json"
     truth: dict[str, list[list[float]]] = json.loads(file.read_text()) if file.is_file() else {}
     held_out = _first(windows, _DEPTH)
-    # what is cut is fitted to other windows, unless there are no others
+    # the loss is measured on windows that the model was not fitted to, unless there are no others
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
     todo = [kind for kind in lost.curves if kind not in truth]

@@ -122,7 +122,7 @@ class Graph:
         seen: set[int] = set()
         for slot in self.slots:
             if slot.place != "in":
-                # a bias, or a batch norm's two
+                # a layer's bias, or a batch norm's weight and bias
                 module = model.get_submodule(slot.module)
                 own = [p for p in module.parameters(recurse=False) if p.dim() == 1 and id(p) not in seen]
                 seen.update(id(p) for p in own)

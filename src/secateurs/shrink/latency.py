@@ -52,7 +52,7 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
     with torch.no_grad():
         begin = time.perf_counter()
         with widened():
-            # the head is needed for the last token only, as generate() has it
+            # as generate() does: the head is run for the last token only
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         first = time.perf_counter()
         for i in range(new):

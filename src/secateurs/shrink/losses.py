@@ -30,7 +30,7 @@ Tick = Callable[[], None]
 _MOST = 0.75
 # groups that OBS removes before it computes costs again, as a fraction of all
 _AT_ONCE = 1 / 192
-# blocks that are tried again after the first has gone
+# blocks that are tried again after the first one is removed
 _TRIED_AGAIN = 10
 
 

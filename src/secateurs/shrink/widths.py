@@ -16,7 +16,7 @@ Counts = dict[str, int]
 Curves = dict[str, list[float]]
 """{group: the loss with 0, 1, ... units gone}, nats an example."""
 
-# a time budget: shapes that are measured, and how near is near enough
+# for a time budget: shapes that are measured, and how near to the budget is near enough
 _TRIES = 6
 _OVER, _UNDER = 1.01, 0.98
 
@@ -43,7 +43,7 @@ class Widths:
         }
 
     def keep(self, group: str, why: str) -> None:
-        """Let a group lose nothing."""
+        """Keep all units of a group."""
         self.steps[group] = self.steps[group][:1]
         self.kept_whole[group] = why
 
@@ -52,7 +52,7 @@ class Widths:
         return self.dense[group] - self.steps[group][-1]
 
     def size(self, counts: Counts) -> float:
-        """Of the dense module's, in what the budget counts."""
+        """The cost over the dense module's."""
         return self.cost.at(counts) / self.whole
 
     @property
@@ -83,7 +83,7 @@ class Widths:
         best: tuple[float, Counts] | None = None
         aim = low = self.least
         for number in range(_TRIES):
-            # first the smallest there is: if that is too slow, nothing will do
+            # the smallest first: if that is too slow, every other is
             counts = self._fitting(curves, aim)
             ratio = ratio_of(counts)
             used = ratio / self.bound.value
@@ -113,7 +113,7 @@ class Widths:
         return max(low, a[1] + share * (b[1] - a[1]))
 
     def _fitting(self, curves: Curves, size: float) -> Counts:
-        """Take the step that costs the least loss for what it saves, again and again, until no more than `size` is left."""
+        """Repeat the step with the least loss for what it saves, until the size is at most `size`."""
         counts = dict(self.dense)
         now = self.size(counts)
         while now > size + 1e-12:

@@ -28,7 +28,7 @@ class Held:
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
-        # True where a weight is gone: the complement of its mask
+        # True where a weight is removed: the complement of its mask
         self._removed: dict[str, Tensor] = {}
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(lambda *_: self._clear_gradients()),

@@ -127,7 +127,7 @@ class _Run:
         for number in range(plan.rounds + 1):
             if number:
                 masks = self._kept(f"mask-{seed}-{number}", partial(self._tightened, weights, masks, number))
-            # only the learning rate starts over
+            # 'rate' keeps the trained weights, and only the learning rate starts over
             start = weights if plan.rewind == "rate" and number else rewind
             weights = self._row(seed, number, "ticket", start, masks, begin, seed)
             for control in plan.controls if number else ():
@@ -188,7 +188,7 @@ class _Run:
     def _tightened(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The next round's masks: the largest of the trained weights that the last masks kept."""
         model = self._loaded(weights)
-        # masks come from files
+        # on the CPU, where the masks are that were read from files
         sizes = {n: p.detach().abs().cpu() for n, p in chosen(model, self.plan.skip).items()}
         sizes = {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in sizes.items()}
         sparsity = self.plan.sparsity(number)

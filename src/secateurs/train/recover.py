@@ -38,10 +38,10 @@ from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
 
 
 def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """Do what is left of a run: train, check the zeros, measure. Returns the report; raises SecateursError.
+    """Begin or go on with a run: train, check the zeros, measure. Returns the report; raises SecateursError.
 
-    Under torchrun all its processes call it, and only the first returns a report with the quality in it. A missed gate is in
-    the report's `gate`, and no error here.
+    Under torchrun every process calls it, and only the first returns a report with the quality in it. A missed gate is in the
+    report's `gate`, and raises nothing.
     """
     run = _Run(plan, Path(out).expanduser(), progress)
     with joined() as ranks:
@@ -85,7 +85,7 @@ class _Run:
         dense = self.teacher.skeleton() if self.teacher else None
         self._check(model, dense, ranks)
         if not (plan.kl or plan.hidden):
-            # it is there to be compared with at the end
+            # the teacher is only needed to measure quality at the end
             dense = None
         ranks.wait()
         if ranks.first:
@@ -286,12 +286,12 @@ class _Run:
         self, name: str, dense: checkpoint.Checkpoint, other: checkpoint.Checkpoint
     ) -> tuple[evaluate.Quality, texts.Text]:
         plan, cache = self.plan, self.work / f"windows-{name}.json"
-        # a checkpoint remembers what it has loaded, into another skeleton
+        # new checkpoints: these remember what they have loaded into other skeletons
         dense, other = checkpoint.Checkpoint(dense.folder), checkpoint.Checkpoint(other.folder)
         found = quality(
             dense, other, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
         )
-        # _check() has seen to it that both predict a next token
+        # _check() has made sure that both predict a next token
         assert found is not None
         return found
 
@@ -320,7 +320,7 @@ def recompute(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
-            # OPT's blocks call it themselves
+            # OPT's blocks call dropout as a function, with this rate
             for name, value in vars(module).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
