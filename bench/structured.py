@@ -115,7 +115,7 @@ def measured(model, method, folder, rows):
     parameters = peer(model, method.removeprefix("torch-pruning "), folder)
     seconds = time.perf_counter() - began
     _, wikitext = data(ROOT.parent / "shared")
-    report = secateurs("eval", folder, "--text", wikitext, "--windows", 24, "--seqlen", 2048)
+    report = secateurs("eval", folder, "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048)
     ppl = report["quality"]["ppl_dense"]["value"]
     return {"parameters": parameters, "ppl": ppl, "dense": rows["magnitude"]["dense"], "seconds": seconds}
 

@@ -7,19 +7,20 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from plans import asked, changed
 
 from secateurs.base.errors import OutputError, PlanError
 from secateurs.base.files import write_json
 from secateurs.model import families
 from secateurs.shrink import cutting, estimates, latency, losses, shapes, units
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 SMALL = {"multiple": 4, "samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32}
 
 
 def plan(source, words, budget="params=0.8x", **options):
-    return ShrinkPlan(str(source), budget, calibration=str(words), eval_text=str(words), **{**SMALL, **options})
+    return asked(ShrinkPlan, str(source), budget, calibration=str(words), eval_text=str(words), **{**SMALL, **options})
 
 
 def killed_after(name, chosen, out):
@@ -281,7 +282,7 @@ def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_pat
     source, text = tmp_path / "dense", tmp_path / "text.txt"
     shutil.copytree(llama, source)
     text.write_text(words.read_text())
-    chosen = replace(plan(source, text, "params=0.7x", units=("mlp",)), eval_text=str(words))
+    chosen = changed(plan(source, text, "params=0.7x", units=("mlp",)), eval_text=str(words))
     killed_after("block-0000.json", chosen, tmp_path / "run")
     if changed == "model":
         os.utime(source / "config.json", (0, 0))
@@ -301,13 +302,12 @@ def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_pat
     ("params=0.5x", {"units": ("neurons",)}, "unknown unit 'neurons'"),
     ("params=0.5x", {"criterion": "luck"}, "unknown criterion 'luck'"),
     ("params=0.5x", {"samples": 0}, "samples 0 is too small"),
-    ("params=0.5x", {"uniform": False}, "config.json states one width"),
     ("params=0.5x", {"depth": "luck"}, "unknown depth 'luck'"),
     ("params=0.5x", {"gate": ("ppl<5",)}, "cannot read gate"),
 ])  # fmt: skip
 def test_bad_requests_are_refused_in_a_sentence(budget, options, words_of):
     with pytest.raises(PlanError, match=words_of.replace("(", r"\(")):
-        ShrinkPlan("model", budget, **options)
+        asked(ShrinkPlan, "model", budget, **options)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, llama, words):
@@ -338,7 +338,7 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
     from rich.console import Console
 
     import secateurs as sc
-    from secateurs.prune.report import Report
+    from secateurs.prune.record import Report
     from secateurs.report.tables import print_report
 
     small = shrink(plan(llama, words), tmp_path / "small")
@@ -351,7 +351,7 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
         "eval_seqlen": 32,
     }
     model = str(tmp_path / "small" / "model")
-    sc.prune(model, sc.Plan(model, calibration=str(words), eval_text=str(words), **options), tmp_path / "both")
+    sc.prune(model, asked(sc.Plan, model, calibration=str(words), eval_text=str(words), **options), tmp_path / "both")
     report = Report.read(tmp_path / "both" / "report.json")
     assert report.shrunk["parameters"] == {kind: small[kind]["parameters"] for kind in ("dense", "left")}
     assert report.quality["ppl_dense"]["value"] == pytest.approx(small["quality"]["ppl"]["value"], rel=1e-4)
@@ -390,7 +390,7 @@ def test_texts_of_two_kinds_are_told_apart(tmp_path, llama, words):
     digits = tmp_path / "digits.txt"
     digits.write_text(" ".join(str(n) for n in range(2000)))
     same = shrink(plan(llama, words, eval_windows=16), tmp_path / "same")
-    other = shrink(replace(plan(llama, words, eval_windows=16), eval_text=str(digits)), tmp_path / "other")
+    other = shrink(changed(plan(llama, words, eval_windows=16), eval_text=str(digits)), tmp_path / "other")
     assert same["distance"]["overlap"] > other["distance"]["overlap"]
     assert other["distance"]["ppl_evaluation"] == other["quality"]["ppl_dense"]["value"]
     assert any("calibration text is unlike evaluation text" in w for w in other["warnings"]), other["warnings"]

@@ -1,9 +1,9 @@
-"""How a long run tells how far it is."""
+"""How long runs report their progress: a callback."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""(what is being done, how much is done, of how much)."""
+"""(what is being done, how many steps are done, of how many)."""
 
 
 def silent(label: str, done: int, total: int) -> None:
@@ -11,7 +11,7 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
-    """A function that counts its calls and shows them."""
+    """A function that counts its calls and reports each of them to `progress`."""
 
     def tick() -> None:
         nonlocal done

@@ -13,9 +13,10 @@ from typing import Any
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError, SecateursError
-from secateurs.base.files import claim, locked, resolved, unchanged, write_json
+from secateurs.base.files import write_json
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
 from secateurs.kernels.formats import DTYPES
@@ -27,12 +28,12 @@ from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model import checkpoint, families
 from secateurs.pack.folder import pack_run
-from secateurs.prune.folder import Run
-from secateurs.quality import gates, tasks
+from secateurs.prune.run import Run
+from secateurs.quality import tasks
 from secateurs.shrink import units
 from secateurs.shrink.budget import Budget
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 Show = Callable[[list[dict[str, Any]]], None]
 
@@ -61,8 +62,8 @@ class _Decision:
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton, source.block_names(skeleton))
         self.units = _units(skeleton.config)
-        if self.plan.tasks:
-            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        if self.plan.evaluation.tasks:
+            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
@@ -186,11 +187,10 @@ class _Decision:
             self.progress(f"{label}: {what}", done, total)
 
         if isinstance(asked, ShrinkPlan):
-            report = shrink(asked, folder, progress)
+            report = shrink(asked, folder, progress, self.out / "work")
             nbytes = report["bytes"]
-            report |= self._tasks(folder, report)
         else:
-            Run(asked, folder, progress).complete()
+            Run(asked, folder, progress, self.out / "work").complete()
             report = json.loads((folder / "report.json").read_text())
             if report["packed"] is None:
                 profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
@@ -202,28 +202,14 @@ class _Decision:
             "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"], "bytes": nbytes,
             "folder": str(folder.relative_to(self.out)), "status": "measured",
         }  # fmt: skip
-        if [g["gate"] for g in row["gate"]] != list(self.plan.gate):
-            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.gate)}")
+        if [g["gate"] for g in row["gate"]] != list(self.plan.evaluation.gates):
+            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.evaluation.gates)}")
         # the packed file has the bytes that count, unless another machine would store a format of its own
         if not self.estimated or row["worth"]["kernel"] in ("bitmask", "dense"):
             row["bytes_ratio"] = nbytes.get("packed", nbytes.get("left")) / nbytes["dense"]
         if not self.estimated:
             self._time(row, folder, progress)
         self._judge(row)
-
-    def _tasks(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-        """Tasks of a smaller model compared with the dense one, and all of the plan's gates in order."""
-        plan = self.plan
-        if not plan.tasks:
-            return {}
-        results = []
-        dense = checkpoint.Checkpoint(plan.model).folder
-        for file, model in ((self.out / "tasks-dense.json", dense), (folder / "tasks.json", folder / "model")):
-            if not file.is_file():
-                write_json(file, tasks.run_tasks(model, plan.tasks, plan.tasks_path, plan.tasks_limit))
-            results.append(json.loads(file.read_text()))
-        compared = tasks.compare(results[0], results[1], plan.seed)
-        return {"compared": compared, "gate": gates.judge(plan.gate, report["quality"], compared)}
 
     def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
         plan, file = self.plan, folder / "timing.json"

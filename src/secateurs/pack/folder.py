@@ -15,11 +15,11 @@ from torch import Tensor
 from secateurs.base.errors import OutputError, PackError
 from secateurs.base.files import write_json, write_text
 from secateurs.base.progress import Progress, silent
-from secateurs.base.run_folder import models_of
+from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint, shard_name, write_index, write_shard
-from secateurs.model.plain import plain_reader
+from secateurs.model.unpacked import plain_reader
 
 # dense bytes that are read for one shard
 SHARD_BYTES = 1 << 29

@@ -23,8 +23,8 @@ from secateurs.matrix.patterns import count_zeros, parse
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import Loader
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Loader
 from secateurs.model.walk import stream
 from secateurs.prune.allocation import LayerSummary, Option, cheapest_loss
 from secateurs.prune.block import skip
@@ -88,7 +88,7 @@ def assign(
     def scores(name: str) -> Iterator[Tensor]:
         weight_OI = weight(name)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(plan.seed, name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, name))
             # an expert that no token reached has inputs of size 0
             stats = norms.get(name) or Stats.zeros(weight_OI.shape[1], False, weight_OI.device) if norms else None
             score_OI = solver.score(weight_OI, stats)

@@ -16,13 +16,13 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
 from secateurs.matrix.patterns import NM, Pattern, parse
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of, matches, survivors
-from secateurs.model.parts import blocks_of
 from secateurs.model.walk import Step
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord
+from secateurs.prune.record import LayerRecord
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving, movable
 
@@ -118,7 +118,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     try:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed() would leave the GPU's generator seeded as well
-            torch.default_generator.manual_seed(seed_of(plan.seed, layer.name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, layer.name))
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
@@ -255,7 +255,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
-            seed=seed_of(plan.seed, step.name),
+            seed=seed_of(plan.calibration.seed, step.name),
             tick=tick,
         )
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}

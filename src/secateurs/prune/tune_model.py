@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateurs.model.activations import Activations, note_place, read_place
 from secateurs.model.batches import Batch
-from secateurs.model.parts import Loader, blocks_of, leave, whole
+from secateurs.model.blocks import Loader, blocks_of, leave, whole
 from secateurs.model.walk import stream
 from secateurs.prune.tuning import Memory, Moving, Outcome, loss_scale, tune, unscaled
 

@@ -11,9 +11,9 @@ from secateurs.base.progress import Progress, silent
 from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint, checksum
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.plain import plain_reader
+from secateurs.model.unpacked import plain_reader
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 
 
 def verify(folder: str | Path, progress: Progress = silent) -> Report:

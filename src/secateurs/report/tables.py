@@ -17,7 +17,7 @@ from secateurs.model.families import FAMILIES
 from secateurs.model.inspect import ModelFacts
 from secateurs.prune.allocation import ALLOCATIONS
 from secateurs.prune.effort import EFFORTS, Effort
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 
 
 def _table(*columns: str) -> Table:

@@ -17,7 +17,7 @@ from torch import nn
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.solvers import DAMPING
-from secateurs.model.parts import device_of
+from secateurs.model.blocks import device_of
 from secateurs.shrink import columns, graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.consumers import Consumers, Inputs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateurs.base.errors import LayerError, PlanError
 from secateurs.base.progress import Progress
 from secateurs.matrix.stats import Stats
-from secateurs.model.parts import Stop
+from secateurs.model.blocks import Stop
 from secateurs.shrink import columns
 from secateurs.shrink.graph import Graph, Group, Slot, unfolded
 from secateurs.shrink.passes import asking, hooked

@@ -23,8 +23,8 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.solvers import relative_error
 from secateurs.matrix.stats import Stats
 from secateurs.model.batches import batched
+from secateurs.model.blocks import blocks_of, caller
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import blocks_of, caller
 from secateurs.model.walk import Step, stream
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving
@@ -200,7 +200,7 @@ class _Blocks:
             found = reconstruct(
                 [Moving.of(p) for p in step.block.parameters()],
                 lambda batch, part: step.call(step.inputs(batch)[part], batch),
-                target, step.windows, _TUNING, seed=seed_of(self.plan.seed, step.name),
+                target, step.windows, _TUNING, seed=seed_of(self.plan.calibration.seed, step.name),
             )  # fmt: skip
         return dataclasses.asdict(found)
 

@@ -17,7 +17,7 @@ from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import ticker
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.parts import AllLoaded, blocks_of
+from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.shrink import cutting, losses, units, width
 from secateurs.shrink.job import Job
@@ -60,7 +60,7 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
 def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tensor]:
     part = first_windows(batches, _SENSITIVITY)
     tick = ticker(job.progress, "measuring sensitivity", len(part) * (2 * len(blocks_of(model)[0]) + 1))
-    return sensitivity(model, part, AllLoaded(), InMemory(), job.plan.seed, tick)[0]
+    return sensitivity(model, part, AllLoaded(), InMemory(), job.plan.calibration.seed, tick)[0]
 
 
 def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:

@@ -15,11 +15,11 @@ from torch.nn.functional import cosine_similarity
 from secateurs.base.precision import widened
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import AllLoaded
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer
-from secateurs.model.parts import AllLoaded
 from secateurs.model.walk import stream
-from secateurs.quality.evaluate import measure, surprise
+from secateurs.quality.compare import measure, surprise
 from secateurs.shrink import columns, experts
 from secateurs.shrink.passes import asking
 from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units, units_of

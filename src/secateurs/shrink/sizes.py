@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from secateurs.model import families
+from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import experts, losses, units
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.units import Shape

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import columns
 from secateurs.shrink.passes import hooked
 from secateurs.shrink.units import put

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
-from secateurs.base.files import claim, locked, write_json, write_tensors
+from secateurs.base.files import write_json, write_tensors
+from secateurs.base.run_directory import claim, locked
 from secateurs.train.held import Held, hold
 from secateurs.train.matrices import chosen, largest
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import leave
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.parts import leave
 from secateurs.prune.tune_model import cross_entropy, divergence, square_head
 from secateurs.prune.tuning import loss_scale, unscaled
 from secateurs.train.recover_plan import RecoverPlan

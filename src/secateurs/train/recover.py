@@ -19,18 +19,19 @@ from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import PlanError, VerifyError
-from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described, widened
 from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.model.activations import OnDisk
-from secateurs.model.batches import Batch, batched, window_length
-from secateurs.model.parts import blocks_of
+from secateurs.model.batches import Batch, batched
+from secateurs.model.blocks import blocks_of
 from secateurs.prune.tune_model import dense_ends
 from secateurs.prune.tuning import Moving, Noted, Outcome, tune
-from secateurs.quality import evaluate, gates, texts
-from secateurs.quality.evaluation import overlap_warning, predicts_next_token, quality
+from secateurs.quality import texts
+from secateurs.quality.evaluation import measured, overlap_warning, predicts_next_token, quality
 from secateurs.train.lora import Lora, lora
 from secateurs.train.matrices import prunable
 from secateurs.train.objective import Objective, Teacher
@@ -96,7 +97,7 @@ class _Run:
             began = time.perf_counter()
             text = self._text(model)
             if ranks.first:
-                unchanged(self.out, {**self._models(), plan.data: fingerprint_of(text.windows)})
+                unchanged(self.out, {**self._models(), plan.calibration.source: fingerprint_of(text.windows)})
             batches = batched(text.windows)
             teacher = self._teacher(dense, batches, ranks)
             self.source.load_whole(model)
@@ -178,12 +179,12 @@ class _Run:
     def _text(self, model: nn.Module) -> texts.Text:
         """The windows to train on. Raises PlanError if there is only one."""
         plan = self.plan
-        wanted = plan.samples or plan.steps * plan.batch
-        seqlen = window_length(plan.seqlen, model)
-        text = texts.load(plan.data, self.source.tokenizer(), wanted, seqlen, plan.seed)
+        asked, wanted = plan.calibration, plan.calibration.samples or plan.steps * plan.batch
+        text = texts.read(asked, self.source, model, wanted, self.progress)
         if len(text.windows) < 2:
+            tokens = text.windows.shape[1]
             raise PlanError(
-                f"{plan.data} has one window of {seqlen} tokens, and one is held out; give more text or a smaller --seqlen"
+                f"{asked.source} has one window of {tokens} tokens, and one is held out; give more text or a smaller --seqlen"
             )
         return text
 
@@ -208,7 +209,7 @@ class _Run:
     def _tune(self, objective: Objective, ranks: Ranks) -> tuple[Outcome, Lora | None]:
         """Train the model in place, or low-rank additions to it, which are returned."""
         plan, model = self.plan, objective.model
-        low = lora(model, plan.rank, plan.seed) if plan.train == "lora" else None
+        low = lora(model, plan.rank, plan.calibration.seed) if plan.train == "lora" else None
         moving = (
             [Moving(p, None, 1.0) for p in low.parameters()] if low else [Moving.of(p) for p in self._trained(model)]
         )
@@ -221,7 +222,7 @@ class _Run:
         with widened():
             outcome = tune(
                 moving, objective.loss, lambda place: objective.gradients(place, parameters), objective.places, plan.steps, rate,
-                plan.seed, tick, memory, plan.batch, ranks,
+                plan.calibration.seed, tick, memory, plan.batch, ranks,
             )  # fmt: skip
         return outcome, low
 
@@ -261,39 +262,32 @@ class _Run:
 
         The model before and after training is compared with the teacher; without one, after with before.
         """
-        plan, began = self.plan, time.perf_counter()
+        plan, began, seed = self.plan, time.perf_counter(), self.plan.calibration.seed
         if report["status"] == "complete":
             return report
         with locked(self.out):
             unchanged(self.out, self._models())
-            if plan.eval_windows:
-                result = checkpoint.Checkpoint(self.model_folder)
-                if self.teacher:
-                    report["quality_before"] = self._quality("before", self.teacher, self.source)[0].as_dict()
-                found, text = self._quality("after", self.teacher or self.source, result)
-                report["quality"], report["evaluation"] = found.as_dict(), text.facts()
+            if self.teacher and plan.evaluation.windows:
+                # a checkpoint remembers what it has loaded, into another skeleton
+                pair = checkpoint.Checkpoint(self.teacher.folder), checkpoint.Checkpoint(self.source.folder)
+                before = quality(*pair, plan.evaluation, seed, self.progress, self.work / "windows-before.json")
+                # _check() has seen to it that both predict a next token
+                assert before is not None
+                report["quality_before"] = before[0].as_dict()
+            dense = checkpoint.Checkpoint((self.teacher or self.source).folder)
+            result = checkpoint.Checkpoint(self.model_folder)
+            found = measured(dense, result, plan.evaluation, seed, self.progress, self.work)
+            report |= found.as_dict()
+            report["warnings"] += found.warnings
+            if found.text:
                 report["recovered"] = _recovered(report)
                 trained_on = self._text(self.source.skeleton())
-                report["warnings"] += overlap_warning(trained_on.windows, text.windows)
-                report["gate"] = gates.judge(plan.gate, report["quality"])
-                report["seconds"]["evaluate"] = time.perf_counter() - began
+                report["warnings"] += overlap_warning(trained_on.windows, found.text.windows)
+            report["seconds"]["evaluate"] = time.perf_counter() - began
             report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
             write_json(self.out / "report.json", report)
         shutil.rmtree(self.work, ignore_errors=True)
         return report
-
-    def _quality(
-        self, name: str, dense: checkpoint.Checkpoint, other: checkpoint.Checkpoint
-    ) -> tuple[evaluate.Quality, texts.Text]:
-        plan, cache = self.plan, self.work / f"windows-{name}.json"
-        # new checkpoints: these remember what they have loaded into other skeletons
-        dense, other = checkpoint.Checkpoint(dense.folder), checkpoint.Checkpoint(other.folder)
-        found = quality(
-            dense, other, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-        )
-        # _check() has made sure that both predict a next token
-        assert found is not None
-        return found
 
 
 def _recovered(report: dict[str, Any]) -> float | None:

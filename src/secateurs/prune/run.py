@@ -17,37 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory, return_memory
-from secateurs.base.errors import CalibrationError, PlanError, SecateursError
-from secateurs.base.files import (
-    claim,
-    locked,
-    resolved,
-    unchanged,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from secateurs.base.errors import PlanError, SecateursError
+from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent, ticker
-from secateurs.base.run_folder import shrunk_before
+from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
 from secateurs.model.activations import Activations, OnDisk
-from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows, window_length
+from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows
 from secateurs.model.walk import stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
+from secateurs.prune.guide import guide_of, left_out, note_distillation
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
-from secateurs.prune.whole import guide_of, left_out, note_distillation
-from secateurs.quality import evaluate, gates, tasks, texts
-from secateurs.quality.evaluation import quality, texts_apart
+from secateurs.quality import tasks, texts
+from secateurs.quality.evaluation import measured, texts_apart
 
 # ------------------------------------------------------------------------------------------------------ a live module
 
@@ -58,10 +50,12 @@ from secateurs.quality.evaluation import quality, texts_apart
 class Run:
     """One run directory. complete() does what is left to do."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent, beside: Path | None = None) -> None:
+        """beside: a folder where the dense model's tasks are kept for other runs on it."""
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out = out
         self.progress = progress
+        self.beside = beside
         self.work = out / "work"
         self.model_folder = out / "model"
         self.report_file = out / "report.json"
@@ -70,8 +64,8 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        if self.plan.tasks:
-            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        if self.plan.evaluation.tasks:
+            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report = Report.read(self.report_file) if self.report_file.is_file() else None
@@ -85,8 +79,6 @@ class Run:
             self._finish(report)
         shutil.rmtree(self.work, ignore_errors=True)
         return report
-
-    # ------------------------------------------------------------------------------------------------ the folder
 
     # -------------------------------------------------------------------------------------------------- pruning
 
@@ -208,7 +200,7 @@ class Run:
         plan = self.plan
         if not plan.calibrated:
             return []
-        seqlen = window_length(plan.seqlen, model)
+        asked, seqlen = plan.calibration, plan.calibration.length(model)
         file = self.work / "calibration.safetensors"
         facts_file = self.work / "calibration.json"
         if facts_file.is_file():
@@ -216,29 +208,18 @@ class Run:
 
             windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
         else:
-            text = (
-                self._sample(source, seqlen)
-                if plan.calibration == "self"
-                else texts.load(plan.calibration, source.tokenizer(), plan.samples, seqlen, plan.seed)
-            )
+            text = texts.read(asked, source, model, asked.count, self.progress)
             windows, report.calibration = text.windows, text.facts()
             write_tensors(file, {"windows": windows})
             write_json(facts_file, report.calibration)
         assert report.calibration is not None
-        if len(windows) < plan.samples:
+        if len(windows) < asked.count:
             report.warnings.append(
                 f"calibration: {report.calibration['source']} has text for {len(windows)} windows of {seqlen} tokens, "
-                f"{plan.samples} were asked for"
+                f"{asked.count} were asked for"
             )
         check_vocabulary(windows, model)
         return batched(windows)
-
-    def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> texts.Text:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        tick = ticker(self.progress, "sampling", seqlen - 1)
-        return texts.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
 
     def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
         """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
@@ -254,7 +235,7 @@ class Run:
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
-                found, norms = sensitivity(model, part, source, store, plan.seed, tick)
+                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
                 write_tensors(file, {**found, **squares, "tokens": tokens})
@@ -295,7 +276,7 @@ class Run:
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
             model, survivors_of(model, report.layers), (dense, source), ends, batches, plan.distill or 0,
-            seed=seed_of(plan.seed, "distill"), tick=tick, memory=memory,
+            seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
         note_distillation(model, plan, report, outcome)
@@ -308,51 +289,20 @@ class Run:
     # -------------------------------------------------------------------------------------------- quality
 
     def _evaluate(self, source: checkpoint.Checkpoint, report: Report) -> None:
-        plan, began = self.plan, time.perf_counter()
-        if plan.eval_windows and report.quality is None:
-            result = checkpoint.Checkpoint(self.model_folder)
-            cache = self.work / "windows.json"
-            measured = quality(
-                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-            )  # fmt: skip
-            if measured is None:
-                if any(gates.Gate.parse(text).task is None for text in plan.gate):
-                    raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
-                report.warnings.append("quality was not measured: the model predicts no next token")
-            else:
-                found, text = measured
-                report.evaluation, report.quality = text.facts(), found.as_dict()
-                self._against_calibration(source, report, text, found)
-        if plan.tasks and report.tasks is None:
-            results = {
-                name: self._tasks(name, folder)
-                for name, folder in (("dense", source.folder), ("pruned", self.model_folder))
-            }
-            report.tasks = {name: tasks.without_scores(found) for name, found in results.items()}
-            report.compared = tasks.compare(results["dense"], results["pruned"], plan.seed)
-        report.gate = gates.judge(plan.gate, report.quality, report.compared)
-        report.seconds["evaluate"] = time.perf_counter() - began
-
-    def _tasks(self, name: str, folder: Path) -> dict[str, Any]:
-        """Results of one model; kept, for a run that goes on."""
-        file = self.work / f"tasks-{name}.json"
-        if not file.is_file():
-            write_json(file, tasks.run_tasks(folder, self.plan.tasks, self.plan.tasks_path, self.plan.tasks_limit))
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-
-    def _against_calibration(
-        self, source: checkpoint.Checkpoint, report: Report, text: texts.Text, found: evaluate.Quality
-    ) -> None:
-        """Whether the two texts share passages, or are of different kinds."""
+        began = time.perf_counter()
+        result, seed = checkpoint.Checkpoint(self.model_folder), self.plan.calibration.seed
+        found = measured(source, result, self.plan.evaluation, seed, self.progress, self.work, self.beside)
+        for name, value in found.as_dict().items():
+            setattr(report, name, value)
+        report.warnings += found.warnings
         file = self.work / "calibration.safetensors"
-        if not file.is_file():
-            return
-        from safetensors.torch import load_file
+        if found.numbers and found.text and file.is_file():
+            from safetensors.torch import load_file
 
-        windows = load_file(file)["windows"]
-        report.distance, warnings = texts_apart(source, windows, text.windows, found, self.plan.seed)
-        report.warnings += warnings
+            windows = load_file(file)["windows"]
+            report.distance, warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
+            report.warnings += warnings
+        report.seconds["evaluate"] = time.perf_counter() - began
 
     def _finish(self, report: Report) -> None:
         from secateurs.prune.verify import check_run

@@ -8,7 +8,7 @@ from secateurs.model import families
 from secateurs.prune.assign import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 from secateurs.prune.tuning import Outcome
 
 

@@ -17,13 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.base.device import machine, peak_memory
-from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
-from secateurs.model.batches import window_length
-from secateurs.quality import gates, texts
-from secateurs.quality.evaluation import quality, texts_apart
+from secateurs.quality import texts
+from secateurs.quality.evaluation import measured, texts_apart
 from secateurs.shrink import cutting, estimates, latency, shapes, units
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
@@ -33,10 +33,12 @@ def shrink(
     plan: ShrinkPlan,
     out: str | Path,
     progress: Progress = silent,
+    beside: Path | None = None,
 ) -> dict[str, Any]:
     """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
-    A missed gate is in the report's `gate`, and raises nothing.
+    beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and
+    raises nothing.
     """
     out = Path(out).expanduser()
     plan = replace(plan, model=resolved(plan.model))
@@ -49,13 +51,13 @@ def shrink(
     with locked(out):
         report_file = out / "report.json"
         if not report_file.is_file():
-            write_json(report_file, _made(job, source, out))
+            write_json(report_file, _made(job, source, out, beside))
         report: dict[str, Any] = json.loads(report_file.read_text())
     shutil.rmtree(job.work, ignore_errors=True)
     return report
 
 
-def _made(job: Job, source: checkpoint.Checkpoint, out: Path) -> dict[str, Any]:
+def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | None) -> dict[str, Any]:
     """Write the smaller model to model/ and return the report on it."""
     began = time.perf_counter()
     plan, dense, folder = job.plan, job.dense, out / "model"
@@ -90,22 +92,19 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path) -> dict[str, Any]:
         },
         "warnings": [],
         "distance": None,
-        "quality": None,
-        "gate": [],
         "seconds": {"shrink": time.perf_counter() - began},
     }
     report["latency"] = _latency(job, source, folder)
-    _evaluate(job, source, folder, report, windows)
+    _evaluate(job, source, folder, report, windows, beside)
     report["peak_memory_bytes"] = peak_memory()
     return report
 
 
 def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> texts.Text:
     """The plan's calibration text. Raises OutputError if it or the model has changed since the run was begun."""
-    plan = job.plan
-    seqlen = window_length(plan.seqlen, job.dense.skeleton)
-    text = texts.load(plan.calibration, source.tokenizer(), plan.samples, seqlen, plan.seed)
-    unchanged(out, {plan.model: source.fingerprint(), plan.calibration: fingerprint_of(text.windows)})
+    asked = job.plan.calibration
+    text = texts.read(asked, source, job.dense.skeleton, asked.count, job.progress)
+    unchanged(out, {job.plan.model: source.fingerprint(), asked.source: fingerprint_of(text.windows)})
     return text
 
 
@@ -143,22 +142,15 @@ def _latency(job: Job, source: checkpoint.Checkpoint, folder: Path) -> dict[str,
     }
 
 
-def _evaluate(job: Job, source: checkpoint.Checkpoint, folder: Path, report: dict[str, Any], windows: Tensor) -> None:
+def _evaluate(
+    job: Job, source: checkpoint.Checkpoint, folder: Path, report: dict[str, Any], windows: Tensor, beside: Path | None
+) -> None:
     """Measure the smaller model's quality, judge it by the plan's gates, and add both to the report."""
-    plan, began = job.plan, time.perf_counter()
-    if not plan.eval_windows:
-        return
-    result = checkpoint.Checkpoint(folder)
-    cache = job.work / "windows.json"
-    measured = quality(
-        source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, job.progress, cache
-    )
-    if measured is not None:
-        found, text = measured
-        report["quality"], report["evaluation"] = found.as_dict(), text.facts()
-        report["distance"], warnings = texts_apart(source, windows, text.windows, found, plan.seed)
+    began, seed = time.perf_counter(), job.plan.calibration.seed
+    found = measured(source, checkpoint.Checkpoint(folder), job.plan.evaluation, seed, job.progress, job.work, beside)
+    report |= found.as_dict()
+    report["warnings"] += found.warnings
+    if found.numbers and found.text:
+        report["distance"], warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
         report["warnings"] += warnings
-        report["seconds"]["evaluate"] = time.perf_counter() - began
-    else:
-        report["warnings"].append("quality was not measured: the model predicts no next token")
-    report["gate"] = gates.judge(plan.gate, report["quality"])
+    report["seconds"]["evaluate"] = time.perf_counter() - began
