@@ -268,10 +268,10 @@ class _Run:
         with locked(self.out):
             unchanged(self.out, self._models())
             if self.teacher and plan.evaluation.windows:
-                # a checkpoint remembers what it has loaded, into another skeleton
+                # new checkpoints: these remember what they have loaded into other skeletons
                 pair = checkpoint.Checkpoint(self.teacher.folder), checkpoint.Checkpoint(self.source.folder)
                 before = quality(*pair, plan.evaluation, seed, self.progress, self.work / "windows-before.json")
-                # _check() has seen to it that both predict a next token
+                # _check() has made sure that both predict a next token
                 assert before is not None
                 report["quality_before"] = before[0].as_dict()
             dense = checkpoint.Checkpoint((self.teacher or self.source).folder)
