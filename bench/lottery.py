@@ -24,7 +24,7 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 sys.path.insert(0, str(ROOT / "tools"))
 import fashion_mnist

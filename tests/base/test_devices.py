@@ -16,7 +16,7 @@ from secateurs.base.errors import DeviceError, PlanError
 from secateurs.kernels import dispatch
 from secateurs.model.blocks import AllLoaded
 from secateurs.quality import compare
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 IDS = torch.arange(3 * 24).reshape(3, 24) % 200
 

@@ -1,7 +1,7 @@
-"""The dense model cut to a shape, in memory.
+"""Cuts the dense model to a shape, in memory.
 
-Blocks are taken out first. Then one walk cuts every block that is left, on what the cut blocks before it give, and writes it to
-the job's work folder; a run that goes on after a kill reads finished blocks from there. Channels of the residual stream go last.
+Blocks are removed first. Then one walk cuts each block that is left, on the outputs of the cut blocks before it, and writes it to
+the job's work folder, where a run that goes on after a kill finds it. Channels of the residual stream are removed last.
 """
 
 import copy
@@ -33,8 +33,8 @@ from secateurs.shrink.bridge import Block, bridge, through
 from secateurs.shrink.job import Job
 from secateurs.shrink.units import Shape
 
-# steps in which a block learns what the removed ones after it did; one that lost neurons or heads alone has nothing to learn that
-# least squares did not find (docs/log.md)
+# tuning steps of a block with removed blocks after it; a block that lost only neurons or heads is not tuned, because it gained
+# nothing over least squares (docs/log.md)
 _TUNING = 48
 
 
@@ -42,10 +42,10 @@ def shaped(
     job: Job, windows: Tensor, shape: Shape, kept_layers: Sequence[int], sensitive: dict[str, Tensor], label: str,
     hurry: bool = False,
 ) -> tuple[Any, list[dict[str, Any]]]:  # fmt: skip
-    """The dense model, loaded and cut to a shape on calibration windows [N, S]; and a record of what each block lost.
+    """Load the dense model and cut it to a shape, on calibration windows [N, S]. Returns it and a record of each block.
 
     kept_layers: the places of the blocks that stay. sensitive: as estimates.estimate() found it. label: names the stage in the
-    progress display. hurry: choose units less carefully, for a model of which only the loss is asked.
+    progress display. hurry: choose units less carefully, for a model of which only the loss is wanted.
     """
     model = job.dense.load()
     hidden = job.dense.shape.hidden
@@ -56,10 +56,10 @@ def shaped(
 
 
 class _Blocks:
-    """Cuts a loaded model's blocks, in place.
+    """Cuts the blocks of a loaded model, in place.
 
-    path: the name of the list of blocks. kept_layers: the places that its blocks have in the dense model, by which everything
-    that was found out is named. gone: {place of a kept block: the removed blocks between it and the next}.
+    path: the name of the list of blocks. kept_layers: the places of its blocks in the dense model; sensitivities and records use
+    these. gone: {place of a kept block: the removed blocks between it and the next kept one}.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class _Blocks:
         self.sensitive = dict(sensitive)
         self.batches = batched(windows)
         self.path = blocks_of(model)[0][0].rpartition(".")[0]
-        # in places of the dense model: families give their blocks masks and rotations by place
+        # blocks are called by their places in the dense model: some families give masks and rotations by place
         self.dense_call = caller(model, self.batches)
-        # what came after each kept block and is gone: what it did may be made up for
+        # the removed blocks after each kept one, which it may replace
         ends = [*kept_layers[1:], self.dense.layers]
         self.gone = {
             was: [functools.partial(self.dense_call, i) for i in range(was + 1, end)]
@@ -84,7 +84,7 @@ class _Blocks:
         self.kinds = [kind for kind, count in self.todo.items() if count]
 
     def cut(self, label: str) -> list[dict[str, Any]]:
-        """Take blocks out, then cut every block that is left. Returns their records."""
+        """Remove blocks, then cut each block that is left. Returns their records."""
         _keep(self.model, self.path, self.kept_layers)
         changes = bool(self.kinds) or self.bridged
         records: list[dict[str, Any]] = []
@@ -103,7 +103,7 @@ class _Blocks:
         return records
 
     def _restore(self, block: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Make a block what it was when it was written."""
+        """Give a block the parameters that it had when it was written."""
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
             units.put(block.get_submodule(path) if path else block, leaf, tensor)
@@ -112,8 +112,9 @@ class _Blocks:
             experts.resize(block, self.family)
 
     def _cut_block(self, step: Step) -> dict[str, Any]:
+        """Cut a block's units, then let it replace the removed blocks after it. Returns its record."""
         was = self.kept_layers[step.index]
-        record: dict[str, Any] = {"block": f"{self.path}.{was}", "units": {}}
+        record: dict[str, Any] = {"block": f"{self.path}.{was}"}
         takes_over: list[Block] = []
         if self.bridged and self.gone[was]:
             dense_block = functools.partial(self.dense_call, was, block=copy.deepcopy(step.block))
@@ -144,7 +145,7 @@ class _Blocks:
             dense_name = f"{at_first}.{name.removeprefix(step.name + '.')}"
             done = self._remove(step.block, here, stats[name], dense_name)
             found[kind] = {"removed": done.removed, "error": done.error}
-            # a second kind of units of the same consumer finds fewer columns
+            # the next kind of units may be columns of the same consumer
             stats[name] = stats[name].reordered(done.kept_K)
             if f"taylor {dense_name}" in self.sensitive:
                 self.sensitive[f"taylor {dense_name}"] = self.sensitive[f"taylor {dense_name}"][:, done.kept_K]
@@ -153,13 +154,13 @@ class _Blocks:
         return found
 
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:
-        # the step's own layers hold the parameters from before the last cut
+        # step.layers holds the parameters from before the last cut
         return units.units_of(kind, step.name, layers_of(step.block, step.name, self.family.experts), self.family, now)
 
     def _remove(self, block: nn.Module, found: units.Units, stats: Stats, name: str) -> "_Removed":
         """Cut units out of a block, in place. name: the consumer's in the dense model."""
         plan, layer = self.plan, found.consumer
-        at_once = losses.at_once(found) if self.hurry else 1
+        at_once = losses.at_once(len(found.groups_GC)) if self.hurry else 1
         count = self.todo[found.kind] * (1 if found.parents_G is None else int(found.parents_G.max()) + 1)
         weight_OI = layer.read().float()
         taylor = self.sensitive.get(f"taylor {name}")
@@ -177,7 +178,7 @@ class _Blocks:
         return _Removed(sorted(removed.tolist()), kept_K, relative_error(weight_OI, whole_OI, stats))
 
     def _bridge(self, step: Step, gone: Sequence[Block]) -> float | None:
-        """Let the block's last matrix do what it can of what the removed blocks did: the part that is left, or None."""
+        """Fit the block's last matrix to what the removed blocks did: bridge() of it, or None if there is no such matrix."""
         assert self.family.mlp
         layers = {layer.name: layer for layer in layers_of(step.block, step.name, self.family.experts)}
         layer = layers.get(f"{step.name}.{self.family.mlp[1]}")
@@ -189,7 +190,7 @@ class _Blocks:
             raise LayerError(f"{layer.name}: {error}") from None
 
     def _reconstruct(self, step: Step, dense: Sequence[Block]) -> dict[str, Any]:
-        """Tune the whole block to give what the dense block, and the removed ones after it, make of the same inputs."""
+        """Tune the block towards the outputs of the dense block and the removed ones after it, on the same inputs."""
 
         def target(batch: int, part: slice) -> Tensor:
             with torch.no_grad():
@@ -214,7 +215,7 @@ class _Removed:
 
 
 def _keep(model: Any, path: str, kept_layers: Sequence[int]) -> None:
-    """Leave only some blocks in a model, in place, and make its config and the blocks say so."""
+    """Remove all but the kept blocks from a model, in place, and renumber them."""
     container: Any = model.get_submodule(path)
     parent: Any = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
     kept = nn.ModuleList([container[i] for i in kept_layers])
@@ -232,18 +233,18 @@ def _keep(model: Any, path: str, kept_layers: Sequence[int]) -> None:
 def _narrow(
     job: Job, model: nn.Module, windows: Tensor, sensitive: dict[str, Tensor], kept_layers: Sequence[int], count: int
 ) -> None:
-    """Take `count` channels out of the residual stream of a model whose blocks are cut, in place."""
+    """Remove `count` channels from the residual stream of a model whose blocks are cut, in place."""
     plan, family = job.plan, job.dense.family
     names, _ = blocks_of(model)
     path = names[0].rpartition(".")[0]
-    # what was found out has the dense model's names
+    # sensitivities have the names of the dense model's layers
     now = {}
     for index, was in enumerate(kept_layers):
         old, new = f"{path}.{was}.", f"{path}.{index}."
         now.update({new + n.removeprefix(old): t for n, t in sensitive.items() if n.startswith(old)})
     for layer in [x for name in names for x in layers_of(model.get_submodule(name), name)]:
         if layer.name in now and len(now[layer.name]) != layer.shape[0]:
-            # its rows were cut, and nobody noted which: all count alike
+            # which of its rows were cut is not known, so all count alike
             now[layer.name] = now[layer.name].mean().expand(layer.shape[0])
     tick = ticker(job.progress, "cutting the residual width", len(windows))
     reading = width.readers(model, family, windows, now, tick)

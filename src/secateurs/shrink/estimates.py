@@ -1,7 +1,7 @@
-"""What units cost in quality, found once for a run and kept in its work folder.
+"""Estimates what units cost in quality, once for a run; results are kept in its work folder.
 
-losses.json and sensitivity.safetensors hold the estimates, made on the dense model. truth.json holds the losses of models that
-were cut in one kind of unit, which correct the estimates where several kinds compete.
+losses.json and sensitivity.safetensors hold the estimates, made on the dense model. truth.json holds measured losses of models cut
+in one kind of unit, which correct the estimates where several kinds compete.
 """
 
 import json
@@ -24,15 +24,18 @@ from secateurs.shrink.job import Job
 from secateurs.shrink.losses import Losses
 from secateurs.shrink.sizes import consumers_of
 
-# calibration tokens that are run back, and those on which blocks are left out
+# calibration tokens for gradients, and for measuring the loss without some blocks
 _SENSITIVITY = 4096
 _DEPTH = 1024
-# calibration tokens on which a kind is cut, to see how far its estimate is off
+# calibration tokens on which a model is cut in one kind of unit, to correct the estimates
 _TRUTH = 8192
 
 
 def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
-    """Estimated losses of the plan's units on calibration windows [N, S], and the sensitivities that they are weighted by."""
+    """Estimate the losses of the plan's units on calibration windows [N, S]. Returns them and the sensitivities used.
+
+    Sensitivities: {layer: E[g^2] of its outputs}, and {'taylor LAYER': losses.taylor()} for that criterion.
+    """
     file, tensors = job.work / "losses.json", job.work / "sensitivity.safetensors"
     if not file.is_file():
         plan = job.plan
@@ -45,7 +48,7 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
             found["hidden"] = [_of_channels(job, model, windows, sensitive)]
         order, after = _of_blocks(job, model, windows) if "layers" in plan.units else ([], [])
         if plan.criterion == "taylor" and kinds:
-            few = windows[: max(1, _SENSITIVITY // windows.shape[1])]
+            few = _first(windows, _SENSITIVITY)
             tick = ticker(job.progress, "taking gradients", len(few))
             layers = consumers_of(model, job.dense.family, kinds)
             sensitive |= {f"taylor {n}": t for n, t in losses.taylor(model, few, layers, tick).items()}
@@ -61,7 +64,7 @@ def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tens
 
 
 def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
-    """The loss with 0, 1, ... channels of the residual stream fewer."""
+    """The loss with 0, 1, 2, ... channels removed from the residual stream."""
     tick = ticker(job.progress, "what channels cost", len(windows))
     reading = width.readers(model, job.dense.family, windows, sensitive, tick)
     gone = losses.most(job.dense.shape.hidden)
@@ -69,30 +72,35 @@ def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Ten
 
 
 def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[float]]:
-    """The order in which blocks go, and the loss after each."""
+    """The order in which to remove blocks, and the loss after each."""
     count, influence = job.dense.sizes.most_blocks(job.plan.bound), job.plan.depth == "influence"
     tries = losses.tries(job.dense.shape.layers, count, influence)
     tick = ticker(job.progress, "what blocks cost", tries)
     each = min(windows.shape[1], 512)
-    return losses.blocks(model, windows[: max(1, _DEPTH // each), :each], count, tick, influence)
+    return losses.blocks(model, _first(windows[:, :each], _DEPTH), count, tick, influence)
+
+
+def _first(windows: Tensor, tokens: int) -> Tensor:
+    """The first windows that hold at most so many tokens, but one at least."""
+    return windows[: max(1, tokens // windows.shape[1])]
 
 
 def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tensor]) -> Losses:
-    """The estimates with the losses that were measured: of models cut by a quarter and by a half, in one kind of unit each.
+    """The estimates with measured losses of models that are cut by a quarter and by a half, in one kind of unit each.
 
-    With one kind of unit there is nothing to compare, and nothing is measured.
+    If the plan names one kind of unit, there is nothing to compare and nothing is measured.
     """
     dense, work = job.dense.shape, job.work
     if len(job.plan.units) == 1:
         return lost
     file = work / "truth.json"
     truth: dict[str, list[list[float]]] = json.loads(file.read_text()) if file.is_file() else {}
-    held_out = max(1, _DEPTH // windows.shape[1])
-    # what is cut is fitted to other windows, unless there are no others
-    fitting = windows[held_out : held_out + max(1, _TRUTH // windows.shape[1])]
-    fitting = fitting if len(fitting) else windows
+    held_out = _first(windows, _DEPTH)
+    # the loss is measured on windows that the model was not fitted to, unless there are no others
+    others = windows[len(held_out) :]
+    fitting = _first(others, _TRUTH) if len(others) else windows
     todo = [kind for kind in lost.curves if kind not in truth]
-    whole = losses.nll(job.dense.load(), windows[:held_out]) if todo else 0.0
+    whole = losses.nll(job.dense.load(), held_out) if todo else 0.0
     for kind in todo:
         steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
         points = []
@@ -101,7 +109,7 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
             shape = replace(dense, **{kind: steps - gone})
             label = f"checking {gone} of {steps} {kind}"
             model, _ = cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, hurry=True)
-            points.append([lost.at(shape, dense), max(0.0, losses.nll(model, windows[:held_out]) - whole)])
+            points.append([lost.at(shape, dense), max(0.0, losses.nll(model, held_out) - whole)])
             shutil.rmtree(part.work, ignore_errors=True)
         truth[kind] = points
         write_json(file, truth)

@@ -1,4 +1,4 @@
-"""What every stage of a run of shrink is given: the plan, the dense model, the folder of finished work and the progress display."""
+"""What every stage of a run of shrink needs: the plan, the dense model, the work folder and the progress display."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from secateurs.shrink.units import Shape
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model as its config describes it. skeleton: its parameters are on the meta device."""
+    """The dense model before its weights are read. skeleton: the model with its parameters on the meta device."""
 
     folder: str
     skeleton: Any
@@ -25,9 +25,9 @@ class Dense:
 
     @classmethod
     def of(cls, plan: ShrinkPlan, skeleton: Any) -> "Dense":
-        """The plan's model. Raises PlanError for a model of no known family."""
+        """The plan's model. Raises PlanError if its family is not known."""
         config = skeleton.config
-        # loading ties them; until then some families would count their embeddings twice
+        # some families' skeletons are not tied, and would count the embeddings twice
         skeleton.tie_weights()
         try:
             family = families.find(config.model_type)
@@ -48,7 +48,7 @@ class Dense:
 
     def load(self) -> Any:
         """The model with all of its weights."""
-        # a checkpoint of its own: one knows what it has loaded
+        # a new checkpoint: it remembers which tensors it has loaded
         source = checkpoint.Checkpoint(self.folder)
         model = source.skeleton()
         source.load_whole(model)
@@ -79,7 +79,7 @@ def _half_as_wide(sizes: Sizes, skeleton: Any, family: families.Family) -> Sizes
 
 @dataclass(frozen=True)
 class Job:
-    """A run of shrink. work: the folder of what is done, for a run that goes on after a kill."""
+    """A run of shrink. work: the folder of intermediate results, for a run that goes on after a kill."""
 
     plan: ShrinkPlan
     dense: Dense

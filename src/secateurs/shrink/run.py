@@ -1,11 +1,10 @@
-"""A model folder to a smaller dense model under a budget: a plain Hugging Face folder that needs no code of ours.
+"""Shrinks a model folder to a smaller dense model under a budget: a plain Hugging Face folder that needs no code of ours.
 
-Every block keeps the same width and heads, so config.json can state what is left. The run directory holds plan.json, model/,
-report.json, and work/ while the run is under way: what was found out before the first cut, and every block that was cut. A
-kill loses at most one of these steps. The whole dense model is in memory.
+All blocks keep the same width and heads, so config.json can state them. The run directory holds plan.json, model/, report.json, and
+work/ while the run is under way. A kill loses at most one estimate or one cut block. The whole dense model is in memory.
 
-Stages: estimates.py (what units cost), shapes.py (which shape), cutting.py (the model cut to it); here the first and the last of
-a run, its files and its measurements.
+This file orders the stages and writes and measures the result. The stages: estimates.py (what units cost), shapes.py (which shape
+is taken), cutting.py (the model is cut to it).
 """
 
 import json
@@ -35,10 +34,10 @@ def shrink(
     progress: Progress = silent,
     beside: Path | None = None,
 ) -> dict[str, Any]:
-    """Do what is left of a run: look, choose a shape, cut, measure. Returns the report; raises SecateursError.
+    """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
-    beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and no
-    error here.
+    beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and
+    raises nothing.
     """
     out = Path(out).expanduser()
     plan = replace(plan, model=resolved(plan.model))
@@ -117,7 +116,7 @@ def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> texts.Te
 
 def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model: Any, stated: dict[str, Any]) -> None:
     source.copy_small_files(folder, but=("config.json",))
-    # its own is that of the dense model, which saving would find wrong
+    # model.config still has sizes of the dense model, and save_pretrained would refuse it
     model.config = type(model.config).from_dict(stated)
     model.save_pretrained(folder)
     write_json(folder / "config.json", stated)

@@ -1,4 +1,4 @@
-"""Which shape a model is cut to: all shapes that the plan allows, and the one of them with the least estimated loss in the budget.
+"""Chooses the shape that a model is cut to: of all that the plan allows, the one with the least estimated loss in the budget.
 
 A budget of parameters, bytes or multiplications is counted. A budget of time is measured: blank models with half of one thing
 each are timed, a linear model fitted to them says which shape to try, that shape is timed, and so on until one fits.
@@ -19,15 +19,15 @@ from secateurs.shrink.latency import LatencyModel, Seconds
 from secateurs.shrink.losses import Losses
 from secateurs.shrink.units import Shape
 
-# a shape is measured and chosen anew at most so often; it may take 1% more than was asked, and need not be nearer than 2%
+# shapes that are measured at most; one may take 1% more than the budget, and is near enough from 2% less
 _TRIES = 10
 _OVER, _UNDER, _AIM = 1.01, 0.98, 0.995
-# one that is so near to the budget is timed again, in so many rounds
+# a shape this near to the budget is timed again, in more rounds
 _NEAR, _ROUNDS = 0.06, 12
 
 
 def check_units(job: Job) -> None:
-    """Raise PlanError for units that the model does not have or that its config cannot state fewer of."""
+    """Raise PlanError for units that the model does not have, or whose number its config cannot state."""
     dense, multiple = job.dense, job.plan.multiple
     for kind in job.plan.units:
         refused = units.refuses(kind, dense.family, dense.config)
@@ -82,7 +82,7 @@ def allowed(job: Job) -> list[Shape]:
         for e in range(dense.experts, fewest_experts - 1, -1)
         for n in hidden
     ]
-    # some classes want the width to be a multiple of the query heads
+    # some classes require the residual width to be a multiple of the query heads
     kinds = {
         (s.heads, s.queries, s.hidden): replace(dense, heads=s.heads, queries=s.queries, hidden=s.hidden) for s in found
     }
@@ -112,7 +112,7 @@ def choose(job: Job, lost: Losses) -> tuple[Shape, list[dict[str, Any]]]:
     if bound.timed:
         shape, tried = _within_time(job, shapes, loss)
     else:
-        # refuse_too_small() has seen to it that there is one
+        # there is one: refuse_too_small() has checked
         fitting = [s for s in shapes if sizes.share(bound.kind, s, job.plan.prompt) <= bound.value]
         shape = min(fitting, key=loss)
     write_json(file, {"shape": asdict(shape), "tried": tried})
@@ -140,7 +140,7 @@ def _within_time(
         fitted = LatencyModel.fit(dense, points)
         if tried:
             fitted = fitted.through(*points[-1])
-        # a shape that was timed is not tried again: the clock has said what it is
+        # shapes that were timed are not tried again
         known = [shape for shape, _ in points[1 + len(probes) :]]
         new = {s: _used(job, fitted.at(s).times(at_first), at_first) for s in shapes if s not in known}
         fitting = [s for s, used in new.items() if used <= _AIM] or sorted(new, key=lambda s: new[s])[:1]
@@ -171,7 +171,7 @@ def _probes(job: Job) -> list[Shape]:
         replace(dense, mlp=max(multiple, dense.mlp // 2 // multiple * multiple)),
     ]
     for kind in (k for k in ("heads", "queries", "hidden") if k in job.plan.units):
-        # transformers does not load every number of heads
+        # the nearest number that transformers loads
         fewer = (replace(dense, **{kind: n}) for n in range(max(1, dense.steps(kind) // 2), 0, -1))
         found += islice((shape for shape in fewer if not job.dense.not_loadable(shape)), 1)
     return found
