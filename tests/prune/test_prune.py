@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateurs as sc
-from secateurs.base import precision
+from secateurs.base import precision, progress
 from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
 from secateurs.base.files import fingerprint_of, trim
@@ -777,7 +777,7 @@ def test_seconds_are_by_stage_and_survive_a_kill(tmp_path, llama, words, monkeyp
         method="wanda",
     )
     clock = itertools.count()
-    monkeypatch.setattr(prune_run.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
 
     def killed(*_):
         raise KeyboardInterrupt

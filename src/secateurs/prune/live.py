@@ -1,4 +1,4 @@
-"""Prune a live module in place."""
+"""Prunes a module that is in memory, in place."""
 
 import time
 from collections.abc import Sequence

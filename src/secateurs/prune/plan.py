@@ -1,4 +1,4 @@
-"""Every choice of one run, as data: checks itself, <-> plan.json. Where the result goes is not part of it."""
+"""Every choice of a run of prune, as data: it checks itself, and is what plan.json holds. Where results go is not part of it."""
 
 import dataclasses
 import json
@@ -216,7 +216,7 @@ class Plan:
         return solvers.find(self.method or "")
 
     def damping_of(self, stats: Stats) -> float:
-        """The damping of a layer whose inputs were seen so often."""
+        """The damping of a layer, by the number of tokens in its statistics."""
         return self.damping or solvers.damping_for(stats.tokens, len(stats.sqnorm_I))
 
     @property
@@ -225,7 +225,7 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether anything in the plan looks at calibration text."""
+        """True if anything in the plan needs calibration text."""
         asks = (self.sensitivity, self.blend, self.permute, self.reconstruct, self.distill)
         return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
 

@@ -1,4 +1,4 @@
-"""prune(): a model folder into a run directory, or a live module in place."""
+"""prune(), the way in: a model folder into a run directory, or a live module in place."""
 
 import dataclasses
 from collections.abc import Sequence

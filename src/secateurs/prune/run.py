@@ -1,9 +1,9 @@
-"""stream x observe x solve: prune a model folder into a run directory, or a live module in place.
+"""Prunes a model folder into a run directory, and goes on after a kill.
 
 The run directory holds plan.json, model/ (a plain checkpoint), report.json, and work/ while the run is under way. Each
 block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
-moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had. What is found out
-beforehand is kept when it is complete (sensitivities) or block by block (the losses of allocation `measured`).
+moves on to the next block. So a kill at any moment repeats at most one block, from the inputs it had. What is measured before
+the first block is kept once it is complete (sensitivities), or block by block (the losses of allocation `measured`).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from secateurs.base.device import machine, peak_memory, return_memory
 from secateurs.base.errors import PlanError, SecateursError
 from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
-from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.progress import Clock, Progress, silent, ticker
 from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
@@ -41,14 +41,9 @@ from secateurs.prune.tuning import Noted
 from secateurs.quality import tasks, texts
 from secateurs.quality.evaluation import measured, texts_apart
 
-# ------------------------------------------------------------------------------------------------------ a live module
-
-
-# -------------------------------------------------------------------------------------------------------- a folder
-
 
 class Run:
-    """One run directory. complete() does what is left to do."""
+    """A run directory of prune. complete() does whatever is left to do."""
 
     def __init__(self, plan: Plan, out: Path, progress: Progress = silent, beside: Path | None = None) -> None:
         """beside: a folder where the dense model's tasks are kept for other runs on it."""
@@ -91,7 +86,7 @@ class Run:
         compute = described(model.config.dtype)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(source, model, report)
-        self._spend("calibration")
+        self.clock.spend("calibration")
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
@@ -144,7 +139,7 @@ class Run:
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
             self._distill(source, model, batches, report, count)
-            self._spend("distill")
+            self.clock.spend("distill")
         for i in range(count):
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
@@ -152,13 +147,13 @@ class Run:
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
-        self._spend("prune")
-        report.seconds.update(self.spent)
+        self.clock.spend("prune")
+        report.seconds.update(self.clock.seconds)
         report.peak_memory_bytes = peak_memory()
         return report
 
     def _check_memory(self, source: checkpoint.Checkpoint, model: nn.Module) -> None:
-        """Tuning the whole model comes last: that it does not fit is better said first."""
+        """Raise PlanError now if tuning the whole model, which comes last, will not fit into memory."""
         if not self.plan.distill:
             return
         blocks = (model.get_submodule(name) for name in source.block_names(model))
@@ -173,25 +168,18 @@ class Run:
             )
 
     def _state(self) -> dict[str, Any]:
-        """Where an earlier run of this plan stopped, or the beginning."""
+        """The place where an earlier run of this plan stopped, or the beginning."""
         file = self.work / "state.json"
         state: dict[str, Any] = {"next_block": 0, "seconds": {}, "layers": [], "tuned": [], "reconstruction": []}
         if file.is_file():
             state = json.loads(file.read_text())
-        self.spent: dict[str, float] = state["seconds"]
-        self._since = time.perf_counter()
+        self.clock = Clock(state["seconds"])
         return state
 
-    def _spend(self, stage: str) -> None:
-        """Count the seconds since the last call for a stage of the report."""
-        now = time.perf_counter()
-        self.spent[stage] = self.spent.get(stage, 0.0) + now - self._since
-        self._since = now
-
     def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
-        self._spend("prune")
+        self.clock.spend("prune")
         saved = {
-            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.spent,
+            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.clock.seconds,
             "tuned": report.tuned, "reconstruction": report.reconstruction,
         }  # fmt: skip
         write_json(self.work / "state.json", saved)
@@ -222,7 +210,7 @@ class Run:
         return batched(windows)
 
     def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
-        """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
+        """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
         from safetensors.torch import load_file
 
         plan = self.plan
@@ -241,7 +229,7 @@ class Run:
                 write_tensors(file, {**found, **squares, "tokens": tokens})
                 shutil.rmtree(store.folder, ignore_errors=True)
                 return_memory()
-                self._spend("sensitivity")
+                self.clock.spend("sensitivity")
             stored = load_file(file)
             names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
             tokens = stored.pop("tokens").tolist()
@@ -258,13 +246,13 @@ class Run:
                 # until now a kill could go back to them
                 shutil.rmtree(self.work / "inputs", ignore_errors=True)
                 return_memory()
-                self._spend("allocation")
+                self.clock.spend("allocation")
         return guide_of(model, plan, shares, found)
 
     def _distill(
         self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
     ) -> None:
-        """Tune the pruned model as a whole and write its blocks' shards again; `count` shards in all."""
+        """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
         plan, memory = self.plan, Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
@@ -316,7 +304,7 @@ class Run:
 
 
 def failure(report: Report) -> SecateursError | None:
-    """Why a finished run must still exit non-zero: a missed gate, or layers left dense that nobody allowed."""
+    """The error with which a finished run still ends: a missed gate, or layers left dense without --allow-skips; else None."""
     from secateurs.base.errors import QualityGateError, SkippedLayersError
 
     missed = [g["missed"] for g in report.gate if not g["passed"]]

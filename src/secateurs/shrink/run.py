@@ -9,7 +9,6 @@ is taken), cutting.py (the model is cut to it).
 
 import json
 import shutil
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described
-from secateurs.base.progress import Progress, silent
+from secateurs.base.progress import Clock, Progress, silent
 from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import texts
@@ -59,17 +58,22 @@ def shrink(
 
 def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | None) -> dict[str, Any]:
     """Write the smaller model to model/ and return the report on it."""
-    began = time.perf_counter()
+    clock = Clock()
     plan, dense, folder = job.plan, job.dense, out / "model"
     text = _calibration(job, source, out)
     windows = text.windows
+    clock.spend("calibration")
     lost, sensitive = estimates.estimate(job, windows)
+    clock.spend("estimates")
     lost = estimates.corrected(job, lost, windows, sensitive)
+    clock.spend("corrections")
     shape, tried = shapes.choose(job, lost)
+    clock.spend("shape")
     kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
     model, records = cutting.shaped(job, windows, shape, kept_layers, sensitive, "cutting")
     stated = units.stated(source.raw_config, dense.config, dense.family, shape, kept_layers)
     _write(plan, source, folder, model, stated)
+    clock.spend("cutting")
     report: dict[str, Any] = {
         "format": 1,
         "plan": plan.as_dict(),
@@ -92,10 +96,12 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         },
         "warnings": [],
         "distance": None,
-        "seconds": {"shrink": time.perf_counter() - began},
+        "seconds": clock.seconds,
     }
     report["latency"] = _latency(job, source, folder)
+    clock.spend("latency")
     _evaluate(job, source, folder, report, windows, beside)
+    clock.spend("evaluate")
     report["peak_memory_bytes"] = peak_memory()
     return report
 
@@ -146,11 +152,10 @@ def _evaluate(
     job: Job, source: checkpoint.Checkpoint, folder: Path, report: dict[str, Any], windows: Tensor, beside: Path | None
 ) -> None:
     """Measure the smaller model's quality, judge it by the plan's gates, and add both to the report."""
-    began, seed = time.perf_counter(), job.plan.calibration.seed
+    seed = job.plan.calibration.seed
     found = measured(source, checkpoint.Checkpoint(folder), job.plan.evaluation, seed, job.progress, job.work, beside)
     report |= found.as_dict()
     report["warnings"] += found.warnings
     if found.numbers and found.text:
         report["distance"], warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
         report["warnings"] += warnings
-    report["seconds"]["evaluate"] = time.perf_counter() - began

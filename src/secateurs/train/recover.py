@@ -122,7 +122,7 @@ class _Run:
                 },
                 "zeros": sum(int(z.sum()) for z in zeros.values()),
                 "of_weights": sum(z.numel() for z in zeros.values()),
-                "data": text.facts(),
+                "calibration": text.facts(),
                 "warnings": [],
                 "quality_before": None,
                 "quality": None,
