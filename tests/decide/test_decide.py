@@ -116,7 +116,7 @@ def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
     first = decide(chosen, tmp_path / "run")
     assert len(stated) == 3
     # three candidates and the dense model once
-    assert walked.count(chosen.eval_windows) == 4
+    assert walked.count(chosen.evaluation.windows) == 4
     assert len({str(row["quality"]["ppl_dense"]) for row in first["rows"]}) == 1
     monkeypatch.setattr(module, "pack_run", None)
     assert decide(chosen, tmp_path / "run") == first
