@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
-from plans import asked, changed
+from plans import asked
 from torch import nn
 
 from secateurs import Plan, Stats
@@ -92,7 +94,7 @@ def test_layers_are_compared_in_units_of_the_loss(plan, sensitivity, reconstruct
 def test_efforts_go_by_tokens_an_input_for_their_damping(plan, tokens, damping, monkeypatch):
     linear = nn.Linear(16, 4, bias=False)
     given = []
-    solver = changed(plan.solver, solve=lambda w, stats, pattern, sparsity, d: given.append(d) or w)
+    solver = replace(plan.solver, solve=lambda w, stats, pattern, sparsity, d: given.append(d) or w)
     monkeypatch.setattr(Plan, "solver", solver)
     with pytest.raises(LayerError):
         prune_layer(Layer("layer", linear, linear.weight, "linear"), Stats.of(torch.randn(tokens, 16)), plan, Guide())
