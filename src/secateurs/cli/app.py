@@ -221,7 +221,7 @@ def prune(
     from secateurs.base.errors import PlanError
     from secateurs.prune.folder import Run, failure
     from secateurs.prune.plan import Plan
-    from secateurs.report.tables import print_report
+    from secateurs.report.run_tables import print_report
 
     base = Plan.read(plan).as_dict() if plan else {}
     # what was resolved from a choice does not outlive it
@@ -289,7 +289,7 @@ def shrink(
     quiet: Quiet = False,
 ) -> None:
     """Remove neurons, heads and blocks until a budget is met: a smaller dense model, which needs no kernel and no code of ours."""
-    from secateurs.report.tables import print_shrunk
+    from secateurs.report.run_tables import print_shrunk
     from secateurs.shrink.folder import shrink as run
     from secateurs.shrink.plan import ShrinkPlan
 
@@ -341,7 +341,7 @@ def recover(
     quiet: Quiet = False,
 ) -> None:
     """Train what pruning left until the quality is back; zeros stay zero. Alone, or in several processes under torchrun."""
-    from secateurs.report.tables import print_recovered
+    from secateurs.report.run_tables import print_recovered
     from secateurs.train import RecoverPlan
     from secateurs.train import recover as run
 
@@ -384,7 +384,7 @@ def evaluate(
     from secateurs.quality import gates
     from secateurs.quality import tasks as lm_eval_tasks
     from secateurs.quality.evaluation import quality
-    from secateurs.report.tables import print_compute, print_quality, print_tasks
+    from secateurs.report.run_tables import print_compute, print_quality, print_tasks
 
     try:
         gates.check(gate or (), tasks or ())
@@ -463,7 +463,7 @@ def pack(
     from secateurs.base.errors import PlanError
     from secateurs.machine.profile import DeviceProfile
     from secateurs.pack import folder as stage
-    from secateurs.report.tables import print_packed
+    from secateurs.report.run_tables import print_packed
 
     run = (Path(source).expanduser() / "plan.json").is_file()
     if out is None and not (run and not dense):
@@ -507,7 +507,7 @@ def probe(
     from secateurs.machine.probe import Question, read_list, read_shapes, shapes_of
     from secateurs.machine.probe import probe as measure
     from secateurs.machine.profile import default_file
-    from secateurs.report.tables import print_profile
+    from secateurs.report.machine_tables import print_profile
 
     given: dict[str, Any] = {}
     if model:
@@ -552,7 +552,7 @@ def bench(
     from secateurs.machine.bench import Variant, record_of, variants_of
     from secateurs.machine.bench import bench as measure
     from secateurs.machine.probe import read_list
-    from secateurs.report.tables import print_bench
+    from secateurs.report.machine_tables import print_bench
 
     batches = read_list(batch, int, "batches")
 
@@ -585,7 +585,7 @@ def realize(
 ) -> None:
     """What zeros would be worth on a machine, before any is made: nominal FLOPs and bytes against realizable ones, and why."""
     from secateurs.decide.realize import USUAL, Candidate, machine_named, rank
-    from secateurs.report.tables import print_worth
+    from secateurs.report.machine_tables import print_worth
 
     machine = machine_named(profile)
     rows = rank([Candidate.parse(text) for text in candidates or USUAL], machine, dtype)
@@ -695,7 +695,7 @@ def fleet(
     from secateurs.base.files import write_json
     from secateurs.decide.fleet import fleet as size_all
     from secateurs.decide.fleet import random_requests, read_speeds, read_trace, service_of
-    from secateurs.report.tables import print_fleet
+    from secateurs.report.machine_tables import print_fleet
 
     traced = read_trace(trace) if trace is not None else None
     service = service_of(traced, rate, peak, ttft, tpot, percentile, price, headroom, memory)
