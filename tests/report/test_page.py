@@ -143,4 +143,3 @@ def test_commands_on_the_page_make_the_same_run(run):
     }  # fmt: skip
     assert page.flat({"model": "m", **parts}) == {"model": "m", **same}
     assert "--calibration a.txt --samples 4" in page._command("prune", {"model": "m", **parts}, run)
-    assert "--units mlp,heads --no-refit --uniform" in shrink
