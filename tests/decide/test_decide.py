@@ -283,6 +283,16 @@ def test_published_hardware_decides_by_estimates(tmp_path, llama, words, stated)
     assert result["recommended"] == "2:4"
 
 
+def test_a_gain_that_may_be_none_is_no_gain():
+    def faster(value, high):
+        return module._Decision._faster({"value": value, "low": value - 0.1, "high": high})
+
+    assert faster(0.9, 0.99)
+    assert not faster(0.9, 1.01)
+    # less than noise
+    assert not faster(0.96, 0.97)
+
+
 def test_the_front_keeps_what_no_other_beats():
     def row(name, seconds, ppl, status="measured"):
         return {

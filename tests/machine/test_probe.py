@@ -176,6 +176,11 @@ def test_a_profile_of_fewer_kernels_is_of_another_machine(monkeypatch):
     assert not DeviceProfile("m", here, 1.0, {}, [], {}).of_here
 
 
+def test_a_profile_of_other_threads_is_of_another_machine():
+    here = {**machine(), "kernels": [k.name for k in dispatch.kernels() if not k.lacks]}
+    assert not DeviceProfile("m", {**here, "threads": here["threads"] + 1}, 1.0, {}, [], {}).of_here
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     call = dispatch.Call.__call__
     monkeypatch.setattr(dispatch.Call, "__call__", lambda self, x, kernel=None: call(self, x, kernel) * 1.1)

@@ -132,7 +132,7 @@ def test_a_missing_shard(folder):
     broken(folder, "is missing, though model.safetensors.index.json lists it")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite(folder, value):
     def edit(tensors):
         for name, tensor in tensors.items():

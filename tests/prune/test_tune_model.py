@@ -163,3 +163,13 @@ def test_a_model_without_logits_is_left_alone(models):
     before = copy.deepcopy(pruned)
     assert run(copy.deepcopy(pruned), pruned, models[2]) is None
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), pruned.parameters(), strict=True))
+
+
+def test_what_was_tuned_before_a_kill_is_not_tuned_again(models):
+    dense, pruned, batches = models
+    notes, ticks = Notes(2), []
+    with pytest.raises(KeyboardInterrupt):
+        run(dense, copy.deepcopy(pruned), batches, memory=notes, steps=96)
+    found = run(dense, pruned, batches, memory=notes, steps=96, tick=lambda: ticks.append(1))
+    # it died at its second look
+    assert len(ticks) == found.steps - 48
