@@ -63,19 +63,26 @@ void together(int32_t kernel, const secateurs_kernel& row) {
   }
 }
 
-/* what an earlier call left in the memory that a thread keeps does not matter: here NaN, where the last word of x is short */
+/* what an earlier call left in the memory that a thread keeps does not matter: here NaN. The last word of x is short; and what
+   threads lay out is not a multiple of what they are */
 void stale(int32_t kernel, const secateurs_kernel& row) {
   Random random{3};
-  const Problem wide(random, row.dtype, 8, 250, 0.5, 0), narrow(random, row.dtype, 9, 65, 0.5, 0);
   const int size = itemsize(row.dtype);
-  for (int64_t tokens : {1, 3, 40}) {
-    Exact nan(static_cast<size_t>(tokens * 250 * size)), lost(static_cast<size_t>(tokens * 8 * size)), x(static_cast<size_t>(tokens * 65 * size));
+  const Problem first(random, row.dtype, 8, 450, 0.5, 0), few(random, row.dtype, 9, 65, 0.5, 0), many(random, row.dtype, 9, 450, 0.5, 0);
+  const struct {
+    const Problem& problem;
+    int64_t tokens;
+    int32_t threads;
+  } cases[] = {{few, 1, 1}, {few, 3, 1}, {few, 40, 1}, {many, 71, 5}};
+  for (const auto& c : cases) {
+    Exact nan(static_cast<size_t>(c.tokens * 450 * size)), lost(static_cast<size_t>(c.tokens * 8 * size));
+    Exact x(static_cast<size_t>(c.tokens * c.problem.inputs * size));
     memset(nan.data, 0xff, nan.nbytes);
-    for (int64_t k = 0; k < tokens * 65; ++k) put(row.dtype, x.data + k * size, static_cast<float>(random.uniform()));
-    const secateurs_product before = {wide.weight(!strcmp(row.format, "bitmask")), nullptr};
-    secateurs_linear(kernel, &before, 1, nan.data, lost.data, tokens, 1);
+    for (int64_t k = 0; k < c.tokens * c.problem.inputs; ++k) put(row.dtype, x.data + k * size, static_cast<float>(random.uniform()));
+    const secateurs_product before = {first.weight(!strcmp(row.format, "bitmask")), nullptr};
+    secateurs_linear(kernel, &before, 1, nan.data, lost.data, c.tokens, 1);
     ++runs;
-    failures += check(kernel, row, narrow, x.data, nullptr, tokens, 1, "after NaN, " + std::to_string(tokens) + " tokens") != 0;
+    failures += check(kernel, row, c.problem, x.data, nullptr, c.tokens, c.threads, "after NaN, " + std::to_string(c.tokens) + " tokens") != 0;
   }
 }
 
