@@ -19,7 +19,7 @@ $(USED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
 # prune a real pretrained model to 50%, pack it, and show what came of it: quality, bytes, tokens per second
 demo: $(USED)
-	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 64 --seqlen 512
+	$(BIN)/secateurs prune "$$($(BIN)/python tools/smollm2.py)" --out runs/demo --samples 32 --eval-windows 8
 	$(BIN)/secateurs pack runs/demo
 	$(BIN)/secateurs bench runs/demo
 

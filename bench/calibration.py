@@ -18,17 +18,18 @@ from methods import ROOT, data, fetch
 
 PAGE = """# Calibration text matters
 
-Made by `.venv/bin/python bench/calibration.py`. SmolLM2-135M, 50% zeros, `--effort fast`, 64 x 512 tokens. Prose is C4, and for
-evaluation WikiText-2's test split; code is modules of Python's standard library, and for evaluation others of them. 12 windows
-of 2048 tokens; intervals are 95%.
+Made by `.venv/bin/python bench/calibration.py`. SmolLM2-135M, 50% zeros, `--effort fast`, 64 x 512 tokens. Prose is C4 for
+calibration and WikiText-2's test split for evaluation; code is modules of Python's standard library, different ones for the two.
+Evaluation: 12 windows of 2048 tokens. Intervals are 95%.
 
 | calibrated on | evaluated on | perplexity, dense | perplexity | ratio | overlap | within one kind | warned |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-*Overlap* is that of token frequencies p and q, the sum over tokens of min(p, q). *Within one kind* is the same between two
-halves of either text, the smaller: at this length even text of one kind overlaps by less than 1. `prune` and `decide` warn
-where the overlap is below half of that, with both numbers and the dense model's perplexity on both texts.
+*Overlap* compares the two texts' token frequencies p and q: the sum over tokens of min(p, q), 1 if they are equal. *Within one
+kind* is the overlap between two halves of the same text, the smaller of the two texts' values: at this length even text of one kind
+overlaps by less than 1. `prune` and `decide` warn where the overlap is below half of *within one kind*. The warning gives both
+numbers, and the dense model's perplexity on both texts.
 """
 
 

@@ -22,8 +22,8 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.shrink import graph
 from secateurs.shrink.channels import measure
+from secateurs.shrink.trace import trace
 
 sys.path.insert(0, str(ROOT / "tools"))
 import efficientnet_lite0
@@ -33,7 +33,7 @@ OURS = [("obs", True), ("obs", False), ("magnitude", True), ("magnitude", False)
 
 
 def macs(model, example):
-    found = graph.trace(model, example)
+    found = trace(model, example)
     return found.macs(model).at({g.name: len(g.units) for g in found.groups})
 
 

@@ -60,7 +60,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def perplexity(model: Path, wikitext: Path) -> float:
-    command = [sys.executable, "-m", "secateurs", "eval", model, "--text", wikitext, "--json"]
+    command = [sys.executable, "-m", "secateurs", "eval", model, "--eval-text", wikitext, "--json"]
     out = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE).stdout
     return json.loads(out)["quality"]["ppl_dense"]["value"]
 

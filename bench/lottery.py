@@ -4,10 +4,11 @@
 
 digits: scikit-learn's 1797 images of 8 x 8, a third held out; a net of 64, 300, 100 and 10 units, Adam at 1.2e-3, 900 steps of
 60 images. fashion: Fashion-MNIST's first 12,000 training images and all 10,000 test images; a residual convolution net
-(tools/fashion_mnist.py, width 16), AdamW with a one-cycle rate, 3 epochs of batches of 128, rewound to step 30. Seeds 0, 1 and 2;
-each round removes a quarter of what is left over the whole net. At 90%: gradual pruning from scratch (cubic, from a tenth to two
-thirds of the steps); the trained dense net, gradually pruned in a third of as many steps again (cubic); one-shot magnitude of the
-dense net, with and without half of the steps after it. Runs lie under runs/lottery and go on where they were.
+(tools/fashion_mnist.py, width 16), AdamW with a one-cycle rate, 3 epochs of batches of 128, rewound to step 30. Seeds 0, 1 and 2.
+Each round removes a quarter of the weights that are left, over the whole net. Compared at 90% zeros: gradual pruning from scratch
+(cubic schedule, from a tenth to two thirds of the steps); the trained dense net, pruned gradually (cubic) in a third as many
+further steps; one-shot magnitude pruning of the dense net, without and with half as many further steps. Runs lie under
+runs/lottery, and a run that was cut off goes on from there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 sys.path.insert(0, str(ROOT / "tools"))
 import fashion_mnist

@@ -22,6 +22,7 @@ from methods import ROOT, data, fetch
 
 from secateurs.base.files import write_json, write_text
 from secateurs.prune.plan import Plan
+from secateurs.quality.settings import Calibration, Evaluation
 
 SPARSITIES = ("0.3", "0.4", "0.5", "0.6", "0.7", "2:4", "4:8", "8:16")
 METHODS = ("magnitude", "wanda", "sparsegpt", "fast", "balanced", "best")
@@ -68,17 +69,20 @@ doc_to_target: "{{' '+text.split(' ')[-1]}}"
 """
 
 
-# arguments: the plan, the run directory, where the dense model's half of evaluations is kept, C4's held-out text
+# arguments: the plan, the run directory, C4's held-out text
 RUN = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
-from secateurs.checkpoint import Checkpoint
-from secateurs.plan import Plan
-from secateurs.prune import Run, quality
+from secateurs.model.checkpoint import Checkpoint
+from secateurs.prune.run import Run
+from secateurs.prune.plan import Plan
+from secateurs.quality.evaluation import quality
 
-chosen, out, ends = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-report = Run(Plan.from_dict(chosen), out, ends=ends).complete().as_dict()
-c4 = quality(Checkpoint(chosen["model"]), Checkpoint(out / "model"), sys.argv[4], 6, 2048, 0, ends=ends)
+plan, out = Plan.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2])
+report = Run(plan, out).complete().as_dict()
+other = replace(plan.evaluation, text=sys.argv[3], windows=6)
+c4 = quality(Checkpoint(plan.model), Checkpoint(out / "model"), other, 0)
 print(json.dumps([report, c4[0].as_dict()]))
 """
 
@@ -92,9 +96,11 @@ def plan_of(row: str, model: str, shared: Path, samples: int | None) -> Plan:
     else:
         chosen["effort" if method in EFFORTS else "method"] = method
     return Plan(
-        model, **chosen, calibration=f"{c4}:prefix+gold_completion", samples=samples or SAMPLES.get(method, 64), seqlen=512,
-        eval_text=str(wikitext), eval_windows=24, eval_seqlen=2048,
-    )  # fmt: skip
+        model,
+        **chosen,
+        calibration=Calibration(f"{c4}:prefix+gold_completion", samples or SAMPLES.get(method, 64), seqlen=512),
+        evaluation=Evaluation(str(wikitext), windows=24, seqlen=2048),
+    )
 
 
 def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
@@ -105,7 +111,7 @@ def tasks(folder: Path, shared: Path, limit: int, work: Path) -> dict:
         text = LOCAL.format(name=name, file=shared / "data" / file)
         (definitions / f"{name}.yaml").write_text(text + (LAST_WORD if name == "lambada" else MULTIPLE_CHOICE))
     code = (
-        "import json, sys; from secateurs.tasks import run_tasks; "
+        "import json, sys; from secateurs.quality.tasks import run_tasks; "
         f"print(json.dumps(run_tasks({str(folder)!r}, {list(TASKS)!r}, {str(definitions)!r}, {limit})))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
@@ -124,14 +130,14 @@ def held_out(c4: Path, work: Path) -> Path:
 
 
 def choices(plan: Plan) -> dict:
-    return {name: getattr(plan, name) for name in CHOICES}
+    return {name: getattr(plan.calibration if name == "samples" else plan, name) for name in CHOICES}
 
 
-def run(plan: Plan, shared: Path, limit: int, ends: Path) -> dict:
+def run(plan: Plan, shared: Path, limit: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         held = held_out(data(shared)[0], work)
-        command = [sys.executable, "-c", RUN, json.dumps(plan.as_dict()), str(work / "run"), str(ends), str(held)]
+        command = [sys.executable, "-c", RUN, json.dumps(plan.as_dict()), str(work / "run"), str(held)]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         report, c4 = json.loads(out)
         return {
@@ -163,8 +169,8 @@ def page(done: dict, file: Path, plot: Path) -> None:
         f"{done['model']}, made by `bench/quality.py`, which runs whatever rows are missing.",
         *setup.replace("--limit", str(dense["limit"])).splitlines(),
         "",
-        "*Excess* is the loss above the dense model, in nats a token on WikiText-2; *ratio* is that over SparseGPT's at the same",
-        "sparsity. Intervals (95%) are in bench/results/quality.json; accuracies carry their standard error.",
+        "*Excess* is the loss above the dense model's, in nats a token on WikiText-2; *ratio* is that excess over SparseGPT's at",
+        "the same sparsity. Intervals (95%) are in bench/results/quality.json; accuracies carry their standard error.",
         "",
         *_HEAD,
     ]
@@ -179,9 +185,9 @@ def page(done: dict, file: Path, plot: Path) -> None:
     shares = [m for m in (*ALLOCATIONS, "balanced") if f"0.7:{m}" in rows]
     if len(shares) > 1:
         lines += [
-            "## Who gives the zeros", "",
-            "`balanced` at 70%, and the same with its zeros shared out otherwise; `balanced` itself takes `global`, one threshold",
-            "over all scores in units of the model's loss.", "", *_HEAD, *(line(rows, "0.7", m) for m in shares), "",
+            "## Allocations compared", "",
+            "`balanced` at 70%, and the same with other allocations of zeros to layers. `balanced` itself uses `global`: one",
+            "threshold over all scores, in units of the model's loss.", "", *_HEAD, *(line(rows, "0.7", m) for m in shares), "",
         ]  # fmt: skip
     write_text(file, "\n".join(lines))
     draw(rows, plot)
@@ -277,7 +283,7 @@ def main() -> None:
                 plan = plan_of(row, model, arguments.shared, arguments.samples)
                 known = rows.get(row, {})
                 if (known.get("choices"), known.get("limit")) != (choices(plan), arguments.limit):
-                    rows[row] = run(plan, arguments.shared, arguments.limit, Path(work) / "dense")
+                    rows[row] = run(plan, arguments.shared, arguments.limit)
                     write_json(arguments.out, done)
                     page(done, arguments.page, arguments.page.with_suffix(".svg"))
                 found = rows[row]

@@ -75,11 +75,13 @@ def main() -> None:
                 train = ["--train", "blocks", "--hidden", 1] if kind == "hidden" else ["--train", kind]
                 out = work / row.replace(":", "-")
                 report = secateurs(
-                    "recover", run, "--out", out, "--data", c4, "--samples", SAMPLES, "--steps", arguments.steps, "--batch",
+                    "recover", run, "--out", out, "--calibration", c4, "--samples", SAMPLES, "--steps", arguments.steps, "--batch",
                     arguments.batch, *train, "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048,
                 )  # fmt: skip
                 c4_quality = {
-                    when: secateurs("eval", folder, "--text", other_text, "--windows", 6, "--seqlen", 2048)["quality"]
+                    when: secateurs(
+                        "eval", folder, "--eval-text", other_text, "--eval-windows", 6, "--eval-seqlen", 2048
+                    )["quality"]
                     for when, folder in (("dense", model), ("before", run / "model"), ("after", out / "model"))
                 }
                 ppl = {when: quality["ppl_dense"] for when, quality in c4_quality.items()}

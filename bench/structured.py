@@ -34,6 +34,11 @@ PEERS = ("torch-pruning magnitude", "torch-pruning taylor", "torch-pruning hessi
 WIDTH = 1152
 
 
+def spent(report):
+    """Seconds of a run without its evaluation."""
+    return sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
+
+
 def secateurs(*arguments):
     command = [sys.executable, "-m", "secateurs", *map(str, arguments), "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -109,13 +114,13 @@ def measured(model, method, folder, rows):
         report = shrink(model, folder, *QUARTER, *OURS[method])
         return {
             "parameters": report["left"]["parameters"], "ppl": report["quality"]["ppl"]["value"],
-            "dense": report["quality"]["ppl_dense"]["value"], "seconds": report["seconds"]["shrink"],
+            "dense": report["quality"]["ppl_dense"]["value"], "seconds": spent(report),
         }  # fmt: skip
     began = time.perf_counter()
     parameters = peer(model, method.removeprefix("torch-pruning "), folder)
     seconds = time.perf_counter() - began
     _, wikitext = data(ROOT.parent / "shared")
-    report = secateurs("eval", folder, "--text", wikitext, "--windows", 24, "--seqlen", 2048)
+    report = secateurs("eval", folder, "--eval-text", wikitext, "--eval-windows", 24, "--eval-seqlen", 2048)
     ppl = report["quality"]["ppl_dense"]["value"]
     return {"parameters": parameters, "ppl": ppl, "dense": rows["magnitude"]["dense"], "seconds": seconds}
 
@@ -151,7 +156,7 @@ def latency(model, found, save):
             rows[share] = {
                 "left": report["left"], "ratio": {"prefill": ratio.prefill, "decode": ratio.decode},
                 "ppl": report["quality"]["ppl"]["value"], "dense": report["quality"]["ppl_dense"]["value"],
-                "shrink_seconds": report["seconds"]["shrink"], "all_seconds": seconds, "tried": report["tried"],
+                "shrink_seconds": spent(report), "all_seconds": seconds, "tried": report["tried"],
             }  # fmt: skip
             shape = {k: report["left"][k] for k in ("layers", "mlp", "heads", "queries", "parameters")}
             print(

@@ -43,7 +43,7 @@ void parallel(int64_t pieces, secateurs_range fn, void* context) {
   fn(0, pieces, context);
 }
 
-/* Memory that a thread keeps between calls: a call makes no system call. */
+/* Memory that a thread keeps between calls, so that a product needs no system call. */
 struct Kept {
   void* memory = nullptr;
   int64_t nbytes = 0;
@@ -68,20 +68,20 @@ struct Work {
   Call call;
   char* y;
   int64_t pieces; /* of x */
-  int64_t parts;  /* of the outputs */
+  int64_t parts;  /* of the work */
   double total;
   int32_t failed;
 };
 
 int64_t panels(const secateurs_weight& w) { return (w.outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL; }
 
-/* bytes of the panels before `panel`, as a measure of its work */
+/* bytes of the panels before `panel`: the measure by which work is split */
 double cost(const Work& work, const secateurs_weight& w, int64_t panel) {
   if (!w.mask) return static_cast<double>(panel * SECATEURS_PANEL * w.inputs * work.itemsize);
   return static_cast<double>((w.starts[panel] - w.starts[0]) * work.itemsize + panel * work.call.words * SECATEURS_PANEL * 8);
 }
 
-/* the first panel with at least `share` of the bytes before it */
+/* the first panel with at least `share` bytes before it */
 int64_t boundary(const Work& work, const secateurs_weight& w, double share) {
   int64_t low = 0, high = panels(w);
   while (low < high) {
@@ -126,8 +126,8 @@ void run_part(int64_t begin, int64_t end, void* context) {
 
 enum { STEP = 8 }; /* of the strategy `gather`: weights */
 
-/* Calls put(slot, distance, place) for each slot of a panel's row; place: of the survivor in the stream, -1 for a zero.
-   Returns the number of slots. */
+/* Calls put(slot, distance, place) for each slot of a panel's row. place: the survivor's index in values, -1 for a zero that
+   fills a slot. Returns the number of slots. */
 template <class Put>
 int64_t row_slots(const secateurs_weight& w, int64_t panel, int64_t row, Put put) {
   const int64_t words = (w.inputs + SECATEURS_WORD - 1) / SECATEURS_WORD;
@@ -199,7 +199,7 @@ void read_part(int64_t begin, int64_t end, void* context) {
   }
 }
 
-/* more are not timed; what each of them does is added up */
+/* more threads than this are not used */
 enum { MOST_THREADS = 1024 };
 
 struct Spinning {
@@ -251,7 +251,7 @@ int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int3
   work.call = {x, nullptr, tokens, inputs, (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD};
   for (int32_t p = 0; p < count; ++p) work.total += cost(work, products[p].weight, panels(products[p].weight));
 
-  /* waking a thread costs as much as reading 64 KiB */
+  /* waking a thread costs about as much as reading 64 KiB */
   const double useful = 1 + work.total * static_cast<double>(tokens) / 65536;
   work.parts = useful < threads ? static_cast<int64_t>(useful) : threads;
   const int64_t nbytes = work.body->packed_bytes(work.call);

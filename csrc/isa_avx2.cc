@@ -7,7 +7,7 @@ namespace {
 #include "number.h"
 #include "panel.h"
 
-/* For each byte of mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none. */
+/* For each byte of the mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none does. */
 struct Tables {
   alignas(64) uint8_t bytes[256][16]; /* of 16-bit values */
   alignas(64) uint8_t highs[256][32]; /* of 16-bit values, into the high halves of 32-bit places */
@@ -33,7 +33,7 @@ constexpr Tables make_tables() {
 }
 constexpr Tables TABLES = make_tables();
 
-/* byte v of a word, times the size of a table's row: where that row is, and as many set bits as the byte */
+/* byte v of a word, times the size of a table's row: the offset of that row, with as many set bits as the byte has */
 template <int SIZE>
 inline uint64_t row_of(uint64_t bits, int v) {
   constexpr int shift = SIZE == 32 ? 5 : SIZE == 16 ? 4 : 3;
@@ -73,7 +73,7 @@ struct Floats {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(inputs), now);
     }
   };
-  /* by hand: the instruction for it takes 40 operations on Zen, and far more where microcode guards it against leaks */
+  /* eight loads: the gather instruction takes 40 operations on Zen, and far more where microcode guards it against leaks */
   static Vector fetch(const element* x, const uint16_t* inputs) {
     const auto four = [x](const uint16_t* p) {
       __m128 v = _mm_load_ss(x + p[0]);
@@ -120,7 +120,7 @@ struct Halves : Floats {
 };
 
 struct Bf16 : Halves<Bf16> {
-  /* both halves hold the next values, and one shuffle puts them where they are floats */
+  /* both 16-byte halves hold the next values; one shuffle moves them into the high halves of floats */
   static uint64_t part(uint64_t bits, int v) { return row_of<32>(bits, v); }
   static Vector spread(uint64_t part, const value* from) {
     const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -155,7 +155,7 @@ struct Fp32 : Floats {
   static constexpr bool element_is_value = true, rows_alone = false;
   static uint64_t part(uint64_t bits, int v) { return row_of<8>(bits, v); }
   static Vector spread(uint64_t part, const value* from) {
-    /* the permutation reads the low bits of a place, the blend its sign */
+    /* the permutation reads the low bits of a place, the blend its sign bit */
     const __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64(at(TABLES.lanes, part)));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), places), _mm256_setzero_ps(), _mm256_castsi256_ps(places));
   }

@@ -7,8 +7,8 @@ namespace {
 #include "number.h"
 #include "panel.h"
 
-/* Expanding in place. The instruction waits for what its destination held before, so a compiler's choice of another
-   register would chain independent expansions: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */
+/* Expands in place. The instruction waits for the old value of its destination, so if the compiler chose another register,
+   independent expansions would wait for each other: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */
 inline __m512i expand16(__mmask32 keep, const void* from) {
   __m512i v = _mm512_loadu_si512(from);
   asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(keep));
@@ -105,7 +105,7 @@ struct Fp32 : Floats {
   static void narrow(const float* sums, int64_t n, value* out) { __builtin_memcpy(out, sums, static_cast<size_t>(n) * 4); }
 };
 
-/* 16-bit values as floats; Half widens 16 of them */
+/* 16-bit values as floats; Half::wide() widens 16 of them */
 template <class Half>
 struct Halves : Floats {
   using value = uint16_t;
@@ -141,7 +141,7 @@ struct Fp16 : Halves<Fp16> {
   }
 };
 
-/* bf16 as floats: for work that has no pairs */
+/* bf16 as floats: for skip, whose inputs do not come in pairs */
 struct Bf16Floats : Halves<Bf16Floats> {
   static Vector wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
   static element to_element(value v) { return bf16_to_float(v); }
@@ -150,7 +150,7 @@ struct Bf16Floats : Halves<Bf16Floats> {
   static void narrow(const float* sums, int64_t n, value* out) { narrow_bf16(sums, n, out); }
 };
 
-/* pairs of bf16, multiplied exactly and added in fp32; the instruction takes subnormals as zeros */
+/* pairs of bf16, multiplied exactly and added in fp32; the instruction treats subnormals as zeros */
 struct Bf16 : Sums {
   using value = uint16_t;
   using element = uint16_t;
@@ -160,7 +160,7 @@ struct Bf16 : Sums {
   static void expand(uint64_t bits, const value* values, Vector* out) {
     const uint32_t low = static_cast<uint32_t>(bits);
     uint32_t high = static_cast<uint32_t>(bits >> 32);
-    /* else the shift is made in a mask register, on the unit that expands */
+    /* keeps the compiler from shifting in a mask register, which would use the unit that expands */
     asm("" : "+r"(high));
     out[0] = expand16(low, values);
     out[1] = expand16(high, values + __builtin_popcount(low));

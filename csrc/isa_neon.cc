@@ -1,4 +1,5 @@
-/* NEON (AArch64): sums of four floats; survivors are spread by a loop over bits. Checked by a cross compiler. */
+/* NEON (AArch64): sums of four floats; survivors are expanded by a loop over bits. Compiled by a cross compiler and tested under
+   qemu (csrc/test/neon). */
 #include <arm_neon.h>
 
 #include "kernel.h"

@@ -1,4 +1,4 @@
-/* Plain C++: what every CPU can run, and the second opinion on every other kernel. */
+/* Plain C++: runs on every CPU, and is what other kernels can be compared with. */
 #include "kernel.h"
 
 namespace {

@@ -1,10 +1,10 @@
-/* What a kernel is to the dispatcher: how it wants x laid out, and a function over a range of panels. */
+/* What the dispatcher knows of a kernel: how x must be laid out for it, and a function over a range of panels. */
 #ifndef SECATEURS_KERNEL_H
 #define SECATEURS_KERNEL_H
 
 #include "secateurs.h"
 
-/* One call as every kernel sees it. x: as given. packed: x as prepare() laid it out, or null. */
+/* One call. x: as given. packed: x as prepare() laid it out, or null. */
 struct Call {
   const void* x;
   void* packed;
@@ -21,16 +21,16 @@ struct Product {
 };
 
 struct KernelBody {
-  /* bytes of packed x; 0: the kernel reads x as it is */
+  /* bytes that packed x takes; 0: the kernel reads x as it is */
   int64_t (*packed_bytes)(const Call&);
-  /* pieces that can be prepared apart, and the preparation of pieces [begin, end) */
+  /* the number of pieces of x that can be prepared independently; prepare() does pieces [begin, end) */
   int64_t (*pieces)(const Call&);
   void (*prepare)(const Call&, int64_t begin, int64_t end);
   /* bytes of scratch that one thread needs */
   int64_t (*scratch_bytes)(const Call&);
-  /* panels [begin, end) of a product */
+  /* computes panels [begin, end) of a product */
   void (*run)(const Call&, const Product&, int64_t begin, int64_t end, void* scratch);
-  /* rounds of 16 independent multiply-adds; the number of additions and multiplications done */
+  /* does rounds of 16 independent multiply-adds; returns the number of additions and multiplications */
   double (*spin)(int64_t rounds);
 };
 

@@ -1,4 +1,4 @@
-/* bf16 and fp16 as bits, for kernels without instructions of their own. Included inside an anonymous namespace. */
+/* Conversions of bf16 and fp16, for CPUs without instructions for them. Included inside an anonymous namespace. */
 
 inline float bf16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -39,7 +39,7 @@ inline uint16_t fp16_from_float(float x) {
   if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (bits >> 13 & 0x3ff));
   if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
   if (bits < 0x38800000) {
-    /* below the least normal: an addition whose rounding is that of the target's last place */
+    /* below the least normal number: adding 0.5 rounds at the last place of a subnormal fp16 */
     float magnitude, shifted;
     __builtin_memcpy(&magnitude, &bits, 4);
     shifted = magnitude + 0.5f;

@@ -1,17 +1,17 @@
-/* The kernels' loops, written once over a Math that each isa_*.cc defines for its instructions.
+/* The kernels' loops, written once over a Math that each isa_*.cc defines for its instruction set.
 
-   Included inside the anonymous namespace of an isa_*.cc, and free of std::, because two files may not share an inline
-   that was compiled for different CPUs. A Math has
-     value            an element as stored;  element  what products are made of: bf16 pairs where the CPU multiplies them, else float
+   Included inside the anonymous namespace of an isa_*.cc, and free of std::, because two files must not share an inline
+   function that is compiled for different CPUs. A Math has
+     value            an element as stored;  element  what is multiplied: bf16 pairs where the CPU multiplies them, else float
      Vector, Sum      registers of elements and of fp32 sums
      lanes            elements in a Vector;  sums  fp32 in a Sum;  pair = lanes / sums
-     expand(bits, values, out)   64 / lanes Vectors: the next values where bits are set, zeros elsewhere
-     dense(values, out)          the same of 64 stored values
+     expand(bits, values, out)   writes 64 / lanes Vectors: the next values where bits are set, zeros elsewhere
+     dense(values, out)          writes the same number of Vectors from 64 stored values
      load, store, splat (one pair in all sums), madd, reduce, load_sum, store_sum, zero
      to_element, to_float, from_float, narrow(sums, n, out)
-     spreads              whether part() and spread() give one Vector of a word alone
-     rows_alone           whether one token's dense product reads a row after the other, not four together
-     columns, rows(c)     a block of products that fits the registers: `columns` Vectors of tokens, rows(c) rows of weights
+     spreads              true if part() and spread() can give one Vector of a word alone
+     rows_alone           true if one token's dense product reads one row after the other, not four together
+     columns, rows(c)     a block of sums that fits the registers: `columns` Vectors of tokens x rows(c) rows of weights
    Shapes: T tokens, O outputs, I inputs; a panel is 4 rows of O, a word 64 of I. */
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -29,9 +29,9 @@ struct Kernels {
   static constexpr int BLOCK = Math::columns * Math::sums; /* tokens of a tile */
   static constexpr int GROUP = 6;                          /* panels that share a pass over x */
   static constexpr int SIZE = sizeof(element);
-  /* between expanded rows: a constant, for a variable one would take a register a row */
+  /* elements between expanded rows: a constant, because a variable would take one register for each row */
   static constexpr int STRIDE = 8 * WORD;
-  static constexpr int SLICE = 256;     /* inputs, at most, whose positions fit a byte */
+  static constexpr int SLICE = 256;     /* the most inputs whose positions fit a byte */
   static constexpr int SKIP_GROUP = 16; /* panels that share a slice of x */
 
   static void finish(const Product& product, int64_t token, int64_t output, float sum) {
@@ -61,7 +61,7 @@ struct Kernels {
 
   /* ------------------------------------------------------------------------------------------------------- stream */
 
-  /* Survivors of 4 rows lie in one stream, so that one load of x serves 4 rows. */
+  /* The survivors of 4 rows lie in one stream, so that one load of x serves 4 rows. */
   template <int TOKENS>
   static void stream_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
     const secateurs_weight& w = product.weight;
@@ -69,14 +69,14 @@ struct Kernels {
     const element* x = rows(call) + token * words * WORD;
     const value* values = static_cast<const value*>(w.values) + w.starts[panel];
     const uint64_t* mask = w.mask + panel * words * P;
-    /* one token leaves registers for two sums a row, which hides the latency of an addition */
+    /* with one token there are registers for two sums a row, which hides the latency of an addition */
     constexpr int SUMS = TOKENS == 1 ? 2 : 1;
     Sum sum[P][TOKENS][SUMS];
     for (int r = 0; r < P; ++r)
       for (int t = 0; t < TOKENS; ++t)
         for (int s = 0; s < SUMS; ++s) sum[r][t][s] = Math::zero();
     for (int64_t j = 0; j < words; ++j) {
-      /* asked for a page ahead, what half of the weights take: the hardware's own prefetching stops at a page's end */
+      /* prefetch a page ahead, as many bytes as half of the weights take: hardware prefetching stops at the end of a page */
 #pragma GCC unroll 8
       for (int line = 0; line < 2 * static_cast<int>(sizeof(value)); ++line)
         __builtin_prefetch(reinterpret_cast<const char*>(values) + 4096 + 64 * line);
@@ -96,7 +96,7 @@ struct Kernels {
           }
       }
     }
-    /* all rows, used or not: a loop of unknown length would put the sums into memory */
+    /* all rows, also unused ones: a loop of unknown length would move the sums from registers to memory */
     float total[P][TOKENS];
 #pragma GCC unroll 4
     for (int r = 0; r < P; ++r)
@@ -107,8 +107,8 @@ struct Kernels {
       for (int t = 0; t < TOKENS; ++t) finish(product, token + t, panel * P + r, total[r][t]);
   }
 
-  /* The same, one Vector of each row after the other, where its place in the stream costs little to know: a load of x
-     serves 4 rows. EACH: survivors of every byte of the panel's mask, if they are as many everywhere; else 0. */
+  /* The same with the loops over rows and Vectors exchanged, for Maths that can find a Vector's survivors cheaply: one load of x
+     serves 4 rows. EACH: the number of survivors in every byte of the panel's mask, if it is the same everywhere; else 0. */
   template <int TOKENS, int EACH>
   static void spread_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
     const secateurs_weight& w = product.weight;
@@ -162,7 +162,7 @@ struct Kernels {
     const secateurs_weight& w = product.weight;
     for (int64_t p = begin; p < end; ++p) {
       if constexpr (Math::spreads) {
-        /* a panel whose bytes have `most` survivors on average has as many in each */
+        /* no byte has more than `most` survivors, so a panel whose bytes have that many on average has exactly that many in each */
         const bool even = w.starts[p + 1] - w.starts[p] == w.most * (WORD / 8) * P * call.words;
         if (even && w.most == 4)
           spread_tokens<4>(call, product, p);
@@ -181,8 +181,8 @@ struct Kernels {
 
   /* ------------------------------------------------------------------------------------------------------- gather */
 
-  /* Few tokens, work in proportion to the survivors: x is fetched at positions that were listed when the matrix was read.
-     The lower half of a step's products are of the four rows' next survivors, the upper half of those after. */
+  /* Few tokens, work in proportion to the survivors: x is fetched at the positions that secateurs_fill_steps listed. The lower
+     half of a step's products belongs to the next survivors of the four rows, the upper half to the survivors after them. */
   template <int TOKENS>
   static void gather_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
     const secateurs_weight& w = product.weight;
@@ -192,7 +192,7 @@ struct Kernels {
     const element* x = rows(call) + token * wide;
     Sum sum[TOKENS];
     for (int t = 0; t < TOKENS; ++t) sum[t] = Math::zero();
-    /* positions of some steps first: a load that follows a wider store at once would wait for it */
+    /* the positions of AHEAD steps are computed first: a load that follows a wider store at once would wait for it */
     constexpr int AHEAD = 16;
     typename Math::Places places = {};
     uint16_t inputs[AHEAD][2 * P];
@@ -248,7 +248,7 @@ struct Kernels {
     const int64_t whole = call.inputs / WORD, left = call.inputs % WORD;
     for (int64_t j = 0; j < whole; ++j) word(weight + j * WORD, call.inputs, j);
     if (left) {
-      /* the last word of a row is short: its rest is read as zeros */
+      /* the last word of a row is short: it is copied and filled up with zeros */
       value rest[ROWS * WORD] = {};
       for (int r = 0; r < ROWS; ++r)
         for (int64_t i = 0; i < left; ++i) rest[r * WORD + i] = weight[r * call.inputs + whole * WORD + i];
@@ -315,7 +315,7 @@ struct Kernels {
 
   /* --------------------------------------------------------------------------------------------------------- tile */
 
-  /* words of a tile: x of these and of one block of tokens takes 32 KiB of the first cache */
+  /* words in a tile: their part of x, for one block of tokens, takes 32 KiB of the first cache */
   static int64_t tile_depth(const Call& call) {
     const int64_t depth = 32768 / (WORD * SIZE * width(call));
     return depth < 1 ? 1 : least(depth, STRIDE / WORD);
@@ -327,8 +327,8 @@ struct Kernels {
     return GROUP * P * (sums_stride(call) * static_cast<int64_t>(sizeof(float)) + STRIDE * SIZE);
   }
 
-  /* What the next group of panels will read, asked for a line at a time between products: else the memory would rest while
-     products are formed, and the products while it is read. A slice is what one call asks for. */
+  /* Prefetches what the next group of panels will read, a line at a time between products. Else memory would be idle while
+     products are formed, and the CPU while memory is read. A slice is what one call of multiply() prefetches. */
   struct Ahead {
     const char* at[2];
     const char* end[2];
@@ -411,7 +411,7 @@ struct Kernels {
     }
   }
 
-  /* words [deep, deep + depth) of a panel, with zeros where weights are not stored; values: the next survivors */
+  /* Expands `depth` words of a panel, with zeros where no weight is stored. values: the next survivors; returns those after. */
   static const value* expand_panel(const uint64_t* mask, const value* values, int64_t depth, element* expanded) {
     for (int64_t j = 0; j < depth; ++j)
 #pragma GCC unroll 4
@@ -475,10 +475,10 @@ struct Kernels {
 
   /* --------------------------------------------------------------------------------------------------------- skip */
 
-  /* Work in proportion to the survivors. A slice of x stays near while SKIP_GROUP panels pass over it: their
-     survivors in the slice are listed row by row, and each adds its multiple of a column of x. The four rows of a panel go
-     together, shorter lists filled up with zeros, so that sums stay in registers and one loop end is mispredicted, not four.
-     All blocks of tokens use one listing. scratch: lists, then sums, of the group x all tokens. For Maths of single floats. */
+  /* Work in proportion to the survivors. A slice of x stays in the cache while SKIP_GROUP panels use it: their survivors in the
+     slice are listed row by row, and each adds its multiple of a column of x. The four rows of a panel are done together, with
+     shorter lists filled up with zeros, so that sums stay in registers and one loop end is mispredicted instead of four. All blocks
+     of tokens use the same lists. scratch: the group's lists, then its sums for all tokens. For Maths whose element is a float. */
   struct Lists {
     static constexpr int FILL = 32;
     float kept[P][SLICE + WORD];
@@ -501,7 +501,7 @@ struct Kernels {
       for (int r = 0; r < P; ++r) count = n[r] > count ? n[r] : count;
       for (int r = 0; r < P; ++r)
         for (int64_t i = n[r]; i < count; i += FILL) {
-          /* whole blocks, so that the loop nearly always runs once */
+          /* in blocks of FILL, so that this loop nearly always runs once */
           __builtin_memset(kept[r] + i, 0, FILL * sizeof(float));
           __builtin_memset(positions[r] + i, 0, FILL);
         }
@@ -546,7 +546,7 @@ struct Kernels {
         const auto fill = [&](int64_t p, Lists& to) {
           values[p] = to.fill(w.mask + ((group + p) * words + deep) * P, values[p], least(depth, words - deep));
         };
-        /* for one block of tokens a list is used once, while it is in the first cache */
+        /* with one block of tokens each list is used once, while it is still in the first cache */
         const bool once = blocks(call) == 1;
         for (int64_t p = 0; !once && p < panels; ++p) fill(p, lists[p]);
         for (int64_t block = 0; block < blocks(call); ++block) {

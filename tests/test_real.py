@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import asked
 
 import secateurs as sc
 from secateurs.model.checkpoint import Checkpoint
@@ -168,7 +169,7 @@ def test_smollm2_perplexity_meets_the_script_and_the_field_s_order(smollm2, tmp_
     c4, wikitext = data("c4_sample.jsonl"), data("wikitext-2-raw.test.txt")
     got = {}
     for (method, pattern), script in SCRIPT.items():
-        plan = sc.Plan(
+        plan = asked(sc.Plan,
             method=method, pattern=pattern, calibration=f"{c4}:prefix+gold_completion", samples=64, seqlen=512,
             eval_text=str(wikitext), eval_windows=24, eval_seqlen=2048,
         )  # fmt: skip
@@ -185,8 +186,8 @@ def test_a_trained_model_of_a_second(tmp_path):
     model, text = data("stories260K"), data("tinystories_30KB.txt")
     ppl = {}
     for method in ("random", "magnitude", "wanda", "sparsegpt", "sparsegpt+refit"):
-        plan = sc.Plan(
-            method=method, calibration=str(text), samples=16, seqlen=512, eval_text=str(text), eval_windows=8
+        plan = asked(
+            sc.Plan, method=method, calibration=str(text), samples=16, seqlen=512, eval_text=str(text), eval_windows=8
         )
         ppl[method] = sc.prune(model, plan, out=tmp_path / method).quality["ppl"]["value"]
     print(ppl)
@@ -197,7 +198,7 @@ def test_a_trained_model_of_a_second(tmp_path):
 def test_pruned_smollm2_loads_and_generates(smollm2, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    plan = sc.Plan(method="wanda", sparsity=0.3, samples=16, seqlen=512, eval_windows=0)
+    plan = asked(sc.Plan, method="wanda", sparsity=0.3, samples=16, seqlen=512, eval_windows=0)
     sc.prune(smollm2, plan, out=tmp_path / "run")
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "model", dtype="auto", output_loading_info=True
@@ -253,7 +254,7 @@ def test_a_decision_on_a_trained_model(tmp_path):
     from secateurs.decide.plan import DecidePlan
 
     model, text = data("stories260K"), str(data("tinystories_30KB.txt"))
-    plan = DecidePlan(
+    plan = asked(DecidePlan,
         str(model), ("ppl<=+400%",), ("0.5", "0.7", "2:4", "shrink:params=0.9x"), calibration=text, samples=16, seqlen=256,
         eval_text=text, eval_windows=8, eval_seqlen=256, prompt=32, new=16, repeats=3, multiple=4,
     )  # fmt: skip

@@ -112,7 +112,7 @@ def make(work: Path) -> dict[str, dict[str, str]]:
                 recovered = out.with_name(out.name + "-recovered")
                 run(
                     table, f"{model}: recover", recovered / "model",
-                    "recover", str(out), "--out", str(recovered), "--data", text[1], "--eval-text", text[3], "--steps", "4",
+                    "recover", str(out), "--out", str(recovered), "--calibration", text[1], "--eval-text", text[3], "--steps", "4",
                     "--seqlen", "64", "--eval-windows", "4", "--eval-seqlen", "64",
                 )  # fmt: skip
         shrunk = work / "runs" / f"{model}-shrunk".replace(" ", "-")

@@ -27,7 +27,7 @@ from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError
 from secateurs.base.files import write_json
 from secateurs.kernels import semi_structured
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((11008, 4096), (4096, 4096))

@@ -205,7 +205,10 @@ def run(root: Path, rows: Sequence[Row], jobs: int) -> int:
             with lock:
                 found.append(said)
                 seconds = time.monotonic() - began
-                print(f"{said:<9} {seconds:5.1f} s  {row.where}: {row.line}\n{'':20}{row.instead or '(nothing)'}", flush=True)
+                print(
+                    f"{said:<9} {seconds:5.1f} s  {row.where}: {row.line}\n{'':20}{row.instead or '(nothing)'}",
+                    flush=True,
+                )
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:

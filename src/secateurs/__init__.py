@@ -13,14 +13,17 @@ from secateurs.pack import plugin as _plugin  # noqa: F401
 from secateurs.pack.folder import pack_run
 from secateurs.prune.plan import Plan
 from secateurs.prune.prune import prune
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 from secateurs.prune.verify import verify
+from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink.channels import shrink_module
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 __all__ = [
+    "Calibration",
     "DecidePlan",
+    "Evaluation",
     "Plan",
     "Report",
     "SecateursError",

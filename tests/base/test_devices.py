@@ -5,17 +5,18 @@ import copy
 import pytest
 import tiny
 import torch
+from plans import asked
 from second_device import second_device
 from torch import nn
 
 import secateurs as sc
+from secateurs import cli
 from secateurs.base import device, errors
 from secateurs.base.errors import DeviceError, PlanError
-from secateurs.cli import app
 from secateurs.kernels import dispatch
-from secateurs.model.parts import AllLoaded
-from secateurs.quality import evaluate
-from secateurs.train.held import prunable
+from secateurs.model.blocks import AllLoaded
+from secateurs.quality import compare
+from secateurs.train.matrices import prunable
 
 IDS = torch.arange(3 * 24).reshape(3, 24) % 200
 
@@ -66,9 +67,9 @@ def test_the_second_device_refuses_what_cuda_refuses():
 ], ids=lambda plan: " ".join(plan.values()))  # fmt: skip
 def test_masks_are_those_of_the_cpu(model_type, plan):
     here, there = language_model(model_type), language_model(model_type)
-    sc.prune(here, sc.Plan(**plan), calibration=IDS)
+    sc.prune(here, asked(sc.Plan, **plan), calibration=IDS)
     with second_device() as card:
-        report = sc.prune(card(there), sc.Plan(**plan), calibration=IDS)
+        report = sc.prune(card(there), asked(sc.Plan, **plan), calibration=IDS)
     assert report.machine["device"] == "card:0"
     for (name, a), (_, b) in zip(prunable(here), prunable(there), strict=True):
         assert torch.equal(a != 0, b.inside != 0), name
@@ -86,7 +87,7 @@ def test_every_stage_of_an_effort_stays_on_the_device(model_type, effort, patter
     }
     model = language_model(model_type)
     with second_device() as card:
-        report = sc.prune(card(model), sc.Plan(effort=effort, pattern=pattern, **few), calibration=IDS[:, :16])
+        report = sc.prune(card(model), asked(sc.Plan, effort=effort, pattern=pattern, **few), calibration=IDS[:, :16])
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert report.distillation["steps"] == 4
 
@@ -96,24 +97,24 @@ def test_experts_that_no_token_reached(allocation, sensitivity):
     model = language_model("mixtral")
     with second_device() as card:
         # one token reaches two of four
-        plan = sc.Plan(method="wanda", allocation=allocation, sensitivity=sensitivity)
+        plan = asked(sc.Plan, method="wanda", allocation=allocation, sensitivity=sensitivity)
         report = sc.prune(card(model), plan, calibration=IDS[:1, :1])
     assert any("no calibration token reached it" in (r.note or "") for r in report.layers)
 
 
 def test_quality_of_live_models():
     dense, left = language_model(), language_model()
-    sc.prune(left, sc.Plan(method="magnitude"))
-    want = evaluate.measure((copy.deepcopy(dense), AllLoaded()), (copy.deepcopy(left), AllLoaded()), IDS)
+    sc.prune(left, asked(sc.Plan, method="magnitude"))
+    want = compare.measure((copy.deepcopy(dense), AllLoaded()), (copy.deepcopy(left), AllLoaded()), IDS)
     with second_device() as card:
-        got = evaluate.measure((card(dense), AllLoaded()), (card(left), AllLoaded()), IDS)
+        got = compare.measure((card(dense), AllLoaded()), (card(left), AllLoaded()), IDS)
     assert [w.nll for w in got] == pytest.approx([w.nll for w in want], rel=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_zeros_are_held(fused):
     model = net()
-    sc.prune(model, sc.Plan(method="magnitude"))
+    sc.prune(model, asked(sc.Plan, method="magnitude"))
     masks = {n: p.detach() != 0 for n, p in prunable(model)}
     with second_device() as card:
         optimizer = torch.optim.AdamW(card(model).parameters(), fused=fused)
@@ -212,7 +213,7 @@ def test_a_model_that_is_not_loaded_is_refused():
     with torch.device("meta"):
         model = net()
     with pytest.raises(PlanError, match=r"0\.weight is on the meta device"):
-        sc.prune(model, sc.Plan(method="magnitude"))
+        sc.prune(model, asked(sc.Plan, method="magnitude"))
 
 
 def test_hooks_of_accelerate_survive_the_walk():
@@ -232,7 +233,7 @@ def test_hooks_of_accelerate_survive_the_walk():
 
     for block in blocks:
         hooked(block)
-    sc.prune(model, sc.Plan(method="wanda"), calibration=IDS)
+    sc.prune(model, asked(sc.Plan, method="wanda"), calibration=IDS)
     assert set(map(id, seen)) == set(map(id, blocks))
     seen.clear()
     model(IDS)
@@ -242,7 +243,7 @@ def test_hooks_of_accelerate_survive_the_walk():
 def test_random_numbers_of_the_gpu_are_left_alone(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeded.append(seed))
-    sc.prune(net(), sc.Plan(method="random"))
+    sc.prune(net(), asked(sc.Plan, method="random"))
     assert not seeded
 
 
@@ -260,13 +261,13 @@ def test_a_command_says_once_that_it_leaves_the_gpu_alone(a_card, capsys, tmp_pa
     few = ["--samples", "2", "--seqlen", "16", "--eval-windows", "1", "--eval-seqlen", "16"]
     command = ["prune", str(llama), "--out", str(out), "--method", "magnitude", "--eval-text", str(words), *few]
     with pytest.raises(SystemExit) as stopped:
-        app.main(command)
+        cli.main(command)
     assert stopped.value.code == 0
     said = " ".join(capsys.readouterr().err.split())
     assert said.count(f"{CARD} is not used: commands work on model folders on the CPU") == 1
     assert sc.Report.read(out / "report.json").machine["device"] == "cpu"
     with pytest.raises(SystemExit):
-        app.main([*command, "--quiet"])
+        cli.main([*command, "--quiet"])
     assert CARD not in capsys.readouterr().err
 
 
@@ -279,7 +280,7 @@ def test_every_command_that_computes_says_it(command, a_card, capsys, tmp_path, 
     """Before it fails, for want of a model or a text."""
     places = {"none": tmp_path / "none", "out": tmp_path / "out", "llama": llama}
     with pytest.raises(SystemExit):
-        app.main([part.format(**places) for part in command])
+        cli.main([part.format(**places) for part in command])
     said = " ".join(capsys.readouterr().err.split())
     assert said.count(f"{CARD} is not used") == 1
     assert "error:" in said

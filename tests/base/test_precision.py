@@ -5,6 +5,7 @@ import sys
 import pytest
 import tiny
 import torch
+from plans import asked
 from torch import nn
 from torch.nn import functional as F
 
@@ -150,7 +151,7 @@ def test_onednns_limit_is_obeyed(limit):
 def test_a_run_sees_the_same_layers_and_tokens(family, slow, monkeypatch):
     """Hooks that watch products find them; what is written has its dtype."""
     windows = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
-    plan = sc.Plan(sparsity=0.5, method="sparsegpt", sensitivity=128, reconstruct=2)
+    plan = asked(sc.Plan, sparsity=0.5, method="sparsegpt", sensitivity=128, reconstruct=2)
 
     def pruned(dtype):
         model = tiny.make(family, slow).to(dtype)
@@ -176,6 +177,6 @@ def test_a_run_sees_the_same_layers_and_tokens(family, slow, monkeypatch):
 def test_modules_of_one_linear_are_widened_too(slow):
     model = nn.Sequential(nn.Linear(16, 8)).to(slow)
     report = sc.prune(
-        model, sc.Plan(sparsity=0.5, method="wanda"), calibration=[{"input": torch.randn(99, 16).to(slow)}]
+        model, asked(sc.Plan, sparsity=0.5, method="wanda"), calibration=[{"input": torch.randn(99, 16).to(slow)}]
     )
     assert report.layers[0].tokens == 99

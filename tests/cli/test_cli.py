@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from secateurs.cli import app
+from secateurs import cli
 from secateurs.matrix.patterns import NM
 
 FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqlen", "32"]
@@ -17,7 +17,7 @@ FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqle
 
 def run(*arguments, code=0):
     """The command line in a process of its own: (stdout, stderr)."""
-    done = process.run(app.main, [str(a) for a in arguments], COLUMNS=200)
+    done = process.run(cli.main, [str(a) for a in arguments], COLUMNS=200)
     assert done.code == code, done.error + done.out
     return done.out, done.error
 
@@ -25,7 +25,7 @@ def run(*arguments, code=0):
 def fails(capsys, code, *arguments):
     """One sentence on standard error, no traceback, the exit code."""
     with pytest.raises(SystemExit) as stopped:
-        app.main([str(a) for a in arguments])
+        cli.main([str(a) for a in arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == code, error
     assert "Traceback" not in error
@@ -56,9 +56,13 @@ def test_prune_verify_inspect_eval_end_to_end(tmp_path, llama, words):
     facts = json.loads(run("inspect", out, "--json")[0])
     assert len(facts["layers"]) == 21
     assert facts["layers"][0]["holds"] == ["2:4", "4:8", "8:16", "16:32"]
-    quality = json.loads(run("eval", out, "--text", words, "--windows", 2, "--seqlen", 32, "--json")[0])["quality"]
+    quality = json.loads(run("eval", out, "--eval-text", words, "--eval-windows", 2, "--eval-seqlen", 32, "--json")[0])[
+        "quality"
+    ]
     assert quality == report["quality"]
-    alone = json.loads(run("eval", llama, "--text", words, "--windows", 2, "--seqlen", 32, "--json")[0])["quality"]
+    alone = json.loads(run("eval", llama, "--eval-text", words, "--eval-windows", 2, "--eval-seqlen", 32, "--json")[0])[
+        "quality"
+    ]
     assert alone["ppl_dense"] == quality["ppl_dense"]
     assert alone["ppl"] is None
 
@@ -97,7 +101,7 @@ def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
     assert json.loads(out)["status"] == "complete"
     found = json.loads(run("methods", "--json")[0])
     assert set(found) == {"efforts", "methods", "patterns", "allocations", "families"}
-    assert len(json.loads(run("lab", "magnitude", "--json")[0])) == 5
+    assert len(json.loads(run("lab", "magnitude", "--json")[0])["rows"]) == 5
 
 
 def test_methods_lists_every_row_and_what_it_costs():
@@ -129,7 +133,7 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
 
     monkeypatch.setattr(lab, "magnitude", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        app.main(["lab", "magnitude"])
+        cli.main(["lab", "magnitude"])
     assert "what was finished is kept, rerun the same command" in capsys.readouterr().err
 
 
@@ -229,14 +233,26 @@ def test_missed_gates_and_skips_have_their_own_codes(tmp_path, llama, words):
         0,
         "--allow-skips",
     )
-    run("eval", tmp_path / "a", "--text", words, "--windows", 2, "--seqlen", 32, "--gate", "agree>=0.999", code=3)
+    run(
+        "eval",
+        tmp_path / "a",
+        "--eval-text",
+        words,
+        "--eval-windows",
+        2,
+        "--eval-seqlen",
+        32,
+        "--gate",
+        "agree>=0.999",
+        code=3,
+    )
 
 
 def test_debug_shows_the_traceback(llama):
     from secateurs.base.errors import PlanError
 
     with pytest.raises(PlanError):
-        app.main(["--debug", "prune", str(llama), "--pattern", "x", "--out", "y"])
+        cli.main(["--debug", "prune", str(llama), "--pattern", "x", "--out", "y"])
 
 
 def test_sampling_from_the_model_itself(tmp_path, llama):
@@ -299,7 +315,7 @@ def test_tasks_of_one_s_own_run_offline(tmp_path, llama):
     assert [g["verdict"] for g in report["gate"]] == ["passed", "missed"]
     assert "over 36 questions, the limit is 0.99" in report["gate"][1]["missed"]
     _, error = run(
-        "eval", llama, "--windows", 1, "--tasks", "none", "--tasks-path", tmp_path / "tasks", "--quiet", code=1
+        "eval", llama, "--eval-windows", 1, "--tasks", "none", "--tasks-path", tmp_path / "tasks", "--quiet", code=1
     )
     assert "no task 'none' in" in error
 
@@ -327,7 +343,7 @@ def test_shrink_then_recover_from_the_command_line(tmp_path, llama, words, capsy
         "--samples", "8", "--seqlen", "32", *evaluation,
     )  # fmt: skip
     assert "MLP neurons a block" in text
-    training = ["--data", words, "--samples", "24", "--seqlen", "32", "--batch", "2", "--steps"]
+    training = ["--calibration", words, "--samples", "24", "--seqlen", "32", "--batch", "2", "--steps"]
     text, bars = run("recover", small, "--out", out, *training, "24", *evaluation)
     assert "24 steps of 2 windows on" in text
     assert "After:" in text

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import tiny
+from plans import asked
 
 from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
@@ -14,7 +15,7 @@ from secateurs.decide.decide import decide, front
 from secateurs.decide.plan import DecidePlan
 from secateurs.kernels.dispatch import kernels
 from secateurs.machine.profile import DeviceProfile
-from secateurs.quality import evaluate
+from secateurs.quality import compare
 
 # the function has the name of its module
 module = importlib.import_module("secateurs.decide.decide")
@@ -84,7 +85,7 @@ def plan(llama, words, tmp_path, **more):
         "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
         "prompt": 10, "new": 11, "repeats": 3, "multiple": 8,
     }  # fmt: skip
-    return DecidePlan(str(llama), **{**given, **more})
+    return asked(DecidePlan, str(llama), **{**given, **more})
 
 
 def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):
@@ -104,14 +105,14 @@ def test_the_fastest_that_passes_is_recommended(tmp_path, llama, words, stated):
 def test_nothing_is_measured_twice(tmp_path, llama, words, stated, monkeypatch):
     monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
     chosen = plan(llama, words, tmp_path, candidates=("0.5", "2:4", "shrink:params=0.9x"))
-    walked, stream = [], evaluate.stream
+    walked, stream = [], compare.stream
 
     def counted(model, batches, *rest, **more):
         # calibration text is looked at, too, but has another number of windows
         walked.append(len(batches))
         return stream(model, batches, *rest, **more)
 
-    monkeypatch.setattr(evaluate, "stream", counted)
+    monkeypatch.setattr(compare, "stream", counted)
     first = decide(chosen, tmp_path / "run")
     assert len(stated) == 3
     # three candidates and the dense model once
@@ -214,7 +215,7 @@ def test_a_time_that_this_clock_would_keep_is_not_another_machine_s(tmp_path, ll
     chosen = plan(llama, words, tmp_path, profile=foreign, foreign=True, candidates=("0.5", "shrink:latency=0.8x"))
     rows = {r["candidate"]: r for r in decide(chosen, tmp_path / "run")["rows"]}
     assert rows["shrink:latency=0.8x"]["status"] == "dropped"
-    assert "only this machine's clock can be asked" in rows["shrink:latency=0.8x"]["reason"]
+    assert "can only be measured on the machine itself" in rows["shrink:latency=0.8x"]["reason"]
     assert rows["0.5"]["status"] == "measured"
 
 

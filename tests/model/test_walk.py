@@ -6,10 +6,10 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs import Stats
 from secateurs.base.errors import CalibrationError, LayerError
-from secateurs.model import families, parts
+from secateurs.model import blocks, families
 from secateurs.model.activations import InMemory, OnDisk
+from secateurs.model.blocks import AllLoaded, leave, pieces
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import AllLoaded, leave, pieces
 from secateurs.model.walk import stream
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def test_streaming_equals_the_whole_model(model_type, propagate, monkeypatch):
         got = leave(model, AllLoaded(), hidden, batch)[0]
         assert torch.equal(got, whole[i])
         # what follows the blocks treats every position alone
-        monkeypatch.setattr(parts, "_LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
+        monkeypatch.setattr(blocks, "_LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
         found = [leave(model, AllLoaded(), hidden[:, at], batch, at)[0] for at in pieces(model, hidden)]
         assert [part.shape[1] for part in found] == [5] * (hidden.shape[1] // 5) + [hidden.shape[1] % 5] * (
             hidden.shape[1] % 5 > 0

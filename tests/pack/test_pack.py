@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from secateurs.base.errors import CheckpointError, OutputError
 from secateurs.kernels.packed_linear import PackedLinear
 from secateurs.pack import folder as stage
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 
 
 def halve(folder, sparsity=0.5):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from plans import asked
 from torch import nn
 
 import secateurs as sc
@@ -15,7 +16,7 @@ from secateurs.model.layers import Layer, layers_of
 from secateurs.model.walk import stream
 from secateurs.prune.assign import _levels, _losses, assign
 from secateurs.prune.block import Guide, prune_block, prune_layer
-from secateurs.prune.report import LayerRecord
+from secateurs.prune.record import LayerRecord
 from secateurs.prune.tuning import Outcome
 
 
@@ -30,7 +31,7 @@ def test_rows_that_the_loss_depends_on_keep_more():
     linear = nn.Linear(64, 2, bias=False)
     layer = Layer("layer", linear, linear.weight, "linear")
     stats = Stats.of(torch.randn(500, 64))
-    plan = Plan(method="admm", sparsity=0.5)
+    plan = asked(Plan, method="admm", sparsity=0.5)
     prune_layer(layer, stats, plan, Guide(sensitivity={"layer": torch.tensor([1000.0, 1.0])}))
     kept = (linear.weight != 0).sum(1)
     assert int(kept.sum()) == 64
@@ -41,7 +42,7 @@ def test_rows_that_the_loss_depends_on_keep_more():
 def test_layers_that_the_loss_depends_on_keep_more(allocation):
     model = tiny.make("llama")
     batches = [{"input_ids": torch.randint(0, 250, (8, 32))}]
-    plan = Plan(method="sparsegpt", allocation=allocation, sparsity=0.5)
+    plan = asked(Plan, method="sparsegpt", allocation=allocation, sparsity=0.5)
     names = [f"model.layers.{i}.mlp.{p}_proj" for i in range(3) for p in ("gate", "up", "down")]
     sensitivity = {name: torch.ones(32 if "down" in name else 64) for name in names}
     sensitivity[names[0]] *= 1e8
@@ -55,7 +56,7 @@ def test_an_expert_counts_by_how_many_tokens_reach_it():
     linear = nn.Linear(16, 4, bias=False)
     layer = Layer("layer", linear, linear.weight, "linear")
     x_TI = torch.randn(64, 16)
-    plan = Plan(method="sparsegpt", allocation="measured")
+    plan = asked(Plan, method="sparsegpt", allocation="measured")
     few, many = (
         [loss for _, _, loss in _losses(layer, Stats.of(x), plan, torch.tensor(2.0))] for x in (x_TI, x_TI.repeat(8, 1))
     )
@@ -65,7 +66,7 @@ def test_an_expert_counts_by_how_many_tokens_reach_it():
 def test_a_layer_whose_sensitivity_nobody_measured_counts_like_the_others():
     model = tiny.make("llama")
     batches = [{"input_ids": torch.randint(0, 250, (8, 32))}]
-    plan = Plan(method="sparsegpt", allocation="measured")
+    plan = asked(Plan, method="sparsegpt", allocation="measured")
     names = [layer.name for i in range(3) for layer in layers_of(model.model.layers[i], f"model.layers.{i}")]
     # in the units of a loss; 1 would be far out
     everywhere = {name: torch.full((model.get_submodule(name).out_features,), 1e-6) for name in names}
@@ -75,26 +76,26 @@ def test_a_layer_whose_sensitivity_nobody_measured_counts_like_the_others():
 
 
 def test_a_budget_is_looked_for_between_the_bounds():
-    assert Plan(budget="bytes=0.5").bounds == (0.0, 0.9)
-    levels = _levels(Plan(budget="bytes=0.1", max_sparsity=0.96))
+    assert asked(Plan, budget="bytes=0.5").bounds == (0.0, 0.9)
+    levels = _levels(asked(Plan, budget="bytes=0.1", max_sparsity=0.96))
     assert (levels[0], levels[-1], len(levels)) == (0.08, 0.96, 12)
-    assert Plan().bounds == (0.3, 0.7)
-    levels = _levels(Plan(allocation="measured", max_sparsity=0.95))
+    assert asked(Plan).bounds == (0.3, 0.7)
+    levels = _levels(asked(Plan, allocation="measured", max_sparsity=0.95))
     assert (levels[0], levels[-1]) == (0.3, 0.95)
     assert 0.5 in levels
 
 
 @pytest.mark.parametrize(("plan", "sensitivity", "reconstruct"), [
-    (Plan(), 4096, 0), (Plan(pattern="2:4"), 0, 24), (Plan(scope="row"), 0, 24), (Plan(method="admm"), 0, 0),
-    (Plan(pattern="2:4", budget="bytes=0.7"), 4096, 24), (Plan(pattern="2:4,1:4", budget="bytes=0.7"), 4096, 24),
-    (Plan(method="sparsegpt", allocation="measured"), 4096, 0), (Plan(scope="row", allocation="global"), 4096, 24),
+    (asked(Plan), 4096, 0), (asked(Plan, pattern="2:4"), 0, 24), (asked(Plan, scope="row"), 0, 24), (asked(Plan, method="admm"), 0, 0),
+    (asked(Plan, pattern="2:4", budget="bytes=0.7"), 4096, 24), (asked(Plan, pattern="2:4,1:4", budget="bytes=0.7"), 4096, 24),
+    (asked(Plan, method="sparsegpt", allocation="measured"), 4096, 0), (asked(Plan, scope="row", allocation="global"), 4096, 24),
 ])  # fmt: skip
 def test_layers_are_compared_in_units_of_the_loss(plan, sensitivity, reconstruct):
     assert (plan.sensitivity, plan.reconstruct) == (sensitivity, reconstruct)
 
 
 @pytest.mark.parametrize(("plan", "tokens", "damping"), [
-    (Plan(), 7 * 16, 0.01), (Plan(), 8 * 16, 0.001), (Plan(damping=0.02), 8 * 16, 0.02), (Plan(method="sparsegpt"), 8 * 16, 0.01),
+    (asked(Plan), 7 * 16, 0.01), (asked(Plan), 8 * 16, 0.001), (asked(Plan, damping=0.02), 8 * 16, 0.02), (asked(Plan, method="sparsegpt"), 8 * 16, 0.01),
 ])  # fmt: skip
 def test_efforts_go_by_tokens_an_input_for_their_damping(plan, tokens, damping, monkeypatch):
     linear = nn.Linear(16, 4, bias=False)
@@ -114,7 +115,7 @@ def test_a_blend_aims_where_the_dense_model_s_outputs_say():
     for blend in (0.0, 0.5, 1.0):
         linear = nn.Linear(16, 4, bias=False)
         weight = linear.weight.detach().clone()
-        plan = Plan(method="sparsegpt", blend=blend, damping=0.01)
+        plan = asked(Plan, method="sparsegpt", blend=blend, damping=0.01)
         prune_layer(Layer("layer", linear, linear.weight, "linear"), stats, plan, Guide())
         aim = solvers.dense_target(weight, stats, 0.01, blend)
         want = solvers.obs(aim, stats, plan.layer_patterns[0], 0.5)
@@ -125,14 +126,18 @@ def test_a_blend_aims_where_the_dense_model_s_outputs_say():
 def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():
     linear = nn.Linear(16, 4, bias=False)
     layer = Layer("layer", linear, linear.weight, "linear")
-    record = prune_layer(layer, Stats.of(torch.randn(9, 16)), Plan(method="sparsegpt"), Guide(), "inputs reordered")
+    record = prune_layer(
+        layer, Stats.of(torch.randn(9, 16)), asked(Plan, method="sparsegpt"), Guide(), "inputs reordered"
+    )
     assert record.note == "inputs reordered; only 9 tokens for 16 inputs"
 
 
 def test_random_numbers_of_a_layer_are_its_seed_s_and_its_name_s():
     def kept(seed, name):
         linear = nn.Linear(16, 4, bias=False)
-        prune_layer(Layer(name, linear, linear.weight, "linear"), None, Plan(method="random", seed=seed), Guide())
+        prune_layer(
+            Layer(name, linear, linear.weight, "linear"), None, asked(Plan, method="random", seed=seed), Guide()
+        )
         return linear.weight != 0
 
     assert torch.equal(kept(1, "a"), kept(1, "a"))
@@ -148,13 +153,13 @@ def test_the_order_of_windows_in_tuning_goes_by_the_seed(tmp_path, llama, words,
         given.append(seed)
         return Outcome(1.0, 1.0, 0)
 
-    for module, name in (("block", "reconstruct"), ("live", "distill"), ("folder", "distill")):
+    for module, name in (("block", "reconstruct"), ("live", "distill"), ("run", "distill")):
         monkeypatch.setattr(importlib.import_module(f"secateurs.prune.{module}"), name, noted)
 
     def seeds(seed, out=None):
         given.clear()
-        plan = Plan(
-            method="magnitude", reconstruct=1, distill=1, calibration=str(words), samples=4, seqlen=16, seed=seed, eval_windows=0
+        plan = asked(
+            Plan, method="magnitude", reconstruct=1, distill=1, calibration=str(words), samples=4, seqlen=16, seed=seed, eval_windows=0
         )  # fmt: skip
         if out:
             sc.prune(llama, plan, out=out)
@@ -181,7 +186,7 @@ def test_norms_and_sensitivities_are_reordered_with_what_they_are_of(monkeypatch
     step = next(iter(stream(model, [{"input_ids": torch.randint(0, 250, (8, 32))}])))
     # a row's own size stands for what the loss depends on it
     sizes = {layer.name: layer.read().square().sum(1) for layer in step.layers}
-    plan = Plan(pattern="2:4", method="wanda", permute=True)
+    plan = asked(Plan, pattern="2:4", method="wanda", permute=True)
     prune_block(step, plan, Guide(None, sizes, families.find("llama"), model.config))
     assert [n.rpartition(".")[2] for n, (*_, note) in given.items() if note == "inputs reordered"] == [
         "o_proj",
@@ -199,7 +204,7 @@ def test_scores_of_layers_are_compared_in_units_of_the_loss():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
         model[1].weight.copy_(torch.tensor([[1.5, 3.5, 5.0, 7.0]]))
-    plan = Plan(method="magnitude", allocation="global", min_sparsity=0.0, max_sparsity=1.0)
+    plan = asked(Plan, method="magnitude", allocation="global", min_sparsity=0.0, max_sparsity=1.0)
     # alone 1, 1.5, 2, 3 go; times the root of 4, of the first layer 2 and 4 go, of the second 1.5 and 3.5
     for sensitivity, shares in (({}, (0.75, 0.25)), ({"0": torch.tensor([4.0]), "1": torch.tensor([1.0])}, (0.5, 0.5))):
         found = assign(model, None, [], plan, sensitivity, {})

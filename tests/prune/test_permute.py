@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from secateurs import Stats
 from secateurs.matrix.patterns import NM
 from secateurs.model import families
+from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.prune import permute
 
 TWO_FOUR = NM(2, 4)

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -13,23 +12,25 @@ import process
 import pytest
 import tiny
 import torch
+from plans import asked, changed
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 import secateurs as sc
-from secateurs.base import precision
+from secateurs.base import precision, progress
 from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
 from secateurs.base.files import fingerprint_of, trim
 from secateurs.model import families
 from secateurs.model.activations import OnDisk
+from secateurs.model.blocks import blocks_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import blocks_of
-from secateurs.prune import folder, permute
-from secateurs.prune.folder import failure
-from secateurs.quality import evaluate, evaluation, texts
+from secateurs.prune import permute
+from secateurs.prune import run as prune_run
+from secateurs.prune.run import failure
+from secateurs.quality import compare, evaluation, texts
 from secateurs.quality.evaluation import quality
 from secateurs.report.tables import print_report
 
@@ -46,7 +47,7 @@ def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type,
     import transformers
 
     source = tiny.save(tmp_path / "dense", model_type)
-    plan = sc.Plan(pattern=pattern, method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
+    plan = asked(sc.Plan, pattern=pattern, method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
     report = sc.prune(source, plan, out=tmp_path / "run")
     assert report.totals["layers_skipped_by_shape"] == 0
     assert report.totals["layers_pruned"] == len(report.layers) >= 12
@@ -84,7 +85,7 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
     import transformers
 
     source = tiny.save(tmp_path / "dense", model_type)
-    plan = sc.Plan(
+    plan = asked(sc.Plan,
         effort="best", pattern=pattern, blend=0.5, reconstruct=8, distill=8, calibration=str(words), eval_text=str(words),
         samples=16, seqlen=32, eval_windows=2, eval_seqlen=32,
     )  # fmt: skip
@@ -119,8 +120,13 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
 
 @pytest.mark.parametrize("allocation", ["erk", "owl", "alpha", "global", "measured"])
 def test_every_allocation_gives_the_whole_its_zeros(allocation, tmp_path, llama, words):
-    plan = sc.Plan(
-        method="sparsegpt", allocation=allocation, sensitivity=64, calibration=str(words), **{**FAST, "eval_windows": 0}
+    plan = asked(
+        sc.Plan,
+        method="sparsegpt",
+        allocation=allocation,
+        sensitivity=64,
+        calibration=str(words),
+        **{**FAST, "eval_windows": 0},
     )
     report = sc.prune(llama, plan, out=tmp_path / "run")
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-4)
@@ -132,7 +138,7 @@ def test_every_allocation_gives_the_whole_its_zeros(allocation, tmp_path, llama,
 def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, words):
     from secateurs.kernels.formats import bitmask_nbytes
 
-    plan = sc.Plan(
+    plan = asked(sc.Plan,
         method="sparsegpt", pattern="unstructured,2:4,1:4", budget="bytes=0.5", min_sparsity=0.0, max_sparsity=0.9,
         calibration=str(words), **{**FAST, "eval_windows": 0},
     )  # fmt: skip
@@ -142,7 +148,7 @@ def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, word
     assert 0.45 * whole < spent <= 0.5 * whole
     assert sc.verify(tmp_path / "run")
     # where nothing but N:M is offered, layers are left dense until the budget fits
-    plan = dataclasses.replace(plan, pattern="2:4,1:4", budget="bytes=0.6", scope=None)
+    plan = changed(plan, pattern="2:4,1:4", budget="bytes=0.6", scope=None)
     report = sc.prune(llama, plan, out=tmp_path / "nm")
     assert {r.pattern for r in report.layers} <= {"2:4", "1:4", "unstructured"}
     assert "2:4" in {r.pattern for r in report.layers}
@@ -152,7 +158,7 @@ def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, word
 def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, words, monkeypatch):
     from secateurs.machine import profile
 
-    plan = sc.Plan(
+    plan = asked(sc.Plan,
         method="sparsegpt", budget="seconds=0.6", min_sparsity=0.0, max_sparsity=0.9, calibration=str(words),
         **{**FAST, "eval_windows": 0},
     )  # fmt: skip
@@ -175,7 +181,7 @@ def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, wor
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "ria", "magnitude+refit", "sparsegpt+refit"])
 def test_every_method_runs_on_a_folder(method, tmp_path, llama, words):
-    plan = sc.Plan(method=method, calibration=str(words), eval_text=str(words), **FAST)
+    plan = asked(sc.Plan, method=method, calibration=str(words), eval_text=str(words), **FAST)
     report = sc.prune(llama, plan, out=tmp_path / "run")
     assert report.totals["sparsity"] == 0.5
     assert (report.calibration is None) == (method in ("random", "magnitude"))
@@ -191,14 +197,14 @@ def test_every_method_runs_on_a_folder(method, tmp_path, llama, words):
 
 def test_bf16_stays_bf16(tmp_path, words):
     source = tiny.save(tmp_path / "dense", dtype=torch.bfloat16)
-    plan = sc.Plan(method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
+    plan = asked(sc.Plan, method="sparsegpt", calibration=str(words), eval_text=str(words), **FAST)
     sc.prune(source, plan, out=tmp_path / "run")
     assert {t.dtype for t in weights(tmp_path / "run" / "model").values()} == {torch.bfloat16}
 
 
 def test_global_allocation_is_one_threshold_over_the_model(tmp_path, llama):
-    plan = sc.Plan(
-        method="magnitude", allocation="global", sparsity=0.6, min_sparsity=0, max_sparsity=1, eval_windows=0
+    plan = asked(
+        sc.Plan, method="magnitude", allocation="global", sparsity=0.6, min_sparsity=0, max_sparsity=1, eval_windows=0
     )
     report = sc.prune(llama, plan, out=tmp_path / "run")
     before = weights(llama)
@@ -209,7 +215,7 @@ def test_global_allocation_is_one_threshold_over_the_model(tmp_path, llama):
     threshold = sizes.sort().values[zeros - 1]
     after = weights(tmp_path / "run" / "model")
     assert all(torch.equal(after[n] == 0, before[n].abs() <= threshold) for n in names)
-    bounded = dataclasses.replace(plan, min_sparsity=0.59, max_sparsity=0.61)
+    bounded = changed(plan, min_sparsity=0.59, max_sparsity=0.61)
     report = sc.prune(llama, bounded, out=tmp_path / "bounded")
     assert report.totals["zeros"] == zeros
     assert all(0.589 < 1 - r.kept / r.numel < 0.611 for r in report.layers)
@@ -217,7 +223,7 @@ def test_global_allocation_is_one_threshold_over_the_model(tmp_path, llama):
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_global_allocation_with_calibration(method, tmp_path, llama, words):
-    plan = sc.Plan(method=method, allocation="global", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method=method, allocation="global", calibration=str(words), **{**FAST, "eval_windows": 0})
     report = sc.prune(llama, plan, out=tmp_path / "run")
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-6)
     assert len({r.kept / r.numel for r in report.layers}) > 5
@@ -237,7 +243,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_reported(tmp_pat
         from safetensors.torch import save_file
 
         save_file(tensors, shard, metadata={"format": "pt"})
-    plan = sc.Plan(method="sparsegpt", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method="sparsegpt", calibration=str(words), **{**FAST, "eval_windows": 0})
     report = sc.prune(source, plan, out=tmp_path / "run")
     starved = [r for r in report.layers if r.note and "no calibration token" in r.note]
     assert len(starved) == 4
@@ -245,7 +251,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_reported(tmp_pat
 
 
 def test_skips_are_recorded_with_who_asked(tmp_path, llama, words):
-    plan = sc.Plan(method="magnitude", pattern="3:64", skip=("*.k_proj", "model.layers.2.*"), eval_windows=0)
+    plan = asked(sc.Plan, method="magnitude", pattern="3:64", skip=("*.k_proj", "model.layers.2.*"), eval_windows=0)
     report = sc.prune(llama, plan, out=tmp_path / "run")
     by = {r.name: r.skipped_by for r in report.layers}
     assert by["model.layers.0.self_attn.k_proj"] == "plan"
@@ -256,12 +262,12 @@ def test_skips_are_recorded_with_who_asked(tmp_path, llama, words):
     failed = failure(report)
     assert failed.exit_code == 4
     assert "cannot take 3:64 and stay dense, first model.layers.0.self_attn.q_proj: 32 inputs" in str(failed)
-    allowed = sc.prune(llama, dataclasses.replace(plan, allow_skips=True), out=tmp_path / "allowed")
+    allowed = sc.prune(llama, changed(plan, allow_skips=True), out=tmp_path / "allowed")
     assert failure(allowed) is None
 
 
 def test_a_missed_gate_keeps_the_results(tmp_path, llama, words):
-    plan = sc.Plan(
+    plan = asked(sc.Plan,
         method="magnitude", sparsity=0.9, eval_text=str(words), gate=("kl<=0.001", "agree>=0"),
         **{**FAST, "eval_windows": 8},
     )  # fmt: skip
@@ -272,17 +278,16 @@ def test_a_missed_gate_keeps_the_results(tmp_path, llama, words):
 
 
 def test_propagate_dense_calibrates_on_dense_inputs(tmp_path, llama, words):
-    plan = sc.Plan(method="wanda", sparsity=0.8, calibration=str(words), **{**FAST, "eval_windows": 0})
-    reports = {
-        p: sc.prune(llama, dataclasses.replace(plan, propagate=p), out=tmp_path / p) for p in ("pruned", "dense")
-    }
+    plan = asked(sc.Plan, method="wanda", sparsity=0.8, calibration=str(words), **{**FAST, "eval_windows": 0})
+    reports = {p: sc.prune(llama, changed(plan, propagate=p), out=tmp_path / p) for p in ("pruned", "dense")}
     first, last = 0, -1
     assert reports["pruned"].layers[first].error == reports["dense"].layers[first].error
     assert reports["pruned"].layers[last].error != reports["dense"].layers[last].error
 
 
 def test_overlapping_text_is_warned_about(tmp_path, llama, words):
-    plan = sc.Plan(
+    plan = asked(
+        sc.Plan,
         method="wanda",
         calibration=str(words),
         eval_text=str(words),
@@ -295,7 +300,7 @@ def test_overlapping_text_is_warned_about(tmp_path, llama, words):
     assert any("100% of the evaluation windows share" in w for w in report.warnings)
     assert any("9999 were asked for" in w for w in report.warnings)
     other = tiny.text(tmp_path, seed=1)
-    report = sc.prune(llama, dataclasses.replace(plan, eval_text=str(other), samples=4), out=tmp_path / "other")
+    report = sc.prune(llama, changed(plan, eval_text=str(other), samples=4), out=tmp_path / "other")
     assert report.warnings == []
 
 
@@ -321,7 +326,7 @@ def test_any_module_is_pruned_in_place(method):
     net = Net().eval()
     images = torch.randn(8, 3, 12, 12)
     dense = net(images)
-    plan = sc.Plan(method=method, sparsity=0.3, skip=("conv",))
+    plan = asked(sc.Plan, method=method, sparsity=0.3, skip=("conv",))
     report = sc.prune(net, plan, calibration=[{"image": images[:4]}, {"image": images[4:]}])
     assert [r.name for r in report.layers if r.skipped is None] == ["head"]
     assert {r.name: r.skipped_by for r in report.layers} == {"conv": "plan", "depthwise": "shape", "head": None}
@@ -334,20 +339,20 @@ def test_any_module_is_pruned_in_place(method):
 def test_convolutions_take_n_of_m_along_input_channels():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(8, 6, 3))
-    sc.prune(net, sc.Plan(pattern="2:4", method="magnitude"))
+    sc.prune(net, asked(sc.Plan, pattern="2:4", method="magnitude"))
     groups = net[0].weight.permute(0, 2, 3, 1).reshape(-1, 4)
     assert bool(((groups != 0).sum(1) == 2).all())
 
 
 def test_live_modules_say_what_they_need():
     with pytest.raises(CalibrationError, match="pass calibration="):
-        sc.prune(Net(), sc.Plan(method="wanda"))
+        sc.prune(Net(), asked(sc.Plan, method="wanda"))
     with pytest.raises(PlanError, match="no gate"):
-        sc.prune(Net(), sc.Plan(method="magnitude", gate=("kl<=1",)))
+        sc.prune(Net(), asked(sc.Plan, method="magnitude", gate=("kl<=1",)))
     with pytest.raises(PlanError, match="has no Linear"):
-        sc.prune(nn.ReLU(), sc.Plan(method="magnitude"))
+        sc.prune(nn.ReLU(), asked(sc.Plan, method="magnitude"))
     with pytest.raises(PlanError, match="needs a folder for the result"):
-        sc.prune("somewhere", sc.Plan())
+        sc.prune("somewhere", asked(sc.Plan))
 
 
 @pytest.mark.parametrize(("model_type", "skipped"), [
@@ -363,7 +368,7 @@ def test_a_layer_that_is_left_dense_stands_still_in_every_tuning(model_type, ski
     dense[0, 0] = 0
     model.save_pretrained(tmp_path / "dense")
     tiny.tokenizer().save_pretrained(tmp_path / "dense")
-    plan = sc.Plan(
+    plan = asked(sc.Plan,
         effort="best", sparsity=0.7, skip=(skipped,), reconstruct=24, distill=96, calibration=str(words), samples=32, seqlen=32,
         eval_windows=0,
     )  # fmt: skip
@@ -380,14 +385,14 @@ def layers_of_block(model, i):
 
 
 def test_a_whole_model_that_memory_cannot_hold_is_refused_first(tmp_path, llama, words, monkeypatch):
-    module = importlib.import_module("secateurs.prune.folder")
+    module = importlib.import_module("secateurs.prune.run")
     facts = machine()
     monkeypatch.setattr(module, "machine", lambda: {**facts, "memory_bytes": 300_000})
-    plan = sc.Plan(effort="best", calibration=str(words), **FAST)
+    plan = asked(sc.Plan, effort="best", calibration=str(words), **FAST)
     with pytest.raises(PlanError, match=r"takes at least 0.\d GB of memory, this machine has 0.0; leave it out with"):
         sc.prune(llama, plan, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    sc.prune(llama, dataclasses.replace(plan, distill=0, eval_windows=0), out=tmp_path / "run")
+    sc.prune(llama, changed(plan, distill=0, eval_windows=0), out=tmp_path / "run")
 
 
 def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):
@@ -397,11 +402,13 @@ def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):
         ("unstructured", "left out: sensitivities, tuning of blocks, tuning of the whole; only a Hugging Face model's"),
         ("2:4", "left out: reordering, tuning of blocks, tuning of the whole; only a Hugging Face model's"),
     ):
-        (warning,) = sc.prune(net, sc.Plan(effort="best", pattern=pattern), calibration=batches).warnings
+        (warning,) = sc.prune(net, asked(sc.Plan, effort="best", pattern=pattern), calibration=batches).warnings
         assert warning.startswith(wanted)
-    assert sc.prune(net, sc.Plan(method="wanda"), calibration=batches).warnings == []
+    assert sc.prune(net, asked(sc.Plan, method="wanda"), calibration=batches).warnings == []
     source = tiny.save(tmp_path / "dense", "bert base")
-    report = sc.prune(source, sc.Plan(calibration=str(words), **{**FAST, "eval_windows": 0}), out=tmp_path / "run")
+    report = sc.prune(
+        source, asked(sc.Plan, calibration=str(words), **{**FAST, "eval_windows": 0}), out=tmp_path / "run"
+    )
     assert "sensitivities were not measured: the model predicts no next token" in report.warnings
 
 
@@ -409,22 +416,23 @@ def test_weights_that_the_dtype_cannot_hold_are_an_error(monkeypatch):
     net = nn.Linear(8, 8).half()
     monkeypatch.setattr(sc.solvers, "masked", lambda *a: torch.full((8, 8), 1e6))
     with pytest.raises(LayerError, match="torch.float16 cannot hold"):
-        sc.prune(net, sc.Plan(method="magnitude", sparsity=0.0))
+        sc.prune(net, asked(sc.Plan, method="magnitude", sparsity=0.0))
 
 
 # ------------------------------------------------------------------------------------------------- kill and resume
 
 _RUN = """
 import importlib, sys, secateurs as sc
+from plans import asked
 prune, tuning, evaluation, activations = map(
     importlib.import_module,
-    ("secateurs.prune.folder", "secateurs.prune.tuning", "secateurs.quality.evaluation", "secateurs.model.activations"),
+    ("secateurs.prune.run", "secateurs.prune.tuning", "secateurs.quality.evaluation", "secateurs.model.activations"),
 )
 source, words, out, method = sys.argv[1:]
 how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if method == "best" else {"method": method}
 if method == "measured":
     how = {"method": "sparsegpt", "budget": "bytes=0.6", "blend": 0.5}
-plan = sc.Plan(**how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
+plan = asked(sc.Plan, **how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
     slow(file, data)
@@ -497,7 +505,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
 
 def test_a_kill_before_zeros_are_shared_out_leaves_what_the_last_block_saw(tmp_path, llama, words):
     module = importlib.import_module("secateurs.prune.assign")
-    plan = sc.Plan(method="sparsegpt", budget="bytes=0.6", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method="sparsegpt", budget="bytes=0.6", calibration=str(words), **{**FAST, "eval_windows": 0})
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -527,13 +535,13 @@ def test_a_kill_at_any_time_leaves_a_run_that_goes_on(tmp_path, llama, words):
 def test_a_run_killed_while_it_wrote_its_plan_goes_on(tmp_path, llama):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "plan.json.part").write_text('{"model"')
-    sc.prune(llama, sc.Plan(method="magnitude", eval_windows=0), out=tmp_path / "run")
+    sc.prune(llama, asked(sc.Plan, method="magnitude", eval_windows=0), out=tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
     assert not (tmp_path / "run" / "plan.json.part").exists()
 
 
 def test_a_finished_run_is_not_done_again(tmp_path, llama):
-    plan = sc.Plan(method="magnitude", eval_windows=0)
+    plan = asked(sc.Plan, method="magnitude", eval_windows=0)
     first = sc.prune(llama, plan, out=tmp_path / "run")
     again = sc.prune(llama, plan, out=tmp_path / "run")
     assert again.as_dict() == first.as_dict()
@@ -543,7 +551,7 @@ def test_a_finished_run_is_not_done_again(tmp_path, llama):
 
 
 def test_foreign_folders_and_other_plans_are_left_alone(tmp_path, llama):
-    plan = sc.Plan(method="magnitude", eval_windows=0)
+    plan = asked(sc.Plan, method="magnitude", eval_windows=0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years")
     with pytest.raises(OutputError, match="is not empty and holds no plan.json of ours"):
@@ -551,19 +559,19 @@ def test_foreign_folders_and_other_plans_are_left_alone(tmp_path, llama):
     assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     sc.prune(llama, plan, out=tmp_path / "run")
     with pytest.raises(OutputError, match=r"another plan \(sparsity is 0\.5 there, 0\.6 here\)"):
-        sc.prune(llama, dataclasses.replace(plan, sparsity=0.6), out=tmp_path / "run")
+        sc.prune(llama, changed(plan, sparsity=0.6), out=tmp_path / "run")
 
 
 def test_a_wrong_model_makes_no_folder(tmp_path):
     with pytest.raises(CheckpointError):
-        sc.prune(tmp_path / "none", sc.Plan(), out=tmp_path / "run")
+        sc.prune(tmp_path / "none", asked(sc.Plan), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_in_one_folder_do_not_mix(tmp_path, llama):
     import fcntl
 
-    plan = sc.Plan(method="magnitude", eval_windows=0)
+    plan = asked(sc.Plan, method="magnitude", eval_windows=0)
     sc.prune(llama, plan, out=tmp_path / "run")
     (tmp_path / "run" / "report.json").unlink()
     (tmp_path / "run" / "work").mkdir()
@@ -576,7 +584,7 @@ def test_two_runs_in_one_folder_do_not_mix(tmp_path, llama):
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, llama, words, monkeypatch):
     from secateurs.base import files
 
-    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
     real, count = files.replace, 0
 
     def full(file, write):
@@ -602,7 +610,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, llama, words,
 
 def test_a_source_that_changed_is_noticed(tmp_path, llama, words, monkeypatch):
     source = shutil.copytree(llama, tmp_path / "source")
-    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
 
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -626,7 +634,7 @@ def test_activations_that_are_nan_stop_the_run_with_the_layer_s_name(tmp_path, l
         if "model.layers.1.input_layernorm.weight" in tensors:
             tensors["model.layers.1.input_layernorm.weight"][:] = 1e38
         save_file(tensors, shard, metadata={"format": "pt"})
-    plan = sc.Plan(method="sparsegpt", calibration=str(words), **FAST)
+    plan = asked(sc.Plan, method="sparsegpt", calibration=str(words), **FAST)
     with pytest.raises(LayerError, match=r"model\.layers\.1\.self_attn\.q_proj: .* NaN or infinite"):
         sc.prune(source, plan, out=tmp_path / "run")
 
@@ -636,7 +644,7 @@ def test_activations_that_are_nan_stop_the_run_with_the_layer_s_name(tmp_path, l
 
 @pytest.fixture
 def run(tmp_path, llama):
-    sc.prune(llama, sc.Plan(pattern="2:4", method="magnitude", eval_windows=0), out=tmp_path / "run")
+    sc.prune(llama, asked(sc.Plan, pattern="2:4", method="magnitude", eval_windows=0), out=tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -735,7 +743,7 @@ def test_verify_looks_at_every_packed_tensor(run):
 
 def test_verify_without_the_dense_model_says_so(tmp_path, llama):
     source = shutil.copytree(llama, tmp_path / "source")
-    sc.prune(source, sc.Plan(method="magnitude", eval_windows=0), out=tmp_path / "run")
+    sc.prune(source, asked(sc.Plan, method="magnitude", eval_windows=0), out=tmp_path / "run")
     shutil.rmtree(source)
     assert any("not compared with the dense model" in w for w in sc.verify(tmp_path / "run").warnings)
 
@@ -749,7 +757,7 @@ def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, word
         held.append(len(list(self.folder.glob("block-*"))))
 
     monkeypatch.setattr(OnDisk, "write", watched)
-    plan = sc.Plan(method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
+    plan = asked(sc.Plan, method="wanda", calibration=str(words), **{**FAST, "eval_windows": 0})
     sc.prune(llama, plan, out=tmp_path / "run")
     assert max(held) == 2
     assert not (tmp_path / "run" / "work").exists()
@@ -760,8 +768,8 @@ def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, word
 
 def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_path, llama, words, monkeypatch):
     monkeypatch.setenv("SECATEURS_CACHE", str(tmp_path / "cache"))
-    walked, stream = [], evaluate.stream
-    monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
+    walked, stream = [], compare.stream
+    monkeypatch.setattr(compare, "stream", lambda model, *a, **k: walked.append(1) or stream(model, *a, **k))
 
     def measured(text=words, windows=2, seqlen=64):
         walked.clear()
@@ -795,7 +803,8 @@ def test_the_cache_keeps_what_was_used_last(tmp_path):
 
 
 def test_seconds_are_by_stage_and_survive_a_kill(tmp_path, llama, words, monkeypatch):
-    plan = sc.Plan(
+    plan = asked(
+        sc.Plan,
         calibration=str(words),
         samples=2,
         seqlen=32,
@@ -805,13 +814,13 @@ def test_seconds_are_by_stage_and_survive_a_kill(tmp_path, llama, words, monkeyp
         method="wanda",
     )
     clock = itertools.count()
-    monkeypatch.setattr(folder.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as inside:
-        inside.setattr(folder, "prune_block", killed)
+        inside.setattr(prune_run, "prune_block", killed)
         with pytest.raises(KeyboardInterrupt):
             sc.prune(llama, plan, tmp_path / "run")
     seconds = sc.prune(llama, plan, tmp_path / "run").seconds
@@ -826,7 +835,7 @@ def test_a_report_says_in_what_products_were_formed(tmp_path, words, monkeypatch
     for has, computed in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(precision, "_has", lambda stored, has=has: has)
         report = sc.prune(
-            folder, sc.Plan(method="magnitude", eval_text=str(words), eval_windows=1), tmp_path / computed
+            folder, asked(sc.Plan, method="magnitude", eval_text=str(words), eval_windows=1), tmp_path / computed
         )
         assert report.compute["stored"] == "bfloat16"
         assert report.compute["products"] == computed

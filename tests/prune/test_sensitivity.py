@@ -5,10 +5,10 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from secateurs.model import parts
+from secateurs.model import blocks
 from secateurs.model.activations import InMemory
+from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import AllLoaded, blocks_of
 from secateurs.model.walk import stream
 from secateurs.prune.sensitivity import sensitivity
 
@@ -53,7 +53,7 @@ def by_one_backward(model, seed):
 @pytest.mark.parametrize("pieces", [1, 1 << 26])
 def test_the_walk_back_equals_one_backward_pass(pieces, monkeypatch):
     """However many logits are made at a time."""
-    monkeypatch.setattr(parts, "_LOGITS", pieces)
+    monkeypatch.setattr(blocks, "_LOGITS", pieces)
     monkeypatch.setattr(SENSITIVITY, "_LOGITS", pieces)
     model = tiny.make("llama")
     got, norms = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)

@@ -1,6 +1,6 @@
 """What a report adds up."""
 
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 
 
 def test_totals_by_hand():

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from secateurs.model.activations import InMemory
+from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.model.layers import layers_of, survivors
-from secateurs.model.parts import AllLoaded, blocks_of
 from secateurs.prune.tune_model import cross_entropy, dense_ends, distill, divergence, square_head
 from secateurs.prune.tuning import movable
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 from secateurs.report.tables import print_report
 
 

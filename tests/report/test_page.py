@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from plans import asked
 from test_decide import module, plan, stated_bench
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: a
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, llama, words):
     """A decision between packed and smaller models, with a fleet; tests must not write into it."""
-    from secateurs.cli.app import app
+    from secateurs.cli import app
 
     folder = tmp_path_factory.mktemp("page")
     candidates = ("0.5", "0.9", "shrink:params=0.9x")
@@ -175,11 +176,11 @@ def test_what_a_model_is_called_cannot_break_the_page(run):
 def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
     from secateurs.train import RecoverPlan, recover
 
-    asked = RecoverPlan(
-        str(run / "candidates" / "0.5"), data=str(words), samples=8, seqlen=32, steps=2, batch=2, eval_text=str(words), eval_windows=8,
+    chosen = asked(RecoverPlan,
+        str(run / "candidates" / "0.5"), calibration=str(words), samples=8, seqlen=32, steps=2, batch=2, eval_text=str(words), eval_windows=8,
         eval_seqlen=32,
     )  # fmt: skip
-    report = recover(asked, tmp_path / "recovered")
+    report = recover(chosen, tmp_path / "recovered")
     visit = Visit(page.write([tmp_path / "recovered"]))
     assert visit.errors == []
     assert f"All {report['zeros']:,} zeros of {report['of_weights']:,} weights are zeros still" in visit.text
@@ -187,16 +188,18 @@ def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
 
 def test_commands_on_the_page_make_the_same_run(run):
     plan_of = json.loads((run / "plan.json").read_text())
-    words_of = page._command("decide", {**plan_of, "tasks_limit": 0, "profile": None}, run).split()
+    words_of = page._command(
+        "decide", {**plan_of, "evaluation": {**plan_of["evaluation"], "tasks_limit": 0}, "profile": None}, run
+    ).split()
     assert words_of[:2] == ["secateurs", "decide"]
     assert "--tasks-limit" in words_of
     assert "--profile" not in words_of
     shrink = page._command(
         "shrink",
-        {"model": "m", "budget": "params=0.9x", "units": ["mlp", "heads"], "refit": False, "uniform": True},
+        {"model": "m", "budget": "params=0.9x", "units": ["mlp", "heads"], "refit": False},
         run,
     )
-    assert "--units mlp,heads --no-refit --uniform" in shrink
+    assert "--units mlp,heads --no-refit" in shrink
 
 
 def test_bytes_of_a_packed_file_by_what_they_hold():

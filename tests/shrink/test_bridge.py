@@ -1,20 +1,20 @@
 """The block before removed ones takes over what it can of them: brute-force least squares, and only where it helps."""
 
-import dataclasses
 import functools
-import importlib
 
 import pytest
 import tiny
 import torch
+from plans import asked, changed
 
 from secateurs.model.activations import InMemory
+from secateurs.model.blocks import AllLoaded, caller
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import AllLoaded, caller
 from secateurs.model.walk import stream
+from secateurs.shrink import cutting, losses
 from secateurs.shrink.bridge import bridge
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 
 @pytest.fixture
@@ -101,17 +101,17 @@ def test_blocks_are_called_as_in_the_model_that_they_come_from():
 
 
 def test_what_is_left_is_called_by_the_kinds_that_are_left(tmp_path, words, monkeypatch):
-    module = importlib.import_module("secateurs.shrink.folder")
     source = tiny.save(tmp_path / "dense", "gemma3_text")
-    seen, walk = [], module.stream
+    seen, walk = [], cutting.stream
 
     def noted(model, *rest, **more):
         seen.append(list(model.config.layer_types))
         return walk(model, *rest, **more)
 
-    monkeypatch.setattr(module, "stream", noted)
-    monkeypatch.setattr(module.losses, "blocks", lambda model, windows, count, *rest: ([0, 1], [0.1, 0.5]))
-    plan = ShrinkPlan(
+    monkeypatch.setattr(cutting, "stream", noted)
+    monkeypatch.setattr(losses, "blocks", lambda model, windows, count, *rest: ([0, 1], [0.1, 0.5]))
+    plan = asked(
+        ShrinkPlan,
         str(source), "params=0.9x", units=("layers",), calibration=str(words), samples=16, seqlen=32, eval_text=str(words),
         eval_windows=2, eval_seqlen=32,
     )  # fmt: skip
@@ -122,11 +122,11 @@ def test_what_is_left_is_called_by_the_kinds_that_are_left(tmp_path, words, monk
 
 def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):
     llama = tiny.save(tmp_path / "dense", shard="10MB")
-    plan = ShrinkPlan(
+    plan = asked(ShrinkPlan,
         str(llama), "params=0.7x", units=("layers",), calibration=str(words), samples=32, seqlen=32, eval_text=str(words),
         eval_windows=8, eval_seqlen=32,
     )  # fmt: skip
-    found = {refit: shrink(dataclasses.replace(plan, refit=refit), tmp_path / str(refit)) for refit in (True, False)}
+    found = {refit: shrink(changed(plan, refit=refit), tmp_path / str(refit)) for refit in (True, False)}
     assert found[True]["left"]["kept_layers"] == found[False]["left"]["kept_layers"]
     assert found[True]["quality"]["kl"]["value"] < found[False]["quality"]["kl"]["value"]
     bridges = [b["bridge"] for b in found[True]["blocks"] if "bridge" in b]
@@ -140,11 +140,16 @@ def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):
 
 def test_tuning_is_towards_the_removed_blocks(tmp_path, llama, words, monkeypatch):
     """A block that lost nothing itself is as the dense one: all that it is away from is what went after it."""
-    from secateurs.shrink import folder as module
-
-    monkeypatch.setattr(module, "bridge", lambda *arguments: None)
-    plan = ShrinkPlan(
-        str(llama), "params=0.7x", units=("layers",), calibration=str(words), samples=8, seqlen=32, eval_windows=0
+    monkeypatch.setattr(cutting, "bridge", lambda *arguments: None)
+    plan = asked(
+        ShrinkPlan,
+        str(llama),
+        "params=0.7x",
+        units=("layers",),
+        calibration=str(words),
+        samples=8,
+        seqlen=32,
+        eval_windows=0,
     )
     tuned = [b["reconstruction"] for b in shrink(plan, tmp_path / "run")["blocks"] if "reconstruction" in b]
     assert tuned

@@ -9,8 +9,9 @@ from torch import nn
 
 from secateurs import shrink_module
 from secateurs.base.errors import OutputError, PlanError
-from secateurs.shrink import channels, graph
+from secateurs.shrink import channels
 from secateurs.shrink.export import export
+from secateurs.shrink.trace import trace
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_the_budget_is_met_and_the_report_is_true(net, budget):
     assert type(small) is Net
     for kind, module in (("dense", model), ("left", small)):
         assert report["parameters"][kind] == sum(p.numel() for p in module.parameters())
-        found = graph.trace(module, (batches[0][0][:1],))
+        found = trace(module, (batches[0][0][:1],))
         assert report["macs"][kind] == found.macs(module).at({g.name: len(g.units) for g in found.groups})
     key, most = ("parameters", 0.6) if budget.startswith("params") else ("macs", 0.5)
     assert 0.75 * most < report[key]["left"] / report[key]["dense"] <= most
@@ -47,7 +48,7 @@ def test_the_budget_is_met_and_the_report_is_true(net, budget):
 def test_dead_channels_cost_nothing(net):
     """The search finds them, and the result computes what the dense module does."""
     model, batches = net
-    found = graph.trace(model, (batches[0][0][:1],))
+    found = trace(model, (batches[0][0][:1],))
     for group in found.groups:
         if len(group.units) >= 4:
             kill(model, found, group, list(range(0, len(group.units), 2)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateurs.base.errors import PlanError
 from secateurs.shrink import graph
+from secateurs.shrink.trace import trace
 
 
 class Squeeze(nn.Module):
@@ -72,7 +73,7 @@ def kill(model, found, group, units):
 
 def test_the_groups_are_these(net):
     model, example = net
-    found = graph.trace(model, example)
+    found = trace(model, example)
     sizes = {group.name: len(group.units) for group in found.groups}
     # left's 6 and right's 4 are read in two halves, place p of both together: 0 and 5 are left's, 1 to 4 go with one of right's
     assert sizes == {"stem": 8, "widen": 12, "squeeze.down": 4, "left": 1, "left'": 4, "grouped": 6, "hidden": 10}
@@ -83,7 +84,7 @@ def test_the_groups_are_these(net):
 
 def test_dead_units_can_go_and_costs_are_true(net):
     model, example = net
-    found = graph.trace(model, example)
+    found = trace(model, example)
     counts = {group.name: len(group.units) for group in found.groups}
     for group in found.groups:
         whole = copy.deepcopy(model)
@@ -97,7 +98,7 @@ def test_dead_units_can_go_and_costs_are_true(net):
             torch.testing.assert_close(smaller(*example), expected, rtol=1e-4, atol=1e-5)
         left = {**counts, group.name: len(group.units) - len(units)}
         assert found.parameters(model).at(left) == sum(p.numel() for p in smaller.parameters())
-        again = graph.trace(smaller, example)
+        again = trace(smaller, example)
         all_left = {g.name: len(g.units) for g in again.groups}
         assert found.macs(model).at(left) == again.macs(smaller).at(all_left)
         assert found.macs(model).saved(counts, group.name, [left[group.name]]) == pytest.approx(
@@ -107,7 +108,7 @@ def test_dead_units_can_go_and_costs_are_true(net):
 
 def test_multiply_adds_by_hand(net):
     model, example = net
-    found = graph.trace(model, example)
+    found = trace(model, example)
     convolutions = (27 * 8 + 8 * 12 + 9 * 12 + 12 * 8) * 64 + 2 * 12 * 4
     halves = (72 * 10 + 45 * 12 + 9 * 24) * 16
     counts = {group.name: len(group.units) for group in found.groups}
@@ -116,11 +117,11 @@ def test_multiply_adds_by_hand(net):
 
 def test_two_steps_are_one(net):
     model, example = net
-    found = graph.trace(model, example)
+    found = trace(model, example)
     once, twice = copy.deepcopy(model), copy.deepcopy(model)
     graph.cut(once, found, [int(g.units[i]) for g in found.groups if len(g.units) > 3 for i in (0, 1)])
     for _ in range(2):
-        here = graph.trace(twice, example)
+        here = trace(twice, example)
         graph.cut(twice, here, [int(g.units[0]) for g in here.groups if len(g.units) > 2])
     for a, b in zip(once.parameters(), twice.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -204,7 +205,7 @@ class Branching(Written):
 ])  # fmt: skip
 def test_what_cannot_be_known_stays_whole(model, layer, why):
     example = (torch.randn(2, 4) if isinstance(model, Shared) else torch.randn(2, 3, 2, 2),)
-    found = graph.trace(model, example)
+    found = trace(model, example)
     assert found.groups == []
     assert why in found.fixed[layer]
 
@@ -214,19 +215,19 @@ def test_what_cannot_be_known_stays_whole(model, layer, why):
     [lambda x: x.view(x.size(0), -1), lambda x: torch.reshape(x, (x.shape[0], -1)), lambda x: torch.flatten(x, 1)],
 )
 def test_a_width_that_follows_may_change(reshape):
-    found = graph.trace(WrittenLast(reshape), (torch.randn(2, 3, 2, 2),))
+    found = trace(WrittenLast(reshape), (torch.randn(2, 3, 2, 2),))
     assert [group.name for group in found.groups] == ["a"]
 
 
 def test_what_is_called_twice_is_counted_as_it_is():
     model, example = Shared(), (torch.randn(2, 4),)
-    found = graph.trace(model, example)
+    found = trace(model, example)
     assert found.parameters(model).at({}) == sum(p.numel() for p in model.parameters())
     # first, again twice, last
     assert found.macs(model).at({}) == 4 * 6 + 2 * 6 * 6 + 6 * 2
     tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     tied[2].weight = tied[0].weight
-    found = graph.trace(tied, example)
+    found = trace(tied, example)
     assert found.parameters(tied).at({}) == sum(p.numel() for p in tied.parameters())
     assert found.macs(tied).at({}) == 16 + 16 + 8
 
@@ -234,15 +235,15 @@ def test_what_is_called_twice_is_counted_as_it_is():
 def test_tied_layers_stay_whole():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model[2].weight = model[0].weight
-    found = graph.trace(model, (torch.randn(2, 4),))
+    found = trace(model, (torch.randn(2, 4),))
     assert found.fixed["0"] == "2 and 0 share a parameter"
     assert [group.name for group in found.groups] == []
 
 
 def test_untraceable_and_emptied():
     with pytest.raises(PlanError, match="Branching cannot be traced by torch.fx: "):
-        graph.trace(Branching(), (torch.randn(2, 3, 2, 2),))
+        trace(Branching(), (torch.randn(2, 3, 2, 2),))
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    found = graph.trace(model, (torch.randn(2, 4),))
+    found = trace(model, (torch.randn(2, 4),))
     with pytest.raises(PlanError, match="all channels of 0 would go"):
         graph.cut(model, found, found.groups[0].units.tolist())

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from secateurs.model import families
+from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import units
 
 MODELS = [name for name in tiny.TINY if name != "bert base"]

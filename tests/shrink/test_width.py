@@ -12,7 +12,7 @@ from test_shrink import plan
 from secateurs import Stats
 from secateurs.model import families
 from secateurs.shrink import units, width
-from secateurs.shrink.folder import shrink
+from secateurs.shrink.run import shrink
 
 MODELS = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 WINDOWS = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
+from plans import asked
 from safetensors.torch import load_file
 
 import secateurs as sc
@@ -20,12 +21,12 @@ from secateurs.train import RecoverPlan, recover
 @pytest.fixture(scope="module")
 def pruned(llama, words, tmp_path_factory):
     """A finished run directory: half of the tiny Llama is gone."""
-    from secateurs.prune.folder import Run
     from secateurs.prune.plan import Plan
+    from secateurs.prune.run import Run
 
     out = tmp_path_factory.mktemp("pruned") / "run"
-    plan = Plan(
-        str(llama), method="magnitude", sparsity=0.6, calibration=str(words), samples=4, seqlen=32, eval_windows=0
+    plan = asked(
+        Plan, str(llama), method="magnitude", sparsity=0.6, calibration=str(words), samples=4, seqlen=32, eval_windows=0
     )
     Run(plan, out).complete()
     return out
@@ -33,7 +34,7 @@ def pruned(llama, words, tmp_path_factory):
 
 def plan(pruned, words, **options):
     options = {"steps": 24, "batch": 2, "samples": 24, "seqlen": 32, "eval_windows": 0, **options}
-    return RecoverPlan(str(pruned), data=str(words), **options)
+    return asked(RecoverPlan, str(pruned), calibration=str(words), **options)
 
 
 def tensors(folder):
@@ -187,7 +188,7 @@ def test_two_processes_do_what_one_does(pruned, words, tmp_path):
     one = recover(plan(pruned, words, batch=4), tmp_path / "one")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateurs", "recover", str(pruned), "--out", str(tmp_path / "two"),
-        "--data", str(words), "--steps", "24", "--batch", "4", "--samples", "24", "--seqlen", "32", "--eval-windows", "0", "--quiet",
+        "--calibration", str(words), "--steps", "24", "--batch", "4", "--samples", "24", "--seqlen", "32", "--eval-windows", "0", "--quiet",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -236,9 +237,9 @@ def test_lora_is_masked_at_every_point(llama):
 
 
 def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, words, tmp_path, capsys):
+    from secateurs import cli
     from secateurs.base.errors import CheckpointError, VerifyError
-    from secateurs.base.run_folder import models_of
-    from secateurs.cli import app
+    from secateurs.base.run_directory import models_of
     from secateurs.machine.bench import variants_of
     from secateurs.report.page import write
 
@@ -249,7 +250,7 @@ def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, wor
     with pytest.raises(CheckpointError, match="has no packed model; make one with `secateurs pack"):
         variants_of(run)
     with pytest.raises(SystemExit, match="0"):
-        app.main(["pack", str(run), "--quiet"])
+        cli.main(["pack", str(run), "--quiet"])
     packed = json.loads((run / "report.json").read_text())["packed"]
     assert packed["totals"]["layers_packed"] > 0
     assert json.loads((run / "report.json").read_text())["bytes"].keys() == {"dense", "pruned", "packed"}
@@ -257,7 +258,7 @@ def test_a_recovered_run_is_packed_measured_and_timed_like_any_other(pruned, wor
     assert [v.folder for v in variants_of(run)] == [dense, str(run / "packed")]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
-        app.main(["eval", str(run), "--text", str(words), "--windows", "2", "--seqlen", "32", "--json"])
+        cli.main(["eval", str(run), "--eval-text", str(words), "--eval-windows", "2", "--eval-seqlen", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["quality"]["ppl_ratio"]["value"] != 1
     with pytest.raises(VerifyError, match="no run of `secateurs prune`"):
         sc.verify(run)
@@ -280,11 +281,11 @@ def test_lora_leaves_tied_matrices_alone():
 
 
 def test_recomputing_opt_leaves_dropout_off():
-    module = importlib.import_module("secateurs.train.recover")
+    recompute = importlib.import_module("secateurs.train.recover").recompute
     model = tiny.make("opt")
     for layer in model.model.decoder.layers:
         layer.dropout = 0.5
-    module._recompute(model)
+    recompute(model)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(ids).logits)
@@ -324,7 +325,7 @@ def test_models_that_cannot_teach_or_learn(pruned, llama, words, tmp_path, monke
             return tiny.save(tmp_path / name)
 
     with pytest.raises(PlanError, match="give --teacher, or --teacher none"):
-        recover(RecoverPlan(str(llama), data=str(words)), tmp_path / "run")
+        recover(asked(RecoverPlan, str(llama), calibration=str(words)), tmp_path / "run")
     other = another("other", vocab_size=300)
     with pytest.raises(PlanError, match="has another vocabulary"):
         recover(plan(pruned, words, teacher=str(other)), tmp_path / "run")

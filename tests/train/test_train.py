@@ -11,7 +11,7 @@ from torch import nn
 import secateurs as sc
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train import held as holding
+from secateurs.train.matrices import prunable
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
@@ -160,32 +160,32 @@ def test_masks_of_torch_are_taken_over():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
 def test_language_models_keep_their_zeros(model_type):
     model = tiny.make(model_type)
-    for _, p in holding.prunable(model):
+    for _, p in prunable(model):
         p.data.mul_(torch.rand(p.shape) > 0.5)
-    before = {n: p.detach() == 0 for n, p in holding.prunable(model)}
+    before = {n: p.detach() == 0 for n, p in prunable(model)}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     sc.train.hold(model, optimizer)
     ids = torch.arange(40)[None]
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(torch.equal(p.detach() == 0, before[n]) for n, p in holding.prunable(model))
+    assert all(torch.equal(p.detach() == 0, before[n]) for n, p in prunable(model))
 
 
 def test_transformers_trainer_keeps_them(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model = tiny.make("llama")
-    for _, p in holding.prunable(model):
+    for _, p in prunable(model):
         p.data.mul_(torch.rand(p.shape) > 0.5)
-    before = {n: p.detach().clone() for n, p in holding.prunable(model)}
+    before = {n: p.detach().clone() for n, p in prunable(model)}
     rows = [{"input_ids": torch.arange(i, i + 20), "labels": torch.arange(i, i + 20)} for i in range(16)]
     arguments = TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no",
         gradient_accumulation_steps=2, weight_decay=0.1,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows, callbacks=[sc.train.trainer_callback()]).train()
-    for name, p in holding.prunable(model):
+    for name, p in prunable(model):
         assert torch.equal(p.detach() == 0, before[name] == 0)
         assert not torch.equal(p.detach(), before[name])
 

@@ -1,4 +1,4 @@
-"""What every part of secateurs stands on: errors, files, this machine, processes, an estimate with its interval.
+"""What all other folders use: errors, safe file writes, this machine, compute precision, processes, a value with its interval.
 
-Nothing here knows a model or a mask. Others may use all of it.
+Nothing here knows a model or a mask. Other folders may import all of it.
 """

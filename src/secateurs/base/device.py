@@ -1,4 +1,4 @@
-"""What this machine is, for reports: names and counts, nothing measured."""
+"""Facts about this machine, for reports: names and counts. Nothing is measured here."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads in use, memory, operating system, versions of what computes, and the device that did it."""
+    """The machine as reports have it: device that computed, processor, cores, threads, memory, system, versions of libraries."""
     libraries = ("secateurs", "torch", "transformers", "safetensors", "numpy")
     return {
         "device": device_name(device),
@@ -34,7 +34,7 @@ def device_name(device: torch.device | str) -> str:
 
 
 def cpu_note() -> str | None:
-    """None, or on a machine with a GPU the sentence that a command does not use it."""
+    """A sentence saying that commands do not use this machine's GPU; None if it has none."""
     if not torch.cuda.is_available():
         return None
     return (
@@ -44,7 +44,7 @@ def cpu_note() -> str | None:
 
 
 def cpu_flags() -> set[str]:
-    """What instructions the processor says it has, by Linux's names; empty elsewhere."""
+    """The processor's instruction sets by Linux's names, e.g. 'avx2'; empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -53,12 +53,12 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-# environment variables that keep instructions from oneDNN, torch and our kernels
+# environment variables that stop oneDNN, torch and our kernels from using some instructions
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "SECATEURS_MAX_ISA")
 
 
 def limits() -> dict[str, str]:
-    """The variables of LIMITS that are set."""
+    """The variables of LIMITS that are set, with their values."""
     return {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
 
 
@@ -79,8 +79,8 @@ def peak_memory() -> int:
 def return_memory() -> None:
     """Give freed memory back to the system, where the C library can (glibc).
 
-    A block's tensors are freed in another order than they were taken, and glibc keeps the holes: 8 MB more a block of
-    SmolLM2-135M, though nothing holds them.
+    A block's tensors are freed in another order than they were allocated, and glibc keeps the holes: 8 MB more after each
+    block of SmolLM2-135M, though no tensor is left.
     """
     import ctypes
 
@@ -90,7 +90,7 @@ def return_memory() -> None:
 
 
 def _version(name: str) -> str:
-    """Of a library; a source tree on the path has none."""
+    """The version of a library; that of a source tree on the path is its __version__."""
     try:
         return version(name)
     except PackageNotFoundError:

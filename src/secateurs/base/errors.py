@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree; each class says whose fault it is and which exit code the command line gives it.
+"""The errors that users see, as a tree: each class says what is at fault, and the exit code of the command line.
 
     SecateursError (1)
     ├── PlanError (2)           the request itself: a pattern, gate or option that cannot be read
@@ -9,16 +9,19 @@
     ├── PackError (1)           a packed matrix: weights a format cannot hold, bytes that are not the format
     ├── DeviceError (1)         this machine lacks what was asked: an instruction set, a GPU, a compiled kernel
     ├── VerifyError (1)         the result on disk is not what the report says
-    ├── QualityGateError (3)    a floor was missed; the results are kept
-    ├── NothingPaysError (5)    no candidate passes the floor and is worth shipping on this machine
+    ├── QualityGateError (3)    a quality gate was missed; the results are kept
+    ├── NothingPaysError (5)    no candidate passes the gates and is worth shipping on this machine
     └── SkippedLayersError (4)  layers could not take the pattern and --allow-skips was not given; the results are kept
 
 Inner functions raise ValueError with the numbers; the stage that called them adds the layer's name.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SecateursError(Exception):
-    """Anything a user can be told in one sentence."""
+    """An error that a user is told in one sentence."""
 
     exit_code = 1
 
@@ -50,13 +53,13 @@ class VerifyError(SecateursError):
 
 
 class QualityGateError(SecateursError):
-    """A quality floor was missed."""
+    """A quality gate was missed."""
 
     exit_code = 3
 
 
 class NothingPaysError(SecateursError):
-    """The dense model is what to ship."""
+    """No candidate is worth shipping: ship the dense model."""
 
     exit_code = 5
 
@@ -72,4 +75,10 @@ class PackError(SecateursError):
 
 
 class DeviceError(SecateursError):
-    """This machine lacks something that was asked of it."""
+    """This machine lacks what was asked for: an instruction set, a GPU, a compiled kernel."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' if a known word is near, else ''."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean '{found[0]}'?" if found else ""

@@ -22,9 +22,9 @@ class Estimate:
 
 
 def mean_of(values: "np.ndarray[Any, np.dtype[np.float64]]", seed: int = 0) -> Estimate:
-    """The mean of independent samples, from RESAMPLES resamples of them."""
+    """The mean of independent samples, with its interval from RESAMPLES bootstrap resamples."""
     n = len(values)
-    # a resample is a multinomial draw of how often each distinct value comes up, and scores have few
+    # a resample is drawn as counts of the distinct values (multinomial), of which scores have few
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, RESAMPLES)
     low, high = np.quantile(drawn @ distinct / n, [0.025, 0.975])

@@ -1,18 +1,19 @@
-"""Writing files so that a kill or a full disk never leaves half of one: temp file, fsync, rename."""
+"""Safe file writes, and the cache folder.
 
-import fcntl
+A file is written beside its place, flushed to the disk and renamed, so a kill or a full disk never leaves half of one.
+"""
+
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateurs.base.errors import OutputError, SecateursError
+from secateurs.base.errors import OutputError
 
 
 def replace(file: Path, write: Callable[[Path], None]) -> None:
@@ -20,7 +21,7 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
 
     Raises OutputError naming the file and the system's reason; what was there before is still there.
     """
-    temporary = _part(file)
+    temporary = part_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -39,18 +40,19 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
 
 
-def _part(file: Path) -> Path:
+def part_of(file: Path) -> Path:
+    """Where a file is written before it gets its name."""
     return file.with_name(file.name + ".part")
 
 
 def cache_folder() -> Path:
-    """Where what may be used again is kept: $SECATEURS_CACHE, else ~/.cache/secateurs."""
+    """The folder for results that later runs may use again: $SECATEURS_CACHE, else ~/.cache/secateurs."""
     given = os.environ.get("SECATEURS_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "secateurs"
 
 
 def trim(folder: Path, nbytes: int) -> None:
-    """Remove the folders in `folder` that were used longest ago until the others take no more than this."""
+    """Delete the least recently used subfolders of `folder` until the others take at most `nbytes`."""
     found = sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime, reverse=True)
     for one in found:
         nbytes -= sum(file.stat().st_size for file in one.iterdir())
@@ -58,80 +60,13 @@ def trim(folder: Path, nbytes: int) -> None:
             shutil.rmtree(one, ignore_errors=True)
 
 
-def resolved(model: str) -> str:
-    """A folder's name that holds from any working directory; a hub id as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
-
-
-def claim(out: Path, plan: dict[str, Any]) -> None:
-    """Make a run directory ours: new or empty, or an earlier run of the same plan. Raises OutputError."""
-    file = out / "plan.json"
-    if file.is_file():
-        try:
-            old = json.loads(file.read_text())
-        except ValueError:
-            raise OutputError(f"{file} is not JSON; choose another folder, or delete it") from None
-        if old != plan:
-            missing = "not stated"
-            name = next(k for k in {**plan, **old} if plan.get(k, missing) != old.get(k, missing))
-            raise OutputError(
-                f"{out} holds a run of another plan ({name} is {old.get(name, missing)} there, {plan.get(name, missing)} here); "
-                "choose another folder, or delete it"
-            )
-        return
-    try:
-        # a run killed while it wrote its plan left that half behind
-        if out.exists() and (not out.is_dir() or any(found.name != _part(file).name for found in out.iterdir())):
-            raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from None
-    write_json(file, plan)
-
-
-def unchanged(run: Path, facts: dict[str, str]) -> None:
-    """Hold what a run reads, {what: its fingerprint}, against what it read when it began. Raises OutputError."""
-    file = run / "work" / "read.json"
-    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    for what, fingerprint in facts.items():
-        if known.get(what, fingerprint) != fingerprint:
-            raise OutputError(f"{what} has changed since {run} was begun; delete {run} and start again")
-    if not facts.keys() <= known.keys():
-        write_json(file, {**known, **facts})
-
-
 def fingerprint_of(windows: Tensor) -> str:
-    """Of token windows: what they hold and how long they are."""
+    """A hash of token windows: their tokens and their shape."""
     return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold a run directory: its work/ is made, and nobody else may hold it. Raises OutputError.
-
-    A mistake that shows before anything was made leaves no directory, so that the corrected command can have it.
-    """
-    try:
-        (run / "work").mkdir(exist_ok=True)
-        handle = os.open(run / "work" / "lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise OutputError(f"cannot write in {run}: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
-    except SecateursError:
-        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "read.json"}:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
-    finally:
-        os.close(handle)
-
-
 def write_json(file: Path, data: Any) -> None:
-    """JSON, two spaces, keys in the order given; NaN and infinity are refused (ValueError would hide a bad number)."""
+    """Write JSON, indented by two spaces, keys in the order given. Refuses NaN and infinity, which would hide a bad number."""
     replace(file, lambda part: _write_text(part, json.dumps(data, indent=2, allow_nan=False) + "\n"))
 
 

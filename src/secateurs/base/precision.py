@@ -1,9 +1,9 @@
-"""In which precision a CPU multiplies matrices: exactly what was asked for, at the best speed that it has.
+"""In which precision a CPU forms products of 16-bit tensors.
 
 A CPU without instructions for a 16-bit dtype emulates its products: 8 GFLOP/s of bf16 where fp32 does 60 (two cores with AVX2).
-widened() lets torch's products of such tensors be formed in fp32, and rounds their results: the dtype of everything that is
-stored stays as it is, and so does its rounding, since hardware that multiplies bf16 adds in fp32 too. No copy of a weight
-outlives its product, on the way back neither.
+Inside widened(), torch's products of such tensors are formed in fp32 and the results are rounded. Everything that is stored keeps
+its dtype, and results are rounded as on hardware that multiplies bf16, which adds in fp32 too. No fp32 copy of a weight outlives
+its product, forward or backward.
 
 T tokens, O outputs, I inputs.
 """
@@ -23,15 +23,15 @@ from secateurs.base.device import cpu_flags
 
 # weights widened at a time: 4 MB of fp32, which stay in a cache until they are multiplied
 _WEIGHTS = 1 << 20
-# products of fewer tokens wait for memory, and widening reads and writes more of it
+# products of fewer tokens are limited by memory, and widening would read and write more of it
 _FEW = 64
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
-    """In which dtype products of tensors of `stored` are formed: fp32 on a CPU without instructions for 16 bits, else `stored`.
+    """The dtype in which products of `stored` tensors are formed: fp32 on a CPU without instructions for them, else `stored`.
 
-    By the CPU's flags; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY, which keep torch from using instructions, count as their
-    absence. Nothing is measured, so a run that goes on computes as it began.
+    The CPU's flags decide. Instructions that ONEDNN_MAX_CPU_ISA or ATEN_CPU_CAPABILITY forbid to torch count as absent.
+    Nothing is measured, so a run that is continued computes as it began.
     """
     if stored not in (torch.bfloat16, torch.float16) or torch.device(device).type != "cpu" or _has(stored):
         return stored
@@ -49,12 +49,12 @@ _NEEDS = {
 
 @functools.cache
 def _has(stored: torch.dtype) -> bool:
-    """Whether this CPU multiplies 16 bits of that kind, and nothing keeps torch from it."""
+    """True if this CPU has instructions for products of this dtype, and torch may use them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         onednn = torch.ops.mkldnn
         here = onednn._is_mkldnn_bf16_supported if stored == torch.bfloat16 else onednn._is_mkldnn_fp16_supported
         return bool(here())
-    # oneDNN would say yes to bf16 on any AVX-512, where it widens it in registers
+    # not asked of oneDNN, which says yes to bf16 on any AVX-512 and then widens it in registers
     flags, limits = _NEEDS[stored]
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() in limits
     wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
@@ -62,7 +62,7 @@ def _has(stored: torch.dtype) -> bool:
 
 
 def described(stored: torch.dtype, device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """For a report: the dtype that is stored, that of its products on the device, and why if they differ."""
+    """For reports: the stored dtype, the dtype of its products on the device, and why they differ, or None."""
     computed = compute_dtype(stored, device)
     names = [str(dtype).removeprefix("torch.") for dtype in (stored, computed)]
     why = None if stored == computed else f"this CPU has no instructions for products of {names[0]}"
@@ -88,9 +88,9 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 def widened() -> AbstractContextManager[object]:
-    """While it is entered, products of 16-bit tensors for which this CPU has no instructions are formed in fp32.
+    """A context in which products of 16-bit tensors are formed in fp32 if this CPU has no instructions for them.
 
-    Gradients flow as they do without it. Nothing happens where the CPU has the instructions, and on other devices.
+    Gradients flow as they do without it. It does nothing where the CPU has the instructions, and for tensors on other devices.
     """
     slow = {dtype for dtype in (torch.bfloat16, torch.float16) if compute_dtype(dtype) != dtype}
     return _Widened(slow) if slow else nullcontext()
@@ -137,7 +137,7 @@ def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Any:
 
 
 def _in_fp32(func: Any, args: Any, kwargs: Any) -> Any:
-    """The function of fp32 copies, its results rounded back."""
+    """Call a function on fp32 copies of its tensors and round the result back."""
     dtypes: list[torch.dtype] = []
 
     def wide(x: Any) -> Any:
@@ -153,7 +153,7 @@ def _in_fp32(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W' + b of 16-bit tensors in fp32, a piece of W at a time; only the 16-bit tensors are kept for the way back."""
+    """y = x W' + b of 16-bit tensors in fp32, a piece of W at a time; only the 16-bit tensors are kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Processes that share a job: those that torchrun started, or this one alone. They talk over gloo."""
+"""Processes that share a job: those that torchrun started, or this one alone. They communicate over gloo."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-# the first one measures and writes while the others wait
+# long, because the first one measures and writes while the others wait
 _PATIENCE = timedelta(hours=24)
 
 
@@ -27,11 +27,11 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This one's part of what all do."""
+        """The items that this rank works on: every size-th one."""
         return items[self.rank :: self.size]
 
     def sum(self, tensor: Tensor) -> None:
-        """Of all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
 
@@ -41,14 +41,14 @@ class Ranks:
         return float(found)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all ranks have arrived here."""
         if self.size > 1:
             torch.distributed.barrier()
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of this job, as torchrun's environment says."""
+    """Join the ranks of this job, as torchrun's environment variables say; alone without them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()

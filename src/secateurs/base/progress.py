@@ -1,9 +1,10 @@
-"""How a long run tells how far it is."""
+"""How long runs report their progress: a callback."""
 
+import time
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""(what is being done, how much is done, of how much)."""
+"""(what is being done, how many steps are done, of how many)."""
 
 
 def silent(label: str, done: int, total: int) -> None:
@@ -11,7 +12,7 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
-    """A function that counts its calls and shows them."""
+    """A function that counts its calls and reports each of them to `progress`."""
 
     def tick() -> None:
         nonlocal done
@@ -19,3 +20,17 @@ def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callabl
         progress(label, done, total)
 
     return tick
+
+
+class Clock:
+    """Seconds of a run by stage. seconds: those of an earlier part of the run, which are added to."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
+        self._since = time.perf_counter()
+
+    def spend(self, stage: str) -> None:
+        """Count the time since the last call, or since the clock was made, for a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now

@@ -1,8 +1,8 @@
-"""Random numbers of their own for each thing that is named."""
+"""A seed for each layer or block, derived from its name."""
 
 import zlib
 
 
 def seed_of(seed: int, name: str) -> int:
-    """Of a layer's or block's random numbers: the same in a resumed run, another for every name."""
+    """The seed for a layer or block: the same in a run that is continued, another one for every name."""
     return zlib.crc32(f"{seed} {name}".encode())

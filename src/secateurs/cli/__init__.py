@@ -3,6 +3,6 @@
 Parsing, progress and printing; no logic.
 """
 
-from secateurs.cli.app import app, main
+from secateurs.cli.commands import app, main
 
 __all__ = ["app", "main"]

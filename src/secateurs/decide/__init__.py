@@ -1,4 +1,4 @@
-"""What to ship: what a candidate could save (realize), which one does (decide), and how many replicas that takes (fleet).
+"""Decides what to ship: estimates what candidates save (realize), measures them and recommends one (decide), sizes a fleet (fleet).
 
-Everything is a run directory of prune or shrink with its measurements.
+Every candidate is a run directory of prune or shrink with its measurements.
 """

@@ -1,7 +1,7 @@
-"""What to ship on this machine: candidates are estimated, then pruned and measured, held to the floor, and one is recommended.
+"""Recommends what to ship on this machine: candidates are estimated, pruned, held to the quality floor and timed.
 
-The run directory holds plan.json, profile.json, candidates/NAME (a run directory of prune or shrink each, with its packed model and
-timing.json) and decide.json. Everything that was measured is found again after a kill, and not measured twice.
+The run directory holds plan.json, profile.json, candidates/NAME (each a run directory of prune or shrink, with its packed model and
+timing.json) and decide.json. After a kill, what was measured is read and not measured again.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from typing import Any
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError, SecateursError
-from secateurs.base.files import claim, locked, resolved, unchanged, write_json
+from secateurs.base.files import write_json
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
 from secateurs.kernels.formats import DTYPES
@@ -27,12 +28,12 @@ from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model import checkpoint, families
 from secateurs.pack.folder import pack_run
-from secateurs.prune.folder import Run
-from secateurs.quality import gates, tasks
+from secateurs.prune.run import Run
+from secateurs.quality import tasks
 from secateurs.shrink import units
 from secateurs.shrink.budget import Budget
-from secateurs.shrink.folder import shrink
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
 
 Show = Callable[[list[dict[str, Any]]], None]
 
@@ -42,9 +43,9 @@ FORMAT = 1
 def decide(
     plan: DecidePlan, out: str | Path, progress: Progress = silent, show: Show = lambda rows: None
 ) -> dict[str, Any]:
-    """Do what is left of a decision and return decide.json. show: called with all rows whenever one changes.
+    """Begin or go on with a decision, and return decide.json. show: called with all rows whenever one changes.
 
-    Raises SecateursError; that nothing pays is in the result's `recommended`, which is then 'dense', and no error here.
+    Where no candidate pays, the result's `recommended` is 'dense'. Raises SecateursError.
     """
     return _Decision(plan, Path(out).expanduser(), progress, show).complete()
 
@@ -61,24 +62,24 @@ class _Decision:
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton, source.block_names(skeleton))
         self.units = _units(skeleton.config)
-        if self.plan.tasks:
-            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        if self.plan.evaluation.tasks:
+            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
-            # candidates that are done were made of it
+            # finished candidates were made from this model
             unchanged(self.out, {self.plan.model: source.fingerprint()})
             self.here = given if given is not None else self._own_profile()
             self.estimated = not (isinstance(self.here, DeviceProfile) and self.here.of_here)
             self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]
             self.show(self.rows)
-            # the mildest of a kind first: where it misses the floor, those that remove more need not be tried
+            # the mildest of a kind first: if it misses the floor, those that remove more are not tried
             order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept)
             for i in order:
                 self._settle(i)
                 self.show(self.rows)
             if self.errors and not any(r["status"] == "measured" for r in self.rows):
-                # a fault is no decision
+                # every candidate failed by error, so there is nothing to decide on
                 raise self.errors[0]
             result = self._result()
             write_json(self.out / "decide.json", result)
@@ -100,7 +101,7 @@ class _Decision:
         return found
 
     def _own_profile(self) -> DeviceProfile:
-        """The one of this machine: kept here, left by `secateurs probe`, or measured now on the model's own shapes."""
+        """This machine's profile: the run's own, the one that `secateurs probe` left, or one measured now on the model's shapes."""
         file = self.out / "profile.json"
         if file.is_file():
             profile = DeviceProfile.read(file)
@@ -134,18 +135,18 @@ class _Decision:
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
         elif self.estimated and timed:
-            why = "its budget is a time, and only this machine's clock can be asked; name params, bytes or flops"
+            why = "its budget is a time, which can only be measured on the machine itself; give params, bytes or flops"
             row |= {"status": "dropped", "reason": why}
         elif not candidate.budget.startswith("seconds") and (reason := self._over_budget(row, slack=GAIN)):
             row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
         return row
 
     def _of_all(self, fraction: float, candidate: Candidate) -> float:
-        """A fraction of the pruned layers as one of the whole model: the rest, embeddings and head, stays as it is."""
+        """A fraction of the pruned layers as a fraction of the whole model, whose embeddings and head stay as they are."""
         return fraction if candidate.kind == "shrink" else 1 - (1 - fraction) * self.share
 
     def _estimated_seconds(self, worth: Worth, candidate: Candidate) -> dict[str, float]:
-        """Of a request, over the dense model's: prompts wait for products, tokens for memory."""
+        """Seconds of a request over the dense model's, as if prompts were bound by arithmetic and tokens by memory bandwidth."""
         flops = self.here.flops_per_second
         rate = flops.get(self.dtype, max(flops.values())) if isinstance(flops, dict) else flops
         itemsize = 4 if self.dtype == "fp32" else 2
@@ -171,7 +172,7 @@ class _Decision:
         try:
             self._measure(row, candidate)
         except SecateursError as error:
-            # the others may still be worth something
+            # the other candidates are still measured
             row |= {"status": "failed", "reason": str(error)}
             self.errors.append(error)
 
@@ -186,11 +187,10 @@ class _Decision:
             self.progress(f"{label}: {what}", done, total)
 
         if isinstance(asked, ShrinkPlan):
-            report = shrink(asked, folder, progress)
+            report = shrink(asked, folder, progress, self.out / "work")
             nbytes = report["bytes"]
-            report |= self._tasks(folder, report)
         else:
-            Run(asked, folder, progress).complete()
+            Run(asked, folder, progress, self.out / "work").complete()
             report = json.loads((folder / "report.json").read_text())
             if report["packed"] is None:
                 profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
@@ -202,28 +202,14 @@ class _Decision:
             "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"], "bytes": nbytes,
             "folder": str(folder.relative_to(self.out)), "status": "measured",
         }  # fmt: skip
-        if [g["gate"] for g in row["gate"]] != list(self.plan.gate):
-            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.gate)}")
-        # another machine reads our packed files as they are, or a format of its own, which is an estimate
+        if [g["gate"] for g in row["gate"]] != list(self.plan.evaluation.gates):
+            raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.evaluation.gates)}")
+        # the packed file has the bytes that count, unless another machine would store a format of its own
         if not self.estimated or row["worth"]["kernel"] in ("bitmask", "dense"):
             row["bytes_ratio"] = nbytes.get("packed", nbytes.get("left")) / nbytes["dense"]
         if not self.estimated:
             self._time(row, folder, progress)
         self._judge(row)
-
-    def _tasks(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-        """The tasks of a smaller model beside the dense one, and all gates in the order of the plan."""
-        plan = self.plan
-        if not plan.tasks:
-            return {}
-        results = []
-        dense = checkpoint.Checkpoint(plan.model).folder
-        for file, model in ((self.out / "tasks-dense.json", dense), (folder / "tasks.json", folder / "model")):
-            if not file.is_file():
-                write_json(file, tasks.run_tasks(model, plan.tasks, plan.tasks_path, plan.tasks_limit))
-            results.append(json.loads(file.read_text()))
-        compared = tasks.compare(results[0], results[1], plan.seed)
-        return {"compared": compared, "gate": gates.judge(plan.gate, report["quality"], compared)}
 
     def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
         plan, file = self.plan, folder / "timing.json"
@@ -287,7 +273,7 @@ class _Decision:
 
 
 def _units(config: Any) -> tuple[str, ...]:
-    """What shrink cuts if nobody names units, as far as the model's family has it."""
+    """The default units of shrink that the model's family has."""
     family = families.find(config.model_type)
     return tuple(u for u in ShrinkPlan.units if not units.refuses(u, family, config))
 
@@ -304,7 +290,7 @@ def _share(skeleton: Any, blocks: Sequence[str]) -> float:
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those measured that no other beats in both perplexity and seconds, the fastest first."""
+    """The measured candidates that no other beats in both perplexity and seconds, the fastest first."""
     known = [r for r in rows if r["status"] == "measured" and r["quality"]]
 
     def point(row: dict[str, Any]) -> tuple[float, float]:

@@ -1,9 +1,9 @@
-"""Measured speed, traffic and objectives to replicas, latency and cost: what is saved, for dense and for each candidate.
+"""Sizes a fleet: from measured speed, traffic and latency objectives to replicas, latency and cost, for the dense model and others.
 
-A replica runs one model and holds as many sequences as were measured, as its memory takes and as the pace allows. While it
-decodes b sequences, each token also waits for its share of the prompts that the others bring:
+A replica runs one model. It holds at most as many sequences as were measured, as fit into memory and as keep the pace. While it
+decodes b sequences, each token also waits for its share of the other sequences' prompts:
     pace(b) = step(b) + (b - 1) * prompt_seconds * mean prompt / mean output
-The fleet is sized at the peak rate: the fewest replicas that keep the headroom and, simulated (queueing.py), both objectives.
+The fleet is sized for the peak rate: the fewest replicas that keep the headroom and, simulated (queueing.py), both objectives.
 """
 
 import json
@@ -26,9 +26,10 @@ HOURS_A_YEAR = 8760
 
 @dataclass(frozen=True)
 class Speed:
-    """One model on one machine. prefill: prompt tokens a second. decode: {batch: tokens a second of all its sequences}.
+    """The speed of one model on one machine; rates are (median, low, high).
 
-    Each as (median, low, high). weights_bytes; kv_bytes_per_token of one sequence's cache; memory_bytes of the machine.
+    prefill: prompt tokens a second. decode: {batch: tokens a second of all its sequences}. kv_bytes_per_token: of one sequence's
+    cache. memory_bytes: of the machine.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Speed:
 
     @classmethod
     def of(cls, row: dict[str, Any], machine: dict[str, Any]) -> "Speed":
-        """A variant of bench.json."""
+        """From a variant of bench.json."""
 
         def three(found: dict[str, Any]) -> tuple[float, float, float]:
             return found["tokens_per_second"], found["low"], found["high"]
@@ -51,15 +52,17 @@ class Speed:
         )  # fmt: skip
 
     def step(self, batch: int, which: int = 0) -> float:
-        """Seconds between tokens of `batch` sequences, straight between the batches that were measured."""
+        """Seconds between tokens of `batch` sequences, interpolated between the batches that were measured."""
         known = sorted(self.decode)
         return float(np.interp(batch, known, [b / self.decode[b][which] for b in known]))
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is asked of the fleet. rate, peak: requests a second, mean and highest. first_seconds, pace_seconds: objectives, which
-    `percentile` percent of requests keep. price: of a node-hour. headroom: the share of a replica that stays free at the peak.
+    """The traffic of a fleet and its objectives.
+
+    rate, peak: mean and highest requests a second. first_seconds, pace_seconds: to the first token and between tokens, for
+    `percentile` percent of requests. price: of a node-hour. headroom: the share of a replica that stays free at the peak.
     """
 
     rate: float
@@ -91,7 +94,7 @@ class Service:
 
 
 def read_price(text: str) -> tuple[float, str]:
-    """'2.50 USD' -> (2.5, 'USD'). Raises PlanError."""
+    """Read '2.50 USD' as (2.5, 'USD'). Raises PlanError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]{3})\s*", text)
     if not found:
         raise PlanError(f"price '{text}' cannot be read; write an amount and its currency, e.g. '2.50 USD'")
@@ -99,7 +102,7 @@ def read_price(text: str) -> tuple[float, str]:
 
 
 def read_lengths(text: str, what: str) -> Lengths:
-    """'512', 'uniform:16,1024' or 'lognormal:512,0.8' (mean, coefficient of variation). Raises PlanError."""
+    """Read '512', 'uniform:16,1024' or 'lognormal:512,0.8' (mean, coefficient of variation). Raises PlanError."""
     found = re.fullmatch(r"(?:(fixed|uniform|lognormal):)?(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?", text.strip())
     if found:
         kind = found[1] or "fixed"
@@ -160,7 +163,7 @@ def read_speeds(source: Path) -> list[Speed]:
 
 
 def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tuple[float, list[float], str]:
-    """Seconds of a prompt token; seconds between tokens for 1, 2, ... sequences, as many as a replica may hold; what ends it."""
+    """Seconds of a prompt token, seconds between tokens with 1, 2, ... sequences in a replica, and what limits their number."""
     prompt, output = float(requests.prompt.mean()), float(requests.output.mean())
     each = 1 / speed.prefill[which]
     shared = each * prompt / max(output - 1, 1)
@@ -192,7 +195,11 @@ def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tu
 
 @dataclass(frozen=True)
 class Size:
-    """A fleet. load: the share of what it could serve that comes at the peak. first, pace: seconds at the percentile."""
+    """A fleet.
+
+    slots: sequences a replica; slots_end: what limits them. load, mean_load: the share of its capacity that is used at the peak
+    and on average. first_seconds, pace_seconds: at the percentile. held: sequences in a replica, on average.
+    """
 
     replicas: int
     slots: int
@@ -205,11 +212,11 @@ class Size:
 
 
 def size(speed: Speed, service: Service, requests: Requests, which: int = 0) -> Size:
-    """The fewest replicas for the peak. which: 0 the median speed, 1 the low end, 2 the high end. Raises PlanError."""
+    """The fewest replicas for the peak. which: the median (0), low (1) or high (2) end of the speed. Raises PlanError."""
     each, paces, why = _paces(speed, service, requests, which)
     slots = len(paces)
     peak = requests.at(service.peak)
-    # of a sequence in a full replica: the prompts of all of them, one after another, and its tokens after the first
+    # seconds of a sequence in a full replica: the prompts of all its sequences in turn, and its own tokens after the first
     busy = float((slots * requests.prompt * each + (requests.output - 1) * speed.step(slots, which)).mean())
     # requests a second that one full replica serves
     most = slots / busy
@@ -224,7 +231,7 @@ def size(speed: Speed, service: Service, requests: Requests, which: int = 0) -> 
     found = tried(low)
     if found.first_seconds <= service.first_seconds:
         return found
-    # objectives ask for more than the headroom does: up until they hold, then halve
+    # the objectives need more than the headroom does: double the step until they hold, then bisect
     step, high = max(1, low // 16), low
     while found.first_seconds > service.first_seconds:
         low, high, step = high, high + step, step * 2
@@ -245,8 +252,10 @@ def fleet(
     requests: Requests,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Sizes, costs and savings; speeds[0] is what savings are against. Intervals: the whole chain at the low and the high end of
-    each speed. Raises PlanError if the dense model cannot serve; a candidate that cannot has a reason instead of a size.
+    """Sizes, costs and savings of each model; savings are over speeds[0], the dense one.
+
+    Intervals come from sizing at the low and at the high end of each speed. A candidate that cannot serve gets a reason instead of
+    a size; for the dense model this raises PlanError.
     """
     rows: list[dict[str, Any]] = []
     for number, speed in enumerate(speeds):
@@ -264,7 +273,7 @@ def fleet(
         tokens = service.rate * 3600 * float((requests.prompt + requests.output).mean())
         row: dict[str, Any] = {
             "name": speed.name, "why_not": None, **vars(sizes[0]),
-            # a slower machine needs more
+            # a lower speed needs more replicas
             "replicas_low": min(replicas), "replicas_high": max(replicas),
             "cost_per_hour": sizes[0].replicas * service.price,
             "cost_per_million_tokens": sizes[0].replicas * service.price / tokens * 1e6,
@@ -274,7 +283,7 @@ def fleet(
             year = service.price * HOURS_A_YEAR
             row["replicas_saved"] = dense["replicas"] - row["replicas"]
             row["saved_a_year"] = row["replicas_saved"] * year
-            # the least: a fast dense model against a slow candidate
+            # the least saving: dense at its high speed against the candidate at its low speed
             row["saved_a_year_low"] = (dense["replicas_low"] - row["replicas_high"]) * year
             row["saved_a_year_high"] = (dense["replicas_high"] - row["replicas_low"]) * year
         rows.append(row)
@@ -292,7 +301,7 @@ def service_of(
     traced: Requests | None, rate: float | None, peak: float | None, ttft: float, tpot: float, percentile: float, price: str,
     headroom: float, memory: float | None,
 ) -> Service:  # fmt: skip
-    """The options of `secateurs fleet`; without a rate, that of `traced`. memory: in GB. Raises PlanError."""
+    """A Service from the options of `secateurs fleet`. rate: None is that of `traced`. memory: GB. Raises PlanError."""
     amount, currency = read_price(price)
     if rate is None:
         if traced is None:

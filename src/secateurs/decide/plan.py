@@ -9,7 +9,7 @@ from typing import Any
 from secateurs.base.errors import PlanError
 from secateurs.decide.realize import Candidate
 from secateurs.prune.plan import Plan
-from secateurs.quality import gates
+from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink.plan import ShrinkPlan
 
 DEFAULT_CANDIDATES: tuple[str, ...] = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
@@ -19,44 +19,30 @@ DEFAULT_CANDIDATES: tuple[str, ...] = ("0.5", "0.7", "2:4", "shrink:latency=0.8x
 class DecidePlan:
     """Which candidates for which machine, and what they must be worth. Raises PlanError.
 
-    candidates: as Candidate.parse() reads them. gate: floors, at least one. budget: 'seconds=0.8x' (of a request of `prompt` tokens
-    and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of `secateurs probe`, or a name of HARDWARE; None for the
-    one at hand, which is measured where there is none. foreign: let a profile of another machine decide, by estimates.
-    effort, calibration, samples, seqlen, seed, eval_*, tasks*: as in Plan. repeats: runs of each model, in turn. multiple: as in
-    ShrinkPlan.
+    evaluation: how quality is measured, with at least one floor. candidates: as Candidate.parse() reads them. budget:
+    'seconds=0.8x' (of a request of `prompt` tokens and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of
+    `secateurs probe`, or a name of HARDWARE; None for the one at hand, which is measured where there is none. foreign: let a
+    profile of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn.
+    multiple: as in ShrinkPlan.
     """
 
     model: str
-    gate: tuple[str, ...]
+    evaluation: Evaluation
     candidates: tuple[str, ...] = DEFAULT_CANDIDATES
     budget: str | None = None
     profile: str | None = None
     foreign: bool = False
     effort: str = "balanced"
-    calibration: str = "pydoc"
-    samples: int = 64
-    seqlen: int | None = 512
-    seed: int = 0
-    eval_text: str = "pydoc"
-    eval_windows: int = 24
-    eval_seqlen: int | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: str | None = None
-    tasks_limit: int | None = None
+    calibration: Calibration = Calibration()
     prompt: int = 256
     new: int = 64
     repeats: int = 5
     multiple: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("gate", "candidates", "tasks"):
-            object.__setattr__(self, name, tuple(text.strip() for text in getattr(self, name)))
-        if not self.gate:
+        object.__setattr__(self, "candidates", tuple(text.strip() for text in self.candidates))
+        if not self.evaluation.gates:
             raise PlanError("a decision needs a floor: give --gate, e.g. 'ppl<=+5%'")
-        try:
-            gates.check(self.gate, self.tasks)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
         if not self.candidates:
             raise PlanError("no candidates to decide between; leave --candidates out for the usual ones")
         _ = self.limit
@@ -84,26 +70,21 @@ class DecidePlan:
 
     def plan_of(self, candidate: Candidate) -> Plan | ShrinkPlan:
         """What prune or shrink is asked for."""
-        shared: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("calibration", "samples", "seqlen", "seed", "gate", "eval_text", "eval_windows", "eval_seqlen")
-        }
+        shared: dict[str, Any] = {"calibration": self.calibration, "evaluation": self.evaluation}
         if candidate.kind == "shrink":
-            # shrink runs no tasks: they are asked of its result here
-            asked = tuple(g for g in self.gate if gates.Gate.parse(g).task is None)
-            named = {"units": candidate.units} if candidate.units else {}
+            if candidate.units:
+                shared["units"] = candidate.units
             return ShrinkPlan(
-                self.model,
-                candidate.budget,
-                prompt=self.prompt,
-                new=self.new,
-                multiple=self.multiple,
-                **{**shared, **named, "gate": asked},
+                self.model, candidate.budget, prompt=self.prompt, new=self.new, multiple=self.multiple, **shared
             )
         return Plan(
-            self.model, pattern=candidate.pattern, sparsity=candidate.sparsity, effort=self.effort, allow_skips=True,
-            tasks=self.tasks, tasks_path=self.tasks_path, tasks_limit=self.tasks_limit, **shared,
-        )  # fmt: skip
+            self.model,
+            pattern=candidate.pattern,
+            sparsity=candidate.sparsity,
+            effort=self.effort,
+            allow_skips=True,
+            **shared,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))

@@ -1,8 +1,8 @@
-"""Requests that wait for replicas, simulated: one queue, served in the order of arrival, replicas that batch what they hold.
+"""Simulates requests that wait for replicas: one queue, first come first served, and replicas that batch their sequences.
 
-A replica holds up to `slots` sequences and works on one prompt at a time. A request that starts when replicas hold b sequences each
-keeps the pace of that batch to its end; later ones do not slow it, and neither speed it up when they leave. Sequences are spread
-evenly over replicas. With one slot and exponential work this is M/M/c, whose waiting time has a closed form (erlang_wait).
+A replica holds up to `slots` sequences and works on one prompt at a time. A request keeps the pace of the batch that it joins until
+its end: requests that come later do not slow it, and ones that leave do not speed it up. Sequences are spread evenly over replicas.
+With one slot and exponential work this is M/M/c, whose waiting time has a closed form (erlang_wait).
 """
 
 import math
@@ -16,13 +16,13 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-# the share of the first requests that finds a fleet too empty
+# the share of the first requests that is not counted, because they find the fleet empty
 WARM = 0.1
 
 
 @dataclass(frozen=True)
 class Requests:
-    """arrival: seconds, in order. prompt, output: tokens."""
+    """Requests in order of arrival. arrival: seconds. prompt, output: tokens."""
 
     arrival: Array
     prompt: Array
@@ -37,14 +37,17 @@ class Requests:
         return (len(self) - 1) / float(self.arrival[-1] - self.arrival[0])
 
     def at(self, rate: float) -> "Requests":
-        """The same requests, arriving so often."""
+        """The same requests at another rate."""
         return Requests(self.arrival * (self.rate / rate), self.prompt, self.output)
 
 
 @dataclass(frozen=True)
 class Waits:
-    """Of every request that was counted: wait, seconds until it starts; first, until its first token; pace, seconds a token after
-    that. held: sequences in service, mean over requests at their start, a replica."""
+    """What the simulation measured.
+
+    For each counted request: wait, seconds until it starts; first, until its first token; pace, seconds for each token after it.
+    held: sequences in a replica, the mean over the starts of requests.
+    """
 
     wait: Array
     first: Array
@@ -55,14 +58,16 @@ class Waits:
 def simulate(
     requests: Requests, replicas: int, prompt_seconds: float, token_seconds: Sequence[float], warm: float = WARM
 ) -> Waits:
-    """prompt_seconds: of one token of a prompt. token_seconds[b - 1]: seconds between tokens of a sequence when a replica holds b;
-    its length is the slots of a replica. warm: the share of the first requests that is not counted.
+    """Serve requests with that many replicas, and measure their waits.
+
+    prompt_seconds: of one prompt token. token_seconds[b - 1]: seconds between tokens of a sequence when its replica holds b; its
+    length is the number of slots. warm: the share of the first requests that is not counted.
     """
     slots = len(token_seconds)
     capacity = replicas * slots
-    # when each replica has done the prompts that it was sent; the next one goes where it starts first
+    # when each replica has finished its prompts; the next prompt goes to the one that is free first
     free = [0.0] * replicas
-    # when each sequence in service ends, earliest first; a full fleet's next start is its earliest end
+    # when each sequence in service ends, a heap; in a full fleet the next request starts at the earliest end
     ends: list[float] = []
     wait, pace = np.empty(len(requests)), np.empty(len(requests))
     prompts = requests.prompt * prompt_seconds
@@ -101,7 +106,7 @@ def erlang_wait(rate: float, service: float, servers: int) -> float:
     load = rate * service
     if load >= servers:
         raise ValueError(f"{load:g} servers' work for {servers} servers never ends")
-    # Erlang's B by its recursion, which neither over- nor underflows
+    # Erlang's B by its recursion, which does not overflow or underflow
     blocked = 1.0
     for c in range(1, servers + 1):
         blocked = load * blocked / (c + load * blocked)
@@ -131,7 +136,7 @@ class Lengths:
 
 
 def poisson(rate: float, n: int, prompt: Lengths, output: Lengths, seed: int) -> Requests:
-    """n requests that arrive at random, `rate` a second."""
+    """n requests with exponential times between arrivals, `rate` a second on average."""
     random = np.random.default_rng(seed)
     arrival = np.cumsum(random.exponential(1 / rate, n))
     return Requests(arrival, prompt.draw(n, random), output.draw(n, random))

@@ -1,7 +1,7 @@
-"""What a candidate is worth on a machine before anything is pruned: nominal fractions of the dense model, and realizable ones.
+"""Estimates what a candidate saves on a machine, before anything is pruned: nominal and realizable fractions of the dense model.
 
-Nominal: what is left when zeros are counted as nothing. Realizable: what the machine still computes, stores and waits for, by its
-measured profile or, unmeasured, by published figures. Fractions are of the pruned layers, 1 = dense.
+Nominal: zeros cost nothing. Realizable: what the machine still computes and stores, and the time it takes, by its measured profile
+or, without one, by published figures. Fractions are of the pruned layers; 1 is dense.
 """
 
 import re
@@ -16,21 +16,23 @@ from secateurs.machine.hardware import HARDWARE, Hardware
 from secateurs.machine.profile import DeviceProfile
 from secateurs.matrix import patterns
 
-# what `secateurs realize` shows unasked
+# what `secateurs realize` shows if no candidate is named
 USUAL = (
     "dense", "0.5", "0.7", "0.9", "0.95", "2:4", "4:8", "16x16:0.5", "shrink:mlp:flops=0.7x", "shrink:layers:flops=0.7x",
 )  # fmt: skip
 _FORMS = "'0.7' (unstructured), '2:4', '16x16:0.5', 'shrink:latency=0.8x' or 'shrink:layers:params=0.8x'"
-# below this a gain is not told from noise
+# a smaller gain cannot be told from noise
 GAIN = 1.05
-# bits beside the survivors, per weight: one of ours; 2:4 tensor cores read two a survivor
+# bits for each weight beside the kept values: our format has one; tensor cores read two for each kept value of 2:4
 _BITMASK, _TWO_FOUR = 1.0, 1.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What might be shipped. kind: 'dense', 'mask' or 'shrink'. pattern, sparsity: of a mask. budget, units: of `secateurs shrink`;
-    no units are its usual ones."""
+    """A model that might be shipped.
+
+    kind: 'dense', 'mask' or 'shrink'. pattern, sparsity: of a mask. budget, units: of `secateurs shrink`; () is its default units.
+    """
 
     text: str
     kind: str
@@ -41,8 +43,9 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
-        """'dense', '0.7', 'unstructured:0.7', '2:4', '16x16:0.5', 'shrink:latency=0.8x', 'shrink:mlp:params=0.8x' (width),
-        'shrink:layers:params=0.8x' (depth), units joined by +. Raises PlanError."""
+        """Read 'dense', '0.7', 'unstructured:0.7', '2:4', '16x16:0.5', 'shrink:latency=0.8x', 'shrink:mlp:params=0.8x' (width) or
+        'shrink:layers:params=0.8x' (depth); units are joined by +. Raises PlanError.
+        """
         text = text.strip()
         if text == "dense":
             return cls(text, "dense")
@@ -65,7 +68,7 @@ class Candidate:
 
     @property
     def kept(self) -> float:
-        """Nominal fraction of the work that is left; of a budget in seconds, which says no fraction, 1."""
+        """The nominal fraction of work that is left; 1 for a budget in seconds, which states no fraction."""
         if self.kind == "mask":
             return 1 - self.sparsity
         found = re.fullmatch(r"\w+=(0?\.\d+)x?", self.budget)
@@ -73,14 +76,17 @@ class Candidate:
 
     @property
     def family(self) -> str:
-        """Candidates of one family differ only in how much goes."""
+        """What candidates share that differ only in how much they remove."""
         return self.pattern or "+".join((*self.units, self.budget.partition("=")[0])) or self.kind
 
 
 @dataclass(frozen=True)
 class Worth:
-    """flops, nbytes: realizable fractions. prefill, decode: fractions of the dense model's seconds. why: the reason, where
-    realizable is not nominal. measured: on this profile, or from published figures."""
+    """What a candidate saves.
+
+    flops, nbytes: realizable fractions. prefill, decode: fractions of the dense model's seconds. why: the reason if realizable is
+    not nominal. measured: True by a measured profile, False by published figures.
+    """
 
     candidate: str
     nominal_flops: float
@@ -95,21 +101,22 @@ class Worth:
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster in prefill or decoding, or smaller, by more than noise; of a budget in seconds nobody knows yet."""
+        """True if it is faster in prefill or decoding, or smaller, by more than noise."""
+        # what a budget in seconds removes is not known before it is timed
         if "seconds=" in self.candidate:
             return True
         return min(self.flops, self.nbytes, self.prefill, self.decode) < 1 / GAIN
 
 
 def realize(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: str = "bf16") -> Worth:
-    """Raises PlanError if a measured profile has no rows for the dtype."""
+    """What a candidate saves on a machine. Raises PlanError if a measured profile has no rows for the dtype."""
     if dtype not in ("bf16", "fp16", "fp32"):
         raise PlanError(f"unknown dtype '{dtype}'; write bf16, fp16 or fp32")
     kept, measured = candidate.kept, isinstance(machine, DeviceProfile)
     if candidate.kind != "mask":
         why = "" if candidate.kind == "dense" else "what is left is dense and runs anywhere"
         if kept > 1 / GAIN and candidate.kind == "shrink" and not candidate.budget.startswith("seconds"):
-            why = f"no more than {1 - kept:.0%} goes, which is not told from noise"
+            why = f"it removes {1 - kept:.0%} at most, which cannot be told from noise"
         return Worth(candidate.text, kept, kept, kept, kept, kept, kept, "dense", why, measured)
     if isinstance(machine, Hardware):
         return _published(candidate, machine, dtype)
@@ -117,7 +124,7 @@ def realize(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: str 
 
 
 def machine_named(profile: str | None) -> DeviceProfile | Hardware:
-    """A name of HARDWARE, a file of `secateurs probe`, or the profile that it left of this machine. Raises DeviceError."""
+    """The machine of that name (of HARDWARE) or profile file; None is this machine's own profile. Raises DeviceError."""
     if profile is None:
         found = DeviceProfile.at_hand()
         if found is None:
@@ -136,13 +143,13 @@ def machine_named(profile: str | None) -> DeviceProfile | Hardware:
 
 
 def rank(candidates: Sequence[Candidate], machine: DeviceProfile | Hardware, dtype: str = "bf16") -> list[Worth]:
-    """Least realizable FLOPs first, then least time, then least bytes."""
+    """Candidates with the fewest realizable FLOPs first, then the least time, then the fewest bytes."""
     found = [realize(c, machine, dtype) for c in candidates]
     return sorted(found, key=lambda w: (w.flops, w.prefill + w.decode, w.nbytes))
 
 
 def _stored(kept: float, extra_bits: float, dtype: str) -> float:
-    """Bytes of survivors and `extra_bits` a weight, over dense ones."""
+    """Bytes of the kept values and `extra_bits` for each weight, over the dense bytes."""
     return min(1.0, kept + extra_bits / (32 if dtype == "fp32" else 16))
 
 
@@ -183,7 +190,7 @@ def _measured(candidate: Candidate, profile: DeviceProfile, dtype: str) -> Worth
         raise PlanError(f"the profile has no packed row for {dtype}; run `secateurs probe --dtype {dtype}`")
     few, many = (profile.speedup(dtype, candidate.sparsity, t) or 1.0 for t in (tokens[0], tokens[-1]))
     nbytes = _stored(kept, _BITMASK, dtype)
-    # a layer is packed only where that is faster for few tokens, and then it is packed for many as well
+    # a layer that is packed because few tokens gain is packed for many tokens too
     if few < GAIN:
         why = f"packed products are no faster here at {candidate.sparsity:.0%} zeros ({few:.2f}x at {tokens[0]} tokens at once)"
         return _dense(candidate, why, True)
@@ -196,7 +203,7 @@ def _measured(candidate: Candidate, profile: DeviceProfile, dtype: str) -> Worth
 
 def _two_four(candidate: Candidate, rows: list[dict[str, Any]], dtype: str) -> Worth:
     def best(tokens: int) -> float:
-        """Of the fastest backend of a shape, the median over shapes."""
+        """The speedup of the fastest backend for each shape, the median over shapes."""
         by_shape: dict[str, float] = {}
         for r in rows:
             if r["tokens"] == tokens:

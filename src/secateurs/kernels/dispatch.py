@@ -26,7 +26,7 @@ from secateurs.kernels.library import Info, Product, Weight, library
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row. index: of the compiled table, -1 for a GPU row. lacks: why it cannot run on this machine, or None."""
+    """One kernel. index: its place in the compiled table, -1 for the GPU's. lacks: why it cannot run on this machine, or None."""
 
     name: str
     format: str
@@ -51,7 +51,7 @@ class Kernel:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """All rows, fastest first; those this machine lacks something for as well."""
+    """All kernels, fastest first, including those that cannot run on this machine (see `lacks`)."""
     rows = []
     limit = max_isa()
     for index in range(library().secateurs_kernels()):
@@ -78,7 +78,7 @@ ISA_NEEDS = {
 # a limit leaves out the instruction sets above it; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY do the same for torch's own
 ISA_LEVELS = {"scalar": 0, "neon": 1, "avx2": 1, "avx512": 2}
 MAX_ISA = "SECATEURS_MAX_ISA"
-# positions of the strategy gather have 16 bits
+# the strategy gather keeps positions in 16 bits
 GATHER_INPUTS = 1 << 16
 
 
@@ -93,7 +93,7 @@ def max_isa() -> str | None:
 
 
 def named(name: str) -> Kernel:
-    """The row of that name. Raises DeviceError, with the rows that can run, if there is none or it cannot."""
+    """The kernel of that name. Raises DeviceError, naming those that can run here, if there is none or it cannot run."""
     row = next((k for k in kernels() if k.name == name), None)
     if row is None or row.lacks:
         found = row.lacks if row else f"no kernel is named '{name}'"
@@ -103,10 +103,11 @@ def named(name: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """Measured crossings (docs/log.md). Up to stream_tokens: stream; beyond: skip from skip_sparsity on, else tile.
+    """Which strategy is fastest for so many tokens and zeros, as measured (docs/log.md).
 
-    gather: (tokens, sparsity): up to so many tokens, from this sparsity on, gather instead. many: (tokens, sparsity): from
-    so many tokens on, another skip_sparsity, since one listing of positions serves more of them.
+    Up to stream_tokens: stream. Beyond: skip from skip_sparsity on, else tile. gather = (tokens, sparsity): up to so many
+    tokens and from this sparsity on, gather instead. many = (tokens, sparsity): from so many tokens on, this sparsity takes
+    skip_sparsity's place, since one listing of positions serves more tokens.
     """
 
     stream_tokens: int
@@ -132,7 +133,7 @@ CHOICES = {
     ("fp16", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
     ("fp32", "avx2"): Choice(5, 0.58, gather=(8, 0.85), many=(48, 0.45)),
 }
-# of dense matrices: the most tokens that our kernels stream, by isa; beyond, tile
+# dense matrices: up to so many tokens our kernels use stream, beyond that tile; by isa
 DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
 
 
@@ -142,16 +143,16 @@ DENSE_TOKENS = {("bf16", "avx512"): 16, ("fp32", "avx512"): 256, ("bf16", "avx2"
 
 @functools.cache
 def _dense_tokens(dtype: torch.dtype) -> int | None:
-    """The most tokens for which torch's product of this dtype is slower than ours; None: any number."""
+    """Up to how many tokens our dense kernel is faster than torch's product of this dtype; None for any number."""
     isa = _best("dense", DTYPES[dtype])["stream"].isa
     if isa in ("avx2", "avx512") and compute_dtype(dtype) != dtype:
-        # torch emulates it
+        # torch emulates such products
         return None
     return DENSE_TOKENS.get((DTYPES[dtype], isa), 0)
 
 
 def ours_is_faster(weight_OI: Tensor, x: Tensor) -> bool:
-    """Is our dense kernel the faster one for this product?"""
+    """True if our dense kernel is faster than torch's for this product."""
     row = forced()
     if row is not None and row.format != "dense":
         return False
@@ -175,13 +176,13 @@ def _best(format: str, dtype: str) -> dict[str, Kernel]:
 
 @functools.cache
 def forced() -> Kernel | None:
-    """The row that SECATEURS_KERNEL names, if it names one. Raises DeviceError if it cannot run."""
+    """The kernel that SECATEURS_KERNEL names, or None if it is not set. Raises DeviceError if it cannot run."""
     name = os.environ.get("SECATEURS_KERNEL")
     return named(name) if name else None
 
 
 def select(packed: Packed, tokens: int) -> Kernel:
-    """The kernel for so many tokens. Raises DeviceError if SECATEURS_KERNEL names one that cannot take the matrix."""
+    """The kernel for this matrix and so many tokens. Raises DeviceError if SECATEURS_KERNEL names one that cannot take it."""
     row = forced()
     if row:
         if reason := row.accepts(packed, tokens):
@@ -197,12 +198,12 @@ def select(packed: Packed, tokens: int) -> Kernel:
     return best["stream"] if found.accepts(packed, tokens) else found
 
 
-# held while positions are listed, which a second thread must not do again under a kernel that reads them
+# held while positions are listed: a second thread must not list them again while a kernel reads them
 _LISTING = threading.Lock()
 
 
 class Call:
-    """Matrices that share their input, ready for the kernels: the addresses that do not change between calls."""
+    """Matrices that share their input, ready for the kernels: holds the addresses that do not change between calls."""
 
     def __init__(self, packed: Sequence[Packed], biases: Sequence[Tensor | None]) -> None:
         self.packed = tuple(packed)
@@ -223,7 +224,7 @@ class Call:
         self._gathers = frozenset(k.index for k in kernels() if k.strategy == "gather")
 
     def _list_positions(self) -> None:
-        """Make what gather kernels read: about as many bytes again as the packed matrix has at 90% zeros."""
+        """List the positions that gather kernels read; at 90% zeros they take about as many bytes as the packed matrix."""
         threads, made_of = torch.get_num_threads(), []
         for product, p in zip(self._products, self.packed, strict=True):
             weight = ctypes.addressof(product) + Product.weight.offset
@@ -233,11 +234,11 @@ class Call:
             product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
             library().secateurs_fill_steps(weight, p.values.element_size(), threads)
             made_of.append((starts, made))
-        # only now: another thread takes them for complete
+        # assigned last: another thread takes any list that is there for a complete one
         self._steps = made_of
 
     def kernel(self, tokens: int) -> int:
-        """The index of the kernel for so many tokens; the largest matrix decides for all."""
+        """The index of the kernel for so many tokens; the largest of the matrices decides."""
         index = self._kernels.get(tokens)
         if index is None:
             largest = max(self.packed, key=lambda p: p.shape[0])
@@ -245,7 +246,7 @@ class Call:
         return index
 
     def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
-        """Flat y: for each matrix in turn, tokens x outputs."""
+        """Multiply: a flat y that holds, for each matrix in turn, tokens x outputs."""
         if not x_TI.is_contiguous():
             x_TI = x_TI.contiguous()
         tokens = x_TI.numel() // self.inputs
@@ -269,10 +270,10 @@ class Call:
 def _call_of(
     values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
 ) -> Call:
-    """The Call of these tensors, checked once; kept until one of them changes or the first is gone."""
+    """The Call of these tensors: checked and made once, then kept until one of them changes or the first is freed."""
     state: list[int] = [*shapes]
     for v, mask, bias in zip(values, masks, biases, strict=True):
-        # a mask that was written to has another version, and is checked again; survivors may have been copied
+        # a mask with another version was written to and is checked again; survivors too, since a Call may hold copies of them
         state += (
             v.data_ptr(),
             *((0, 0, 0) if mask is None else (mask.data_ptr(), mask._version, v._version)),
@@ -294,7 +295,7 @@ def _call_of(
     return call
 
 
-# by the identity of the first tensor, while it lives
+# by the id of the first tensor, as long as that exists
 _calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
 
 

@@ -1,8 +1,8 @@
 """How a sparse matrix is stored: pack() and unpack(), bit for bit. docs/format.md has the layout byte by byte.
 
-A format owns both directions and the check of what was read. A weight is stored unless all its bits are zero, so negative
-zero survives. What lies between, a kernel's business, is in kernels.py. Shapes: O outputs, I inputs; P panels of 4 rows,
-J words of 64 inputs.
+A format has both directions, and the check of what is read from files. A weight is stored unless all its bits are zero, so
+negative zeros are stored. Multiplication is in dispatch.py. Shapes: O outputs, I inputs; P panels of 4 rows, J words of 64
+inputs.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from secateurs.kernels.library import library
 VERSION = 1
 PANEL = 4
 WORD = 64
-# zeros after the last survivor: a kernel's last load may reach 64 bytes past it, and a cast to a narrower dtype keeps enough
+# zeros after the last survivor: a kernel's last load may reach 64 bytes past it, also after a cast to 16 bits
 PADDING = 32
 # the dtypes that kernels know, by the name that a kernel's row has
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -31,8 +31,8 @@ class Packed:
     """One matrix as stored. values: bf16, fp16 or fp32; mask_PJ4: int64, or None if dense.
 
     bitmask: values holds the survivors, panel by panel, word by word, row by row, input by input, then 32 zeros.
-    dense: values is the matrix itself. Counted from the mask, not stored: starts, where each panel's survivors begin, and
-    most, the most survivors of any byte of the mask (4 for 2:4).
+    dense: values is the matrix itself. starts and most are not stored but counted from the mask: where each panel's survivors
+    begin, and the highest number of survivors in any byte of the mask (4 for 2:4).
     """
 
     format: str
@@ -70,12 +70,12 @@ def mask_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def bitmask_nbytes(shape: tuple[int, int], survivors: int, dtype: torch.dtype) -> int:
-    """What pack() would take, without packing."""
+    """Bytes that a matrix would take after pack(), computed without packing it."""
     return (survivors + PADDING) * dtype.itemsize + math.prod(mask_shape(shape)) * 8
 
 
 def count_stored(weight_OI: Tensor) -> int:
-    """Weights that a packed format stores: those with any bit set."""
+    """The number of weights that a packed format stores: those with any bit set."""
     return int(torch.count_nonzero(_as_bits(weight_OI)))
 
 
@@ -109,10 +109,10 @@ def pack_bitmask(weight_OI: Tensor) -> Packed:
 
 
 def read_bitmask(values: Tensor, mask_PJ4: Tensor, shape: tuple[int, int]) -> Packed:
-    """Stored tensors -> Packed, trusting nothing: a kernel follows the mask without another look.
+    """Stored tensors -> Packed, after checking all of them, because kernels follow the mask without checks of their own.
 
-    Raises PackError if a shape or dtype is not the format's, a bit lies outside of the matrix, the bits are not as many as
-    the values, or the padding is missing.
+    Raises PackError if a shape or dtype is not the format's, a bit lies outside of the matrix, the number of bits
+    is not that of the values, or the padding is missing.
     """
     outputs, inputs = shape
     if outputs < 1 or inputs < 1:

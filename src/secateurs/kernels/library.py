@@ -1,7 +1,7 @@
-"""The compiled kernels, csrc/, through ctypes: found, checked and given the thread pool of torch.
+"""Loads the compiled kernels of csrc/ through ctypes, checks their version and gives them torch's thread pool.
 
-Two thread pools would fight over the cores, so the kernels have none: they split their work with torch_parallel_for of
-torch's C interface, whatever runtime that wheel was built with.
+Two thread pools would compete for the cores, so the kernels have none: they split their work with torch_parallel_for of
+torch's C interface, whatever OpenMP the wheel was built with.
 """
 
 import ctypes
@@ -97,7 +97,7 @@ def _torch_parallel_for() -> int | None:
 
 
 def threads_note() -> str | None:
-    """None if the kernels use torch's thread pool, else why they run on one thread."""
+    """Why the kernels run on one thread, or None if they use torch's thread pool."""
     if _torch_parallel_for():
         return None
     return f"torch {torch.__version__} has no torch_parallel_for, so the kernels run on one thread; use torch 2.10 or later"

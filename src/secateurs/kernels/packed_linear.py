@@ -1,8 +1,8 @@
 """Linear layers that multiply packed weights, and accelerate(), which puts them into a live model.
 
-A PackedLinear's parameters are the stored tensors: `weight`, the survivors as a vector, and `weight_mask`. A vector under
-the name of a matrix is on purpose: a loader that does not know the format fails on the shape instead of going on.
-A DenseLinear is an nn.Linear that takes our dense kernel for as many tokens as that is the faster one for.
+A PackedLinear's parameters are the stored tensors: `weight`, the survivors as a vector, and `weight_mask`. `weight` is a vector
+on purpose: a loader that does not know the format fails on its shape instead of going on with wrong weights.
+A DenseLinear is an nn.Linear that uses our dense kernel where that is faster than torch's.
 """
 
 import threading
@@ -37,7 +37,7 @@ _operator: Any = torch.ops.secateurs.linear.default
 class PackedLinear(nn.Module):
     """y = x W' + b with W (O, I) stored as a bitmask; x (..., I) and y (..., O) of the weights' dtype, on the CPU.
 
-    transposed: it stands for a module that stores W' (GPT-2's Conv1D), to which dense() returns. Inference only.
+    transposed: it replaces a module that stores W' (GPT-2's Conv1D), which dense() gives back. For inference only.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
     def empty(
         cls, shape: tuple[int, int], survivors: int, dtype: torch.dtype, bias: bool, transposed: bool = False
     ) -> "PackedLinear":
-        """On the meta device, for a loader to fill."""
+        """A layer on the meta device, for a loader to fill."""
         values = torch.empty(survivors + PADDING, dtype=dtype, device="meta")
         mask = torch.empty(mask_shape(shape), dtype=torch.int64, device="meta")
         return cls(shape, values, mask, torch.empty(shape[0], dtype=dtype, device="meta") if bias else None, transposed)
@@ -71,7 +71,7 @@ class PackedLinear(nn.Module):
         return read_bitmask(self.weight, mask, (self.out_features, self.in_features))
 
     def dense(self) -> nn.Module:
-        """The layer that it stands for, weights bit for bit."""
+        """The dense layer that it replaces, with the same weights bit for bit."""
         weight = unpack(self.packed())
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         group: SharedInput | None = self.__dict__["group"]
-        # a compiler sees plain calls; an inference tensor does not tell whether it was changed between two calls
+        # a compiler sees plain calls; an inference tensor has no version that would tell whether it was changed between two calls
         if group is None or torch.compiler.is_compiling() or x.is_inference():
             return self._multiply([self], x)[0]
         return group.multiply(self, x)
@@ -120,9 +120,9 @@ class PackedLinear(nn.Module):
 
 
 class SharedInput:
-    """Layers that are called with one input: the first call multiplies for all, the others fetch what is theirs.
+    """Layers that are called with the same input: the first call multiplies for all, the others fetch their result.
 
-    A result is handed out once, to the thread that made it, and only for the very tensor that it was made from, unchanged.
+    A result is handed out once, to the thread that made it, and only for the same, unchanged tensor.
     """
 
     def __init__(self, layers: list[PackedLinear]) -> None:
@@ -148,7 +148,7 @@ class SharedInput:
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies have nothing waiting
+        # a copy starts without results that wait
         return {"layers": self.layers, "waiting": {}}
 
 
@@ -164,7 +164,7 @@ class DenseLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What became of one layer. reason: why it has this format. nbytes, dense_nbytes: as stored, without bias."""
+    """The format chosen for one layer. reason: why this one. nbytes, dense_nbytes: as stored, without bias."""
 
     name: str
     shape: tuple[int, int]
@@ -207,7 +207,7 @@ def choose(name: str, weight_OI: Tensor, profile: Any = None) -> LayerChoice:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, transposed) of what can be packed: Linear, and GPT-2's Conv1D, which stores W'."""
+    """(name, module, transposed) of the layers that can be packed: Linear, and GPT-2's Conv1D, which stores W'."""
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
             yield name, module, False
@@ -216,9 +216,9 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
-    """Put packed layers into a live model on the CPU, in place: one choice a layer, in order.
+    """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
 
-    A layer is packed by choose(); a Linear that stays dense takes our dense kernel where that is faster.
+    choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster.
     Weights shared between modules (a head tied to the embeddings) stay dense. The model is for inference from then on.
     Raises PackError for a model that is not on the CPU.
     """
@@ -255,7 +255,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def group_shared_inputs(model: nn.Module) -> None:
-    """Let q, k and v, or gate and up, share a call: packed siblings of one dtype and width."""
+    """Let q, k and v, or gate and up, share a call, if they are packed with one dtype and number of inputs."""
     for parent in model.modules():
         for names in SHARED_INPUT:
             found = [m for n in names if isinstance(m := parent._modules.get(n), PackedLinear)]
@@ -265,7 +265,7 @@ def group_shared_inputs(model: nn.Module) -> None:
 
 
 def make_dense(model: nn.Module) -> nn.Module:
-    """Undo accelerate(): every packed layer becomes the dense one that it stands for, bit for bit."""
+    """Undo accelerate(): every packed layer becomes the dense one that it replaced, bit for bit."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             _replace(model, name, module.dense())

@@ -1,6 +1,6 @@
 """2:4 on CUDA through PyTorch's to_sparse_semi_structured: cuSPARSELt, with its algorithm searched, or CUTLASS.
 
-The GPU row of the probe's table. Where a kernel cannot run it says why. T tokens, O outputs, I inputs.
+It gives the GPU's rows of `secateurs probe`, and says why where a kernel cannot run. T tokens, O outputs, I inputs.
 """
 
 import time
@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 BACKENDS = ("cusparselt", "cutlass")
 # weights are rotated through at least this much memory: an H200's L2 holds 50 MB, and 2:4 is 9/16 of dense
 _COLD_BYTES = 160 << 20
-# of the rotation that warms up, and of tokens whose products are checked
+# passes that warm up and are not timed; tokens whose products are checked
 _WARM, _CHECKED = 3, 256
 # torch._int_mm takes more tokens than this; cuSPARSELt takes int8 in multiples of it
 _INT8_TOKENS = 16
@@ -26,7 +26,7 @@ Run = Callable[[], Tensor]
 
 
 def lacks(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """None, or why this machine has no 2:4 kernel."""
+    """Why this machine has no 2:4 kernel for the dtype, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
     major, minor = torch.cuda.get_device_capability()
@@ -39,14 +39,14 @@ def lacks(dtype: torch.dtype = torch.bfloat16) -> str | None:
 
 @dataclass
 class Measured:
-    """Of one product, by kernel ('dense', 'cusparselt', 'cutlass'): median seconds and every sample, or why_not."""
+    """Times of one product by kernel ('dense', 'cusparselt', 'cutlass'): median seconds and every sample, or why_not."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     why_not: dict[str, str] = field(default_factory=dict)
 
     def speedup(self, kernel: str) -> float | None:
-        """Over the dense product; None if one of them did not run."""
+        """A kernel's speed over the dense product's; None if one of them did not run."""
         if kernel not in self.seconds or "dense" not in self.seconds:
             return None
         return self.seconds["dense"] / self.seconds[kernel]
@@ -58,8 +58,8 @@ def measure(
     """Time dense and 2:4 products on the GPU, interleaved. Call it where lacks() is None.
 
     A sample is one pass over several copies of the weights, so that none lies in the cache, divided by their number. graph: the
-    pass is replayed as a CUDA graph, so that what Python takes to launch a kernel is not in it. A kernel whose product is not
-    that of the dense weights has no time but a reason. int8: sums in int32; dense is torch._int_mm.
+    pass is replayed as a CUDA graph, which leaves out the time that Python takes to launch a kernel. A kernel with a wrong product
+    gets no time but a reason. int8: sums in int32; dense is torch._int_mm.
     """
     found = Measured()
     weights = _weights(shape, dtype, device)
@@ -77,7 +77,7 @@ def measure(
                 found.why_not[name] = f"its product is wrong: relative error {error:.3g}"
                 continue
             runs[name] = made
-        # each torch has its own refusals: of a shape, a dtype, a compute capability
+        # what is refused (a shape, a dtype, a compute capability), and how, differs between versions of torch
         except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
             found.why_not[name] = str(error).strip().split("\n")[0] or type(error).__name__
     passes = {name: _replayed(list(r)) if graph else _in_turn(list(r)) for name, r in runs.items()}
@@ -124,7 +124,7 @@ def _dense(x_TI: Tensor, weight_OI: Tensor) -> Run:
 
 
 def _sparse(name: str, x_TI: Tensor, weights: Sequence[Tensor]) -> list[Run]:
-    """The products of a backend, with tensors of its own."""
+    """The products by one backend, each with packed weights of its own."""
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
     backend: Any = {
@@ -137,7 +137,7 @@ def _sparse(name: str, x_TI: Tensor, weights: Sequence[Tensor]) -> list[Run]:
     packed = [backend.from_dense(w) for w in weights]
     if name != "cusparselt":
         return [_linear(x_TI, p) for p in packed]
-    # cuSPARSELt takes no other numbers of tokens; F.linear pads by itself
+    # cuSPARSELt takes multiples of these only; F.linear pads by itself
     padded_TI = torch.nn.functional.pad(x_TI, (0, 0, 0, -len(x_TI) % (_INT8_TOKENS if int8 else 8)))
     more: dict[str, Any] = {"out_dtype": torch.int32} if int8 else {}
     # the default algorithm is often slower than dense: pytorch issues 115178, 179926
@@ -154,7 +154,7 @@ def _linear(x_TI: Tensor, weight: Tensor) -> Run:
 
 
 def _int8(x_TI: Tensor, packed: Tensor, algorithm: int, tokens: int) -> Run:
-    """In place of F.linear, which would round sums to int8."""
+    """The int8 product. F.linear would round its sums to int8."""
     more: dict[str, Any] = {"out_dtype": torch.int32, "alg_id": algorithm}
     return lambda: torch._cslt_sparse_mm(packed, x_TI.T, **more).T[:tokens]
 

@@ -1,4 +1,4 @@
-"""What this machine can do: honest timing, `secateurs probe` (profile), `secateurs bench`; published figures (hardware).
+"""How fast this machine is: timing, `secateurs probe` (probe, profile), `secateurs bench`; published figures (hardware).
 
-Others use profile, timing and bench.
+Other folders use profile, timing, probe, bench and hardware.
 """

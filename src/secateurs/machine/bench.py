@@ -1,6 +1,6 @@
-"""Tokens per second of whole models through generate(): each in a process of its own, run in turn, medians and spreads.
+"""Tokens per second of whole models through generate(): each in its own process, run in turn; medians and spreads.
 
-prefill: a prompt of so many tokens to the first new one. decode: the new tokens after that. A variant is a folder and how to
+prefill: from the prompt to the first new token. decode: the new tokens after that. A variant is a folder and a way to
 run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerated dense' (our dense kernels where they are faster),
 'compiled' and 'packed compiled' (under torch.compile, with a static cache). Speedups are over the fastest dense variant.
 """
@@ -19,7 +19,7 @@ from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import CheckpointError, PlanError
 from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent
-from secateurs.base.run_folder import models_of
+from secateurs.base.run_directory import models_of
 from secateurs.machine.timing import Timing
 from secateurs.model.checkpoint import Checkpoint
 
@@ -35,14 +35,17 @@ class Variant:
 
 
 def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
-    """What `secateurs bench` compares: a run's dense model with its packed or smaller one; a packed folder with itself made
-    dense; or any two folders."""
+    """The variants that `secateurs bench` compares.
+
+    Of a run directory: its dense model and its packed or smaller one. Of a packed folder: itself and its dense weights. Or any
+    two folders.
+    """
     main, dense = folder, None
     if (folder / "plan.json").is_file():
         dense, left = models_of(folder)
         shrunk = "units" in json.loads((folder / "plan.json").read_text())
         if shrunk and against is None:
-            # a smaller dense model meets the same rivals as a packed one, and runs in the best way for such weights too
+            # a smaller dense model is compared with the same dense variants as a packed one; it runs in the best way for its dtype
             how = "dense" if _wide(left) is None else "accelerated dense"
             return [*dense_variants(dense), Variant("shrunk", str(left), how)]
         main = left if shrunk else folder / "packed"
@@ -57,8 +60,11 @@ def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
 
 
 def dense_variants(folder: str) -> list[Variant]:
-    """The ways to run a dense model that may be the fastest here: as stored; where the CPU has no instructions for its 16-bit
-    weights, which torch then emulates, widened to fp32 and by our own kernels instead."""
+    """The ways to run a dense model of which one is the fastest here.
+
+    As stored; or, where the CPU has no instructions for its 16-bit weights and torch emulates them, widened to fp32 and by our
+    own dense kernels.
+    """
     wide = _wide(Path(folder))
     if wide is None:
         return [Variant("dense", folder, "dense")]
@@ -66,13 +72,13 @@ def dense_variants(folder: str) -> list[Variant]:
 
 
 def _wide(folder: Path) -> str | None:
-    """'float32' for a checkpoint of 16-bit weights that this CPU has no instructions for."""
+    """'float32' for a checkpoint of 16-bit weights for which this CPU has no instructions, else None."""
     stored = Checkpoint(folder, packed=True).dtype
     return None if compute_dtype(stored) == stored else "float32"
 
 
 def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
-    """All variants are in memory at once: without the widened ones that have no room beside the others, and why."""
+    """The variants that fit into memory together, and sentences on the fp32 ones that do not. All are in memory at once."""
     there = machine()["memory_bytes"]
     kept, left_out = list(variants), []
     for variant in variants:
@@ -88,7 +94,7 @@ def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
 
 
 def record_of(folder: Path) -> Path | None:
-    """Where a run directory keeps its measurement, which `fleet` and `report` read; None for another folder."""
+    """The file for a run directory's measurement, which `fleet` and `report` read; None for other folders."""
     return folder / "bench.json" if (folder / "plan.json").is_file() else None
 
 
@@ -108,13 +114,13 @@ def bench(
     progress: Progress = silent,
     batches: Sequence[int] = (1,),
 ) -> dict[str, Any]:
-    """Run all variants in turn; speedups are against the first one, which is dense. Raises CheckpointError.
+    """Time all variants, in turn: what bench.json holds. Speedups are over the fastest dense variant. Raises CheckpointError.
 
-    Of several dense ways to run the first one's folder the fastest for one request becomes the first. One in fp32 that memory has
-    no room for is left out, and `left_out` says so.
+    Of several dense variants of the first one's folder, the fastest for one request comes first in the result. An fp32 variant
+    for which memory has no room is left out, and `left_out` says so.
 
-    batches: so many prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are of all
-    prompts together.
+    batches: numbers of prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are those of
+    all prompts together.
     """
     if min(prompt, repeats, *batches) < 1 or new < 2 or not batches:
         raise PlanError(
@@ -192,7 +198,7 @@ def bench(
 
 def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
     timing = Timing.of(values)
-    # each sample beside the first variant's of the same moment
+    # each sample over the first variant's sample of the same moment
     speedups = Timing.of([a / b for a, b in zip(values, base, strict=True)])
     return {
         "tokens_per_second": timing.seconds, "low": timing.low, "high": timing.high, "samples": values,
@@ -206,7 +212,7 @@ class _Worker:
     def __init__(self, variant: Variant, prompt: int, new: int) -> None:
         self.variant, self.kv_bytes_per_token = variant, 0
         request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
-        # a file: nobody reads while the model runs, and a full pipe would stop it
+        # a file and no pipe: nobody reads while the model runs, and a full pipe would stop it
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "secateurs.machine.bench", request],
@@ -268,7 +274,7 @@ def _work(request: dict[str, Any]) -> None:
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Clock(LogitsProcessor):  # type: ignore[misc]
-        """Notes when the logits of every new token are there."""
+        """Notes the time at which the logits of every new token are there."""
 
         def __init__(self) -> None:
             self.ticks: list[float] = []
@@ -287,7 +293,7 @@ def _work(request: dict[str, Any]) -> None:
     new = request["new"]
 
     def seconds(batch: int) -> dict[str, float]:
-        """Until the first token, and until the last."""
+        """Seconds until the first new token, and until the last."""
         prompts = prompt.expand(batch, -1).contiguous()
         clock = Clock()
         begin = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Machines that were not measured here, from what others publish: enough to say what cannot pay, never shown as a measurement.
+"""Published figures of machines that were not measured here: enough to say what cannot pay, never shown as a measurement.
 
-A measured profile (`secateurs probe`) always wins. Each figure says where it is from.
+A measured profile (`secateurs probe`) always takes precedence. Each figure has its source.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """Roofs and sparse kernels of one machine, as published.
+    """Peak rates and sparse kernels of one machine, as published.
 
     flops_per_second: dense, bf16 (fp32 where CPUs have no bf16), multiply-adds as two. bytes_per_second: of memory.
     two_four: how much faster 2:4 products are in prefill (thousands of tokens) and in decoding; None where there is no such kernel.

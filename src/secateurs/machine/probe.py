@@ -1,7 +1,7 @@
-"""What zeros are worth on this machine, measured: roofs, then shape x pattern x sparsity x tokens against the best dense.
+"""Measures what zeros are worth on this machine: peak rates, then shape x pattern x sparsity x tokens against the best dense.
 
-Every cell times our packed kernel and all dense products of torch, in the stored dtype and in fp32, and of ours, interleaved,
-on weights larger than the last cache. A cell without a gain says so. `secateurs probe` is the command to run first.
+Every cell times our packed kernel and all dense products, interleaved, on weights larger than the last cache: torch's in the
+stored dtype and in fp32, and ours. A cell without a gain says so. `secateurs probe` is the command to run first.
 """
 
 import math
@@ -204,9 +204,9 @@ def _weights(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _prune(weight_OI: Tensor, pattern: str, sparsity: float) -> Tensor:
-    """Random survivors: what is timed does not depend on which they are."""
+    """A matrix with random survivors: times do not depend on which ones they are."""
     mask = parse(pattern).keep(torch.rand(weight_OI.shape), sparsity)
-    # a product with the mask would leave negative zeros, which are stored
+    # multiplying by the mask would leave negative zeros, which are stored
     return weight_OI.masked_fill(~mask, 0)
 
 
@@ -248,7 +248,7 @@ def _unpacked(packed: Any) -> Tensor:
 
 
 def _stored_densely(weights: Sequence[Tensor], question: Question) -> list[dict[str, Any]]:
-    """The textbook case: zeros in a dense tensor, through the dense kernel."""
+    """Rows for the textbook case: zeros in a dense tensor, multiplied by the dense kernel."""
     shape, dtype = tuple(weights[0].shape), DTYPES[weights[0].dtype]
     x = torch.randn(1, shape[1]).to(weights[0].dtype)
     runs: dict[str, Any] = {"dense": [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]}

@@ -1,4 +1,4 @@
-"""A DeviceProfile: what one machine was measured to do, as a JSON file that other commands read."""
+"""A DeviceProfile: what `secateurs probe` measured on one machine, as a JSON file that other commands read."""
 
 import json
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ class DeviceProfile:
     def speedup(self, dtype: str, sparsity: float, tokens: int) -> float | None:
         """Measured speedup of packed over the best dense; None if none was measured.
 
-        Of several shapes the median; of several token counts the nearest. Between the nearest sparsities seconds are
-        interpolated, since they go with the weights that are left; without zeros there is nothing to gain (1), above
-        the highest sparsity measured no more is promised, and none is promised less than a lower one.
+        The median over shapes, at the nearest token count that was measured. Between sparsities seconds are interpolated, since
+        they go with the weights that are left. At sparsity 0 the speedup is 1; above the highest sparsity measured it stays as
+        there; and a higher sparsity never gets a lower speedup than a lower one.
         """
         rows = [r for r in self.rows if r["dtype"] == dtype and r["kernel"].startswith("bitmask")]
         if not rows:
@@ -50,7 +50,7 @@ class DeviceProfile:
             if r["tokens"] == nearest:
                 by_sparsity.setdefault(r["sparsity"], []).append(r["speedup"])
         known = sorted(by_sparsity)
-        # fewer survivors never take longer: what says so was measured in a slow moment
+        # fewer survivors never take longer; a row that says so was measured in a slow moment
         found = np.maximum.accumulate([median(by_sparsity[s]) for s in known])
         if 0.0 not in known:
             known, found = [0.0, *known], np.array([1.0, *found])
@@ -79,7 +79,7 @@ class DeviceProfile:
 
     @classmethod
     def at_hand(cls) -> "DeviceProfile | None":
-        """The profile that probe left, if it is of this processor and thread count."""
+        """The profile that `secateurs probe` left, if it was measured on this machine as it is now; else None."""
         if not default_file().is_file():
             return None
         profile = cls.read(default_file())
@@ -87,6 +87,6 @@ class DeviceProfile:
 
     @property
     def of_here(self) -> bool:
-        """Whether it was measured on this processor, with these instruction sets, kernels and as many threads."""
+        """True if it was measured on this processor, with these instruction sets and kernels and as many threads."""
         here = {**machine(), "kernels": [k.name for k in kernels() if not k.lacks]}
         return all(self.machine.get(k) == here[k] for k in ("processor", "isa", "limits", "kernels", "threads"))

@@ -1,4 +1,4 @@
-"""Honest timing: alternatives interleaved, weights rotated past the last cache, medians and spreads over all samples."""
+"""Fair timing: alternatives interleaved, weights rotated past the last cache, medians and spreads over all samples."""
 
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -25,7 +25,7 @@ class Timing:
         return cls(median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10], len(ordered))
 
 
-# a run that took so many times the fastest one's time in the first round is not the best one
+# a run that took so many times as long as the fastest one in the first round cannot be the best
 HOPELESS = 3.0
 
 
@@ -37,9 +37,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every run in turn, `rounds` times over, the first untimed.
 
-    runs: name -> the same work on different copies of its weights, one after the other, so that none finds its own in a
-    cache. Stops early, after three rounds at least, when the budget is spent. droppable: runs that are timed once only if
-    that took HOPELESS times as long as the fastest droppable one; an emulated product takes seconds.
+    runs: name -> the same work on different copies of its weights, done one after the other, so that no copy is still in a
+    cache. Stops early, after three rounds at least, when the budget is spent. droppable: of these runs, one that took HOPELESS
+    times as long as the fastest of them is timed once only, since an emulated product takes seconds.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     first: dict[str, float] = {}
@@ -63,10 +63,10 @@ def interleaved(
 
 
 def dense_runs(weights: Sequence[Tensor], x_TI: Tensor, wide: Sequence[Tensor] | None = None) -> dict[str, list[Run]]:
-    """Every way to multiply by dense weights here: torch and prepacked oneDNN, in the stored dtype and in fp32, and ours.
+    """Every dense way to multiply here: torch and prepacked oneDNN, in the stored dtype and in fp32, and our kernels.
 
-    On a CPU without 16-bit instructions torch emulates them, and the model in fp32 is the faster one: a gain over the
-    emulation alone would be none. wide: the weights in fp32, if the caller has them. fp32 products get their x in fp32, as
+    On a CPU without 16-bit instructions torch emulates them, and the model in fp32 is faster: a gain over the emulation alone
+    would mean nothing. wide: the weights in fp32, if the caller has them. fp32 products get their x in fp32, as
     a model in fp32 would. Our own kernels read the stored dtype: stream for few tokens, tile for more than one.
     """
     import torch
@@ -98,7 +98,7 @@ def dense_runs(weights: Sequence[Tensor], x_TI: Tensor, wide: Sequence[Tensor] |
     for k in kernels():
         if k.format != "dense" or k.dtype != DTYPES[x_TI.dtype] or k.lacks or k.strategy in found:
             continue
-        # of each strategy the fastest instruction set's, which comes first
+        # for each strategy only the kernel of the fastest instruction set, which comes first
         found.add(k.strategy)
         if tokens <= 16 if k.strategy == "stream" else tokens > 1:
             runs[k.name] = [lambda c=c, i=k.index: c(x_TI, i) for c in calls]  # type: ignore[misc]

@@ -65,7 +65,7 @@ def magnitude() -> list[Magnitude]:
 
 @dataclass(frozen=True)
 class Iterative:
-    """One way to 75%: relative error on the inputs that the refit saw, and on held-out ones."""
+    """One way to prune to 75%: relative error on the inputs that the refit saw, and on held-out ones."""
 
     inputs: str
     way: str
@@ -97,7 +97,7 @@ def iterative(rounds: int = 5, sparsity: float = 0.75) -> list[Iterative]:
         one_shot = pruned(weight_OI, sparsity)
         stepwise = weight_OI
         for r in range(1, rounds + 1):
-            # equal fractions of the survivors go in every round
+            # every round removes the same fraction of what is left
             stepwise = refitted(pruned(stepwise, 1 - (1 - sparsity) ** (r / rounds)))
         ways = (
             ("one-shot", one_shot),

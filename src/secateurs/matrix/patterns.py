@@ -1,4 +1,4 @@
-"""Which weights may stay: (score_OI, sparsity) -> keep-mask. Knows nothing of where scores come from.
+"""Patterns of zeros: (score_OI, sparsity) -> mask of the weights that stay. Knows nothing of where scores come from.
 
 O outputs (rows), I inputs (columns). `sparsity` is the fraction of zeros. Kept counts are exact and ties go to
 the lower index, so a mask depends on the scores alone. A new pattern is a dataclass here and a line in parse().
@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from secateurs.base.errors import nearest
 
 # an unstructured or block mask is decided for about this many inputs at a time by solvers that go left to right:
 # on the anchor layer 32 to 64 gives the lowest error, 128 costs 1%, 512 costs 6% (docs/log.md)
@@ -48,7 +50,7 @@ def top(score: Tensor, kept: int) -> Tensor:
 
 
 def _refuse_nan(score: Tensor) -> None:
-    # a sum is NaN if any term is, and costs a tenth of a mask; infinities of both signs need the second look
+    # a sum is NaN if a score is, and costs a tenth of a mask; infinities of both signs also give NaN, hence the second test
     if score.sum().isnan() and score.isnan().any():
         raise ValueError(f"{int(score.isnan().sum())} of {score.numel()} scores are NaN")
 
@@ -71,11 +73,11 @@ _SAMPLE = 8192
 def _kth_by_sample(score_N: Tensor, k: int) -> Tensor | None:
     """The k-th smallest of a long vector: a sample brackets it, and only what lies inside is partitioned.
 
-    Exact, because the scores below the bracket are counted; None if the bracket missed, which four standard deviations
-    make rare. Floyd and Rivest 1975, "Expected time bounds for selection".
+    Exact, because the scores below the bracket are counted. None if the bracket missed, which is rare at four standard
+    deviations. Floyd and Rivest 1975, "Expected time bounds for selection".
     """
     size = score_N.numel()
-    # steps that are odd do not fall into step with a matrix's columns
+    # an odd step does not sample the same few columns of a matrix again and again
     sample = score_N[:: size // _SAMPLE | 1].sort().values
     n = sample.numel()
     place, spread = k / size * n, 2 * n**0.5
@@ -88,7 +90,7 @@ def _kth_by_sample(score_N: Tensor, k: int) -> Tensor | None:
 
 
 class Pattern(Protocol):
-    """What every pattern answers.
+    """What every pattern provides.
 
     step: neighbouring inputs that must be decided together; a solver that goes left to right asks for a mask this
     many columns at a time.
@@ -113,9 +115,7 @@ class Pattern(Protocol):
         """How many weights keep() removes from a matrix of this shape."""
 
     def keep(self, score_OI: Tensor, sparsity: float) -> Tensor:
-        """Bool mask of the weights that stay, [O, I]: those of the highest scores, or sums of scores where weights stay or go
-        together.
-        """
+        """Bool mask of the weights that stay, [O, I]: the highest scores, or the tiles with the highest sums of scores."""
 
     def violation(self, mask_OI: Tensor, sparsity: float) -> str | None:
         """None if the mask keeps no more than the pattern allows, else the first bad place."""
@@ -192,7 +192,7 @@ class NM:
         _refuse_nan(score_OI)
         if self.m > _COMPARE:
             return top(score_OI.reshape(-1, self.m), self.n).reshape(score_OI.shape)
-        # how many of its group beat it, pair by pair: 20 times as fast as sorting groups of four
+        # count for each weight how many of its group beat it, pair by pair: 20 times as fast as sorting groups of four
         places = [place.contiguous() for place in score_OI.reshape(-1, self.m).unbind(1)]
         beaten_by = [torch.zeros_like(place, dtype=torch.uint8) for place in places]
         for i in range(self.m):
@@ -270,11 +270,11 @@ def parse(text: str, scope: str | None = None) -> Pattern:
         return Block(int(found[1]), int(found[2]), scope or "layer")
     raise ValueError(
         f"unknown pattern '{text}'; write 'unstructured', 'N:M' with 0 < N < M (N kept, e.g. '2:4'), "
-        "or 'RxC' (e.g. '16x16')"
+        f"or 'RxC' (e.g. '16x16'){nearest(text, ('unstructured', '2:4', '4:8', '1:4', '8:16', '16x16'))}"
     )
 
 
-# for `secateurs methods`; parse() is what reads them
+# texts for `secateurs methods`; parse() reads the patterns themselves
 PATTERNS = {
     "unstructured": "any positions; --scope row or layer says where counts are equal",
     "N:M": "N kept of every M neighbouring inputs, e.g. 2:4 (50% zeros), 1:4 (75%), 4:8, 8:16, 16:32",

@@ -1,6 +1,6 @@
 """How much each weight matters: (weight_OI, stats) -> score_OI, higher = keep.
 
-O outputs, I inputs. A new criterion is one function here and its name in SCORES.
+O outputs, I inputs. A new criterion is one function here and its name in SCORES; a row in solvers.SOLVERS makes it a method.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _norms(stats: Stats | None) -> Tensor:
 
 
 def random(weight_OI: Tensor, stats: Stats | None) -> Tensor:
-    """Uniform noise, the control. Draws from torch's global generator; a run seeds it for every layer by name."""
+    """Uniform noise, as a control. Draws from torch's global generator, which a run seeds by the layer's name."""
     return torch.rand(weight_OI.shape).to(weight_OI.device)
 
 

@@ -1,4 +1,4 @@
-"""New weights for one layer: (weight_OI, stats, pattern, sparsity) -> weight_OI in fp32. Blind to the pattern's kind.
+"""New weights for one layer: (weight_OI, stats, pattern, sparsity) -> weight_OI in fp32, for any pattern.
 
 O outputs, I inputs. The objective is ||X (W' - W)'||^2 plus a ridge towards the *original* weights:
     loss(W') = tr((W' - W) H (W' - W)'),   H = X'X + damping * mean(diag X'X) * 1
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateurs.base.errors import nearest
 from secateurs.matrix import scores
 from secateurs.matrix.patterns import Pattern
 from secateurs.matrix.stats import Stats
@@ -20,18 +21,20 @@ DAMPING = 0.01
 
 
 def damping_for(tokens: int, inputs: int) -> float:
-    """The damping for a layer where nobody chose: 0.01, and 0.001 where there are 8 tokens an input or more. Held-out errors of
-    ALPS on the anchor layer at 50%: 2 tokens .0900 and .0961, 8 tokens .0811 and .0806 (docs/log.md has a whole model).
+    """The damping of a layer where the user chose none: 0.01, or 0.001 with 8 tokens an input or more.
+
+    Held-out errors of ALPS on the anchor layer at 50% with 0.01 and 0.001: 2 tokens an input .0900 and .0961, 8 tokens
+    .0811 and .0806. docs/log.md has a whole model.
     """
     return DAMPING if tokens < 8 * inputs else DAMPING / 10
 
 
-# columns whose updates to the columns after them are gathered into one matrix product; exact, so only speed
+# columns whose updates of later columns are done in one matrix product; changes the speed and not the result
 LAZY_BLOCK = 128
 
 
 def masked(weight_OI: Tensor, stats: Stats | None, pattern: Pattern, sparsity: float, score: scores.Score) -> Tensor:
-    """The best-scored weights as they are, zero elsewhere."""
+    """The weights with the best scores unchanged, zero elsewhere."""
     keep_OI = pattern.keep(score(weight_OI, stats), sparsity)
     return weight_OI.masked_fill(~keep_OI, 0)
 
@@ -48,14 +51,15 @@ def obs(
     """SparseGPT: remove weights column by column, each error compensated by the columns after it.
 
     With U' U = H^-1 upper triangular, for column j:  e = w_j / U_jj where pruned,  W[:, j:] -= e U[j, j:].
-    The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far; after every
-    step as many are gone as the pattern takes from so many columns, so the layer's count is exact. keep_OI fixes the mask instead.
+    The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far. After every
+    step as many weights are gone as the pattern removes from so many columns, so the layer's count is exact. keep_OI: a mask to
+    use instead.
     Columns of dead inputs become zero. Frantar and Alistarh 2023, arXiv 2301.00774, alg. 1.
     Raises ValueError if H does not factor.
     """
     upper_II = stats.inverse_factor(damping)
     diagonal_I = upper_II.diagonal()
-    # rows scaled to 1 on the diagonal, so that a pruned weight becomes w - 1 * w, exactly 0
+    # rows are scaled to have 1 on the diagonal, so that a pruned weight becomes w - 1 * w, exactly 0
     ratio_II = upper_II / diagonal_I[:, None]
     rows, columns = weight_OI.shape
     # transposed, so that a column of weights is contiguous
@@ -136,7 +140,7 @@ def _refit(
 
 
 def dense_target(weight_OI: Tensor, stats: Stats, damping: float, blend: float) -> Tensor:
-    """The weights that a solver should aim at, given that its inputs x are no longer the dense model's d:
+    """The weights that a solver should aim at when its inputs x are no longer the dense model's inputs d:
         W + blend (W* - W),   W* = W (C + ridge) (H + ridge)^-1 = W + W (C - H) (H + ridge)^-1,   C = sum d x',   H = sum x x'
     W* minimises ||D W' - X W*'||^2 + ridge ||W* - W||^2, so with blend = 1 any solver's loss is, up to a constant, the
     distance from the dense model's outputs; 0 keeps W. d = x gives W. Raises ValueError if H does not factor or nobody
@@ -159,13 +163,13 @@ def swaps(
     rounds: int = 50,
     candidates: int = 16,
 ) -> Tensor:
-    """Local search: in every row trade the survivor and the removed weight whose trade lowers loss() most, until none does
+    """Local search: in every row swap the survivor and the removed weight whose swap lowers the loss most, until no swap helps
     or `rounds` are done; then refit(). Rows that did not gain keep start_OI. Counts and pattern stay as they are.
 
     With g = (W' - W) H, removing i and setting j to its best value changes a row's loss by
         w_i^2 H_ii - 2 w_i g_i - (g_j - w_i H_ij)^2 / H_jj
-    exactly, other weights fixed. Looked at are the `candidates` cheapest survivors i, each with the most promising j: of the
-    row, or of i's group where the pattern has groups. Patterns that decide whole tiles are left alone. After SparseSwaps,
+    exactly, if the other weights are fixed. The `candidates` cheapest survivors i are tried, each with the most promising j: of
+    the row, or of i's group where the pattern has groups. Patterns that decide whole tiles are left alone. After SparseSwaps,
     Zimmer et al. 2025, with weights that move along.
     """
     width = pattern.trades
@@ -181,7 +185,7 @@ def swaps(
     tiny_O = row_loss(x_OI - weight_OI.float(), hessian_II) * 1e-4
     for _ in range(rounds):
         off_OI = x_OI == 0
-        # an input that was always zero gains nothing but the ridge
+        # a weight of an input that was always zero could lower the ridge term alone
         free_OI = off_OI & ~stats.dead_I
         cost_OI = (x_OI.square() * diagonal_I).addcmul_(x_OI, gradient_OI, value=-2).masked_fill_(off_OI, torch.inf)
         cost_OK, i_OK = cost_OI.topk(tried, dim=1, largest=False)
@@ -238,8 +242,8 @@ def admm(
     where the last two take B + (relaxation - 1) (B - D) for B (Boyd et al. 2011, sec. 3.4.3),
     from D the best of W^2 and V = 0. rho grows every `every` iterations, and which rule says how much:
     - ladder None: ALPS. From 0.1, the faster the more of the mask still changes, by 1.3 above 10%, 1.2 above 0.5%, 1.1 above 0;
-      a mask that stands still before rho ever grew starts over with rho / 5; it ends when the mask rests. Meng et al. 2024,
-      arXiv 2406.07831, alg. 1, with the restarts of its authors' code and their `every` of 3 raised to 5, which finds a
+      a mask that stands still before rho ever grew starts over with rho / 5; it ends when the mask no longer changes. Meng et
+      al. 2024, arXiv 2406.07831, alg. 1, with the restarts of its authors' code and their `every` of 3 raised to 5, which finds a
       0.2% smaller error on the anchor layer (docs/log.md).
     - ladder: these values of rho, one after another. (0.4, 0.8) relaxed by 1.6 takes a third of ALPS's time for a squared error
       2 to 3% larger in SmolLM2's layers; one that ends below 0.6 leaves a mask that has not settled, +30% (docs/log.md).
@@ -287,7 +291,7 @@ def admm(
     return new_OI if loss_O.sum() < at_first else refit(weight_OI, first_OI, stats, damping)
 
 
-# a mask that never rests is taken as it is after this many values of rho
+# a mask that still changes after this many values of rho is taken as it is
 _MOST_ROUNDS = 60
 
 
@@ -326,7 +330,7 @@ Solve = Callable[[Tensor, Stats | None, Pattern, float, float], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """One row of `secateurs methods`. needs: 'weights', 'norms' or 'gram', what must be collected beforehand.
+    """One method, a row of `secateurs methods`. needs: what must be collected beforehand, 'weights' (nothing), 'norms' or 'gram'.
 
     solve: (weight_OI, stats, pattern, sparsity, damping) -> weight_OI. score: what a global threshold ranks by.
     scope: the field's default for unstructured patterns.
@@ -380,7 +384,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-# what may follow a method's name after a plus: (weight_OI, start_OI, stats, pattern, damping) -> weight_OI
+# what a method's name may be followed by after a plus: (weight_OI, start_OI, stats, pattern, damping) -> weight_OI
 EXTRAS: dict[str, tuple[Callable[[Tensor, Tensor, Stats, Pattern, float], Tensor], str]] = {
     "refit": (
         lambda weight_OI, start_OI, stats, pattern, damping: refit(weight_OI, start_OI, stats, damping),
@@ -396,7 +400,10 @@ def find(method: str) -> Solver:
     unknown = [extra for extra in extras if extra not in EXTRAS]
     if name not in SOLVERS or unknown:
         known = ", ".join(SOLVERS)
-        raise ValueError(f"unknown method '{method}'; known: {known}; each may be followed by +{' or +'.join(EXTRAS)}")
+        near = nearest(name, SOLVERS) if name not in SOLVERS else nearest(unknown[0], EXTRAS)
+        raise ValueError(
+            f"unknown method '{method}'; known: {known}; each may be followed by +{' or +'.join(EXTRAS)}{near}"
+        )
     base = SOLVERS[name]
     if not extras:
         return base

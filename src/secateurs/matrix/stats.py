@@ -1,4 +1,4 @@
-"""Sums over calibration tokens: what a solver may know about a layer's inputs. Sums, so shards merge by +.
+"""Sums over calibration tokens: all that a solver knows about a layer's inputs. Being sums, two Stats are merged by +.
 
 T tokens, I inputs.
 """
@@ -16,8 +16,8 @@ class Stats:
     """tokens; sqnorm_I = sum_t x_ti^2; gram_II = sum_t x_t x_t' (None where only norms were asked for);
     drift_II = sum_t (d_t - x_t) x_t', where d is what the dense model would have at x's place (None where nobody asked).
 
-    Both in fp32. A 16-bit accumulator would stop growing after a few hundred tokens (2048 + 1 = 2048 in fp16,
-    256 + 1 = 256 in bf16), and an indefinite Gram matrix has no Cholesky factor.
+    All in fp32. A 16-bit accumulator would stop growing after a few hundred tokens (2048 + 1 = 2048 in fp16,
+    256 + 1 = 256 in bf16), and a Gram matrix that is not positive definite has no Cholesky factor.
     """
 
     tokens: int
@@ -51,7 +51,7 @@ class Stats:
             self.sqnorm_I += full_TI.square().sum(0)
             return
         width = full_TI.shape[1]
-        # six panels leave 58% of the products; narrower ones are slower each
+        # with six panels 58% of the products are formed; more and narrower ones would each be slower
         panel = max(96, -(-width // 6))
         with exact_products(x_TI.dtype):
             for start in range(0, width, panel):
@@ -60,7 +60,7 @@ class Stats:
             if dense_TI is not None:
                 if self.drift_II is None:
                     self.drift_II = torch.zeros_like(self.gram_II)
-                # the difference may be rounded to 16 bits, H and sum d x' whose difference the sum is may not
+                # d - x may be rounded to 16 bits; sums of d x' and x x', subtracted afterwards, may not
                 moved_TI = dense_TI.reshape(x_TI.shape) - x_TI
                 self.drift_II.addmm_(moved_TI.float().T, full_TI)
 
@@ -107,7 +107,7 @@ class Stats:
         return damped_II
 
     def inverse_factor(self, damping: float) -> Tensor:
-        """U upper triangular with U' U = damped(damping)^-1, [I, I]; kept, so layers that share inputs share it.
+        """U upper triangular with U' U = damped(damping)^-1, [I, I]; cached, so that layers with the same inputs factor it once.
 
         Row j of U is the first row of inv(H[j:, j:]) over the root of its first entry (SparseGPT, sec. 3.2).
         Raises ValueError, with the damping, if the matrix is not positive definite.

@@ -1,4 +1,4 @@
-"""The hidden states that enter each block, kept in memory or in a folder, and a note of where a walk was."""
+"""Stores for the hidden states that enter each block, in memory or on disk, and a note of the block that a walk is in."""
 
 import json
 from pathlib import Path
@@ -67,11 +67,11 @@ class OnDisk:
 
 
 def read_place(file: Path | None) -> int:
-    """The block that a killed walk was in, whose inputs its store still has; 0 without a note."""
+    """The block that a killed walk was in, whose inputs are still in its store; 0 without a note."""
     return int(json.loads(file.read_text()).get("block", 0)) if file is not None and file.is_file() else 0
 
 
 def note_place(file: Path | None, block: int, **found: Any) -> None:
-    """Note which block comes next, and what was found out before it."""
+    """Write a note of the block that comes next, and of what was found in the blocks before it."""
     if file is not None:
         write_json(file, {"block": block, **found})

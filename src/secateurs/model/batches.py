@@ -13,10 +13,10 @@ from secateurs.base.errors import CalibrationError, PlanError
 
 Batch = dict[str, Tensor]
 
-# windows run together; more fill the cores better and take more memory
+# tokens that are run together; more use the cores better and take more memory
 _TOKENS_PER_BATCH = 4096
 
-# windows run back together: their logits and the gradients of these are in memory at once
+# tokens that are run backward together: their logits and the gradients of these are in memory at once
 _TOKENS_BACK = 1024
 
 
@@ -41,15 +41,13 @@ def batched(windows: Tensor) -> list[Batch]:
     return [{"input_ids": part} for part in torch.split(windows, per_batch)]
 
 
-def window_length(asked: int | None, model: nn.Module) -> int:
-    """The window length: as asked, or 2048 or what the model's positions allow. Raises PlanError if it cannot be."""
+def window_length(asked: int | None, model: nn.Module, usual: int, flag: str) -> int:
+    """Tokens of a window: as asked by `flag`, else `usual` or what the model's positions allow. Raises PlanError for too many."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or 2048
     if asked is not None and asked > positions:
-        raise PlanError(
-            f"windows of {asked} tokens were asked for, the model has {positions} positions; lower --seqlen"
-        )
-    return asked or min(2048, positions)
+        raise PlanError(f"windows of {asked} tokens were asked for, the model has {positions} positions; lower {flag}")
+    return asked or min(usual, positions)
 
 
 def check_vocabulary(windows: Tensor, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Sharded safetensors in and out: a skeleton without weights, filled and emptied by the prefix of names.
+"""Reads and writes model folders: a skeleton without weights that is filled and emptied block by block; sharded safetensors.
 
-A model is never in memory as a whole. Tensors that nothing edits are copied as they lie in the source; edited ones
-keep their name and dtype. Pickled weights are refused.
+A model need never be in memory as a whole. Tensors that nothing edits are copied as they are in the source; edited ones keep
+their name and dtype. Pickled weights are refused.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_json, write_tensors
+from secateurs.base.run_directory import model_in
 from secateurs.model import attention
-from secateurs.model.parts import blocks_of
+from secateurs.model.blocks import blocks_of
 
 INDEX = "model.safetensors.index.json"
 # weights outside the blocks that are written together
@@ -32,13 +33,14 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def resolve(model: str | Path) -> Path:
-    """A local folder as it is; anything else is a hub id, whose safetensors and small files are downloaded.
+    """The folder of a model: a local folder as it is, of a run directory its model; anything else is a hub id, whose safetensors
+    and small files are downloaded.
 
     Raises CheckpointError if it is neither.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return model_in(folder)
     if folder.is_file():
         raise CheckpointError(f"{model} is a file; give the folder with config.json and *.safetensors, or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
@@ -76,7 +78,7 @@ class Checkpoint:
         self.converted: set[str] = set()
         self._mapping: list[Any] = []
         self._outside_loaded = False
-        # parameters that were looked at: an embedding is loaded many times in a run
+        # parameters that were found finite: an embedding is loaded many times in a run
         self._sound: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------------ reading
@@ -119,7 +121,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights: as config.json states it, else of the first one."""
+        """The dtype of the model's weights: as config.json states it, else that of the first tensor."""
         stated = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")
         if isinstance(stated, str):
             return getattr(torch, stated.removeprefix("torch."))  # type: ignore[no-any-return]
@@ -128,7 +130,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Of the weight files."""
+        """Bytes of the weight files."""
         return sum(file.stat().st_size for file in set(self.file_of.values()))
 
     def ordered_keys(self) -> list[str]:
@@ -142,7 +144,7 @@ class Checkpoint:
             return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
 
     def fingerprint(self) -> str:
-        """Changes when any weight file or the config does: names, sizes and times, not contents."""
+        """A hash that changes when a weight file or the config does; of names, sizes and times, not of contents."""
         files = sorted({*self.file_of.values(), self.folder / "config.json"})
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -186,7 +188,7 @@ class Checkpoint:
         cast(model, config.dtype)
         model.eval()
         if hasattr(model, "set_experts_implementation") and getattr(config, "_experts_implementation", None) != "eager":
-            # fused expert kernels hide which expert saw which token
+            # fused expert kernels do not show which expert saw which token
             with suppress(ValueError, RuntimeError, AttributeError):
                 model.set_experts_implementation("eager")
         self._mapping = get_model_conversion_mapping(model)
@@ -202,7 +204,7 @@ class Checkpoint:
                 self.converted.add(key)
         return model
 
-    # ------------------------------------------------------------------------------------- the loader walk.py asks for
+    # ------------------------------------------------------------------------------------- the Loader of parts.py
 
     def keys_under(self, prefix: str) -> list[str]:
         """Stored names whose parameters lie under a module, in natural order."""
@@ -236,7 +238,7 @@ class Checkpoint:
         return [key for key, target in self.target_of.items() if not target.startswith(inside)]
 
     def outside_groups(self, model: nn.Module) -> list[list[str]]:
-        """outside_keys() in shards; a large embedding has its own, so that two are never read and copied at once."""
+        """outside_keys() in groups, one for each shard; a large embedding has its own, so that two are never in memory at once."""
         groups: list[list[str]] = []
         room = 0
         for key in self.outside_keys(model):
@@ -302,7 +304,7 @@ class Checkpoint:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def edited(self, model: nn.Module, prefix: str, names: set[str]) -> dict[str, Tensor]:
-        """edited_keys() of a block."""
+        """The stored tensors of a block after some of its parameters were edited; see edited_keys()."""
         return self.edited_keys(model, self.keys_under(prefix), names)
 
     def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
@@ -340,8 +342,9 @@ def shard_name(index: int, count: int) -> str:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Floating parameters to a dtype. Buffers stay, as from_pretrained leaves them: in 16 bits the frequencies of rotary positions
-    would be off by up to a 500th, and far tokens turned by radians.
+    """Cast floating-point parameters to a dtype, in place. Buffers stay as they are, as from_pretrained leaves them.
+
+    In 16 bits the frequencies of rotary positions would be off by up to a 500th, which turns far tokens by radians.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -373,7 +376,7 @@ def checksum(file: Path) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """safe_open with a sentence for a file that is truncated, corrupt or gone."""
+    """safe_open() that raises CheckpointError for a file that is truncated, corrupt or gone."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -384,12 +387,12 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite, looked at in pieces: a whole embedding's masks would be as large as itself."""
+    """How many values are NaN or infinite. Counted in pieces, because a mask of a whole embedding would take much memory."""
     bad = 0
     for piece in torch.split(tensor.detach().flatten(), 1 << 24):
         # torch compares no float8
         wide = piece.float() if piece.itemsize == 1 else piece
-        # one pass where all is well: a NaN is least and largest
+        # one pass is enough where all are finite: with a NaN both are NaN
         low, high = wide.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad += wide.numel() - int(torch.isfinite(wide).sum())

@@ -1,9 +1,9 @@
-"""Where each model family keeps its blocks. Data only; walk.py is what reads it.
+"""Where each model family keeps its blocks, and which layers of a block are coupled. Data only.
 
 `types` are values of config.model_type. `blocks` is the path of the block list inside the base model. `experts` names
 the fused 3-D parameters [experts, outputs, inputs] of the modules that hold them. `mlp` and `attention` say whose outputs
-are whose inputs inside a block, so that both can be reordered alike. A new family is a row, and a tiny config in
-tests/tiny.py.
+are whose inputs inside a block, so that both can be reordered or cut alike. parts.py reads `blocks` and `experts`, prune and
+shrink the rest. A new family is a row here and a tiny config in tests/tiny.py.
 """
 
 from dataclasses import dataclass

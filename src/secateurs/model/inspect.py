@@ -1,4 +1,4 @@
-"""What is in a model folder: per layer its shape, zeros, the N:M patterns that hold, and its bytes as stored."""
+"""Facts about a model folder: for each layer its shape, zeros, the N:M patterns that it holds, and its bytes as stored."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ KNOWN_NM = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32))
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One prunable layer. holds: N:M patterns (N kept) that no group of its rows breaks. nbytes: of its weight."""
+    """One prunable layer. holds: the N:M patterns (N kept) that no group in its rows breaks. nbytes: of its weight."""
 
     name: str
     shape: tuple[int, int]
@@ -36,9 +36,8 @@ class ModelFacts:
 
 
 def inspect(folder: str | Path, progress: Progress = silent) -> ModelFacts:
-    """Look at a run directory (its model/) or a model folder or hub id. Raises CheckpointError if it cannot be read."""
-    path = Path(folder).expanduser()
-    checkpoint = Checkpoint(path / "model" if (path / "plan.json").is_file() else folder)
+    """The facts about a model folder, a run directory's model or a hub id. Raises CheckpointError if it cannot be read."""
+    checkpoint = Checkpoint(folder)
     model = checkpoint.skeleton()
     names, experts = checkpoint.block_names(model), checkpoint.experts(model)
     facts: list[LayerFacts] = []

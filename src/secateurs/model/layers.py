@@ -1,4 +1,4 @@
-"""The matrices of a block that may be pruned, each seen as weight_OI whatever its storage.
+"""The matrices of a block that may be pruned, each read and written as weight_OI whatever its storage.
 
 T tokens, O outputs, I inputs, B sequences, S positions.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix of a block, seen as weight_OI whatever its storage.
+    """One prunable matrix of a block, read and written as weight_OI whatever its storage.
 
     kind: 'linear' [O, I]; 'conv1d' [I, O] (GPT-2); 'conv2d' [O, C, kh, kw], read as O x (kh kw C) so that neighbours
     are input channels, as hardware reads N:M; 'expert', slice `index` of a fused [E, O, I] parameter.
@@ -29,7 +29,7 @@ class Layer:
 
     @property
     def tensor_name(self) -> str:
-        """The name of the parameter that holds the weight: experts share one."""
+        """The name of the parameter that holds the weight; fused experts share one."""
         return self.name.rsplit(".", 1)[0] if self.kind == "expert" else self.name + ".weight"
 
     @property
@@ -57,7 +57,7 @@ class Layer:
         return weight.permute(0, 2, 3, 1).flatten(1) if self.kind == "conv2d" else weight
 
     def write(self, weight_OI: Tensor) -> None:
-        """Put weight_OI into the parameter, in the parameter's dtype. Survivors that the dtype cannot hold become 0."""
+        """Write weight_OI into the parameter, in the parameter's dtype. Weights too small for the dtype become 0."""
         weight = self.parameter.detach()
         if self.kind == "expert":
             weight[self.index].copy_(weight_OI)
@@ -70,7 +70,7 @@ class Layer:
             weight.copy_(weight_OI)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The rows that the matrix multiplies, x_TI, from what the module is called with."""
+        """The inputs x_TI that the matrix multiplies, from what the module is called with."""
         if self.kind != "conv2d":
             return x.reshape(-1, x.shape[-1])
         conv = self.module
@@ -114,8 +114,9 @@ def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> lis
 
 
 def survivors(layers: Iterable[Layer]) -> list[tuple[nn.Parameter, Tensor]]:
-    """The parameters of layers, each once, and where they are not zero. Of fused experts, those that are no layer of these are
-    False.
+    """(parameter, mask of its weights that are not zero) for each parameter of the layers, each parameter once.
+
+    In a parameter of fused experts, experts that are not among the layers are False.
     """
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:

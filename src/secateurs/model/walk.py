@@ -1,8 +1,10 @@
-"""Block by block through a model: the only place with hooks and weight layouts.
+"""Walks through a model block by block, with the weights of one block in memory.
 
-    for step in stream(model, batches):      # one block in memory, the Hugging Face module untouched
-        stats = step.observe(...)            # what its layers' inputs looked like
+    for step in stream(model, batches):      # one block is loaded; the Hugging Face module itself is not changed
+        stats = step.observe(...)            # statistics of its layers' inputs
         ...edit step.layers in place...      # the next block's inputs come from the edited block
+
+It knows nothing of pruning. Hooks are in watch.py, the storage of weights in layers.py, the model's other parts in parts.py.
 
 T tokens, O outputs, I inputs, B sequences, S positions.
 """
@@ -18,8 +20,7 @@ from secateurs.base.errors import CheckpointError
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations, InMemory
 from secateurs.model.batches import Batch
-from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import (
+from secateurs.model.blocks import (
     AllLoaded,
     Loader,
     Stop,
@@ -31,20 +32,13 @@ from secateurs.model.parts import (
     run,
     shape_of,
 )
+from secateurs.model.layers import Layer, layers_of
 from secateurs.model.watch import Watch
-
-# ---------------------------------------------------------------------------------------------------- weight layouts
-
-
-# ------------------------------------------------------------------------------------------------------- activations
-
-
-# --------------------------------------------------------------------------------------------------------- the walk
 
 
 @dataclass
 class Step:
-    """One block on its way through: its layers to edit, and a pass over its inputs to look at them. windows: of each batch."""
+    """One block of a walk: its layers, to be edited in place, and passes over its inputs. windows: how many each batch has."""
 
     index: int
     count: int
@@ -64,7 +58,7 @@ class Step:
 
     @property
     def can_tune(self) -> bool:
-        """Whether there is a place for targets()."""
+        """True if this walk stores the dense block's outputs."""
         return self._targets is not None and self._call is not None
 
     @property
@@ -76,17 +70,17 @@ class Step:
         return evaluation_mode(self._model)
 
     def call(self, hidden: Tensor, batch: int) -> Tensor:
-        """The block, as it now is, on some windows of a batch: hidden states in, hidden states out."""
+        """Run the block, as it now is, on hidden states of some windows of a batch: the hidden states that leave it."""
         assert self._call
         return self._call(hidden, batch)
 
     def inputs(self, batch: int) -> Tensor:
-        """The hidden states that enter the block, from the blocks before it as they now are."""
+        """The hidden states that enter the block, made by the blocks before it as they were left."""
         assert self._store
         return self._store.read(self.index, batch)
 
     def see_targets(self) -> None:
-        """Keep what the block, which must still be dense, makes of its inputs; nothing to do if observe() has seen it."""
+        """Store the outputs of the block, which must still be dense; batches that observe() has stored are left out."""
         assert self._targets
         with self.evaluating():
             for batch in range(self.batches):
@@ -95,15 +89,16 @@ class Step:
                     self._seen.add(batch)
 
     def targets(self, batch: int) -> Tensor:
-        """What the dense block makes of the inputs that it now gets; needs stream(targets=...)."""
+        """The dense block's outputs for the inputs that it gets in this walk; needs stream(targets=...)."""
         assert self._targets
         return self._targets.read(self.index, batch)
 
     def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
-        """One pass over all batches: Stats of each layer's inputs, by layer name; layers called on one tensor share
-        one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also how far the inputs
-        have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out. What leaves the
-        block is kept for targets() where stream() was given a place for it.
+        """Stats of each layer's inputs, by layer name, from one pass over all batches.
+
+        Layers called on one tensor share one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also
+        how far the inputs have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out.
+        The block's outputs are stored for targets() if stream() was given a store for them.
 
         Raises LayerError if an input is not finite or a layer was never called.
         """
@@ -146,14 +141,14 @@ def stream(
 ) -> Iterator[Step]:
     """Yield the model's blocks in order, each with the inputs that the blocks before it give.
 
-    batches: what the model is called with; empty walks without inputs. propagate: 'pruned' sends inputs through each
-    block as the caller left it, 'dense' as it was when observed. start > 0 goes on from the inputs of that block, which
-    `store` holds from an earlier walk: the inputs of a block are dropped only after the next block was yielded and
-    done, so a caller that notes its place before editing a block can always return to it. keep_last also stores what
-    leaves the last block, for leave(). tick is called after every batch of every pass. teacher: where the inputs that
-    the dense blocks would have are kept beside those of the edited ones; observe(drift=True) of every block sees to it.
-    targets: where a block's dense outputs are kept until the next block. keep_all drops
-    no block's inputs; backwards then goes through the same blocks from the last to the first.
+    batches: what the model is called with; if empty, blocks are yielded without inputs. store: where the blocks' inputs are
+    kept, in memory by default. propagate: 'pruned' makes the next block's inputs by each block as the caller left it, 'dense' by
+    the block as it was when observed. start > 0 goes on from the inputs of that block, which `store` holds from an earlier walk:
+    a block's inputs are dropped only after the next block was yielded and done, so a caller that notes its place before editing a
+    block can always return to it. keep_last also stores what leaves the last block, for leave(). tick is called after every batch
+    of every pass. teacher: a second store, for the inputs that the dense blocks would have; observe(drift=True) of every block
+    fills it. targets: a store for a block's dense outputs, kept until the next block. keep_all drops no block's inputs; backwards
+    then goes through the same blocks from the last to the first.
     Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
     """
     loader = loader or AllLoaded()

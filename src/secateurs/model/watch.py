@@ -1,4 +1,4 @@
-"""What the inputs of layers look like while their block runs: sums (Stats) taken by hooks."""
+"""Collects Stats of layers' inputs, by hooks, while their block runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,18 +10,18 @@ from torch.overrides import TorchFunctionMode
 
 from secateurs.base.errors import LayerError
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import Stop
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Stop
 
 
 class Watch:
-    """Sums over the inputs of layers while their block runs."""
+    """The Stats of some layers of one block. Use hooks() around the passes, next_batch() after each batch, finish() at the end."""
 
     def __init__(self, layers: Sequence[Layer], gram: bool, may_stop: bool) -> None:
         self.layers = [layer for layer in layers if layer.kind != "expert"]
         self.experts = [layer for layer in layers if layer.kind == "expert"]
         self.gram = gram
-        # the last layer's output is not needed to know its input; experts have no last call
+        # a pass may end at the last layer's input; which call of an expert is the last one is not known
         self.may_stop = may_stop and not self.experts
         self.leader: dict[str, str] = {}
         self.sums: dict[str, Stats] = {}
@@ -33,7 +33,7 @@ class Watch:
 
     @contextmanager
     def looking_at_dense(self) -> Iterator[None]:
-        """Inputs are those of the dense model: kept until the same batch of the pruned one comes by."""
+        """A context for a pass with the dense model's inputs, which are kept until the same batch of the pruned model follows."""
         self.dense, self.at_dense = {}, True
         try:
             yield

@@ -15,11 +15,11 @@ from torch import Tensor
 from secateurs.base.errors import OutputError, PackError
 from secateurs.base.files import write_json, write_text
 from secateurs.base.progress import Progress, silent
-from secateurs.base.run_folder import models_of
+from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint, shard_name, write_index, write_shard
-from secateurs.model.plain import plain_reader
+from secateurs.model.unpacked import plain_reader
 
 # dense bytes that are read for one shard
 SHARD_BYTES = 1 << 29
@@ -30,7 +30,7 @@ def pack(
 ) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
-    Each Linear (and Conv1D) takes the format of linear.choose(); all other tensors are copied as they are. Negative zeros,
+    Each Linear (and Conv1D) takes the format of packed_linear.choose(); all other tensors are copied as they are. Negative zeros,
     which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops them. Raises
     CheckpointError for a source that cannot be read, OutputError for a place that cannot be written.
     """
@@ -123,7 +123,7 @@ def pack_run(
     progress: Progress = silent,
     merge_zeros: bool = False,
 ) -> dict[str, Any]:
-    """pack() for a run directory: its model to `out`, or to its folder `packed`, and the choices into its report."""
+    """pack() for a run directory: writes its packed model to `out`, or to its folder `packed`, and the choices into its report."""
     run = Path(run).expanduser()
     file, folder = run / "report.json", out or run / "packed"
     # of prune, shrink or recover
@@ -171,7 +171,7 @@ def _rewrite(
     convert: Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Any] | None]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Every tensor of a checkpoint through convert() into shards of `out`; what an earlier run finished is kept."""
+    """Pass every tensor of a checkpoint through convert() into shards of `out`; shards that an earlier run finished are kept."""
     if out.resolve() == checkpoint.folder.resolve():
         raise OutputError(f"{out} is the folder to read; give another with --out")
     state = out / "pack.json"

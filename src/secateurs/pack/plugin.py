@@ -69,7 +69,7 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @staticmethod
     def _find(model: Any, name: str) -> str | None:
-        """The layer in this class of model: with, without or under the prefix of the base model; None if it has no such."""
+        """The layer's name in this class of model: with, without or under the prefix of the base model; None if there is none."""
         prefix = f"{model.base_model_prefix}."
         names = {n for n, _ in model.named_modules()}
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)

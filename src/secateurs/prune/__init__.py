@@ -1,4 +1,4 @@
-"""One-shot pruning: the plan, what guides it (sensitivity, allocation), one block, tuning, and the run directory (folder, live).
+"""One-shot pruning: the plan, what guides it (sensitivity, allocation), one block, tuning, and the run that puts them together.
 
-prune.prune() is the way in; report and verify say and check what came of it.
+prune.prune() is the way in; record holds what report.json says, and verify checks it.
 """

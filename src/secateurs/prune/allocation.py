@@ -1,4 +1,4 @@
-"""How much of the whole each layer gives: ({name: LayerSummary}, sparsity, bounds) -> {name: sparsity}.
+"""How zeros are shared among layers: ({name: LayerSummary}, sparsity, bounds) -> {name: sparsity}.
 
 A new allocation is one function here and a row in ALLOCATIONS. All but `measured` give sparsities whose zeros add up to
 round(sparsity * total) exactly. O outputs, I inputs.

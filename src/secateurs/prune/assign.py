@@ -1,4 +1,4 @@
-"""What an allocation wants to know of a model, found by walking the dense one; and what it then gives each layer.
+"""Collects per-layer statistics on the dense model and assigns each layer its pattern and sparsity.
 
     shares = assign(model, loader, batches, plan, sensitivity, norms, cost, tick)     # {layer: (pattern, sparsity)}
 
@@ -23,8 +23,8 @@ from secateurs.matrix.patterns import count_zeros, parse
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import Loader
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Loader
 from secateurs.model.walk import stream
 from secateurs.prune.allocation import LayerSummary, Option, cheapest_loss
 from secateurs.prune.block import skip
@@ -88,7 +88,7 @@ def assign(
     def scores(name: str) -> Iterator[Tensor]:
         weight_OI = weight(name)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(plan.seed, name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, name))
             # an expert that no token reached has inputs of size 0
             stats = norms.get(name) or Stats.zeros(weight_OI.shape[1], False, weight_OI.device) if norms else None
             score_OI = solver.score(weight_OI, stats)
@@ -170,7 +170,7 @@ def _measured(
 
 
 def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], plan: Plan) -> Shares:
-    """Zeros beyond those asked for, which levels leave over, are given back where a zero costs most."""
+    """The shares with exactly as many zeros as asked: what the levels leave over is given back where a zero costs most."""
     zeros = {name: count_zeros(numels[name], sparsity) for name, (_, sparsity) in shares.items()}
     over = sum(zeros.values()) - sum(count_zeros(numel, plan.target) for numel in numels.values())
     for name in sorted(shares, key=lambda name: chosen[name].loss / max(1, zeros[name]), reverse=True):
@@ -204,7 +204,7 @@ def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Ite
 
 
 def _levels(plan: Plan) -> list[float]:
-    """The sparsities that are tried; the bounds are among them."""
+    """The sparsities whose losses are measured; the bounds are among them."""
     low, high = plan.bounds
     if plan.budget:
         found = [round(low + (high - low) * i / (_LEVELS - 1), 4) for i in range(_LEVELS)]
@@ -213,11 +213,11 @@ def _levels(plan: Plan) -> list[float]:
 
 
 def _without_weights(layer: Layer) -> Layer:
-    """The layer as a place only: holding its parameter would hold the whole model."""
+    """The layer without its parameter; holding the parameters of all layers would hold the whole model."""
     return dataclasses.replace(layer, parameter=nn.Parameter(layer.parameter.detach().to("meta"), requires_grad=False))
 
 
 def _with_weights(layer: Layer) -> Layer:
-    """The same layer after its block was loaded, which puts new parameters into the modules."""
+    """The layer with its parameter, once its block is loaded again; loading puts new parameters into the modules."""
     parameter = layer.module.get_parameter(layer.tensor_name.rpartition(".")[2])
     return dataclasses.replace(layer, parameter=parameter)

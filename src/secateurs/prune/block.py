@@ -1,4 +1,4 @@
-"""One block on its way through the walk: reorder inputs, prune every layer, tune what is left. In place.
+"""Prunes one block in place: reorders inputs, prunes every layer, tunes the survivors.
 
 O outputs, I inputs.
 """
@@ -16,13 +16,13 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
 from secateurs.matrix.patterns import NM, Pattern, parse
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of, matches, survivors
-from secateurs.model.parts import blocks_of
 from secateurs.model.walk import Step
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord
+from secateurs.prune.record import LayerRecord
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving, movable
 
@@ -33,7 +33,7 @@ _POWER = 0.5
 
 @dataclass(frozen=True)
 class Guide:
-    """What was found out about the model before its first layer is pruned.
+    """What is known about the dense model before its first layer is pruned.
 
     shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
     family, config: of a Hugging Face model, for what can be reordered.
@@ -52,7 +52,7 @@ class Guide:
         return parse(text, plan.scope), sparsity
 
     def output_scale(self, layer: str) -> Tensor | None:
-        """What a layer's rows are multiplied by while it is solved, [O, 1]: the root of what their squared errors count."""
+        """The factors of a layer's rows while it is solved, [O, 1]: the square roots of the weights of their squared errors."""
         found = self.sensitivity.get(layer)
         if found is None or not found.any():
             return None
@@ -118,7 +118,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
     try:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed() would leave the GPU's generator seeded as well
-            torch.default_generator.manual_seed(seed_of(plan.seed, layer.name))
+            torch.default_generator.manual_seed(seed_of(plan.calibration.seed, layer.name))
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
@@ -161,7 +161,7 @@ def _solve(
 
 
 def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
-    """How many weights a layer keeps. Raises LayerError if they are not finite or break the pattern."""
+    """The number of weights that a layer keeps. Raises LayerError if one is not finite or the pattern is broken."""
     written_OI = layer.read()
     if not torch.isfinite(written_OI).all():
         raise LayerError(f"{layer.name}: {not_finite.format(written_OI.dtype)}")
@@ -174,8 +174,9 @@ def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> 
 def _reorder(
     step: Step, todo: list[Layer], plan: Plan, guide: Guide, stats: dict[str, Stats]
 ) -> tuple[dict[str, str], list[str], Guide]:
-    """Reorder what can be, for layers that take an N:M pattern: notes by layer, biases that moved, and the guide in the new
-    order. `stats` are reordered in place.
+    """Reorder inputs where possible, for layers with an N:M pattern: notes by layer, biases that moved, the guide in the new order.
+
+    `stats` are reordered in place.
     """
     patterns = {layer.name: guide.share(plan, layer.name)[0] for layer in todo}
     wanting = {name for name, pattern in patterns.items() if isinstance(pattern, NM) and name in stats}
@@ -212,7 +213,7 @@ def _reorder(
 
 
 def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Moving]:
-    """What can be tuned of all blocks of a model: the survivors of layers that were pruned, and vectors."""
+    """The parameters that tuning all blocks may move: the survivors of pruned layers, and vectors (norms, biases)."""
     names, experts = blocks_of(model)
     pruned = {record.name for record in records if record.skipped is None}
     found: list[Moving] = []
@@ -223,7 +224,7 @@ def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Movin
 
 
 def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[str]]:
-    """The records and the names of what else moved, after all blocks of a model were tuned."""
+    """The records after all blocks were tuned, and the names of the other parameters that moved."""
     names, experts = blocks_of(model)
     by_name = {record.name: record for record in records}
     vectors: list[str] = []
@@ -237,7 +238,7 @@ def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tup
 
 
 def _tuned(layer: Layer, record: LayerRecord, plan: Plan) -> LayerRecord:
-    """The record of a layer whose survivors moved."""
+    """The record of a layer whose survivors were tuned."""
     pattern = parse(record.pattern or "", plan.scope)
     return replace(record, kept=_check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
 
@@ -255,7 +256,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
-            seed=seed_of(plan.seed, step.name),
+            seed=seed_of(plan.calibration.seed, step.name),
             tick=tick,
         )
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}

@@ -15,7 +15,7 @@ Cost = Callable[[tuple[int, int], torch.dtype, float], float]
 
 
 def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
-    """The cost that makes a budget a count of zeros."""
+    """The number of weights kept: with this cost a budget is a number of zeros."""
     numel = shape[0] * shape[1]
     return numel - count_zeros(numel, sparsity)
 
@@ -26,7 +26,7 @@ def _packed_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -
 
 
 def cost_of(plan: Plan) -> Cost:
-    """What the plan's budget is in: kept weights, bytes as packed, or seconds of decoding one token on this machine."""
+    """The cost that the plan's budget counts: kept weights, bytes as packed, or seconds of decoding one token on this machine."""
     if plan.budget is None:
         return kept_weights
     if plan.budget.startswith("bytes"):

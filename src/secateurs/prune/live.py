@@ -1,4 +1,4 @@
-"""Prune a live module in place."""
+"""Prunes a module that is in memory, in place."""
 
 import time
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.parts import AllLoaded, blocks_of, device_of
+from secateurs.model.blocks import AllLoaded, blocks_of, device_of
 from secateurs.model.walk import stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import prune_block, survivors_of
 from secateurs.prune.cost import cost_of
+from secateurs.prune.guide import guide_of, left_out, note_distillation
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
-from secateurs.prune.whole import guide_of, left_out, note_distillation
 
 
 def prune_live(
@@ -37,7 +37,7 @@ def prune_live(
             f"{plan.method} needs to see the module's inputs: pass calibration=token windows [N, S] or a list of "
             "keyword-argument dicts; magnitude and random need none"
         )
-    if plan.gate:
+    if plan.evaluation.gates:
         raise PlanError(
             "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
         )
@@ -56,7 +56,9 @@ def prune_live(
     # a module that is one block has no loss to be sensitive to
     whole = blocks_of(model)[0] == [""]
     if plan.sensitivity and not whole:
-        found, norms = sensitivity(model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.seed)
+        found, norms = sensitivity(
+            model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.calibration.seed
+        )
     report.warnings += left_out(plan, found, whole)
     guide = guide_of(model, plan, assign(model, None, batches, plan, found, norms, cost), found)
     teacher = InMemory() if plan.blend else None
@@ -76,7 +78,7 @@ def prune_live(
         tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(
             model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
-            seed=seed_of(plan.seed, "distill"), tick=tick,
+            seed=seed_of(plan.calibration.seed, "distill"), tick=tick,
         )  # fmt: skip
         note_distillation(model, plan, report, found_out)
     report.seconds["prune"] = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """The model card of a pruned folder: README.md with what a reader on a hub needs to know."""
 
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 
 
 def model_card(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""Every choice of one run, as data: checks itself, <-> plan.json. Where the result goes is not part of it."""
+"""Every choice of a run of prune, as data: it checks itself, and is what plan.json holds. Where results go is not part of it."""
 
 import dataclasses
 import json
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix import patterns, solvers
 from secateurs.matrix.stats import Stats
 from secateurs.prune.allocation import ALLOCATIONS, Allocation
 from secateurs.prune.effort import EFFORTS, PLAIN
-from secateurs.quality import gates
+from secateurs.quality.settings import Calibration, Evaluation, from_json
 
 SCOPES = ("row", "layer")
 # how far a layer's sparsity may lie from the target when zeros are shared out
@@ -41,13 +41,11 @@ class Plan:
     min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
     and above the target, with a budget 0 and 0.9. budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for
     allocation 'measured', in place of a count of zeros.
-    calibration, samples, seqlen, seed: the text, how many windows of how many tokens, their order. seqlen None: 2048 or
-    what the model's positions allow. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
+    calibration: the text that is looked at. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
     skip: globs of layer names to leave dense. allow_skips: layers that cannot take the pattern are no failure.
-    gate: quality floors. eval_text, eval_windows, eval_seqlen: where quality is measured; eval_windows 0: not at all.
-    tasks: names of lm-eval tasks; tasks_path: a folder of task files of your own; tasks_limit: questions of each, None for all.
+    evaluation: how quality is measured, and the floors it must hold.
     """
 
     model: str = ""
@@ -65,30 +63,19 @@ class Plan:
     min_sparsity: float | None = None
     max_sparsity: float | None = None
     budget: str | None = None
-    calibration: str = "pydoc"
-    samples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
+    calibration: Calibration = Calibration()
     propagate: str = "pruned"
     damping: float | None = None
     skip: tuple[str, ...] = ()
     allow_skips: bool = False
-    gate: tuple[str, ...] = ()
-    eval_text: str = "pydoc"
-    eval_windows: int = 24
-    eval_seqlen: int | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: str | None = None
-    tasks_limit: int | None = None
+    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        for name in ("skip", "gate", "tasks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "skip", tuple(self.skip))
         self._resolve_effort()
         try:
             parsed = [patterns.parse(text) for text in self.pattern.split(",")]
             solver = solvers.find(self.method or "")
-            gates.check(self.gate, self.tasks)
         except ValueError as error:
             raise PlanError(str(error)) from None
         self._check_allocation(parsed)
@@ -111,7 +98,9 @@ class Plan:
             object.__setattr__(self, "effort", "balanced" if self.method is None else PLAIN.name)
         efforts = {**EFFORTS, PLAIN.name: PLAIN}
         if self.effort not in efforts:
-            raise PlanError(f"unknown effort '{self.effort}'; write {', '.join(EFFORTS)}")
+            raise PlanError(
+                f"unknown effort '{self.effort}'; write {', '.join(EFFORTS)}{nearest(str(self.effort), EFFORTS)}"
+            )
         effort = efforts[self.effort]
         if self.method is None and not effort.method:
             raise PlanError(f"effort {effort.name} has no method of its own; give --method")
@@ -137,7 +126,8 @@ class Plan:
 
     def _check_allocation(self, parsed: list[patterns.Pattern]) -> None:
         if self.allocation not in ALLOCATIONS:
-            raise PlanError(f"unknown allocation '{self.allocation}'; write {', '.join(ALLOCATIONS)}")
+            near = nearest(str(self.allocation), ALLOCATIONS)
+            raise PlanError(f"unknown allocation '{self.allocation}'; write {', '.join(ALLOCATIONS)}{near}")
         if len(parsed) > 1 and self.allocation != "measured":
             raise PlanError(
                 f"patterns {self.pattern} leave a choice for every layer, which only --allocation measured makes; "
@@ -187,14 +177,10 @@ class Plan:
             )
         if self.propagate not in ("pruned", "dense"):
             raise PlanError(f"cannot propagate '{self.propagate}'; write pruned or dense")
-        limits = (
-            ("samples", 1), ("seqlen", 2), ("eval_windows", 0), ("eval_seqlen", 2), ("sensitivity", 0), ("reconstruct", 0),
-            ("distill", 0), ("tasks_limit", 1),
-        )  # fmt: skip
-        for name, least in limits:
+        for name in ("sensitivity", "reconstruct", "distill"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise PlanError(f"{name.replace('_', '-')} {value} is too small; give {least} or more")
+            if value is not None and value < 0:
+                raise PlanError(f"{name} {value} is too small; give 0 or more")
         if self.blend is None or not 0 <= self.blend <= 1:
             raise PlanError(f"blend {self.blend} is not between 0 (a layer's own outputs) and 1 (the dense model's)")
         if self.blend and self.solver.needs != "gram":
@@ -203,8 +189,6 @@ class Plan:
             )
         if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
-        if not self.eval_windows and any(gates.Gate.parse(text).task is None for text in self.gate):
-            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
         if self.propagate == "dense" and (self.blend or self.reconstruct):
             raise PlanError("blend and reconstruct need the inputs that pruned blocks give; propagate dense hides them")
 
@@ -232,7 +216,7 @@ class Plan:
         return solvers.find(self.method or "")
 
     def damping_of(self, stats: Stats) -> float:
-        """The damping of a layer whose inputs were seen so often."""
+        """The damping of a layer, by the number of tokens in its statistics."""
         return self.damping or solvers.damping_for(stats.tokens, len(stats.sqnorm_I))
 
     @property
@@ -241,12 +225,12 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether anything in the plan looks at calibration text."""
+        """True if anything in the plan needs calibration text."""
         asks = (self.sensitivity, self.blend, self.permute, self.reconstruct, self.distill)
         return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
 
     def as_dict(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "plan") -> "Plan":
@@ -256,9 +240,11 @@ class Plan:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise PlanError(f"{where} has unknown key '{unknown[0]}'; known: {', '.join(sorted(known))}")
+            raise PlanError(
+                f"{where} has unknown key '{unknown[0]}'; known: {', '.join(sorted(known))}{nearest(unknown[0], known)}"
+            )
         try:
-            return cls(**data)
+            return cls(**from_json(data, where))
         except TypeError as error:
             raise PlanError(f"{where} holds a value of the wrong type: {error}") from None
 
@@ -272,7 +258,3 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{file} is not JSON: {error}") from None
         return cls.from_dict(data, str(file))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

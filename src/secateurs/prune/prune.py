@@ -1,4 +1,4 @@
-"""prune(): a model folder into a run directory, or a live module in place."""
+"""prune(), the way in: a model folder into a run directory, or a live module in place."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.model.batches import Batch
-from secateurs.prune.folder import Run
 from secateurs.prune.live import prune_live
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
+from secateurs.prune.run import Run
 
 
 def prune(

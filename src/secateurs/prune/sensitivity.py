@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import Loader, leave, pieces
 from secateurs.model.layers import Layer
-from secateurs.model.parts import Loader, leave, pieces
 from secateurs.model.walk import stream
 
 Tick = Callable[[], None]

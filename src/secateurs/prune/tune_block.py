@@ -1,4 +1,4 @@
-"""Tune what pruning left of a block against the dense block's output: masks frozen, dozens of steps of Adam.
+"""Tunes the survivors of a block against the dense block's output: masks frozen, dozens of steps of Adam.
 
 The loss is ||block(x) - target||^2 / ||target||^2, token by token. x comes from the pruned blocks before, and the target is what
 the dense block makes of the same x. (What the dense model had there is no better: it cannot be known from x, so the

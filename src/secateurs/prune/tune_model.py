@@ -1,4 +1,4 @@
-"""Tune what pruning left of all blocks together, against what the dense model predicts: masks frozen.
+"""Tunes the survivors of all blocks together against the dense model's predictions: masks frozen.
 
 The loss is the mean over tokens of KL(dense || pruned) of the next-token distributions (Hinton et al. 2015, arXiv 1503.02531,
 at temperature 1). Embeddings, the last norm and the head are not pruned and not tuned, so the dense logits are the
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateurs.model.activations import Activations, note_place, read_place
 from secateurs.model.batches import Batch
-from secateurs.model.parts import Loader, blocks_of, leave, whole
+from secateurs.model.blocks import Loader, blocks_of, leave, whole
 from secateurs.model.walk import stream
 from secateurs.prune.tuning import Memory, Moving, Outcome, loss_scale, tune, unscaled
 
@@ -32,7 +32,7 @@ def dense_ends(
     tick: Callable[[], None],
     place: Path | None = None,
 ) -> Callable[[int], Tensor]:
-    """Walk a dense model and keep what leaves its last block: a function of the batch.
+    """Walk a dense model and keep the outputs of its last block; returns a function of the batch that reads them.
 
     place: a file that says which block is next, beside a store on disk, so that a killed walk goes on. One tick a batch and block,
     unless all of them are known.

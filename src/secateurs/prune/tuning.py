@@ -1,7 +1,7 @@
-"""Adam on what pruning left: masks frozen, a fixed number of steps, the weights that did best on held-out places kept.
+"""Adam on the survivors of pruning: masks frozen, a fixed number of steps, the weights that did best on held-out places kept.
 
-What a place is (some windows of a batch), its loss and its gradients are the caller's: reconstruct.py has a block's,
-distill.py the whole model's. A tenth of the places, 16 at most, is held out.
+The caller says what a place is (some windows of a batch) and gives its loss and gradients: tune_block.py those of a block,
+tune_model.py those of the whole model. A tenth of the places, 16 at most, is held out.
 """
 
 import math
@@ -82,7 +82,7 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Sequence[Tenso
 
 
 def movable(block: nn.Module, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Moving]:
-    """What is tuned of a block: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
+    """The parameters of a block that are tuned: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
     masks = {id(p): mask for p, mask in pruned}
     wanted = (p for p in block.parameters() if id(p) in masks or (p.dim() == 1 and p.is_floating_point()))
     return [Moving.of(p, masks.get(id(p))) for p in wanted]
@@ -188,7 +188,7 @@ class _Survivors:
                 copy.grad = part if copy.grad is None else copy.grad.add_(part)
 
     def sum(self, ranks: Ranks) -> None:
-        """What all ranks found. None where none of them found any."""
+        """The sum over all ranks; None if no rank has any."""
         if ranks.size == 1:
             return
         found = torch.tensor([copy.grad is not None for copy in self.copies], dtype=torch.float32)
@@ -241,7 +241,7 @@ class _Survivors:
 
 
 def _size(copy: Tensor, mask: Tensor | None) -> float:
-    """Root mean square of what may move."""
+    """Root mean square of the weights that may move."""
     moving = copy if mask is None else copy[mask]
     return math.sqrt(float(moving.square().sum()) / max(1, moving.numel()))
 

@@ -11,9 +11,9 @@ from secateurs.base.progress import Progress, silent
 from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint, checksum
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.plain import plain_reader
+from secateurs.model.unpacked import plain_reader
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 
 
 def verify(folder: str | Path, progress: Progress = silent) -> Report:
@@ -38,7 +38,7 @@ def verify(folder: str | Path, progress: Progress = silent) -> Report:
 
 
 def _keys(file: Path) -> set[str]:
-    """Of a JSON object; none of what is not one."""
+    """The keys of a JSON object; none if the file holds something else."""
     try:
         return set(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -94,7 +94,7 @@ def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
 
 
 def _check_packed(folder: Path, result: Checkpoint) -> None:
-    """The packed model holds the pruned one's weights, bit for bit but for the sign of zeros."""
+    """Check that the packed model has the pruned one's weights, bit for bit but for the sign of zeros."""
     plain = plain_reader(Checkpoint(folder, packed=True))
     for name in result.file_of:
         before, after = result.read([name])[name], plain(name)
@@ -103,7 +103,7 @@ def _check_packed(folder: Path, result: Checkpoint) -> None:
 
 
 def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str]:
-    """Nothing but what is named may differ from the dense model."""
+    """Check that only the named tensors differ from the dense model."""
     try:
         source = Checkpoint(plan.model)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""What a model is worth: text as tokens (texts), perplexity and KL (evaluate), lm-eval tasks, and gates, the floors it must hold.
+"""How good a model is: text as tokens (texts), perplexity and KL (compare), lm-eval tasks, and gates, the limits it must hold.
 
-evaluation measures a folder against its dense model, and is what commands call.
+evaluation compares a model folder with its dense model, and is what commands call.
 """

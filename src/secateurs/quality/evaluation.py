@@ -1,16 +1,18 @@
-"""Quality of model folders on held-out text: the dense model and what became of it, walked side by side."""
+"""Quality of model folders on held-out text: the dense and the pruned model, walked side by side."""
 
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from secateurs.base.device import machine
+from secateurs.base.errors import CalibrationError
 from secateurs.base.files import (
     cache_folder,
     fingerprint_of,
@@ -20,47 +22,118 @@ from secateurs.base.files import (
 from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent
 from secateurs.model import checkpoint
-from secateurs.model.batches import check_vocabulary, window_length
-from secateurs.quality import evaluate, texts
+from secateurs.model.batches import check_vocabulary
+from secateurs.quality import compare, gates, tasks, texts
+from secateurs.quality.settings import Evaluation
 
-# of calibration text whose perplexity is shown beside that of the evaluation text
+# tokens of calibration text on which the dense model's perplexity is measured, to be shown beside the evaluation text's
 _TOKENS_TOLD = 4096
 
-# evaluation notes its place after this many windows
+# windows after which evaluation notes its place
 _WINDOWS_PER_GROUP = 8
 
-# of what leaves dense models' last blocks, kept from run to run
+# most bytes of dense models' last hidden states that are kept from run to run
 _ENDS_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a report says of a result's worth: quality and evaluation (its text), tasks and compared, gate, warnings.
+
+    numbers, text: what quality and evaluation are made of; None where nothing was measured on text.
+    """
+
+    gate: list[dict[str, Any]]
+    warnings: list[str]
+    tasks: dict[str, Any] | None = None
+    compared: dict[str, Any] = field(default_factory=dict)
+    numbers: compare.Quality | None = None
+    text: texts.Text | None = None
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        return self.numbers.as_dict() if self.numbers else None
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        return self.text.facts() if self.text else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of a report."""
+        names = ("quality", "evaluation", "tasks", "compared", "gate")
+        return {name: getattr(self, name) for name in names}
+
+
+def measured(
+    dense: checkpoint.Checkpoint,
+    result: checkpoint.Checkpoint | None,
+    asked: Evaluation,
+    seed: int,
+    progress: Progress = silent,
+    work: Path | None = None,
+    beside: Path | None = None,
+) -> Measured:
+    """Measure a folder against its dense model, or the dense one alone, and hold it to its gates.
+
+    work: where finished windows and tasks are kept, for a run that goes on. beside: where the dense model's tasks are kept for
+    other runs on it. Raises CalibrationError where a gate asks for what the model cannot tell.
+    """
+    found, warnings = None, []
+    if asked.windows:
+        found = quality(dense, result, asked, seed, progress, work / "windows.json" if work else None)
+        if found is None:
+            if asked.text_gates:
+                raise CalibrationError(f"{dense.folder} predicts no next token, so a gate on it cannot be measured")
+            warnings.append("quality was not measured: the model predicts no next token")
+    told, compared = None, {}
+    if asked.tasks:
+        models = {"dense": (dense, beside or work)} | ({"pruned": (result, work)} if result else {})
+        results = {name: _tasks(name, one, asked, kept) for name, (one, kept) in models.items()}
+        told = {name: tasks.without_scores(one) for name, one in results.items()}
+        if result is not None:
+            compared = tasks.compare(results["dense"], results["pruned"], seed)
+    numbers, text = found or (None, None)
+    gate = gates.judge(asked.gates, numbers.as_dict() if numbers else None, compared)
+    return Measured(gate, warnings, told, compared, numbers, text)
+
+
+def _tasks(name: str, model: checkpoint.Checkpoint, asked: Evaluation, kept: Path | None) -> dict[str, Any]:
+    """Results of one model's tasks, from where they are kept if they are."""
+    file = kept / f"tasks-{name}.json" if kept else None
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())  # type: ignore[no-any-return]
+    found = tasks.run_tasks(model.folder, asked.tasks, asked.tasks_path, asked.tasks_limit)
+    if file is not None:
+        write_json(file, found)
+    return found
 
 
 def quality(
     dense: checkpoint.Checkpoint,
     pruned: checkpoint.Checkpoint | None,
-    source: str,
-    windows: int,
-    seqlen: int | None,
+    asked: Evaluation,
     seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
-) -> tuple[evaluate.Quality, texts.Text] | None:
+) -> tuple[compare.Quality, texts.Text] | None:
     """Measure one or two model folders on held-out text; None if the model predicts no next token.
 
-    cache: a file that remembers finished windows of the same models and text across a kill. What leaves the dense model's last
-    block is kept in the cache folder for all that is measured against it later, 4 GB in all.
+    cache: a file that keeps finished windows of the same models and text across a kill. The hidden states that leave the dense
+    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later.
     """
     if not predicts_next_token(dense):
         return None
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
-    length = window_length(seqlen, models[0][0])
-    text = texts.load(source, dense.tokenizer(), windows, length, None, "held-out")
+    length = asked.length(models[0][0])
+    text = texts.load(asked.text, dense.tokenizer(), asked.windows, length, None, "held-out")
     check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     ends = _ends_of(models[0][0], of) if pruned is not None else None
-    done: list[evaluate.Window] = []
+    done: list[compare.Window] = []
     if cache is not None and cache.is_file():
         known = json.loads(cache.read_text())
         if isinstance(known, dict) and known["of"] == of:
-            done = [evaluate.Window(**w) for w in known["windows"]]
+            done = [compare.Window(**w) for w in known["windows"]]
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
     total = n * (blocks * len(models) + 1)
@@ -74,23 +147,23 @@ def quality(
     while len(done) < n:
         group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
         second = models[1] if pruned is not None else None
-        done = evaluate.measure(models[0], second, group, done, tick, ends)
+        done = compare.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
-    return evaluate.summarise(done, seed), text
+    return compare.summarise(done, seed), text
 
 
 def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
-    """Where what leaves a dense model's last block is kept for a text; None where nothing can be written.
+    """The folder for a dense model's last hidden states on a text; None where nothing can be written.
 
-    Another version, instruction set or dtype of products has other bits.
+    Its name depends on the versions, the instruction set and the dtype of products, because the bits do.
     """
     here = machine()
     facts = [of[0], of[2], here["versions"], here["isa"], str(compute_dtype(model.config.dtype))]
     folder = cache_folder() / "ends" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # whatever was used last goes last
+        # trim() deletes what was used longest ago
         folder.touch()
         trim(folder.parent, _ENDS_BYTES)
     except OSError:
@@ -99,7 +172,7 @@ def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
 
 
 def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
-    """Whether its class is one of transformers' causal language models."""
+    """True if the model's class is one of transformers' causal language models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = source.raw_config.get("architectures") or [""]
@@ -107,11 +180,11 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
 
 def texts_apart(
-    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: evaluate.Quality, seed: int
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """How far apart the windows of two texts are for the dense model, of which `found` tells the second; and warnings."""
+    """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
     some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
-    seen = evaluate.summarise(evaluate.measure((source.skeleton(), source), None, some), seed)
+    seen = compare.summarise(compare.measure((source.skeleton(), source), None, some), seed)
     apart = dataclasses.replace(
         texts.distance(calibration, evaluation),
         ppl_calibration=seen.ppl_dense.value,
@@ -122,7 +195,7 @@ def texts_apart(
 
 
 def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:
-    """One sentence if they share text, else none."""
+    """A list with one sentence if the two texts share passages, else an empty one."""
     share = texts.overlap(calibration, evaluation)
     if not share:
         return []

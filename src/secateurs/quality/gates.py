@@ -1,4 +1,4 @@
-"""The floors that a result must pass: held by the bad end of the interval, not by the mean; and what would decide an open one.
+"""Gates: limits that a result must hold, with the bad end of its interval, not with its mean.
 
 ppl<=+5%          perplexity at most 5% above the dense model's, paired
 ppl<=12, kl<=0.1  perplexity; mean KL to the dense model in nats a token
@@ -16,16 +16,16 @@ from typing import Any
 from secateurs.base.estimate import Estimate
 
 METRICS = ("ppl", "kl", "agree")
-# fewer samples than this pass nothing: their interval is too narrow to be believed
+# with fewer samples than this nothing passes: the interval of so few is too narrow to be trusted
 LEAST = {"windows": 8, "questions": 20}
 _FORMS = "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'TASK>=0.35' or 'TASK>=dense-0.02'"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One floor. metric: of METRICS, or a task. limit: what the estimate is held against, in its own units.
+    """One gate. metric: one of METRICS, or a task. limit: what the estimate is compared with, in the estimate's units.
 
-    against_dense: the estimate is relative to the dense model's: a ratio of perplexities, a difference of accuracies.
+    against_dense: the estimate is relative to the dense model's: a ratio of perplexities, or a difference of accuracies.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> "Gate":
-        """Raises ValueError naming what was written and what may be."""
+        """'ppl<=+5%' -> Gate. Raises ValueError naming what was written and what may be."""
         found = re.fullmatch(r"\s*([\w.:-]+?)\s*(<=|>=)\s*(\+|dense\s*-\s*)?(\d+(?:\.\d+)?)(%?)\s*", text)
         if found:
             metric, sign, prefix, number, percent = found.groups()
@@ -54,16 +54,16 @@ class Gate:
 
     @property
     def task(self) -> str | None:
-        """The task that it asks about, if any."""
+        """The task that the gate is about, or None."""
         return None if self.metric in METRICS else self.metric
 
     @property
     def at_least(self) -> bool:
-        """Whether more is better."""
+        """True if higher is better."""
         return self.metric not in ("ppl", "kl")
 
     def _estimate(self, quality: dict[str, Any] | None, compared: dict[str, Any]) -> tuple[Estimate | None, str]:
-        """What is held against the limit, and what it is counted in."""
+        """The estimate that is compared with the limit, or None, and what its samples are: 'windows' or 'questions'."""
         if self.task is not None:
             found = compared.get(self.metric)
             return (Estimate(**found["difference" if self.against_dense else "pruned"]) if found else None), "questions"
@@ -72,11 +72,12 @@ class Gate:
         return (Estimate(**value) if value else None), "windows"
 
     def judge(self, quality: dict[str, Any] | None, compared: dict[str, Any]) -> dict[str, Any]:
-        """The gate's record in a report. quality: as in the report. compared: of tasks.compare().
+        """The gate's record in a report. quality: as in the report. compared: from tasks.compare().
 
-        verdict: 'passed' if the bad end of the interval holds, 'missed' if the good end does not, else 'undecided', which is no
-        pass; so are fewer samples than LEAST. more: how many more windows or questions would settle it, if the mean stays, for an
-        interval narrows with their root. missed: the sentence, or None.
+        verdict: 'missed' if even the good end of the interval breaks the limit, 'passed' if the bad end holds it, else 'undecided',
+        which is no pass. With fewer samples than LEAST it is undecided at best. more: how many more windows or questions would
+        settle it if the mean stays, as an interval narrows with the root of their number. missed: the sentence for the user, or
+        None.
         """
         estimate, unit = self._estimate(quality, compared)
         record: dict[str, Any] = {"gate": self.text, "metric": self.metric, "limit": self.limit}
@@ -128,12 +129,12 @@ def check(gates: Sequence[str], tasks: Sequence[str] = ()) -> None:
 def judge(
     gates: Sequence[str], quality: dict[str, Any] | None, compared: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Records of all gates, in order."""
+    """The records of all gates, in order."""
     return [Gate.parse(text).judge(quality, compared or {}) for text in gates]
 
 
 def _more(estimate: Estimate, limit: float, end: float) -> int | None:
-    """Samples beyond n at which the end of the interval that lies past the limit comes to lie at it."""
+    """How many more samples bring `end`, the end of the interval past the limit, to the limit; None if the mean is at the limit."""
     gap = abs(estimate.value - limit)
     if not gap:
         return None

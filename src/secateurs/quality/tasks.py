@@ -1,4 +1,4 @@
-"""Tasks beside perplexity: lm-eval's, or files of one's own; dense and pruned compared question by question."""
+"""Tasks beside perplexity: lm-eval's, or task files of your own. Two models are compared question by question."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +11,12 @@ from secateurs.base.errors import CalibrationError
 from secateurs.base.estimate import Estimate, mean_of
 from secateurs.base.precision import widened
 
-# a task's own metric is the first of these that it has
+# the metric that stands for a task: the first of these that it has
 _PREFERRED = ("acc", "exact_match", "acc_norm", "f1")
 
 
 def check(tasks: Sequence[str], tasks_path: str | None) -> Any:
-    """lm-eval's task manager, if it knows them all. Raises CalibrationError without lm-eval, for unknown tasks and groups."""
+    """lm-eval's task manager. Raises CalibrationError without lm-eval, and for unknown tasks and groups of tasks."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -37,9 +37,9 @@ def check(tasks: Sequence[str], tasks_path: str | None) -> Any:
 def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit: int | None = None) -> dict[str, Any]:
     """lm-eval tasks on a model folder: {task: {metric: value, metric_stderr: value}}. Loads the whole model.
 
-    Each task also has 'metric', its own one, and 'scores', that metric of every question. tasks_path: a folder of YAML task
-    files (and the JSONL they name). limit: questions of each task. Raises CalibrationError without lm-eval, or for a task that
-    it does not know.
+    Each task also has 'metric', the name of its main metric, and 'scores', that metric for every question. tasks_path: a folder
+    of YAML task files (and the JSONL they name). limit: questions of each task. Raises CalibrationError without lm-eval, or for a
+    task that it does not know.
     """
     manager = check(tasks, tasks_path)
     from lm_eval import simple_evaluate
@@ -48,7 +48,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # of its own accord it would take a GPU where there is one, and report.json says what computed
+    # by itself it would take a GPU where there is one, and report.json would name the wrong device
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
     with widened():
         found = simple_evaluate(
@@ -60,7 +60,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
         samples = found["samples"].get(task, [])
         metric = next((m for m in _PREFERRED if samples and m in samples[0]), None)
         if metric is not None:
-            # a task may read its answers in several ways; the first counts
+            # a task may read its answers in several ways (filters); the first one counts
             ways = [s for s in samples if s.get("filter") == samples[0].get("filter")]
             out[task] |= {"metric": metric, "scores": [float(s[metric]) for s in sorted(ways, key=_number)]}
     return out
@@ -86,7 +86,7 @@ def compare(dense: dict[str, Any], pruned: dict[str, Any], seed: int = 0) -> dic
 
 
 def _certain(found: Estimate, least: float) -> Estimate:
-    """Equal answers leave a bootstrap no spread: the rule of three, 3/n, bounds what was not seen (Hanley, Lippman-Hand 1983)."""
+    """The estimate, with an interval of 3/n if all values are equal and a bootstrap has no spread (Hanley, Lippman-Hand 1983)."""
     if found.low < found.high:
         return found
     rare = 3 / found.n
@@ -94,5 +94,5 @@ def _certain(found: Estimate, least: float) -> Estimate:
 
 
 def without_scores(results: dict[str, Any]) -> dict[str, Any]:
-    """What a report shows of run_tasks(): numbers only."""
+    """The results of run_tasks() as reports show them: without the scores of single questions."""
     return {task: {k: v for k, v in row.items() if k not in ("metric", "scores")} for task, row in results.items()}

@@ -19,14 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError
 from secateurs.base.precision import widened
+from secateurs.base.progress import Progress, silent, ticker
+from secateurs.model.checkpoint import Checkpoint
+from secateurs.quality.settings import Calibration
 
-# a token takes 3 to 5 characters of English; this many are tokenized per token wanted, then twice as many if short
+# a token is 3 to 5 characters of English; so many are tokenized for each token wanted, and twice as many if that is too few
 _CHARACTERS_PER_TOKEN = 8
-# text of another kind overlaps by less than this share of what text of one kind does (docs/calibration.md)
+# texts of different kinds overlap by less than this share of what text of one kind does (docs/calibration.md)
 ALIKE = 0.5
 # every third topic is held out, so that both parts cover the whole alphabet
 _HELD_OUT = 3
@@ -34,7 +37,7 @@ _HELD_OUT = 3
 
 @dataclass(frozen=True)
 class Text:
-    """Windows and where they came from. asked, got: windows; sha256 of the tokens, so two runs can be compared."""
+    """Token windows and their source. asked: how many windows were wanted. bos: whether each begins with a special token."""
 
     source: str
     windows: Tensor
@@ -58,9 +61,9 @@ class Text:
 def load(source: str, tokenizer: Any, windows: int, seqlen: int, seed: int | None, part: str = "calibration") -> Text:
     """Up to `windows` windows of `seqlen` tokens, fewer where the text ends (Text.asked tells).
 
-    seed: documents are shuffled by random.Random(seed) and joined by blank lines (a single text: its windows are
-    drawn); None takes the text in order. part: 'calibration' or 'held-out', halves of the same source that never meet;
-    only 'pydoc' is split, other sources are used whole. If the tokenizer begins a text with a special token, every
+    seed: documents are shuffled by random.Random(seed) and joined by blank lines (of a single text, windows are drawn at
+    random); None takes the text in order. part: 'calibration' or 'held-out', parts of one source that share no text; only
+    'pydoc' is split, other sources are used whole. If the tokenizer begins a text with a special token, every
     window begins with it.
     Raises CalibrationError if not one window is found.
     """
@@ -82,6 +85,18 @@ def load(source: str, tokenizer: Any, windows: int, seqlen: int, seed: int | Non
     rows = rows[:windows]
     prefix = torch.tensor(start, dtype=rows.dtype).expand(len(rows), len(start))
     return Text(name, torch.cat([prefix, rows], 1), windows, bool(start))
+
+
+def read(asked: Calibration, source: Checkpoint, model: nn.Module, windows: int, progress: Progress = silent) -> Text:
+    """The calibration text of a run, `windows` windows of it. model: a skeleton of `source`. Raises CalibrationError."""
+    seqlen = asked.length(model)
+    if asked.source != "self":
+        return load(asked.source, source.tokenizer(), windows, seqlen, asked.seed)
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+    tick = ticker(progress, "sampling", seqlen - 1)
+    return sample_from(whole, source.tokenizer(), windows, seqlen, asked.seed, tick)
 
 
 def sample_from(model: Any, tokenizer: Any, windows: int, seqlen: int, seed: int, tick: Callable[[], None]) -> Text:
@@ -119,9 +134,11 @@ def overlap(calibration: Tensor, evaluation: Tensor, length: int = 50) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far calibration text lies from evaluation text. overlap: of their token frequencies p and q, sum_v min(p_v, q_v), 1 where
-    they are equal; within: the same between two halves of either, the smaller, which is what text of one kind gives at this length.
-    ppl_*: the dense model's perplexity on each, or None where it was not measured.
+    """How unlike calibration and evaluation text are.
+
+    overlap: of their token frequencies p and q, sum_v min(p_v, q_v), 1 if they are equal. within: the same between two halves of
+    one text, the smaller of both texts' values, which is what text of one kind gives at this length. ppl_*: the dense model's
+    perplexity on each text, or None where it was not measured.
     """
 
     overlap: float
@@ -144,14 +161,14 @@ class Distance:
 
 
 def distance(calibration: Tensor, evaluation: Tensor) -> Distance:
-    """Of windows [N, S]; both are cut to the same number of tokens, for shorter texts overlap less."""
+    """The distance of two texts, given as windows [N, S]. Both are cut to the same length, since shorter texts overlap less."""
     n = min(calibration.numel(), evaluation.numel())
     a, b = (_halved(windows.flatten()[:n]) for windows in (calibration, evaluation))
     return Distance(_common(a[0], b[1]), min(_common(*a), _common(*b)))
 
 
 def _halved(tokens: Tensor, piece: int = 64) -> tuple[Tensor, Tensor]:
-    """Pieces in turn, so that both halves have something of every document."""
+    """Two halves of a text, its pieces dealt in turn, so that both have something of every document."""
     pieces = torch.split(tokens, piece)
     return torch.cat(list(pieces[::2])), torch.cat(list(pieces[1::2]) or [tokens[:0]])
 
@@ -198,7 +215,7 @@ def _pydoc(part: str) -> list[str]:
     held = {name for i, name in enumerate(names) if i % _HELD_OUT == 0}
     if part == "calibration":
         return [topics[name] for name in names if name not in held]
-    # topics quote each other: a paragraph that calibration may see is not held out
+    # topics quote each other: a paragraph of the calibration part is left out of the held-out part
     seen = {_plain(p) for name in names if name not in held for p in topics[name].split("\n\n")}
     kept = ("\n\n".join(p for p in topics[name].split("\n\n") if _plain(p) not in seen) for name in sorted(held))
     return [text for text in kept if text]

@@ -17,6 +17,7 @@ from secateurs.base.device import machine
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_text
 from secateurs.machine.profile import DeviceProfile
+from secateurs.quality.settings import FLAGS
 from secateurs.report import charts
 
 
@@ -179,17 +180,19 @@ def _products(profile: DeviceProfile | None, models: Sequence[dict[str, Any]]) -
 
 
 # options that --no-… turns off
-_ON_BY_DEFAULT = ("permute", "refit", "uniform")
+_ON_BY_DEFAULT = ("permute", "refit")
 
 
 def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
     """The command that makes a run again."""
     words = ["secateurs", stage, plan["model"], "--out", str(folder)]
-    names = {"foreign": "allow_foreign_profile"}
-    for name, value in plan.items():
+    flat = {("allow-foreign-profile" if name == "foreign" else name): value for name, value in plan.items()}
+    for part, flags in FLAGS.items():
+        flat |= {flags[name]: value for name, value in (flat.pop(part, None) or {}).items()}
+    for name, value in flat.items():
         if name == "model" or value is None or value in ("", []):
             continue
-        option = "--" + names.get(name, name).replace("_", "-")
+        option = "--" + name.replace("_", "-")
         if value is False:
             words += [option.replace("--", "--no-", 1)] if name in _ON_BY_DEFAULT else []
             continue
@@ -198,7 +201,7 @@ def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
         elif isinstance(value, list):
             words += [word for item in value for word in (option, str(item))]
         elif value is True:
-            words += [option]
+            words += [option] if name not in _ON_BY_DEFAULT or name == "permute" else []
         else:
             words += [option, str(value)]
     return shlex.join(words)

@@ -17,7 +17,7 @@ from secateurs.model.families import FAMILIES
 from secateurs.model.inspect import ModelFacts
 from secateurs.prune.allocation import ALLOCATIONS
 from secateurs.prune.effort import EFFORTS, Effort
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 
 
 def _table(*columns: str) -> Table:
@@ -249,7 +249,7 @@ def print_recovered(report: dict[str, Any], console: Console, folder: str) -> No
     """What `secateurs recover` won back."""
     plan, training = report["plan"], report["training"]
     console.print(
-        f"{training['steps']} steps of {plan['batch']} windows on {escape(report['data']['source'])}, {plan['train']} trained: "
+        f"{training['steps']} steps of {plan['batch']} windows on {escape(report['calibration']['source'])}, {plan['train']} trained: "
         f"held-out loss {training['before']:.4f} before, {training['after']:.4f} after. All {report['zeros']:,} zeros of "
         f"{report['of_weights']:,} weights are zeros still."
     )

@@ -1,4 +1,5 @@
-"""Whole units removed (neurons, heads, experts, channels, blocks): what is left is a smaller dense model.
+"""Removes whole units (neurons, heads, experts, channels, blocks), so that a smaller dense model is left.
 
-folder.shrink() works on a model folder, channels.shrink_module() on a live module.
+run.shrink() works on a model folder, by way of estimates, shapes and cutting. channels.shrink_module() works on a live module, by
+way of trace, widths and consumers.
 """

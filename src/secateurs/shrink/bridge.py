@@ -1,11 +1,11 @@
-"""What removed blocks did, given to the last matrix of the block before them: least squares, kept where it helps.
+"""Replaces removed blocks by a change of the last matrix before them: a least-squares fit, kept where it helps.
 
-The block before ends in a matrix W whose product is added to the residual stream (its MLP's down projection). With a_T its
-inputs and D_T what the removed blocks would add to what now leaves the block,
+The block before the removed ones ends in a matrix W whose product is added to the residual stream (its MLP's down projection).
+With a_t its inputs and D_t what the removed blocks would add to the block's output,
     W + argmin_V sum_t ||D_t - V a_t||^2 + damping * mean diag(A'A) * ||V||^2
-takes their place as far as a linear map of a can. ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) fits a map of the
-hidden state instead. Where a block norms that product before it adds it, this is a guess for the held-out windows to judge.
-O outputs, I inputs, T tokens.
+replaces them as far as a linear map of a can. ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) fits a map of the hidden state
+instead. Some blocks normalize the product before they add it; the fit is then only approximate, and held-out windows decide
+whether it is kept. O outputs, I inputs, T tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +17,17 @@ from secateurs.model.layers import Layer
 from secateurs.model.walk import Step
 
 Block = Callable[[Tensor, int], Tensor]
-"""A block in the place that it had: (hidden states of some windows of a batch, batch) -> hidden states."""
+"""A block called as in the dense model: (hidden states of some windows of a batch, batch) -> hidden states."""
 
-# every so manieth window is held out, and decides
+# one window in so many is held out, and decides whether the fit is kept
 _HELD = 8
 
 
 def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> float | None:
-    """Change the layer's weight in place; return the squared distance that is left on held-out windows, as a fraction of what
-    the removed blocks did there. None, and nothing changed, if that is no less than 1. Raises ValueError if it is singular.
+    """Fit a layer's weight, in place, to do what the removed blocks did; return how much of it is still missing.
+
+    That is the squared distance on held-out windows, as a fraction of the one before the fit. None if it did not fall; the
+    weight is then unchanged. Raises ValueError if the Gram matrix is singular.
     """
     seen: list[Tensor] = []
     inputs = layer.shape[1]
@@ -45,7 +47,7 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
                 number = torch.arange(done, done + windows)
                 done += windows
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
-                # OPT's comes as one row of tokens
+                # OPT flattens windows and tokens
                 a_TI = seen[0].reshape(windows, -1, inputs)[~out].flatten(0, 1).float()
                 d_TO = (wanted.float() - left.float())[~out].reshape(-1, layer.shape[0])
                 gram_II.addmm_(a_TI.T, a_TI)
@@ -56,7 +58,7 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
         hook.remove()
     mean = gram_II.diagonal().mean()
     if not mean > 0:
-        # the only window is held out
+        # there is one window, and it is held out
         return None
     gram_II.diagonal().add_(damping * mean)
     lower_II, failed = torch.linalg.cholesky_ex(gram_II.double())
@@ -74,14 +76,14 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
 
 
 def through(blocks: Sequence[Block], hidden: Tensor, batch: int) -> Tensor:
-    """What blocks, one after another, make of some windows of a batch."""
+    """The hidden states of some windows of a batch after several blocks, one after another."""
     for block in blocks:
         hidden = block(hidden, batch)
     return hidden
 
 
 def _distance(step: Step, held: Sequence[tuple[int, Tensor, Tensor]]) -> float:
-    """Squared, of what leaves the block from what is wanted."""
+    """The squared distance between the block's output and the wanted one, on held-out windows."""
     total = 0.0
     with step.evaluating():
         for batch, out, wanted in held:

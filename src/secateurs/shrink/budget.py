@@ -1,11 +1,11 @@
-"""What a smaller model may still cost, as it is written on the command line."""
+"""The budget that a smaller model must meet, as it is written on the command line."""
 
 import re
 from dataclasses import dataclass
 
 from secateurs.base.errors import PlanError
 
-# of the dense model's: fractions
+# budgets that are a fraction of the dense model's cost, and what they count
 FRACTIONS = {
     "params": "parameters",
     "bytes": "bytes of its weights",
@@ -16,7 +16,10 @@ FRACTIONS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: of FRACTIONS, or 'seconds'. value: a fraction of the dense model's, or seconds. text: as it was written."""
+    """A limit on the cost of a model.
+
+    kind: of FRACTIONS, or 'seconds'. value: a fraction of the dense model's cost, or seconds. text: as it was written.
+    """
 
     kind: str
     value: float
@@ -24,12 +27,12 @@ class Budget:
 
     @property
     def timed(self) -> bool:
-        """Whether only a measurement can tell if it is met."""
+        """True if the budget is one of time, which has to be measured."""
         return self.kind in ("latency", "seconds")
 
     @classmethod
     def parse(cls, text: str, kinds: tuple[str, ...] = (*FRACTIONS, "seconds")) -> "Budget":
-        """'params=0.75x', 'latency=0.8x' or 'seconds=1.5'. Raises PlanError."""
+        """Read 'params=0.75x', 'latency=0.8x' or 'seconds=1.5'. Raises PlanError."""
         found = re.fullmatch(r"(\w+)=(\d*\.?\d+)(x?)", text)
         kind = found[1] if found else ""
         if not found or kind not in kinds or (kind == "seconds") == bool(found[3]) or not float(found[2]) > 0:

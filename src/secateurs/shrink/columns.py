@@ -1,7 +1,7 @@
-"""Which of a matrix's input columns to remove, and what the others do instead.
+"""Chooses which input columns of a matrix to remove, and refits the others.
 
-Columns come in groups (a neuron is a group of one, an attention head of as many as it is wide), and all rows share one support,
-so least squares on what is left is one Cholesky solve. O outputs, I inputs, G groups of C columns, K columns kept.
+Columns come in groups: a neuron is a group of one column, an attention head a group of its width. All rows keep the same columns,
+so the least-squares refit is one Cholesky solve. O outputs, I inputs, G groups of C columns, K columns kept.
 The loss is that of solvers.py: tr((W' - W) H (W' - W)'), H the damped Gram matrix.
 """
 
@@ -17,8 +17,9 @@ from secateurs.matrix.stats import Stats
 
 @dataclass(frozen=True)
 class Side:
-    """One consumer of the units: its weights, its inputs, the columns [G, C] that belong to each unit, and, where the criterion is
-    Taylor's, taylor_G. A unit that several matrices read has a side for each.
+    """A matrix that reads the units; a unit that several matrices read has a side for each.
+
+    stats: of the matrix's inputs. groups_GC: the columns that belong to each unit. taylor_G: scores, for the criterion taylor.
     """
 
     weight_OI: Tensor
@@ -28,22 +29,24 @@ class Side:
 
 
 Criterion = Callable[[Sequence[Side], int, float, Tensor | None, int], Tensor]
-"""(sides, count, damping, parents_G, at_once) -> the groups to remove, in the order of their removal. With parents_G, every parent
-loses one group before any loses another. at_once: as in removal(), for a criterion that looks again.
+"""(sides, count, damping, parents_G, at_once) -> the groups to remove, in the order of their removal.
+
+parents_G: the parent of each group; every parent loses one group before any parent loses a second. at_once: as in removal(); only
+criteria that update their costs use it.
 """
 
 
 def magnitude(
     sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
 ) -> Tensor:
-    """The groups with the smallest ||W_g||."""
+    """Remove the groups with the smallest ||W_g||."""
     return _least([s.weight_OI.float().square().sum(0)[s.groups_GC].sum(1) for s in sides], count, parents_G)
 
 
 def energy(
     sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
 ) -> Tensor:
-    """The groups that add the least output energy if inputs were uncorrelated: sum_j ||W_j||^2 ||x_j||^2."""
+    """Remove the groups with the least output energy, as if inputs were uncorrelated: sum_j ||W_j||^2 ||x_j||^2."""
     return _least(
         [(s.weight_OI.float().square().sum(0) * s.stats.sqnorm_I)[s.groups_GC].sum(1) for s in sides], count, parents_G
     )
@@ -52,9 +55,9 @@ def energy(
 def taylor(
     sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
 ) -> Tensor:
-    """The groups whose removal changes the loss least to first order: mean over windows of |sum_{oj in g} W_oj dL/dW_oj|.
+    """Remove the groups that change the loss least to first order: mean over windows of |sum_{oj in g} W_oj dL/dW_oj|.
 
-    Molchanov et al. 2019, arXiv 1906.10771; of a consumer's columns, where it is the same sum as over g's activations.
+    Molchanov et al. 2019, arXiv 1906.10771. The sum over a consumer's columns equals the sum over the group's activations.
     """
     if any(s.taylor_G is None for s in sides):
         raise ValueError("taylor needs gradients, and nobody took them")
@@ -64,7 +67,7 @@ def taylor(
 def obs(
     sides: Sequence[Side], count: int, damping: float = DAMPING, parents_G: Tensor | None = None, at_once: int = 1
 ) -> Tensor:
-    """Optimal brain surgeon for columns: remove the group whose removal, made up for by all others, costs least; repeat.
+    """Optimal brain surgeon for columns: remove the group that costs least once the others are refit; repeat.
 
     Kurtic et al. 2023, ZipLM, arXiv 2302.04089, alg. 1; Meng et al. 2024, OSSCAR, arXiv 2403.12983.
     """
@@ -77,7 +80,7 @@ def removal(
     """The order in which OBS removes groups, [count], and the loss after each, [count], summed over sides.
 
     With P = H^-1, removing g costs tr(W_g P_gg^-1 W_g') exactly; then W -= W_g P_gg^-1 P_g and P -= P_g' P_gg^-1 P_g.
-    at_once: so many of the cheapest go before costs are taken again; their loss together is exact, and shared out evenly.
+    at_once: how many of the cheapest groups go before costs are computed again; their joint loss is exact, and divided evenly.
     """
     surgeons = [_Surgeon(side, damping) for side in sides]
     parents_G = torch.zeros(len(sides[0].groups_GC), dtype=torch.long) if parents_G is None else parents_G
@@ -88,9 +91,9 @@ def removal(
     losses: list[float] = []
     total = 0.0
     while len(removed) < count:
-        # in turns: nobody loses its next before all have lost this one
+        # parents take turns: a second group goes when every parent has lost its first
         may_G = left if families == 1 else left & (gone_P == len(removed) // families)[parents_G]
-        # who goes is noted on the CPU, wherever the sides are
+        # the order is kept on the CPU, whatever the device of the sides
         cost_G = torch.stack([surgeon.costs() for surgeon in surgeons]).sum(0).cpu().masked_fill_(~may_G, torch.inf)
         chosen = cost_G.argsort(stable=True)[: min(at_once if families == 1 else 1, count - len(removed))]
         together = sum(surgeon.remove(chosen) for surgeon in surgeons)
@@ -103,13 +106,13 @@ def removal(
 
 
 class _Surgeon:
-    """Weights and inverse of one side, in fp64, as groups go."""
+    """One side's weights and inverse Hessian, in fp64, updated as groups are removed."""
 
     def __init__(self, side: Side, damping: float) -> None:
         upper_II = side.stats.inverse_factor(damping).double()
         self.inverse_II = upper_II.T @ upper_II
         self.weight_OI = side.weight_OI.double().clone()
-        # a dead input's column does nothing, and goes first
+        # the column of a dead input does nothing: its cost is 0
         self.weight_OI[:, side.stats.dead_I] = 0
         self.groups_GC = side.groups_GC
 
@@ -124,7 +127,7 @@ class _Surgeon:
         return cost_G
 
     def remove(self, chosen: Tensor) -> float:
-        """Take groups out together; what that costs."""
+        """Remove groups together, and return what that costs."""
         columns_C = self.groups_GC[chosen].flatten()
         block_CC = self.inverse_II[columns_C][:, columns_C]
         row_CI = torch.linalg.solve(block_CC, self.inverse_II[columns_C])
@@ -132,7 +135,7 @@ class _Surgeon:
         together = float((torch.linalg.solve(block_CC, gone_OC.T) * gone_OC.T).sum())
         self.weight_OI.addmm_(gone_OC, row_CI, alpha=-1)
         self.inverse_II.addmm_(self.inverse_II[:, columns_C].clone(), row_CI, alpha=-1)
-        # exactly gone, and out of every later product
+        # exactly zero, so that later products leave them out
         self.weight_OI[:, columns_C] = 0
         self.inverse_II[columns_C] = 0
         self.inverse_II[:, columns_C] = 0
@@ -141,11 +144,12 @@ class _Surgeon:
 
 
 def _least(scores: Sequence[Tensor], count: int, parents_G: Tensor | None) -> Tensor:
+    """The `count` groups with the lowest scores, summed over sides."""
     score_G = torch.stack(list(scores)).sum(0).cpu()
     order = score_G.argsort(stable=True)
     if parents_G is None:
         return order[:count]
-    # the cheapest of every parent, then the second of every parent
+    # parents take turns: the cheapest group of each, then the second of each
     turns = torch.zeros_like(order)
     for parent in set(parents_G.tolist()):
         mine = parents_G[order] == parent
@@ -169,7 +173,7 @@ def refit(weight_OI: Tensor, stats: Stats, kept_K: Tensor, damping: float = DAMP
 
 
 def kept_columns(groups_GC: Tensor, removed: Sequence[int] | Tensor) -> Tensor:
-    """The columns of the groups that stay, ascending."""
+    """The columns of the groups that are kept, in ascending order."""
     stays = torch.ones(len(groups_GC), dtype=torch.bool)
     stays[torch.as_tensor(removed, dtype=torch.long)] = False
     return groups_GC[stays].flatten().sort().values

@@ -1,7 +1,7 @@
-"""Experts of a mixture: which can go, and taking them out of a block. Tokens that were sent to one go to their next choice.
+"""Chooses experts of a mixture to remove, and removes them. Tokens that were sent to a removed expert go to their next choice.
 
-The loss of a set is measured on the block's own inputs: half the squared change of the mixture's outputs, weighted by E[g^2] of
-what leaves the block (the mixture is added to it, so the gradient is the same). Greedy removal; Lu et al. 2024, arXiv
+The loss of removing a set is measured on the block's inputs: half the squared change of the mixture's outputs, weighted by E[g^2]
+of the block's output (the mixture is added to it, so both have the same gradient). Removal is greedy; Lu et al. 2024, arXiv
 2402.14800, search by the same output error. E experts, T tokens, H hidden width.
 """
 
@@ -16,7 +16,7 @@ from secateurs.model.families import Family
 from secateurs.model.walk import Step
 from secateurs.shrink.units import put
 
-# tokens of a block's inputs on which sets of experts are compared
+# inputs of a block on which sets of experts are compared
 _TOKENS = 2048
 
 
@@ -34,7 +34,7 @@ def mixture(block: nn.Module, family: Family) -> tuple[nn.Module, nn.Module, nn.
 
 
 def inputs(step: Step, family: Family) -> Tensor:
-    """What enters a block's mixture, [T, H]."""
+    """The inputs of a block's mixture, [T, H]."""
     found: list[Tensor] = []
     mixed, _, _ = mixture(step.block, family)
     hook = mixed.register_forward_pre_hook(
@@ -53,7 +53,7 @@ def inputs(step: Step, family: Family) -> Tensor:
 def removal(
     block: nn.Module, family: Family, x_TH: Tensor, weight_H: Tensor | None, count: int
 ) -> tuple[list[int], list[float]]:
-    """The order in which experts go, and the loss after each: nats a token where weight_H is E[g^2]."""
+    """The order in which to remove experts, and the loss after each; in nats a token where weight_H is E[g^2]."""
     mixed, router, experts = mixture(block, family)
     total = len(experts._parameters[family.experts[0]])  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ def removal(
 
 
 def cut(block: nn.Module, family: Family, removed: Sequence[int]) -> None:
-    """Take experts out of a block, in place: their matrices, the router's rows, the numbers that both keep."""
+    """Remove experts from a block, in place: their matrices, the router's rows, the sizes that both state."""
     _, router, experts = mixture(block, family)
     stays = [e for e in range(len(router._parameters["weight"])) if e not in removed]  # type: ignore[arg-type]
     for module, names in ((experts, list(experts._parameters)), (router, list(router._parameters))):
@@ -91,7 +91,7 @@ def cut(block: nn.Module, family: Family, removed: Sequence[int]) -> None:
 
 
 def resize(block: nn.Module, family: Family) -> None:
-    """Tell a mixture's modules how many experts their parameters hold."""
+    """Set the number of experts that a mixture's modules state to what their parameters hold."""
     _, router, experts = mixture(block, family)
     for module in (router, experts):
         if isinstance(getattr(module, "num_experts", None), int):
@@ -100,7 +100,7 @@ def resize(block: nn.Module, family: Family) -> None:
 
 
 class _Mask(TorchFunctionMode):
-    """The router never chooses some: -inf for these rows of its matrix's products, wherever F.linear multiplies with it."""
+    """Keeps the router from choosing some experts: their logits become -inf wherever F.linear multiplies with its matrix."""
 
     def __init__(self, weight: Tensor, gone: Sequence[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A live module as files that others load: torch.export's model.pt2 and model.onnx, both read back and compared."""
+"""Exports a live module: torch.export's model.pt2 and model.onnx, both read back and compared with the module."""
 
 import importlib.util
 import logging
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import OutputError
 
-# largest difference of an output, over the largest output
+# the largest difference between outputs that is accepted, relative to the largest output
 _CLOSE = 1e-3
 
 
@@ -23,7 +23,7 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is not empty; choose another folder")
-    # of one example, torch.export would take the number for written in the code
+    # torch.export would take a batch of one for a constant
     shown = tuple(torch.cat([x, x]) if batch and len(x) == 1 else x for x in example)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in shown) if batch else None
     model = model.eval()
@@ -52,6 +52,7 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
 
 
 def _compare(file: Path, found: Tensor, expected: Tensor) -> None:
+    """Raise OutputError if what the file computes is not what the module does."""
     found, expected = found.detach(), expected.detach()
     gap = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not gap <= _CLOSE:

@@ -1,7 +1,7 @@
-"""Seconds of a prompt and of a token after it, for models of any shape: measured on this machine, not counted.
+"""Measures the time of a prompt and of each token after it, for models of any shape, and predicts it for shapes not yet measured.
 
     t(shape) = rest + hidden * (ends + layers * (block + mlp * neuron + heads * (head + queries * query)))
-is fitted to measured shapes for each stage, and says which shape to try; what counts is the measurement of that shape.
+is fitted to measured shapes, for the prompt and for a token after it. It only says which shape to measure next.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from secateurs.shrink.units import Shape
 
 @dataclass(frozen=True)
 class Seconds:
-    """prefill: of the prompt. decode: of one token after it."""
+    """prefill: seconds of the prompt. decode: of one token after it."""
 
     prefill: float
     decode: float
@@ -33,7 +33,10 @@ class Seconds:
 
 
 def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:
-    """Every model in turn, `rounds` times after one that warms up; medians. Random tokens, batch 1, with a KV cache."""
+    """Median seconds of each model over `rounds` rounds, after one to warm up. Models take turns.
+
+    The prompt has `prompt` random tokens, then `new` tokens are decoded one by one; batch 1, with a KV cache.
+    """
     samples: list[list[Seconds]] = [[] for _ in models]
     for number in range(rounds + 1):
         for model, kept in zip(models, samples, strict=True):
@@ -49,7 +52,7 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
     with torch.no_grad():
         begin = time.perf_counter()
         with widened():
-            # the head is needed for the last token only, as generate() has it
+            # as generate() does: the head is run for the last token only
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         first = time.perf_counter()
         for i in range(new):
@@ -59,10 +62,10 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
 
 
 def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of that shape whose weights are all one small number, loaded from a folder as a trained one is.
+    """A model with that config whose weights are all one small number, loaded from a folder as a trained one is.
 
-    Memory that from_pretrained fills lies otherwise than what a tensor is made in: on two cores of an EPYC the one decoded 6%
-    faster and read prompts half as fast as the other (docs/log.md).
+    Loading matters, because from_pretrained places weights in memory differently. On two cores of an EPYC a model made of new
+    tensors decoded 6% faster than the same weights loaded, and read prompts half as fast (docs/log.md).
     """
     from accelerate import init_empty_weights
 
@@ -78,14 +81,16 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        # the files may go while they are mapped
+        # the folder may be deleted: loaded weights stay mapped
         return cls.from_pretrained(folder, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """What a shape takes of the dense model's seconds. shares: of both stages, of the dense model's, that go with each term
-    [rest, ends, block, neuron, head, query]; their sum is 1 where the fit is exact.
+    """Predicts the seconds of a shape, over the dense model's.
+
+    prefill, decode: the share of the dense model's seconds that each term takes [rest, ends, block, neuron, head, query]; shares
+    add up to 1 where the fit is exact.
     """
 
     dense: Shape
@@ -94,7 +99,7 @@ class LatencyModel:
 
     @classmethod
     def fit(cls, dense: Shape, points: Sequence[tuple[Shape, Seconds]]) -> "LatencyModel":
-        """points: shapes with their seconds over the dense model's. Least squares of relative errors, no share negative."""
+        """Fit shares to shapes and their seconds over the dense model's: least squares of relative errors, no share negative."""
         from scipy.optimize import nnls
 
         rows = numpy.array([_terms(shape, dense) for shape, _ in points])
@@ -106,7 +111,7 @@ class LatencyModel:
         return cls(dense, solve(lambda s: s.prefill), solve(lambda s: s.decode))
 
     def through(self, shape: Shape, seconds: Seconds) -> "LatencyModel":
-        """All shares scaled, so that it is exact there, and nearly so for shapes like that."""
+        """Scale all shares so that the prediction for a shape is what was measured, and nearly so for similar shapes."""
         off = seconds.over(self.at(shape))
         return LatencyModel(
             self.dense, tuple(off.prefill * s for s in self.prefill), tuple(off.decode * s for s in self.decode)
@@ -119,7 +124,7 @@ class LatencyModel:
 
 
 def _terms(shape: Shape, dense: Shape) -> list[float]:
-    """Over the dense model's."""
+    """What each share is multiplied by: 1 for all terms of the dense model."""
     hidden = shape.hidden / dense.hidden if dense.hidden else 1.0
     blocks = hidden * shape.layers / dense.layers
     heads = blocks * shape.heads / dense.heads

@@ -1,7 +1,7 @@
-"""What every unit costs in quality, before any is removed: nats a token, on calibration text.
+"""Estimates the loss of removing units, before any is removed: nats a token, on calibration text.
 
-Neurons and heads: OBS on the consumer's Gram matrix with rows weighted by E[g^2], so that half the summed error is an
-estimate of the loss (sensitivity.py). Blocks: the loss measured without them, removed greedily.
+Neurons and heads: OBS on the consumer's Gram matrix, rows weighted by E[g^2], so that half the summed error estimates the loss
+(sensitivity.py). Blocks: the measured loss of the model without them, removed greedily.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,35 +15,42 @@ from torch.nn.functional import cosine_similarity
 from secateurs.base.precision import widened
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import AllLoaded
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer
-from secateurs.model.parts import AllLoaded
 from secateurs.model.walk import stream
-from secateurs.quality.evaluate import measure, surprise
+from secateurs.quality.compare import measure, surprise
 from secateurs.shrink import columns, experts
-from secateurs.shrink.units import COLUMNS, Shape, Units, units_of
+from secateurs.shrink.passes import asking
+from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units, units_of
 
 Tick = Callable[[], None]
 
-# of a consumer's units, how many may be looked at
+# the largest share of units that may go
 _MOST = 0.75
-# groups that OBS removes before it takes costs again, as a fraction of all
+# groups that OBS removes before it computes costs again, as a fraction of all
 _AT_ONCE = 1 / 192
-# blocks that are tried again after the first has gone
+# blocks that are tried again after the first one is removed
 _TRIED_AGAIN = 10
 
 
 @dataclass(frozen=True)
 class Losses:
-    """curves: {kind: [block][removals]}, beginning with 0 for none ('hidden' has one for all blocks). blocks: their order; after:
-    loss with so many gone. truth: {kind: [estimate, measured loss], rising}, of every block cut alike: curves are of small
-    changes, and what they say of large ones is put right between and beyond these points.
+    """Estimated losses of all units.
+
+    curves: {kind: [block][number removed]}, from 0 removed; 'hidden' has one curve for the whole model. blocks: the order in which
+    blocks are removed; after: the loss after each. truth: {kind: [[estimate, measured loss], ...]}, rising, of models with all
+    blocks cut alike. Curves hold for small changes; estimates of large ones are corrected by interpolation between these points.
     """
 
     curves: dict[str, list[list[float]]]
     blocks: list[int]
     after: list[float]
     truth: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def at(self, shape: Shape, dense: Shape) -> float:
+        """Estimated loss of a shape: nats a token above the dense model's."""
+        return self.of({kind: dense.steps(kind) - shape.steps(kind) for kind in COUNTED}, dense.layers - shape.layers)
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
         """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
@@ -59,7 +66,7 @@ class Losses:
         return total
 
     def _true(self, kind: str, estimate: float) -> float:
-        """On the lines through 0 and the measured points; beyond the last, in its proportion."""
+        """An estimate corrected on the lines through 0 and the measured points; beyond the last, in its proportion."""
         below = (0.0, 0.0)
         for at, measured in self.truth.get(kind, ()):
             if estimate <= at:
@@ -73,7 +80,7 @@ def curves(
     model: nn.Module, batches: Sequence[Batch], family: Family, kinds: Sequence[str], sensitivity: dict[str, Tensor],
     damping: float, tick: Tick,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
-    """Losses.curves of a dense model."""
+    """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     config: Any = model.config
     shape = Shape.of(config, family)
@@ -83,7 +90,7 @@ def curves(
     for step in stream(model, batches, propagate="dense", tick=tick):
         here = [units_of(kind, step.name, step.layers, family, shape) for kind in of_columns]
         x_TH = experts.inputs(step, family) if "experts" in kinds else None
-        # the pass that makes the next block's inputs, whoever looks
+        # a pass is needed in any case: it makes the next block's inputs
         stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
         for units in here:
             weight_OI = weighted(units, sensitivity.get(units.consumer.name))
@@ -91,7 +98,7 @@ def curves(
             seen = stats[units.consumer.name]
             side = columns.Side(weight_OI, seen, units.groups_GC)
             count = each * most(shape.steps(units.kind))
-            _, losses = columns.removal([side], count, damping, at_once(units), units.parents_G)
+            _, losses = columns.removal([side], count, damping, at_once(len(units.groups_GC)), units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
         if x_TH is not None:
             count = most_experts(config, shape)
@@ -102,22 +109,22 @@ def curves(
 
 
 def most_experts(config: Any, shape: Shape) -> int:
-    """As many as a token is sent to stay."""
+    """How many experts may go: at least as many stay as a token is sent to."""
     return min(most(shape.experts), shape.experts - int(config.num_experts_per_tok))
 
 
 def most(steps: int) -> int:
-    """Of so many, how many may go."""
+    """How many of `steps` units may go."""
     return min(max(1, int(_MOST * steps)), steps - 1)
 
 
-def at_once(units: Units) -> int:
-    """How many units may go together where only their loss is asked for."""
-    return max(1, round(len(units.groups_GC) * _AT_ONCE))
+def at_once(units: int) -> int:
+    """How many units OBS may remove at a time where only the loss is wanted."""
+    return max(1, round(units * _AT_ONCE))
 
 
 def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
-    """The consumer's weights, rows times the root of E[g^2] where that is known."""
+    """The consumer's weights, each row times the root of its E[g^2] where that is known."""
     weight_OI = units.consumer.read().float()
     return weight_OI if sensitivity_O is None else weight_OI * sensitivity_O.sqrt()[:, None]
 
@@ -125,10 +132,10 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
 def blocks(
     model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False
 ) -> tuple[list[int], list[float]]:
-    """The order in which up to `count` blocks go, and the loss above the dense model's after each, on windows [N, S].
+    """The order in which to remove up to `count` blocks, and the loss above the dense model's after each, on windows [N, S].
 
-    Greedy: whichever block's removal costs least; after the first only the cheapest ten are tried again. influence: in the order
-    of 1 - mean cos(hidden before, hidden after), which asks for no search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+    Greedy: the block whose removal costs least goes next; after the first, only the cheapest ten are tried again. influence: in
+    the order of 1 - mean cos(hidden before, hidden after), without a search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
     """
     batches: list[Batch] = [{"input_ids": windows}]
     store = InMemory()
@@ -173,17 +180,12 @@ def blocks(
 
 
 def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tick) -> dict[str, Tensor]:
-    """{layer: sum over outputs of W dL/dW, for every window and input, [N, I]}, L the mean loss of a window's next tokens.
+    """{layer: [N, I]}: W dL/dW summed over outputs, for every window and input. L is the mean loss of a window's next tokens.
 
     The whole model runs forward and back, a window at a time.
     """
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    asked = {p: p.requires_grad for p in model.parameters()}
-    for p in asked:
-        p.requires_grad_(False)
-    for layer in layers:
-        layer.parameter.requires_grad_(True)
-    try:
+    with asking(model, [layer.parameter for layer in layers]):
         for ids in windows:
             with torch.enable_grad(), widened():
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
@@ -193,14 +195,11 @@ def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tic
                 product = layer.parameter.detach().float() * gradient.float()
                 found[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
             tick()
-    finally:
-        for p, flag in asked.items():
-            p.requires_grad_(flag)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
 def tries(total: int, count: int, influence: bool = False) -> int:
-    """How often blocks() ticks."""
+    """How often blocks() calls its tick."""
     count = min(count, total - 1)
     if influence:
         return count
@@ -209,6 +208,6 @@ def tries(total: int, count: int, influence: bool = False) -> int:
 
 
 def nll(model: nn.Module, windows: Tensor) -> float:
-    """A model's loss in nats a token of windows [N, S]."""
+    """A model's loss on windows [N, S], nats a token."""
     found = measure((model, AllLoaded()), None, windows)
     return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

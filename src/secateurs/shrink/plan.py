@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix.solvers import DAMPING
-from secateurs.quality import gates
+from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink import columns
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.units import KINDS
@@ -20,8 +20,8 @@ class ShrinkPlan:
     budget: 'params=0.75x', 'bytes=0.75x', 'flops=0.75x' (of a prompt) or 'latency=0.8x' of the dense model's, latency being seconds
     of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS.
     criterion: a row of CRITERIA; depth: 'loss' or 'influence', which blocks go; refit: least squares on what is left. multiple: MLP
-    widths are multiples of this. uniform: one shape for all blocks, which is all that config.json can state.
-    calibration, samples, seqlen, seed, damping, gate, eval_text, eval_windows, eval_seqlen: as in Plan.
+    widths are multiples of this. All blocks get one shape, for that is all that config.json can state.
+    calibration, damping, evaluation: as in Plan.
     """
 
     model: str
@@ -30,47 +30,31 @@ class ShrinkPlan:
     criterion: str = "obs"
     depth: str = "loss"
     refit: bool = True
-    uniform: bool = True
     multiple: int = 64
     prompt: int = 512
     new: int = 32
-    calibration: str = "pydoc"
-    samples: int = 64
-    seqlen: int | None = 512
-    seed: int = 0
+    calibration: Calibration = Calibration()
     damping: float = DAMPING
-    gate: tuple[str, ...] = ()
-    eval_text: str = "pydoc"
-    eval_windows: int = 24
-    eval_seqlen: int | None = None
+    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        for name in ("units", "gate"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "units", tuple(self.units))
         _ = self.bound
-        if not self.uniform:
-            raise PlanError(
-                "no-uniform: config.json states one width and one number of heads for all blocks, so from_pretrained could not "
-                "load the result; leave it out"
-            )
         if self.depth not in ("loss", "influence"):
             raise PlanError(f"unknown depth '{self.depth}'; write loss or influence")
         unknown = [u for u in self.units if u not in KINDS]
         if unknown or not self.units:
-            raise PlanError(f"unknown unit '{', '.join(unknown)}'; write some of {', '.join(KINDS)}")
+            raise PlanError(
+                f"unknown unit '{', '.join(unknown)}'; write some of {', '.join(KINDS)}{nearest(''.join(unknown[:1]), KINDS)}"
+            )
         if self.criterion not in columns.CRITERIA:
-            raise PlanError(f"unknown criterion '{self.criterion}'; write {', '.join(columns.CRITERIA)}")
-        try:
-            gates.check(self.gate)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
-        for name, least in (("multiple", 1), ("prompt", 1), ("new", 1), ("samples", 1), ("eval_windows", 0)):
+            near = nearest(self.criterion, columns.CRITERIA)
+            raise PlanError(f"unknown criterion '{self.criterion}'; write {', '.join(columns.CRITERIA)}{near}")
+        for name, least in (("multiple", 1), ("prompt", 1), ("new", 1)):
             if getattr(self, name) < least:
                 raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
         if not self.damping > 0:
             raise PlanError(f"damping {self.damping:g} is not above 0; 0.01 is usual")
-        if self.gate and not self.eval_windows:
-            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
 
     @property
     def bound(self) -> Budget:

@@ -1,14 +1,14 @@
-"""What shapes of a model count: parameters, bytes, flops."""
+"""Counts the parameters, bytes and multiplications of a model of any shape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from secateurs.model import families
+from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import experts, losses, units
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.units import Shape
@@ -16,9 +16,11 @@ from secateurs.shrink.units import Shape
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters outside the blocks, and of a block's neurons, KV heads (without their query heads), query heads, and the rest
-    of it. attended: multiplications of a query head for a prompt of one token squared. head: of the output matrix. expert:
-    parameters, `router` of them in the router; every token is sent to `active` of them.
+    """What the parts of a model count, from which the counts of other shapes follow.
+
+    Parameters: outside (of the blocks); of each neuron, KV head (key_value, without its query heads), query head and expert
+    (`router` of them in the router); rest, all else in a block. attended: multiplications of a query head, times the prompt
+    squared. head: of the output matrix. active: experts that a token is sent to. half: the sizes at half the residual width.
     """
 
     outside: int
@@ -36,24 +38,29 @@ class Sizes:
     half: "Sizes | None" = None
 
     def parameters(self, shape: Shape) -> int:
-        """Exact for a residual width as it was; others are between those of `half`, where all that is left is half as wide."""
+        """Parameters of a shape: exact for the dense residual width, interpolated for others."""
         if self.half and shape.hidden != self.dense.hidden:
-            whole, half = (s.parameters(replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
-            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
-            return round(half + share * (whole - half))
+            return self._between(shape, lambda sizes, there: sizes.parameters(there))
         return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
+
+    def _between(self, shape: Shape, count: Callable[["Sizes", Shape], int]) -> int:
+        """A count for another residual width: on the line through those of the whole width and of half of it."""
+        assert self.half
+        whole, half = (count(s, replace(shape, hidden=s.dense.hidden)) for s in (self, self.half))
+        share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
+        return round(half + share * (whole - half))
 
     def _block(self, shape: Shape) -> int:
         return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
 
     def multiplications(self, shape: Shape, prompt: int) -> int:
-        """Of a prompt: every weight of a block with every token, of its experts those that the token is sent to, queries with keys,
-        chances with values, the head once.
+        """Multiplications for a prompt.
+
+        Those of all weights of the blocks (of experts, the active ones) with every token, of queries with keys, of attention
+        weights with values, and of the head with one token.
         """
         if self.half and shape.hidden != self.dense.hidden:
-            whole, half = (s.multiplications(replace(shape, hidden=s.dense.hidden), prompt) for s in (self, self.half))
-            share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
-            return round(half + share * (whole - half))
+            return self._between(shape, lambda sizes, there: sizes.multiplications(there, prompt))
         attention = shape.heads * shape.queries * self.attended * prompt**2
         active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
         return shape.layers * ((self._block(shape) + active) * prompt + attention) + self.head
@@ -65,7 +72,7 @@ class Sizes:
         return self.parameters(shape) / self.parameters(self.dense)
 
     def most_blocks(self, bound: Budget) -> int:
-        """How many blocks a budget can ask for, and a few more because time is not parameters."""
+        """How many blocks a budget can ask to remove; a few more than parameters say, because time is not proportional."""
         if bound.kind == "seconds":
             return self.dense.layers // 2
         whole = self.parameters(self.dense)
@@ -105,7 +112,7 @@ def sizes_of(model: nn.Module, family: families.Family, config: Any) -> Sizes:
 
 
 def consumers_of(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:
-    """The layers that lose columns."""
+    """The layers that lose columns when units of these kinds are removed."""
     names, _ = blocks_of(model)
     config: Any = model.config
     dense = Shape.of(config, family)

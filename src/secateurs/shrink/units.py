@@ -1,4 +1,4 @@
-"""Units of a transformer's blocks: where they are, what is cut with them, and what config.json must say afterwards.
+"""The units of a transformer's blocks: which matrices hold them, how they are cut, and what config.json says afterwards.
 
     mlp      a neuron: a column of down, its rows of up and gate, their biases
     heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
@@ -24,7 +24,7 @@ from secateurs.model.layers import Layer
 from secateurs.prune.permute import couplings, rows_of
 
 KINDS = ("mlp", "heads", "queries", "experts", "hidden", "layers")
-# units that are columns of one matrix of a block; all units that blocks have; all that are counted by a number of a shape
+# units that are columns of one matrix; units inside a block; units whose number is a field of Shape
 COLUMNS = ("mlp", "heads", "queries")
 IN_BLOCKS = (*COLUMNS, "experts")
 COUNTED = (*IN_BLOCKS, "hidden")
@@ -32,8 +32,10 @@ COUNTED = (*IN_BLOCKS, "hidden")
 
 @dataclass(frozen=True)
 class Units:
-    """All units of one kind in a block. groups_GC: the columns of `consumer` that belong to each; rows: for every producer the
-    rows that do, [G, R]. parents_G: where units must go in turns, whose they are.
+    """All units of one kind in a block.
+
+    groups_GC: the columns of `consumer` that belong to each unit. rows: (producer, its rows [G, R] that belong to each unit).
+    parents_G: for query heads the KV head of each, because all KV heads must lose equally many; else None.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Units:
 
     @property
     def parameters_each(self) -> int:
-        """Weights and biases that go with one unit."""
+        """Weights and biases that are removed with one unit."""
         total = self.consumer.shape[0] * self.groups_GC.shape[1]
         for layer, rows_GR in self.rows:
             bias = layer.module._parameters.get("bias")
@@ -54,8 +56,10 @@ class Units:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all blocks of a model have in common, as config.json states it. heads: of keys and values; queries: query heads of
-    each; experts: 0 where there are none; hidden: channels of the residual stream.
+    """The sizes that all blocks of a model share, as config.json states them.
+
+    mlp: neurons. heads: KV heads. queries: query heads of each KV head. experts: 0 if there are none. hidden: channels of the
+    residual stream.
     """
 
     layers: int
@@ -79,12 +83,12 @@ class Shape:
         )
 
     def steps(self, kind: str) -> int:
-        """Of COUNTED: how many removals of a kind there are; a query head goes from every KV head at once."""
+        """How many units of a kind (of COUNTED) there are to remove; a query head goes from every KV head at once."""
         return int(getattr(self, kind))
 
 
 def refuses(kind: str, family: Family, config: Any) -> str | None:
-    """Why a family has no units of a kind that its config can state, or None."""
+    """The reason why units of a kind cannot be removed from models of this family, or None."""
     if kind == "mlp" and family.mlp is None:
         return f"{family.name}'s MLPs are experts, whose neurons are not cut"
     if kind in ("heads", "queries") and family.projections is None:
@@ -99,7 +103,7 @@ def refuses(kind: str, family: Family, config: Any) -> str | None:
 
 
 def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, shape: Shape) -> Units:
-    """The units of a kind (COLUMNS) in a block that has this shape now. Ask refuses() first."""
+    """The units of a kind (of COLUMNS) in a block of this shape. Call refuses() first."""
     named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
     if kind == "mlp":
         assert family.mlp
@@ -115,7 +119,7 @@ def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, sh
     if kind == "queries":
         groups_GC = torch.arange(inputs).reshape(shape.heads * shape.queries, -1)
         parents_G = torch.arange(shape.heads).repeat_interleave(shape.queries)
-        # stacked or not, queries are the first rows
+        # where one matrix makes queries, keys and values, queries are its first rows
         return Units(kind, output, groups_GC, ((query, groups_GC),), parents_G)
     groups_GC = torch.arange(inputs).reshape(shape.heads, -1)
     shared = inputs // shape.queries
@@ -127,7 +131,7 @@ def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, sh
 
 
 def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
-    """Remove a block's units in place: the consumer gets new weights for its kept columns (ascending), producers lose rows."""
+    """Remove units from a block, in place: producers lose rows, the consumer gets `consumer_OK` for its kept columns, ascending."""
     _resize(units.consumer, consumer_OK)
     for layer, rows_GR in units.rows:
         kept_O = torch.ones(layer.shape[0], dtype=torch.bool)
@@ -139,14 +143,14 @@ def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) ->
 
 
 def tell(block: nn.Module, shape: Shape) -> None:
-    """Tell a block's attention how many heads it has now: where one matrix makes queries, keys and values, it asks its config."""
+    """Set the numbers of heads that a block's attention keeps as attributes, and those in its config."""
     for module in block.modules():
         sized: Any = module
         if isinstance(getattr(module, "num_key_value_groups", None), int):
             sized.num_key_value_groups = shape.queries
         if isinstance(getattr(module, "num_key_value_heads", None), int):
             sized.num_key_value_heads = shape.heads
-            # the model's own goes for all blocks, and they are cut one after another
+            # a copy: the model's config is shared by all blocks, and they are cut one after another
             sized.config = copy.copy(sized.config)
             sized.config.num_attention_heads = shape.heads * shape.queries
 
@@ -157,7 +161,7 @@ def _resize(layer: Layer, weight_OI: Tensor) -> None:
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter by one of another shape; Linear and Conv1D learn their new sizes."""
+    """Replace a parameter by one of another shape, and set the sizes that Linear and Conv1D state."""
     module._parameters[name] = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)
     sized: Any = module
     if name == "weight" and isinstance(module, nn.Linear):
@@ -169,7 +173,7 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
 def stated(
     raw: dict[str, Any], config: Any, family: Family, shape: Shape, kept_layers: Sequence[int]
 ) -> dict[str, Any]:
-    """config.json for a shape: what `raw`, the dense model's, says, with the numbers that changed."""
+    """config.json for a shape. raw: the dense model's, whose other entries are kept."""
     before = Shape.of(config, family)
     out = dict(raw)
     if shape.mlp != before.mlp:
@@ -181,7 +185,7 @@ def stated(
         out["num_key_value_heads"] = shape.heads
         out["num_attention_heads"] = shape.heads * shape.queries
     if shape.experts != before.experts:
-        # either name, as the dense model's file has it
+        # the name that the dense model's file uses
         out["num_experts" if "num_experts" in raw else "num_local_experts"] = shape.experts
     if shape.layers != before.layers:
         out[family.depth] = shape.layers
@@ -195,7 +199,7 @@ def not_loadable(config: Any, family: Family, shape: Shape) -> str | None:
     """Why transformers would not load a model of that shape, or None."""
     try:
         type(config)(**stated(config.to_dict(), config, family, shape, range(shape.layers)))
-    # transformers has an exception of its own for this, which wraps a ValueError
+    # transformers raises its own exception, which wraps a ValueError
     except Exception as error:
         return str(error.__cause__ or error).strip().splitlines()[-1].strip()
     return None

@@ -1,36 +1,39 @@
-"""The residual width: which channels of the hidden states go, for the whole model at once.
+"""Removes channels of the residual stream, from the whole model at once.
 
-A channel is a column of everything that reads the residual stream (after a norm), a row of everything that adds to it, an element
-of every norm, a column of the embeddings and of the head. Readers are refit by least squares on the channels that stay; what
-was added to a channel that went is lost, and so is what the head read there. A root-mean-square norm over fewer channels divides by
-another mean, so its weights are multiplied by sqrt(H f / K), f being the share of the mean square that stays: exact, but for
-eps, where the others were zero. The model is run whole, with hooks. H channels, K of them kept, V vocabulary, O outputs.
+A channel is a column of every matrix that reads the residual stream (after a norm), a row of every matrix that adds to it, an
+element of every norm, and a column of the embeddings and of the head. Readers are refit by least squares on the kept channels.
+What was added to a removed channel is lost, and so is what the head read there. A root-mean-square norm over fewer channels
+divides by another mean, so its weights are multiplied by sqrt(H f / K), f being the share of the mean square in kept channels:
+exact, but for eps, if the others were zero. The model is run whole, with hooks. H channels, K of them kept, V vocabulary, O
+outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.matrix.stats import Stats
+from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.parts import blocks_of
 from secateurs.shrink import columns
+from secateurs.shrink.passes import hooked
 from secateurs.shrink.units import put
 
-# channels that OBS removes before it takes costs again
+# channels that OBS removes before it computes costs again
 _AT_ONCE = 8
 
 
 @dataclass
 class Reader:
-    """A norm's outputs and who multiplies them. weight_HH: a square root of sum W' diag(E[g^2]) W over its layers, which is all
-    that the cost of a removal depends on.
+    """A norm and the layers that multiply its outputs.
+
+    stats: of its outputs. weight_HH: a square root of sum W' diag(E[g^2]) W over the layers; the cost of a removal depends on
+    nothing else of them.
     """
 
     norm: Any
@@ -42,7 +45,10 @@ class Reader:
 def readers(
     model: Any, family: Family, windows: Tensor, sensitivity: dict[str, Tensor], tick: Callable[[], None]
 ) -> list[Reader]:
-    """Every block's norms with their readers, and last the final norm with none but the head; calibration windows [N, S]."""
+    """A reader for every norm of the blocks, and last one for the final norm, which the head reads.
+
+    windows: calibration text [N, S]. sensitivity: {layer: E[g^2] of its outputs}.
+    """
     config: Any = model.config
     found = []
     for name in blocks_of(model)[0]:
@@ -60,8 +66,7 @@ def readers(
         chance_TV = logits.detach().float().flatten(0, -2).softmax(-1)
         curvature_V.add_((chance_TV * (1 - chance_TV)).sum(0))
 
-    with _hooked([(r.norm, _adder(r.stats)) for r in found]) as hooks, torch.no_grad():
-        hooks.append(head.register_forward_hook(at_head))
+    with hooked([*((r.norm, _adder(r.stats)) for r in found), (head, at_head)]), torch.no_grad():
         for ids in windows:
             model(input_ids=ids[None], use_cache=False)
             tick()
@@ -80,7 +85,7 @@ def readers(
 
 
 def removal(found: Sequence[Reader], count: int, damping: float) -> tuple[Tensor, Tensor]:
-    """The order in which channels go, and the loss after each, nats a token: half the weighted error of all readers."""
+    """The order in which to remove channels, and the loss after each in nats a token: half the weighted error of all readers."""
     width = len(found[0].stats.sqnorm_I)
     sides = []
     for reader in found:
@@ -91,7 +96,7 @@ def removal(found: Sequence[Reader], count: int, damping: float) -> tuple[Tensor
 
 
 def cut(model: Any, family: Family, found: Sequence[Reader], removed: Tensor, damping: float, refit: bool) -> None:
-    """Take channels out of a model, in place."""
+    """Remove channels from a model, in place. refit: least squares for the readers."""
     width = len(found[0].stats.sqnorm_I)
     stays = torch.ones(width, dtype=torch.bool)
     stays[removed] = False
@@ -119,9 +124,9 @@ def cut(model: Any, family: Family, found: Sequence[Reader], removed: Tensor, da
 
 
 def _rescaled(reader: Reader, kept_K: Tensor) -> Tensor:
-    """The norm's weights on the channels that stay, times sqrt(H f / K)."""
+    """The norm's weights for the kept channels, times sqrt(H f / K)."""
     weight_H = reader.norm.weight.detach().float()
-    # of x / rms(x): the mean over tokens of every channel's square, which add up to H
+    # the mean square of each channel of x / rms(x); they add up to H
     square_H = reader.stats.sqnorm_I / weight_H.square().clamp(min=1e-12)
     share = float(square_H[kept_K].sum() / square_H.sum())
     found: Tensor = weight_H[kept_K] * sqrt(len(weight_H) * share / len(kept_K))
@@ -136,19 +141,9 @@ def _root(square_HH: Tensor) -> Tensor:
 
 
 def _last_norm(model: Any, family: Family) -> Any:
-    """The norm behind the last block: in the module that holds the blocks."""
+    """The norm after the last block, an attribute of the module that holds the blocks."""
     return model.get_submodule(blocks_of(model)[0][0].rsplit(".", 2)[0]).norm
 
 
 def _adder(stats: Stats) -> Callable[[Any, Any, Tensor], None]:
     return lambda _, __, out: stats.add_(out.detach().flatten(0, -2))
-
-
-@contextmanager
-def _hooked(pairs: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[list[Any]]:
-    hooks: list[Any] = [module.register_forward_hook(hook) for module, hook in pairs]
-    try:
-        yield hooks
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,5 +1,8 @@
-"""Pruning while training, and zeros that stay: hold, schedules, gradual and dynamic pruning, SR-STE, the mask as a module, lottery
-tickets."""
+"""Trains pruned models and keeps their zeros, or prunes models while they train.
+
+recover trains a pruned folder. For loops of your own: hold, schedules, gradual and dynamic pruning, SR-STE, masked modules, LoRA
+and lottery tickets.
+"""
 
 from secateurs.train.callbacks import lightning_callback, trainer_callback
 from secateurs.train.held import Held, hold, take_over

@@ -1,4 +1,4 @@
-"""Zeros that stay in other people's loops: a transformers Trainer, a Lightning trainer."""
+"""Callbacks that keep zeros in the training loops of transformers and Lightning."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from secateurs.train.held import hold
 
 
 def trainer_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
-    """For transformers: Trainer(..., callbacks=[sc.train.trainer_callback()]). Holds what hold() would when training begins."""
+    """For transformers: Trainer(..., callbacks=[sc.train.trainer_callback()]). Calls hold() when training begins."""
     from transformers import TrainerCallback
 
     class HoldZeros(TrainerCallback):  # type: ignore[misc]
@@ -24,8 +24,10 @@ def trainer_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
 
 
 def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
-    """For Lightning: Trainer(callbacks=[sc.train.lightning_callback()]). Each of its optimizers must own all that is
-    held: with several, call hold() yourself."""
+    """For Lightning: Trainer(callbacks=[sc.train.lightning_callback()]).
+
+    Each optimizer must own all parameters that are held; with several optimizers, call hold() yourself.
+    """
     from lightning.pytorch import Callback
 
     class HoldZeros(Callback):  # type: ignore[misc]
@@ -40,7 +42,7 @@ def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
 
 
 def _own(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, whose hooks are its own."""
+    """The optimizer that accelerate's wrapper steps, whose hooks are called."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found
 

@@ -1,12 +1,11 @@
-"""Keep pruned weights exactly zero through any torch optimizer.
+"""Keeps pruned weights exactly zero through any torch optimizer.
 
-Before every optimizer step the gradients of removed weights become 0, after it the weights do: momentum, weight decay and
-moments find nothing to move, and what they had is cleared when a weight is removed. Both are hooks of the optimizer itself, so
-plain loops, gradient scalers, accumulation, compiled modules, DDP and FSDP2 (whose shards are what the optimizer steps) need no
-other change.
+Gradients of removed weights are set to 0 before every optimizer step, and the weights after it. The optimizer's state for them is
+cleared when they are removed, so momentum, moments and weight decay move nothing. Both are hooks of the optimizer, so plain loops,
+gradient scalers, accumulation, compiled modules, DDP and FSDP2 (whose optimizer steps shards) need no other change.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,22 +13,22 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.model.layers import layers_of
+from secateurs.train.matrices import prunable
 
-# integers as wide as a weight, by bytes
+# the integer type of a weight's size in bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 18
 
 
 class Held:
-    """What was removed, by parameter name, and the optimizer that it is held on."""
+    """Masks of parameters, kept by hooks on their optimizer."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
-        # the complement of the masks
+        # True where a weight is removed: the complement of its mask
         self._removed: dict[str, Tensor] = {}
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(lambda *_: self._clear_gradients()),
@@ -38,8 +37,9 @@ class Held:
         self.update(masks)
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Hold these from now on: weights become 0, and what the optimizer remembers of them. Raises PlanError, naming the
-        parameter, for a name that is not held and for a mask of another shape.
+        """Replace masks. Removed weights and the optimizer's state for them become 0.
+
+        Raises PlanError, naming the parameter, for a name that is not held and for a mask of another shape.
         """
         for name, mask in masks.items():
             if name not in self.parameters:
@@ -62,17 +62,17 @@ class Held:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """By parameter name: bool, True = stays."""
+        """{parameter: bool mask, True where a weight stays}."""
         return {name: ~removed for name, removed in self._removed.items()}
 
     @property
     def sparsity(self) -> float:
-        """Zeros of all weights that are held."""
+        """The fraction of held weights that is removed."""
         gone, total = (sum(int(f(_local(r))) for r in self._removed.values()) for f in (torch.sum, torch.numel))
         return gone / total if total else 0.0
 
     def release(self) -> None:
-        """Hold no more. The zeros stay until someone moves them."""
+        """Remove the hooks. Zeros stay until something changes them."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -98,12 +98,11 @@ class Held:
 
 
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> Held:
-    """Keep a model's zeros through training: `sc.train.hold(model, optimizer)`, and the loop stays as it is.
+    """Keep a model's zeros through training: call `sc.train.hold(model, optimizer)`, and leave the loop as it is.
 
-    masks: {parameter name: bool, True = stays}; by default every matrix with zeros in it keeps exactly those. Masks of
-    torch.nn.utils.prune and of torch.ao.pruning are taken over, and their reparametrization is removed, before the optimizer's
-    parameters are looked at: make the optimizer afterwards, or call take_over() first. Raises PlanError for an optimizer that does
-    not own a masked parameter, and for a mask of another shape.
+    masks: {parameter: bool, True = stays}; by default every matrix keeps the zeros that it has. Masks of torch.nn.utils.prune and
+    torch.ao.pruning are taken over and their reparametrization is removed, which makes new parameters: create the optimizer after
+    take_over(). Raises PlanError for an optimizer that does not own a masked parameter, and for a mask of another shape.
     """
     taken = take_over(model)
     named = dict(model.named_parameters())
@@ -121,49 +120,17 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
 def check_owned(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], hint: str = "give it model.parameters()"
 ) -> None:
-    """Raises PlanError for the first parameter that the optimizer does not step."""
+    """Raise PlanError for the first parameter that the optimizer does not own."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in named.items():
         if id(parameter) not in owned:
             raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
 
 
-def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of every matrix that pruning may touch: Linear, Conv1D, Conv2d, fused experts; each once."""
-    kinds = _kinds(model)
-    for name, parameter in model.named_parameters():
-        if id(parameter) in kinds:
-            yield name, parameter
-
-
-def as_matrix(
-    model: nn.Module, parameter: nn.Parameter
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Between a parameter's layout and the matrix [O, I] that patterns see, both ways; experts stand below each other."""
-    kind = _kinds(model)[id(parameter)]
-    shape = parameter.shape
-    if kind == "conv1d":
-        return lambda t: t.T, lambda t: t.T
-    if kind == "conv2d":
-        out, channels, height, width = shape
-        return (
-            lambda t: t.permute(0, 2, 3, 1).flatten(1),
-            lambda t: t.reshape(out, height, width, channels).permute(0, 3, 1, 2),
-        )
-    return lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(shape)
-
-
-def _kinds(model: nn.Module) -> dict[int, str]:
-    """{id of parameter: kind of layer}."""
-    from secateurs.model.families import FAMILIES
-
-    experts = {name for family in FAMILIES.values() for name in family.experts}
-    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}
-
-
 def take_over(model: nn.Module) -> dict[str, Tensor]:
-    """Turn masks of torch.nn.utils.prune (weight_orig, weight_mask) and torch.ao.pruning (FakeSparsity) into plain zeros; the
-    masks, by parameter name. Parameters are new objects afterwards.
+    """Turn masks of torch.nn.utils.prune (weight_orig, weight_mask) and torch.ao.pruning (FakeSparsity) into plain zeros.
+
+    Returns {parameter: mask}. The parameters are new objects afterwards.
     """
     from torch.nn.utils import prune
 
@@ -185,7 +152,7 @@ def take_over(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
-    """A mask where its parameter is: on its device, and as a shard of its own if the parameter is one."""
+    """A mask on its parameter's device, and distributed like it if the parameter is a DTensor."""
     mask = mask.to(device=parameter.device, dtype=torch.bool)
     if not hasattr(parameter, "to_local") or hasattr(mask, "to_local"):
         return mask
@@ -200,7 +167,8 @@ def _has_zeros(parameter: nn.Parameter) -> bool:
 
 
 def _clear(values: Tensor, removed: Tensor) -> None:
-    """0 where `removed`, in place. On CPUs by bits and in pieces that stay in the cache: masked_fill_ takes 7 times as long."""
+    """Set values to 0 where `removed`, in place."""
+    # on CPUs with integers, in pieces that stay in the cache: masked_fill_ takes 7 times as long
     bits = _BITS.get(values.element_size())
     if values.device.type != "cpu" or bits is None or not values.is_contiguous():
         values.masked_fill_(removed, 0)
@@ -208,11 +176,11 @@ def _clear(values: Tensor, removed: Tensor) -> None:
     flat, gone = values.view(-1).view(bits), removed.contiguous().view(-1).view(torch.int8)
     for start in range(0, len(flat), _PIECE):
         part = slice(start, start + _PIECE)
-        # all ones where it stays
+        # all bits are one where the weight stays
         flat[part].bitwise_and_(gone[part].to(bits).sub_(1))
 
 
 def _local(tensor: Any) -> Tensor:
-    """A rank's own shard of a distributed tensor; any other as it is."""
+    """This rank's shard of a distributed tensor; any other tensor as it is."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return found.detach()

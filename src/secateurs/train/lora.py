@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) that keeps zeros: what is added to a weight is masked like the weight.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) that keeps zeros: the low-rank product is masked like the weight.
 
     W + mask * (up @ down)        mask = W != 0, up [..., O, r] zeros at first, down [..., r, I] normal
 
-The usual merge, W + up @ down, is dense: it fills the zeros of a pruned model again.
+The usual merge, W + up @ down, is dense and would fill the zeros of a pruned model.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.train.held import prunable
+from secateurs.train.matrices import prunable
 
 
 class _Masked(nn.Module):
@@ -33,29 +33,30 @@ class _Masked(nn.Module):
 
 
 class Lora:
-    """The low-rank parameters of a model. merge() puts them into the weights: call it before the model is saved."""
+    """The low-rank parameters of a model. Call merge() before the model is saved."""
 
     def __init__(self, model: nn.Module, places: list[tuple[nn.Module, str]], added: list[nn.Parameter]) -> None:
         self.model, self.places, self._added = model, places, added
 
     def parameters(self) -> list[nn.Parameter]:
-        """For the optimizer."""
+        """The low-rank parameters, for the optimizer."""
         return self._added
 
     def merge(self) -> None:
-        """Plain weights again, zero where they were. Once is enough."""
+        """Add the low-rank products to the weights, which are plain parameters again, zero where they were."""
         for module, leaf in self.places:
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
         self.places = []
 
 
 def lora(model: nn.Module, rank: int = 16, seed: int = 0) -> Lora:
-    """Add low-rank parameters to every matrix that has zeros and one owner, and freeze all else. The model's function is as before
-    until they are trained. Raises PlanError for a rank below 1 and for a model without zeros.
+    """Add low-rank parameters to every matrix that has zeros and one owner, and freeze all else.
+
+    They add 0 until they are trained. Raises PlanError for a rank below 1 and for a model without zeros.
     """
     if rank < 1:
         raise PlanError(f"LoRA of rank {rank}; give 1 or more")
-    # a matrix that two modules hold, such as embeddings and head, would get two changes and is left alone
+    # a matrix that two modules hold, such as tied embeddings, would get two additions; it is left alone
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found = (p for _, p in prunable(model) if p.dim() in (2, 3) and holders[id(p)] == 1)
     wanted = {id(p) for p in found if bool((p.detach() == 0).any())}

@@ -1,10 +1,10 @@
-"""Iterative magnitude pruning with rewinding: lottery tickets, with their controls, resumable at every training.
+"""Iterative magnitude pruning with rewinding (lottery tickets) beside its controls. A killed run goes on at its last training.
 
     train, remove a fraction of what is left, rewind, repeat        (Frankle and Carbin 2019, arXiv 1803.03635)
 
-What weights go back to: step 0; step k, which larger nets need (Frankle et al. 2020, arXiv 1912.05671); or nothing, only the
-learning rate starts over (Renda et al. 2020, arXiv 2003.02389). The folder holds plan.json, results.json, ticket.svg, and for
-every seed the initial and the rewind weights and each round's mask: a user cannot forget them.
+Weights are rewound to step 0; or to step k, which larger nets need (Frankle et al. 2020, arXiv 1912.05671); or they are kept and
+only the learning rate starts over (Renda et al. 2020, arXiv 2003.02389). The folder holds plan.json, results.json, ticket.svg, and
+for every seed the initial weights, the rewind weights, and each round's mask and trained weights.
 """
 
 import json
@@ -19,19 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
-from secateurs.base.files import claim, locked, write_json, write_tensors
-from secateurs.matrix import patterns
-from secateurs.train.held import Held, hold, prunable
+from secateurs.base.files import write_json, write_tensors
+from secateurs.base.run_directory import claim, locked
+from secateurs.train.held import Held, hold
+from secateurs.train.matrices import chosen, largest
 
 CONTROLS = ("random", "reinit")
-# of the seed, for the weights of the re-initialized control and for random masks
+# makes other seeds of a seed: for the re-initialized control and for random masks
 _ELSE = 1_000_003
 
 Hold = Callable[[torch.optim.Optimizer], Held]
 
 
 class Task(Protocol):
-    """What is trained. steps: optimizer steps of a whole training."""
+    """A model and how it is trained. steps: optimizer steps of a whole training."""
 
     steps: int
 
@@ -39,18 +40,21 @@ class Task(Protocol):
         """A fresh net."""
 
     def train(self, model: nn.Module, hold: Hold, start: int, stop: int, seed: int) -> None:
-        """Train in place from step `start` to `stop`, learning rate and order of the data as at those steps of a whole training.
-        Call hold(optimizer) once the optimizer is made.
+        """Train in place from step `start` to `stop`, with the learning rates and data of those steps of a whole training.
+
+        Must call hold(optimizer) once the optimizer is made.
         """
 
     def score(self, model: nn.Module) -> float:
-        """Higher is better; accuracy on held-out data."""
+        """A score where higher is better, such as accuracy on held-out data."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """rounds: after the dense one. fraction: of what is left, removed in each. rewind: a step, or 'rate'. scope: 'global' or
-    'layer'. skip: parameter names that stay dense. Raises PlanError.
+    """The plan of a search. Raises PlanError for what cannot be.
+
+    rounds: after the dense training. fraction: of the weights that are left, removed in each. rewind: a step, or 'rate'. controls:
+    of CONTROLS. scope: 'global' or 'layer'. skip: parameters that stay dense.
     """
 
     rounds: int = 10
@@ -75,7 +79,7 @@ class Rounds:
             )
 
     def sparsity(self, number: int) -> float:
-        """Zeros after so many rounds."""
+        """The sparsity after `number` rounds."""
         return 1 - (1 - self.fraction) ** number
 
 
@@ -85,11 +89,11 @@ def iterative(
     plan: Rounds | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Find tickets, train the controls beside them, and say how they did: {"rows": [...], "summary": [...]}.
+    """Find tickets and train their controls. Returns {"plan": ..., "rows": [...], "summary": [...]}.
 
     A row is one training: seed, round, sparsity, kind ('ticket', 'random', 'reinit') and score; round 0 is the dense net. The
-    random control has as many weights left in every layer as the ticket, elsewhere; the re-initialized one the ticket's mask and
-    another initialization. Killed and called again it goes on after the last training that ended. Raises PlanError, OutputError.
+    random control keeps as many weights of every layer as the ticket, at random places; the re-initialized one has the ticket's
+    mask and other initial weights. A killed run goes on after the last finished training. Raises PlanError, OutputError.
     """
     plan, folder = plan or Rounds(), Path(folder)
     if isinstance(plan.rewind, int) and not 0 <= plan.rewind < task.steps:
@@ -124,7 +128,7 @@ class _Run:
         for number in range(plan.rounds + 1):
             if number:
                 masks = self._kept(f"mask-{seed}-{number}", partial(self._tightened, weights, masks, number))
-            # only the learning rate starts over
+            # 'rate' keeps the trained weights, and only the learning rate starts over
             start = weights if plan.rewind == "rate" and number else rewind
             weights = self._row(seed, number, "ticket", start, masks, begin, seed)
             for control in plan.controls if number else ():
@@ -144,7 +148,7 @@ class _Run:
         begin: int,
         order: int,
     ) -> dict[str, Tensor]:
-        """One training, unless it is on record; its weights (of tickets, which the next round needs)."""
+        """Train once, unless results.json has it. Returns the trained weights; of a control that was trained earlier, {}."""
         file = f"trained-{seed}-{number}"
         known = any((r["seed"], r["round"], r["kind"]) == (seed, number, kind) for r in self.rows)
         if known:
@@ -183,22 +187,19 @@ class _Run:
         return model
 
     def _tightened(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """The next round's mask: the largest trained weights that the last mask had."""
+        """The next round's masks: the largest of the trained weights that the last masks kept."""
         model = self._loaded(weights)
-        # masks come from files
-        sizes = {n: p.detach().abs().cpu() for n, p in prunable(model) if n not in self.plan.skip}
-        if not sizes:
-            raise PlanError(f"{type(model).__name__} has no matrix to prune")
+        # on the CPU, where the masks are that were read from files
+        sizes = {n: p.detach().abs().cpu() for n, p in chosen(model, self.plan.skip).items()}
         sizes = {n: s.masked_fill(~masks[n], -torch.inf) if n in masks else s for n, s in sizes.items()}
         sparsity = self.plan.sparsity(number)
         if self.plan.scope == "layer":
-            return {n: _largest(s.flatten(), sparsity).reshape(s.shape) for n, s in sizes.items()}
-        kept = _largest(torch.cat([s.flatten() for s in sizes.values()]), sparsity)
-        parts = torch.split(kept, [s.numel() for s in sizes.values()])
-        return {n: part.reshape(sizes[n].shape).clone() for n, part in zip(sizes, parts, strict=True)}
+            return {n: largest({n: s}, sparsity)[n] for n, s in sizes.items()}
+        # tensors in a file must not share memory
+        return {n: mask.clone() for n, mask in largest(sizes, sparsity).items()}
 
     def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of a file, made once."""
+        """The tensors of a file, which is made if it is not there."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             write_tensors(file, make())
@@ -206,7 +207,7 @@ class _Run:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a sparsity and kind, over seeds: mean, lowest and highest score, seeds."""
+    """A row for each round and kind: mean, lowest and highest score over seeds."""
     found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["round"], row["kind"]), []).append(row)
@@ -220,7 +221,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
-    """Score against what is left, one line a kind, the range over seeds shaded. Needs matplotlib; without it, nothing is drawn."""
+    """Draw scores over the share of weights left, a line for each kind, the range over seeds shaded.
+
+    Draws nothing if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -253,12 +257,8 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def _largest(size: Tensor, sparsity: float) -> Tensor:
-    return patterns.top(size, len(size) - patterns.count_zeros(len(size), sparsity))
-
-
 def _shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """As many of every layer, elsewhere."""
+    """Masks that keep as many weights of every layer, at random places."""
     generator = torch.Generator().manual_seed(seed)
     return {n: m.flatten()[torch.randperm(m.numel(), generator=generator)].reshape(m.shape) for n, m in masks.items()}
 

@@ -1,4 +1,4 @@
-"""The mask as part of a module, for those who want it there; and N:M that is found while training (SR-STE)."""
+"""A linear layer with its mask as a buffer, and SR-STE: training that finds an N:M pattern."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train.held import as_matrix, prunable
+from secateurs.train.matrices import as_matrix, check_pattern, prunable
 
 
 class MaskedLinear(nn.Module):
-    """y = x (W * mask)' + b. Gradients of removed weights are exactly 0. mask_OI is a buffer, so a state_dict has it."""
+    """y = x (W * mask)' + b. Gradients of removed weights are exactly 0; mask_OI is a buffer, so it is in the state_dict."""
 
     mask_OI: Tensor
 
@@ -29,14 +29,14 @@ class MaskedLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, mask_OI: Tensor | None = None) -> "MaskedLinear":
-        """From a layer; its own zeros are the mask if none is given."""
+        """A copy of a linear layer with a mask, by default its own zeros."""
         return cls(linear.weight, linear.weight != 0 if mask_OI is None else mask_OI, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, torch.where(self.mask_OI, self.weight, 0), self.bias)
 
     def plain(self) -> nn.Linear:
-        """An ordinary layer with the zeros in place."""
+        """An ordinary linear layer with zeros where the mask has them."""
         out, inputs = self.weight.shape
         linear = nn.Linear(inputs, out, self.bias is not None, self.weight.device, self.weight.dtype)
         linear.weight.data.copy_(torch.where(self.mask_OI, self.weight, 0))
@@ -59,7 +59,7 @@ class _Straight(torch.autograd.Function):
 
 
 class SparseRefined(nn.Module):
-    """A parametrization: the weight with its pattern by magnitude, chosen anew in every forward pass."""
+    """A parametrization: the weight pruned to its pattern by magnitude, anew in every forward pass."""
 
     def __init__(self, pattern: patterns.Pattern, to: Any, back: Any, decay: float) -> None:
         super().__init__()
@@ -73,31 +73,28 @@ class SparseRefined(nn.Module):
 
 
 def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tuple[str, ...] = ()) -> list[str]:
-    """Train N:M from dense weights: the forward pass sees the pattern, gradients go straight through to all weights, and removed
-    ones are drawn to 0: grad + decay (1 - mask) w. Returns the parameters that were parametrized; finish() makes them plain.
+    """Train an N:M pattern from dense weights. Returns the names of the parametrized parameters; finish() makes them plain.
 
-    Zhou et al. 2021, arXiv 2102.04010, eq. 9 and its decay. Make the optimizer afterwards. Raises PlanError.
+    The forward pass uses pruned weights. Gradients reach all weights, and removed ones decay: grad + decay (1 - mask) w.
+    Zhou et al. 2021, arXiv 2102.04010, eq. 9. Create the optimizer afterwards. Raises PlanError.
     """
-    chosen = patterns.parse(pattern)
-    if chosen.fixed_sparsity is None:
+    parsed = patterns.parse(pattern)
+    if parsed.fixed_sparsity is None:
         raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
     names = []
     for name, parameter in list(prunable(model)):
-        to, back = as_matrix(model, parameter)
-        rows, columns = to(parameter.detach()).shape
         if name in skip:
             continue
-        refused = chosen.refuses(rows, columns)
-        if refused:
-            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+        to, back = as_matrix(model, parameter)
+        check_pattern(name, to(parameter.detach()), pattern)
         path, _, leaf = name.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(chosen, to, back, decay))
+        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(parsed, to, back, decay))
         names.append(name)
     return names
 
 
 def finish(model: nn.Module) -> None:
-    """Leave what sr_ste() trained as plain weights with their zeros."""
+    """Make the parameters that sr_ste() parametrized plain again, with their zeros."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
             for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]

@@ -1,12 +1,11 @@
-"""Prune a model while it trains: masks that a schedule tightens, scores that may look at gradients, regrowth.
+"""Prunes a model while it trains: gradually to a schedule, or with a fixed number of weights that move (RigL, SET).
 
     schedule = sc.train.cubic(0.9, begin=200, end=2000)
-    sc.train.gradual(model, optimizer, schedule)            # and the loop stays as it is
+    sc.train.gradual(model, optimizer, schedule)            # the loop stays as it is
 
-Everything happens in hooks of the optimizer's step.
+All of it happens in hooks of the optimizer's step.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
@@ -15,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.base.seed import seed_of
 from secateurs.matrix import patterns
 from secateurs.prune.allocation import LayerSummary, erk
-from secateurs.train.held import Held, as_matrix, check_owned, prunable
+from secateurs.train.held import Held, check_owned
+from secateurs.train.matrices import as_matrix, check_pattern, chosen, largest
 from secateurs.train.schedules import Schedule
 
-# (weight, running sum) -> score; the sum is over steps since masks were last decided
+# (weight, running sum) -> score; the sum is over the steps since masks were last chosen
 Score = Callable[[Tensor, Tensor], Tensor]
-# (weight, gradient) -> what is summed
+# (weight, gradient) -> what is added to the sum in each step
 Summed = Callable[[Tensor, Tensor], Tensor]
 
 SCORES: dict[str, tuple[Score, Summed | None, str]] = {
@@ -38,24 +39,24 @@ SCORES: dict[str, tuple[Score, Summed | None, str]] = {
 }
 
 
-# steps of a schedule that are looked through beforehand
+# a schedule's steps that are checked before training
 _LOOKED_AT = 100_000
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler found gradients that are not finite. Fused optimizers are called all the same, and do nothing."""
+    """True if a GradScaler found gradients that are not finite. It still calls fused optimizers, which then do nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
-    """By what gradients are still too large: a fused optimizer divides by a GradScaler's scale itself."""
+    """The factor that gradients still carry: a fused optimizer divides by a GradScaler's scale itself."""
     found: Tensor | None = getattr(optimizer, "grad_scale", None)
     return 1.0 if found is None else found
 
 
 class Gradual:
-    """What gradual() returns. held: the masks; step: optimizer steps so far."""
+    """Gradual pruning under way. held: the masks. step: optimizer steps so far."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str, scope: str, score: str,
@@ -102,24 +103,20 @@ class Gradual:
             self._sums.clear()
 
     def _decide(self, sparsity: float) -> None:
-        """New masks, inside the old ones: what is gone stays gone."""
+        """Choose new masks inside the old ones: removed weights stay removed."""
         if not sparsity:
-            # N:M has no other than its own
+            # an N:M pattern has one sparsity, and it is not 0
             return
         scores, old = {}, self.held.masks
         for name, parameter in self.held.parameters.items():
             weight = parameter.detach().float()
-            # every rank draws the same
+            # the same numbers on every rank
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(zlib.crc32(f"{self._seed} {self.step} {name}".encode()))
+                torch.default_generator.manual_seed(seed_of(self._seed, f"{self.step} {name}"))
                 score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
             scores[name] = score.masked_fill(~old[name], -torch.inf)
-        masks = {}
         if self._scope == "global":
-            flat = torch.cat([score.flatten() for score in scores.values()])
-            kept = patterns.top(flat, len(flat) - patterns.count_zeros(len(flat), sparsity))
-            parts = torch.split(kept, [score.numel() for score in scores.values()])
-            masks = {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+            masks = largest(scores, sparsity)
         else:
             matrices = self._matrices
             masks = {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
@@ -130,11 +127,11 @@ def gradual(
     model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str = "unstructured", scope: str = "layer",
     score: str = "magnitude", skip: tuple[str, ...] = (), seed: int = 0,
 ) -> Gradual:  # fmt: skip
-    """Prune every matrix of a model as its optimizer steps, to what the schedule says.
+    """Prune every matrix of a model to the schedule's sparsity as its optimizer steps.
 
-    pattern: of patterns.py; scope: 'layer', 'row' or 'global' for unstructured ones; score: a row of SCORES. N:M patterns have
-    one sparsity, which the schedule must reach in one step. skip: parameter names that stay dense. seed: of random scores. Raises
-    PlanError.
+    pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
+    unstructured pattern counts: 'layer', 'row' or 'global'. score: a row of SCORES. skip: parameters that stay dense. seed: of
+    random scores. Raises PlanError.
     """
     if score not in SCORES:
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
@@ -147,20 +144,15 @@ def gradual(
     fixed = patterns.parse(pattern).fixed_sparsity
     if fixed is not None and any(schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(_LOOKED_AT)):
         raise PlanError(f"{pattern} is {fixed:g} zeros and nothing else; give one_step({fixed:g}, at=...)")
-    names = {n: p for n, p in prunable(model) if n not in skip}
-    if not names:
-        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    names = chosen(model, skip)
     for name, parameter in names.items():
-        rows, columns = as_matrix(model, parameter)[0](parameter.detach()).shape
-        refused = patterns.parse(pattern).refuses(rows, columns)
-        if refused:
-            raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+        check_pattern(name, as_matrix(model, parameter)[0](parameter.detach()), pattern)
     check_owned(optimizer, names)
     return Gradual(model, optimizer, schedule, pattern, scope, score, names, seed)
 
 
 class Dynamic:
-    """What dynamic() returns. held: the masks; step: optimizer steps so far."""
+    """Dynamic sparse training under way. held: the masks. step: optimizer steps so far."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], every: int,
@@ -207,7 +199,7 @@ class Dynamic:
             stays = patterns.top(size, kept - moved)
             noise = torch.rand(len(mask), generator=self._generator).to(mask.device)
             wish = self._gradients.get(name, noise.reshape(parameter.shape)).flatten() if self.by_gradient else noise
-            # what was dropped just now may come back, as in RigL
+            # connections dropped in this step may grow back, as in RigL
             grown = patterns.top(wish.masked_fill(stays, -torch.inf), moved)
             masks[name] = (stays | grown).reshape(parameter.shape)
             # new connections begin at 0
@@ -221,9 +213,9 @@ def dynamic(
     model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float, until: int, every: int = 100, fraction: float = 0.3,
     grow: str = "gradient", seed: int = 0, skip: tuple[str, ...] = (),
 ) -> Dynamic:  # fmt: skip
-    """Train sparse from the first step: connections of random masks are dropped by |w| and others grown, layer by layer.
+    """Train sparse from the first step: masks begin at random, then each layer drops its smallest weights and grows others.
 
-    Layers get Erdos-Renyi-Kernel densities. Every `every` steps before `until` (three quarters of training is usual) the fraction
+    Layers get Erdos-Renyi-Kernel densities. Every `every` steps before step `until` (three quarters of training is usual) a share
     fraction / 2 (1 + cos(pi step / until)) of a layer's connections moves. grow: 'gradient' is RigL (Evci et al. 2019, arXiv
     1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). Raises PlanError.
     """
@@ -234,9 +226,7 @@ def dynamic(
             f"sparsity {sparsity:g}, every {every}, until {until}, fraction {fraction:g}: give 0 < sparsity < 1, 1 <= every <= "
             "until and 0 < fraction <= 1"
         )
-    names = {n: p for n, p in prunable(model) if n not in skip}
-    if not names:
-        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    names = chosen(model, skip)
     generator = torch.Generator().manual_seed(seed)
     matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
     summaries = {n: _summary(m, tuple(names[n].shape[2:]) if names[n].dim() == 4 else ()) for n, m in matrices.items()}

@@ -1,12 +1,9 @@
-"""Train what pruning left of a language model until its quality is back, zeros kept: against a teacher's predictions, its
-hidden states, the text itself, or all of them.
+"""Train what pruning left of a language model until its quality is back, zeros kept.
 
-    loss = kl t^2 KL(teacher || model, both at temperature t) + hidden mean_blocks |h - d|^2 / |d|^2 + labels cross entropy
-
-Hinton et al. 2015 (arXiv 1503.02531); SquareHead, Kurtic et al. 2023 (arXiv 2310.06927). A teacher's last hidden states are kept
-on disk, from which its own head gives its logits exactly: 2 bytes a channel and token in place of 2 a word of the vocabulary. The
-run directory holds plan.json, model/, report.json, and work/ while the run is under way. All processes of a torchrun
-share each step's windows; the first one writes.
+It is trained against a teacher's predictions, the teacher's hidden states, the text itself, or all of them (objective.py). A
+teacher's last hidden states are kept on disk, from which its own head gives its logits exactly: 2 bytes a channel and token in
+place of 2 a word of the vocabulary. The run directory holds plan.json, model/, report.json, and work/ while the run is under way.
+All processes of a torchrun share each step's windows; the first one writes.
 """
 
 import contextlib
@@ -14,40 +11,38 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import PlanError, VerifyError
-from secateurs.base.files import claim, fingerprint_of, locked, resolved, unchanged, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described, widened
 from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.model.activations import OnDisk
-from secateurs.model.batches import batched, window_length
-from secateurs.model.parts import blocks_of, leave
-from secateurs.prune.tune_model import cross_entropy, dense_ends, divergence, square_head
-from secateurs.prune.tuning import Moving, Noted, Outcome, loss_scale, tune, unscaled
-from secateurs.quality import evaluate, gates, texts
-from secateurs.quality.evaluation import overlap_warning, predicts_next_token, quality
-from secateurs.train.held import prunable
+from secateurs.model.batches import Batch, batched
+from secateurs.model.blocks import blocks_of
+from secateurs.prune.tune_model import dense_ends
+from secateurs.prune.tuning import Moving, Noted, Outcome, tune
+from secateurs.quality import texts
+from secateurs.quality.evaluation import measured, overlap_warning, predicts_next_token, quality
 from secateurs.train.lora import Lora, lora
+from secateurs.train.matrices import prunable
+from secateurs.train.objective import Objective, Teacher
 from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
-
-Place = tuple[int, int]
-"""A batch, and a window of it."""
 
 
 def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """Do what is left of a run: train, check the zeros, measure. Returns the report; raises SecateursError.
+    """Begin or go on with a run: train, check the zeros, measure. Returns the report; raises SecateursError.
 
-    Under torchrun all its processes call it, and only the first returns a report with the quality in it. A missed gate is in
-    the report's `gate`, and no error here.
+    Under torchrun every process calls it, and only the first returns a report with the quality in it. A missed gate is in the
+    report's `gate`, and raises nothing.
     """
     run = _Run(plan, Path(out).expanduser(), progress)
     with joined() as ranks:
@@ -84,14 +79,14 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, ranks: Ranks) -> dict[str, Any]:
-        """The trained model in model/, and the report on it, without its quality."""
+        """Write the trained model to model/ and return the report on it, without its quality."""
         file = self.out / "report.json"
         plan = self.plan
         model = self.source.skeleton()
         dense = self.teacher.skeleton() if self.teacher else None
         self._check(model, dense, ranks)
         if not (plan.kl or plan.hidden):
-            # it is there to be compared with at the end
+            # the teacher is only needed to measure quality at the end
             dense = None
         ranks.wait()
         if ranks.first:
@@ -102,14 +97,14 @@ class _Run:
             began = time.perf_counter()
             text = self._text(model)
             if ranks.first:
-                unchanged(self.out, {**self._models(), plan.data: fingerprint_of(text.windows)})
+                unchanged(self.out, {**self._models(), plan.calibration.source: fingerprint_of(text.windows)})
             batches = batched(text.windows)
-            ends = self._ends(dense, batches, ranks)
+            teacher = self._teacher(dense, batches, ranks)
             self.source.load_whole(model)
             zeros = {name: p.detach() == 0 for name, p in prunable(model)}
             if plan.dtype:
                 checkpoint.cast(model, DTYPES[plan.dtype])
-            outcome, low = self._tune(model, dense, ends, batches, ranks)
+            outcome, low = self._tune(Objective(plan, model, teacher, batches), ranks)
             if low:
                 low.merge()
             report = {
@@ -127,7 +122,7 @@ class _Run:
                 },
                 "zeros": sum(int(z.sum()) for z in zeros.values()),
                 "of_weights": sum(z.numel() for z in zeros.values()),
-                "data": text.facts(),
+                "calibration": text.facts(),
                 "warnings": [],
                 "quality_before": None,
                 "quality": None,
@@ -145,11 +140,12 @@ class _Run:
             return report
 
     def _models(self) -> dict[str, str]:
-        """What is read, and its fingerprint."""
+        """{model that is read: its fingerprint}."""
         read = {self.plan.model: self.source.fingerprint()}
         return {**read, self.plan.teacher or "": self.teacher.fingerprint()} if self.teacher else read
 
     def _check(self, model: Any, dense: Any, ranks: Ranks) -> None:
+        """Raise PlanError for what cannot be trained. model, dense: without weights."""
         plan = self.plan
         if ranks.size > plan.batch or plan.batch % ranks.size:
             raise PlanError(
@@ -181,90 +177,57 @@ class _Run:
                 )
 
     def _text(self, model: nn.Module) -> texts.Text:
+        """The windows to train on. Raises PlanError if there is only one."""
         plan = self.plan
-        wanted = plan.samples or plan.steps * plan.batch
-        seqlen = window_length(plan.seqlen, model)
-        text = texts.load(plan.data, self.source.tokenizer(), wanted, seqlen, plan.seed)
+        asked, wanted = plan.calibration, plan.calibration.samples or plan.steps * plan.batch
+        text = texts.read(asked, self.source, model, wanted, self.progress)
         if len(text.windows) < 2:
+            tokens = text.windows.shape[1]
             raise PlanError(
-                f"{plan.data} has one window of {seqlen} tokens, and one is held out; give more text or a smaller --seqlen"
+                f"{asked.source} has one window of {tokens} tokens, and one is held out; give more text or a smaller --seqlen"
             )
         return text
 
-    def _ends(self, dense: Any, batches: Sequence[Any], ranks: Ranks) -> Callable[[int], Tensor] | None:
-        """What leaves the teacher's last block, by batch; kept in work/. To compare hidden states, it stays in memory instead."""
+    def _teacher(self, dense: Any, batches: Sequence[Batch], ranks: Ranks) -> Teacher | None:
+        """The teacher to train against, or None.
+
+        What leaves its last block is kept in work/. Where hidden states are compared, it is loaded whole instead.
+        """
         if self.teacher is None or dense is None:
             return None
         if self.plan.hidden:
             self.teacher.load_whole(dense)
-            return None
+            return Teacher(dense, self.teacher, None)
         store = OnDisk(self.work / "ends")
         blocks = self.teacher.block_names(dense)
         if ranks.first:
             tick = ticker(self.progress, "looking at the teacher", len(blocks) * len(batches))
             dense_ends(dense, batches, self.teacher, store, tick, self.work / "ends.json")
         ranks.wait()
-        return lambda batch: store.read(len(blocks), batch)
+        return Teacher(dense, self.teacher, lambda batch: store.read(len(blocks), batch))
 
-    def _tune(
-        self, model: Any, dense: Any, ends: Callable[[int], Tensor] | None, batches: Sequence[Any], ranks: Ranks
-    ) -> tuple[Outcome, Lora | None]:
-        plan = self.plan
-        low = lora(model, plan.rank, plan.seed) if plan.train == "lora" else None
+    def _tune(self, objective: Objective, ranks: Ranks) -> tuple[Outcome, Lora | None]:
+        """Train the model in place, or low-rank additions to it, which are returned."""
+        plan, model = self.plan, objective.model
+        low = lora(model, plan.rank, plan.calibration.seed) if plan.train == "lora" else None
         moving = (
             [Moving(p, None, 1.0) for p in low.parameters()] if low else [Moving.of(p) for p in self._trained(model)]
         )
         if plan.checkpointing:
-            _recompute(model)
+            recompute(model)
         parameters = [m.parameter for m in moving]
-        places: list[Place] = [(b, i) for b, batch in enumerate(batches) for i in range(len(batch["input_ids"]))]
         memory = Noted(self.work / "training.safetensors")
-
-        def found(place: Place) -> tuple[float, list[Tensor], list[Tensor]]:
-            """The loss, what it was taken of, and its gradients by that."""
-            b, i = place
-            window = {name: value[i : i + 1] for name, value in batches[b].items()}
-            output = model(**window, use_cache=False, output_hidden_states=plan.hidden > 0)
-            scale = loss_scale(output.logits.dtype, output.logits[..., 0].numel())
-            by_logits = torch.zeros_like(output.logits)
-            total = 0.0
-            seen, gradients = [output.logits], [by_logits]
-            if dense is not None:
-                with torch.no_grad():
-                    wanted = (
-                        dense(**window, use_cache=False, output_hidden_states=True)
-                        if ends is None
-                        else leave(dense, self.teacher, ends(b)[i : i + 1], window)  # type: ignore[arg-type]
-                    )
-            if dense is not None and plan.kl:
-                value, gradient = divergence(output.logits, wanted.logits, plan.temperature, scale)
-                total += plan.kl * value
-                by_logits += plan.kl * gradient
-            if plan.labels:
-                value, gradient = cross_entropy(output.logits, window["input_ids"], scale)
-                total += plan.labels * value
-                by_logits += plan.labels * gradient
-            if plan.hidden:
-                value, more = square_head(output.hidden_states[1:], wanted.hidden_states[1:], scale)
-                total += plan.hidden * value
-                seen += output.hidden_states[1:]
-                gradients += [plan.hidden * g for g in more]
-            wanting = [(s, g) for s, g in zip(seen, gradients, strict=True) if s.requires_grad]
-            return total, [s for s, _ in wanting], [g for _, g in wanting]
-
-        def gradients(place: Place) -> Sequence[Tensor | None]:
-            _, seen, by_seen = found(place)
-            scale = loss_scale(seen[0].dtype, seen[0][..., 0].numel())
-            return unscaled(torch.autograd.grad(seen, parameters, by_seen, allow_unused=True), scale)
-
+        tick = ticker(self.progress, "training", plan.steps, memory.step())
+        rate = plan.rate or TRAINED[plan.train][0]
         with widened():
             outcome = tune(
-                moving, lambda place: found(place)[0], gradients, places, plan.steps, plan.rate or TRAINED[plan.train][0],
-                plan.seed, ticker(self.progress, "training", plan.steps, memory.step()), memory, plan.batch, ranks,
+                moving, objective.loss, lambda place: objective.gradients(place, parameters), objective.places, plan.steps, rate,
+                plan.calibration.seed, tick, memory, plan.batch, ranks,
             )  # fmt: skip
         return outcome, low
 
     def _trained(self, model: Any) -> list[nn.Parameter]:
+        """The parameters that plan.train names."""
         inside = (
             model if self.plan.train == "all" else nn.ModuleList(model.get_submodule(n) for n in blocks_of(model)[0])
         )
@@ -272,7 +235,7 @@ class _Run:
         return [p for p in found if p.dim() == 1] if self.plan.train == "vectors" else found
 
     def _write(self, model: Any, zeros: dict[str, Tensor]) -> None:
-        """The shards, and then a look at them: what was zero is."""
+        """Write model/ and read it back. Raises VerifyError if a weight is not zero that was."""
         source = self.source
         source.copy_small_files(self.model_folder)
         edited = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -295,44 +258,40 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------ measuring
 
     def measure(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Before and after against the teacher, or without one after against before; and the gate."""
-        plan, began = self.plan, time.perf_counter()
+        """Add quality and gates to the report, and complete it.
+
+        The model before and after training is compared with the teacher; without one, after with before.
+        """
+        plan, began, seed = self.plan, time.perf_counter(), self.plan.calibration.seed
         if report["status"] == "complete":
             return report
         with locked(self.out):
             unchanged(self.out, self._models())
-            if plan.eval_windows:
-                result = checkpoint.Checkpoint(self.model_folder)
-                if self.teacher:
-                    report["quality_before"] = self._quality("before", self.teacher, self.source)[0].as_dict()
-                found, text = self._quality("after", self.teacher or self.source, result)
-                report["quality"], report["evaluation"] = found.as_dict(), text.facts()
+            if self.teacher and plan.evaluation.windows:
+                # new checkpoints: these remember what they have loaded into other skeletons
+                pair = checkpoint.Checkpoint(self.teacher.folder), checkpoint.Checkpoint(self.source.folder)
+                before = quality(*pair, plan.evaluation, seed, self.progress, self.work / "windows-before.json")
+                # _check() has made sure that both predict a next token
+                assert before is not None
+                report["quality_before"] = before[0].as_dict()
+            dense = checkpoint.Checkpoint((self.teacher or self.source).folder)
+            result = checkpoint.Checkpoint(self.model_folder)
+            found = measured(dense, result, plan.evaluation, seed, self.progress, self.work)
+            report |= found.as_dict()
+            report["warnings"] += found.warnings
+            if found.text:
                 report["recovered"] = _recovered(report)
                 trained_on = self._text(self.source.skeleton())
-                report["warnings"] += overlap_warning(trained_on.windows, text.windows)
-                report["gate"] = gates.judge(plan.gate, report["quality"])
-                report["seconds"]["evaluate"] = time.perf_counter() - began
+                report["warnings"] += overlap_warning(trained_on.windows, found.text.windows)
+            report["seconds"]["evaluate"] = time.perf_counter() - began
             report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
             write_json(self.out / "report.json", report)
         shutil.rmtree(self.work, ignore_errors=True)
         return report
 
-    def _quality(
-        self, name: str, dense: checkpoint.Checkpoint, other: checkpoint.Checkpoint
-    ) -> tuple[evaluate.Quality, texts.Text]:
-        plan, cache = self.plan, self.work / f"windows-{name}.json"
-        # a checkpoint remembers what it has loaded, into another skeleton
-        dense, other = checkpoint.Checkpoint(dense.folder), checkpoint.Checkpoint(other.folder)
-        found = quality(
-            dense, other, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-        )
-        # _check() has seen to it that both predict a next token
-        assert found is not None
-        return found
-
 
 def _recovered(report: dict[str, Any]) -> float | None:
-    """Of the loss that pruning added, how much is gone again."""
+    """The part of the loss added by pruning that training removed; None if there is none, or no teacher."""
     from math import log
 
     if report["quality_before"] is None:
@@ -348,13 +307,14 @@ def _words(source: checkpoint.Checkpoint) -> dict[str, int]:
     return found
 
 
-def _recompute(model: Any) -> None:
-    """Gradient checkpointing, which transformers does in training mode only; dropout stays off."""
+def recompute(model: Any) -> None:
+    """Switch on gradient checkpointing: blocks are computed again on the way back. Dropout stays off."""
+    # transformers checkpoints in training mode only
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
-            # OPT's blocks call it themselves
+            # OPT's blocks call dropout as a function, with this rate
             for name, value in vars(module).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, 0.0)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from secateurs.base.errors import PlanError
-from secateurs.quality import gates
+from secateurs.base.errors import PlanError, nearest
+from secateurs.quality.settings import Calibration, Evaluation
 
 # what is trained, and its learning rate; of LoRA's matrices, which begin at zero, it is the step itself
 TRAINED = {
@@ -26,18 +26,15 @@ class RecoverPlan:
     """How to train what is left of a model. Raises PlanError for what cannot be.
 
     model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
-    no teacher: the text alone. data, samples, seqlen: as calibration in Plan; samples None is a window for every turn of every
-    step. steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is
-    0 with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the
-    model's own. checkpointing: blocks are computed again on the way back, for less memory. gate, eval_text, eval_windows,
-    eval_seqlen: as in Plan.
+    no teacher: the text alone. calibration: the text to train on; samples None is one window for each window of each step.
+    steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is 0
+    with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the model's own.
+    checkpointing: blocks are computed again on the way back, for less memory. evaluation: as in Plan.
     """
 
     model: str
     teacher: str | None = None
-    data: str = "pydoc"
-    samples: int | None = None
-    seqlen: int | None = 512
+    calibration: Calibration = Calibration(samples=None)
     steps: int = 300
     batch: int = 4
     train: str = "blocks"
@@ -49,23 +46,19 @@ class RecoverPlan:
     rate: float | None = None
     dtype: str | None = None
     checkpointing: bool = False
-    seed: int = 0
-    gate: tuple[str, ...] = ()
-    eval_text: str = "pydoc"
-    eval_windows: int = 24
-    eval_seqlen: int | None = None
+    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gate", tuple(self.gate))
         if self.train not in TRAINED:
-            raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}")
+            raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}{nearest(self.train, TRAINED)}")
         if self.dtype not in (None, *DTYPES):
             raise PlanError(f"unknown dtype '{self.dtype}'; write {' or '.join(DTYPES)}")
-        for name, least in (("steps", 1), ("batch", 1), ("rank", 1), ("eval_windows", 0)):
+        for name, least in (("steps", 1), ("batch", 1), ("rank", 1)):
             if getattr(self, name) < least:
                 raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")
-        if self.samples is not None and self.samples < 2:
-            raise PlanError(f"samples {self.samples} is too small: one window is held out; give 2 or more")
+        samples = self.calibration.samples
+        if samples is not None and samples < 2:
+            raise PlanError(f"samples {samples} is too small: one window is held out; give 2 or more")
         for name in ("temperature", "rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -74,12 +67,6 @@ class RecoverPlan:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise PlanError(f"{name} {value:g} is below 0")
-        try:
-            gates.check(self.gate)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
-        if self.gate and not self.eval_windows:
-            raise PlanError("a gate needs an evaluation, and eval-windows is 0")
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""How sparse a model should be after so many optimizer steps. The first step is 1."""
+"""Schedules: the sparsity that a model should have after each optimizer step. The first step is 1."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,16 +11,15 @@ class Schedule(Protocol):
         """The fraction of zeros after `step` steps."""
 
     def due(self, step: int) -> bool:
-        """Whether masks are decided anew after `step` steps."""
+        """True if masks are chosen again after `step` steps."""
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `initial` to `final` zeros between steps `begin` and `end`, anew every `every` steps, at `begin` and at `end`.
+    """Sparsity rises from `initial` to `final` between steps `begin` and `end`; masks change every `every` steps and at both ends.
 
     With p = (step - begin) / (end - begin):  final + (initial - final) (1 - p)^power.
-    power 3: Zhu and Gupta 2017, arXiv 1710.01878, fast at first, when there is most to remove; 1: linear. The end is always
-    reached, whether or not `every` divides the way there.
+    power 3: Zhu and Gupta 2017, arXiv 1710.01878, fast at first, when there is most to remove; 1: linear.
     """
 
     final: float
@@ -53,7 +52,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Steps:
-    """Zeros jump at given steps: {step: sparsity}. One entry is one-shot, several are rounds with training between."""
+    """Sparsity jumps at given steps: {step: sparsity}. One entry is one-shot pruning, several are rounds with training between."""
 
     jumps: dict[int, float]
 
@@ -82,7 +81,7 @@ def one_step(final: float, at: int = 0) -> Steps:
 
 
 def rounds(final: float, count: int, every: int, begin: int = 0) -> Steps:
-    """`count` rounds, `every` steps apart, that each remove the same fraction of what is left: 1 - (1 - final)^(n / count)."""
+    """`count` rounds, `every` steps apart. Each removes the same fraction of what is left: 1 - (1 - final)^(n / count)."""
     if count < 1 or every < 1:
         raise PlanError(f"{count} rounds {every} steps apart; give 1 or more of both")
     return Steps({begin + (n - 1) * every: 1 - (1 - final) ** (n / count) for n in range(1, count + 1)})

@@ -5,14 +5,15 @@ import tiny
 import torch
 
 from secateurs.base.estimate import Estimate
-from secateurs.model import parts
+from secateurs.model import blocks
 from secateurs.model.activations import InMemory
+from secateurs.model.blocks import AllLoaded
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.parts import AllLoaded
 from secateurs.model.walk import stream
-from secateurs.quality import evaluate
-from secateurs.quality.evaluate import Window, measure, summarise
+from secateurs.quality import compare
+from secateurs.quality.compare import Window, measure, summarise
 from secateurs.quality.evaluation import quality as quality_of
+from secateurs.quality.settings import Evaluation
 
 IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(0))
 
@@ -30,8 +31,8 @@ def models():
 @pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
 def test_metrics_equal_those_of_whole_logits(chunk, pieces, monkeypatch):
     """However many logits are made, and compared, at a time."""
-    monkeypatch.setattr(evaluate, "_CHUNK", chunk)
-    monkeypatch.setattr(parts, "_LOGITS", pieces)
+    monkeypatch.setattr(compare, "_CHUNK", chunk)
+    monkeypatch.setattr(blocks, "_LOGITS", pieces)
     dense, pruned = models()
     got = measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS)
     for window, ids in zip(got, IDS, strict=True):
@@ -54,20 +55,20 @@ def test_a_model_against_itself_costs_nothing():
 
 @pytest.mark.parametrize("pieces", [1, 1 << 26])
 def test_surprise_is_the_mean_over_all_windows(pieces, monkeypatch):
-    monkeypatch.setattr(parts, "_LOGITS", pieces)
+    monkeypatch.setattr(blocks, "_LOGITS", pieces)
     model, store = tiny.make("llama"), InMemory()
     for _ in stream(model, [{"input_ids": IDS}], AllLoaded(), store, keep_last=True):
         pass
     with torch.no_grad():
         rows = model(IDS).logits[:, :-1].reshape(-1, tiny.VOCABULARY)
         want = float(torch.nn.functional.cross_entropy(rows, IDS[:, 1:].reshape(-1)))
-    assert evaluate.surprise(model, AllLoaded(), store.read(3, 0), {"input_ids": IDS}) == pytest.approx(want, rel=1e-5)
+    assert compare.surprise(model, AllLoaded(), store.read(3, 0), {"input_ids": IDS}) == pytest.approx(want, rel=1e-5)
 
 
 def test_the_first_of_equal_words_is_the_top_one():
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 2.0], [5.0, 5.0, 0.0]])
     other = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 2.0], [5.0, 0.0, 0.0]])
-    assert evaluate.compare(torch.tensor([0, 0, 0]), [logits, other]).agree == 2
+    assert compare.compare(torch.tensor([0, 0, 0]), [logits, other]).agree == 2
 
 
 def test_finished_windows_are_not_measured_again():
@@ -84,8 +85,8 @@ def test_the_dense_half_is_kept_and_used_again(tmp_path, monkeypatch):
     part = measure(dense, pruned, IDS[:2], ends=tmp_path)
     assert measure(dense, pruned, IDS, done=part, ends=tmp_path) == whole
     assert len(list(tmp_path.iterdir())) == 5
-    walked, stream = [], evaluate.stream
-    monkeypatch.setattr(evaluate, "stream", lambda model, *a, **k: walked.append(model) or stream(model, *a, **k))
+    walked, stream = [], compare.stream
+    monkeypatch.setattr(compare, "stream", lambda model, *a, **k: walked.append(model) or stream(model, *a, **k))
     ticks = []
     assert measure(dense, pruned, IDS, ends=tmp_path, tick=lambda: ticks.append(1)) == whole
     assert walked == [pruned[0]]
@@ -120,7 +121,7 @@ def test_windows_of_another_text_are_not_taken_for_this_one_s(tmp_path, llama, w
     other, file = tiny.text(tmp_path, seed=5), tmp_path / "windows.json"
 
     def measured(text, cache=None):
-        found, _ = quality_of(Checkpoint(llama), None, str(text), 2, 32, 0, cache=cache)
+        found, _ = quality_of(Checkpoint(llama), None, Evaluation(str(text), 2, 32), 0, cache=cache)
         return found.as_dict()
 
     assert measured(words, file) == measured(words)

@@ -1,9 +1,9 @@
-"""stream x observe x solve: prune a model folder into a run directory, or a live module in place.
+"""Prunes a model folder into a run directory, and goes on after a kill.
 
 The run directory holds plan.json, model/ (a plain checkpoint), report.json, and work/ while the run is under way. Each
 block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
-moves on to the next block; so a kill at any moment repeats at most one block, from the inputs it had. What is found out
-beforehand is kept when it is complete (sensitivities) or block by block (the losses of allocation `measured`).
+moves on to the next block. So a kill at any moment repeats at most one block, from the inputs it had. What is measured before
+the first block is kept once it is complete (sensitivities), or block by block (the losses of allocation `measured`).
 """
 
 import dataclasses
@@ -17,51 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory, return_memory
-from secateurs.base.errors import CalibrationError, PlanError, SecateursError
-from secateurs.base.files import (
-    claim,
-    locked,
-    resolved,
-    unchanged,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from secateurs.base.errors import PlanError, SecateursError
+from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
-from secateurs.base.progress import Progress, silent, ticker
-from secateurs.base.run_folder import shrunk_before
+from secateurs.base.progress import Clock, Progress, silent, ticker
+from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
 from secateurs.model.activations import Activations, OnDisk
-from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows, window_length
+from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows
 from secateurs.model.walk import stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
+from secateurs.prune.guide import guide_of, left_out, note_distillation
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import LayerRecord, Report
+from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
-from secateurs.prune.whole import guide_of, left_out, note_distillation
-from secateurs.quality import evaluate, gates, tasks, texts
-from secateurs.quality.evaluation import quality, texts_apart
-
-# ------------------------------------------------------------------------------------------------------ a live module
-
-
-# -------------------------------------------------------------------------------------------------------- a folder
+from secateurs.quality import tasks, texts
+from secateurs.quality.evaluation import measured, texts_apart
 
 
 class Run:
-    """One run directory. complete() does what is left to do."""
+    """A run directory of prune. complete() does whatever is left to do."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress = silent) -> None:
+    def __init__(self, plan: Plan, out: Path, progress: Progress = silent, beside: Path | None = None) -> None:
+        """beside: a folder where the dense model's tasks are kept for other runs on it."""
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out = out
         self.progress = progress
+        self.beside = beside
         self.work = out / "work"
         self.model_folder = out / "model"
         self.report_file = out / "report.json"
@@ -70,8 +59,8 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        if self.plan.tasks:
-            tasks.check(self.plan.tasks, self.plan.tasks_path)
+        if self.plan.evaluation.tasks:
+            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report = Report.read(self.report_file) if self.report_file.is_file() else None
@@ -86,8 +75,6 @@ class Run:
         shutil.rmtree(self.work, ignore_errors=True)
         return report
 
-    # ------------------------------------------------------------------------------------------------ the folder
-
     # -------------------------------------------------------------------------------------------------- pruning
 
     def _prune(self, source: checkpoint.Checkpoint) -> Report:
@@ -99,7 +86,7 @@ class Run:
         compute = described(model.config.dtype)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(source, model, report)
-        self._spend("calibration")
+        self.clock.spend("calibration")
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
@@ -152,7 +139,7 @@ class Run:
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
             self._distill(source, model, batches, report, count)
-            self._spend("distill")
+            self.clock.spend("distill")
         for i in range(count):
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
@@ -160,13 +147,13 @@ class Run:
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
-        self._spend("prune")
-        report.seconds.update(self.spent)
+        self.clock.spend("prune")
+        report.seconds.update(self.clock.seconds)
         report.peak_memory_bytes = peak_memory()
         return report
 
     def _check_memory(self, source: checkpoint.Checkpoint, model: nn.Module) -> None:
-        """Tuning the whole model comes last: that it does not fit is better said first."""
+        """Raise PlanError now if tuning the whole model, which comes last, will not fit into memory."""
         if not self.plan.distill:
             return
         blocks = (model.get_submodule(name) for name in source.block_names(model))
@@ -181,25 +168,18 @@ class Run:
             )
 
     def _state(self) -> dict[str, Any]:
-        """Where an earlier run of this plan stopped, or the beginning."""
+        """The place where an earlier run of this plan stopped, or the beginning."""
         file = self.work / "state.json"
         state: dict[str, Any] = {"next_block": 0, "seconds": {}, "layers": [], "tuned": [], "reconstruction": []}
         if file.is_file():
             state = json.loads(file.read_text())
-        self.spent: dict[str, float] = state["seconds"]
-        self._since = time.perf_counter()
+        self.clock = Clock(state["seconds"])
         return state
 
-    def _spend(self, stage: str) -> None:
-        """Count the seconds since the last call for a stage of the report."""
-        now = time.perf_counter()
-        self.spent[stage] = self.spent.get(stage, 0.0) + now - self._since
-        self._since = now
-
     def _save_state(self, state: dict[str, Any], block: int, records: list[LayerRecord], report: Report) -> None:
-        self._spend("prune")
+        self.clock.spend("prune")
         saved = {
-            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.spent,
+            **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.clock.seconds,
             "tuned": report.tuned, "reconstruction": report.reconstruction,
         }  # fmt: skip
         write_json(self.work / "state.json", saved)
@@ -208,7 +188,7 @@ class Run:
         plan = self.plan
         if not plan.calibrated:
             return []
-        seqlen = window_length(plan.seqlen, model)
+        asked, seqlen = plan.calibration, plan.calibration.length(model)
         file = self.work / "calibration.safetensors"
         facts_file = self.work / "calibration.json"
         if facts_file.is_file():
@@ -216,32 +196,21 @@ class Run:
 
             windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
         else:
-            text = (
-                self._sample(source, seqlen)
-                if plan.calibration == "self"
-                else texts.load(plan.calibration, source.tokenizer(), plan.samples, seqlen, plan.seed)
-            )
+            text = texts.read(asked, source, model, asked.count, self.progress)
             windows, report.calibration = text.windows, text.facts()
             write_tensors(file, {"windows": windows})
             write_json(facts_file, report.calibration)
         assert report.calibration is not None
-        if len(windows) < plan.samples:
+        if len(windows) < asked.count:
             report.warnings.append(
                 f"calibration: {report.calibration['source']} has text for {len(windows)} windows of {seqlen} tokens, "
-                f"{plan.samples} were asked for"
+                f"{asked.count} were asked for"
             )
         check_vocabulary(windows, model)
         return batched(windows)
 
-    def _sample(self, source: checkpoint.Checkpoint, seqlen: int) -> texts.Text:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        tick = ticker(self.progress, "sampling", seqlen - 1)
-        return texts.sample_from(model, source.tokenizer(), self.plan.samples, seqlen, self.plan.seed, tick)
-
     def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
-        """What the dense model tells before its first layer is pruned; both parts are kept, for a run that goes on."""
+        """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
         from safetensors.torch import load_file
 
         plan = self.plan
@@ -254,13 +223,13 @@ class Run:
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
-                found, norms = sensitivity(model, part, source, store, plan.seed, tick)
+                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
                 write_tensors(file, {**found, **squares, "tokens": tokens})
                 shutil.rmtree(store.folder, ignore_errors=True)
                 return_memory()
-                self._spend("sensitivity")
+                self.clock.spend("sensitivity")
             stored = load_file(file)
             names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
             tokens = stored.pop("tokens").tolist()
@@ -277,13 +246,13 @@ class Run:
                 # until now a kill could go back to them
                 shutil.rmtree(self.work / "inputs", ignore_errors=True)
                 return_memory()
-                self._spend("allocation")
+                self.clock.spend("allocation")
         return guide_of(model, plan, shares, found)
 
     def _distill(
         self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
     ) -> None:
-        """Tune the pruned model as a whole and write its blocks' shards again; `count` shards in all."""
+        """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
         plan, memory = self.plan, Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
@@ -295,7 +264,7 @@ class Run:
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
             model, survivors_of(model, report.layers), (dense, source), ends, batches, plan.distill or 0,
-            seed=seed_of(plan.seed, "distill"), tick=tick, memory=memory,
+            seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
         note_distillation(model, plan, report, outcome)
@@ -308,51 +277,20 @@ class Run:
     # -------------------------------------------------------------------------------------------- quality
 
     def _evaluate(self, source: checkpoint.Checkpoint, report: Report) -> None:
-        plan, began = self.plan, time.perf_counter()
-        if plan.eval_windows and report.quality is None:
-            result = checkpoint.Checkpoint(self.model_folder)
-            cache = self.work / "windows.json"
-            measured = quality(
-                source, result, plan.eval_text, plan.eval_windows, plan.eval_seqlen, plan.seed, self.progress, cache
-            )  # fmt: skip
-            if measured is None:
-                if any(gates.Gate.parse(text).task is None for text in plan.gate):
-                    raise CalibrationError(f"{plan.model} predicts no next token, so a gate on it cannot be measured")
-                report.warnings.append("quality was not measured: the model predicts no next token")
-            else:
-                found, text = measured
-                report.evaluation, report.quality = text.facts(), found.as_dict()
-                self._against_calibration(source, report, text, found)
-        if plan.tasks and report.tasks is None:
-            results = {
-                name: self._tasks(name, folder)
-                for name, folder in (("dense", source.folder), ("pruned", self.model_folder))
-            }
-            report.tasks = {name: tasks.without_scores(found) for name, found in results.items()}
-            report.compared = tasks.compare(results["dense"], results["pruned"], plan.seed)
-        report.gate = gates.judge(plan.gate, report.quality, report.compared)
-        report.seconds["evaluate"] = time.perf_counter() - began
-
-    def _tasks(self, name: str, folder: Path) -> dict[str, Any]:
-        """Results of one model; kept, for a run that goes on."""
-        file = self.work / f"tasks-{name}.json"
-        if not file.is_file():
-            write_json(file, tasks.run_tasks(folder, self.plan.tasks, self.plan.tasks_path, self.plan.tasks_limit))
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-
-    def _against_calibration(
-        self, source: checkpoint.Checkpoint, report: Report, text: texts.Text, found: evaluate.Quality
-    ) -> None:
-        """Whether the two texts share passages, or are of different kinds."""
+        began = time.perf_counter()
+        result, seed = checkpoint.Checkpoint(self.model_folder), self.plan.calibration.seed
+        found = measured(source, result, self.plan.evaluation, seed, self.progress, self.work, self.beside)
+        for name, value in found.as_dict().items():
+            setattr(report, name, value)
+        report.warnings += found.warnings
         file = self.work / "calibration.safetensors"
-        if not file.is_file():
-            return
-        from safetensors.torch import load_file
+        if found.numbers and found.text and file.is_file():
+            from safetensors.torch import load_file
 
-        windows = load_file(file)["windows"]
-        report.distance, warnings = texts_apart(source, windows, text.windows, found, self.plan.seed)
-        report.warnings += warnings
+            windows = load_file(file)["windows"]
+            report.distance, warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
+            report.warnings += warnings
+        report.seconds["evaluate"] = time.perf_counter() - began
 
     def _finish(self, report: Report) -> None:
         from secateurs.prune.verify import check_run
@@ -366,7 +304,7 @@ class Run:
 
 
 def failure(report: Report) -> SecateursError | None:
-    """Why a finished run must still exit non-zero: a missed gate, or layers left dense that nobody allowed."""
+    """The error with which a finished run still ends: a missed gate, or layers left dense without --allow-skips; else None."""
     from secateurs.base.errors import QualityGateError, SkippedLayersError
 
     missed = [g["missed"] for g in report.gate if not g["passed"]]

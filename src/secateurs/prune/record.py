@@ -1,4 +1,4 @@
-"""What happened, as data: one record a layer, totals, quality, machine. docs/report.md describes report.json."""
+"""report.json as data: one record a layer, totals, quality, machine. docs/report.md describes it."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ class Report:
     reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
     model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
-    calibration from evaluation text (calibrate.Distance), or None. compute: products.described() of the model's dtype.
+    calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype.
     """
 
     plan: dict[str, Any]

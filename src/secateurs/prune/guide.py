@@ -1,4 +1,4 @@
-"""What concerns a model as a whole: what guides its layers, what a plan asks for in vain, what tuning of all blocks did."""
+"""What the folder and the live run share: the guide of a model's layers, warnings of what was left out, the record of tuning."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from secateurs.model import families
 from secateurs.prune.assign import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
-from secateurs.prune.report import Report
+from secateurs.prune.record import Report
 from secateurs.prune.tuning import Outcome
 
 
 def left_out(plan: Plan, found: dict[str, Tensor], whole: bool = False) -> list[str]:
-    """What the plan asks for and the model has no place for, as warnings. whole: it is a module without blocks."""
+    """Warnings: what the plan asks for and this model cannot have. whole: the model is a module without blocks."""
     if whole:
         asked = {
             "sensitivities": plan.sensitivity,

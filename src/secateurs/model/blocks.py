@@ -1,4 +1,7 @@
-"""Parts of a model, run alone: what comes before its blocks, one block, what comes after them."""
+"""Finds a model's blocks and runs its parts alone: what comes before the blocks, one block, what comes after them.
+
+The model's own forward is used throughout; the arguments of a block are recorded from it.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +23,11 @@ _LOGITS = 1 << 26
 
 
 class Stop(Exception):
-    """Leave a forward pass: what was wanted is known."""
+    """Raised to leave a forward pass early, once all that is wanted is known."""
 
 
 class Loader(Protocol):
-    """Brings parameters into a skeleton by the prefix of their names, and takes them away."""
+    """Loads parameters into a skeleton by the prefix of their names, and releases them."""
 
     def load(self, model: nn.Module, prefix: str) -> None: ...
     def load_outside(self, model: nn.Module) -> None: ...
@@ -32,7 +35,7 @@ class Loader(Protocol):
 
 
 class AllLoaded:
-    """The loader of a live model: everything is there and stays."""
+    """The loader of a live model: does nothing, since all parameters are there."""
 
     def load(self, model: nn.Module, prefix: str) -> None: ...
     def load_outside(self, model: nn.Module) -> None: ...
@@ -64,7 +67,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    # only the forward of the instance: loops over blocks still find the attributes they read
+    # only the instance's forward is replaced, so that loops over blocks still find the attributes they read
     before = [module.__dict__.get("forward") for module in modules]
     for i, module in enumerate(modules):
         module.forward = make(i)
@@ -73,19 +76,20 @@ def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callab
     finally:
         for module, forward in zip(modules, before, strict=True):
             del module.forward
-            # accelerate moves inputs to a block's device in a forward of the instance
+            # the library accelerate replaces the instance's forward as well, to move inputs to a block's device
             if forward is not None:
                 module.forward = forward
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context without gradients and dropout, with products in compute_dtype() and experts run by the eager loop."""
     training = {module for module in model.modules() if module.training}
     model.eval()
     eager = getattr(model, "set_experts_implementation", None)
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if eager and before not in (None, "eager"):
-        # the fused kernels hide which expert saw which token
+        # fused kernels do not show which expert saw which token
         eager("eager")
     try:
         with torch.no_grad(), widened():
@@ -105,7 +109,7 @@ class Call:
     kwargs: dict[str, Any]
 
     def of(self, windows: int, whole: int) -> "Call":
-        """The same for fewer windows than the whole batch: tensors that have one entry a window are cut."""
+        """The arguments for fewer windows than the whole batch: tensors with one entry for each window are cut."""
         if windows == whole:
             return self
         leaves, spec = tree_flatten((self.args, self.kwargs))
@@ -134,7 +138,7 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Tensor, list[Call]]:
-    """Run what comes before the blocks: the hidden states that enter block 0, and how each block is called."""
+    """Run what comes before the blocks: the hidden states that enter block 0, and the other arguments of each block."""
     entered: list[Tensor] = []
     calls: list[Call] = []
 
@@ -160,8 +164,8 @@ def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Ten
 def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None = None) -> Any:
     """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output.
 
-    at: the positions of the batch that `hidden` is of, for norms and heads treat each alone; None is all of them. Gradients flow
-    to `hidden` if it requires them.
+    at: the positions of the batch to which `hidden` belongs, since norms and heads treat each position alone; None for all.
+    Gradients flow to `hidden` if it requires them.
     """
     if at is not None:
         length = shape_of(batch)[1]
@@ -181,8 +185,9 @@ def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: sl
 
 
 def pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
-    """Positions of hidden states [N, S, D], so few at a time that their logits are no more than _LOGITS: those of a large
-    vocabulary would take more memory than all else.
+    """Slices of the positions of hidden states [N, S, D], so short that the logits of one are at most _LOGITS numbers.
+
+    All logits of a large vocabulary at once would take more memory than all else.
     """
     words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     each = max(1, _LOGITS // (words * hidden.shape[0]))
@@ -190,15 +195,17 @@ def pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
 
 
 def whole(model: nn.Module, batch: Batch) -> Any:
-    """Run a whole model in evaluation mode: its output. Gradients flow where they are enabled."""
+    """The output of a whole model, run in evaluation mode. Gradients flow where they are enabled."""
     grad = torch.is_grad_enabled()
     with evaluation_mode(model), torch.set_grad_enabled(grad):
         return run(model, batch)
 
 
 def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
-    """A function (index, hidden, batch, block=None) that runs a block of a live model, or another in its place, on hidden states of
-    some windows of a batch, with the arguments that the model as it now is gives to that place: also after blocks were taken out.
+    """A function (index, hidden, batch, block=None) that runs block `index` of a live model, or `block` in its place.
+
+    hidden: hidden states of some windows of the batch. The other arguments are those that the model gives to that place now, so it
+    also works after blocks were removed.
     """
     names, _ = blocks_of(model)
     blocks = [model.get_submodule(name) for name in names]
@@ -211,7 +218,7 @@ def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
 
 
 def called(block: nn.Module, calls: dict[tuple[int, ...], list[Call]], index: int, hidden: Tensor, batch: Batch) -> Any:
-    """A block on hidden states of some windows of a batch, with the arguments of place `index`."""
+    """Run a block on hidden states of some windows of a batch, with the recorded arguments of block `index`."""
     shape = shape_of(batch)
     arguments = calls[shape][index].of(hidden.shape[0], shape[0])
     return first(block(hidden, *arguments.args, **arguments.kwargs))
@@ -228,7 +235,7 @@ def shape_of(batch: Batch) -> tuple[int, ...]:
 def enter_all(
     model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
 ) -> dict[tuple[int, ...], list[Call]]:
-    """How blocks are called, by the shape of the batch; what enters block 0 goes to the stores."""
+    """The arguments of all blocks besides hidden states, by the shape of the batch; the inputs of block 0 go to the stores."""
     calls: dict[tuple[int, ...], list[Call]] = {}
     if not batches:
         return calls

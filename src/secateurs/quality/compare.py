@@ -23,10 +23,10 @@ from secateurs.base.estimate import RESAMPLES, Estimate
 from secateurs.base.files import write_tensors
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
-from secateurs.model.parts import Loader, blocks_of, device_of, leave, pieces
+from secateurs.model.blocks import Loader, blocks_of, device_of, leave, pieces
 from secateurs.model.walk import stream
 
-# logits compared at a time, as fp32: few enough to stay in a cache, and enough that threads are worth waking
+# logits compared at a time, in fp32: few enough to stay in a cache, and enough to be worth waking threads
 _CHUNK = 1 << 21
 
 
@@ -50,7 +50,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Quality:
-    """Dense and pruned on the same windows. ppl_ratio is paired: both perplexities from the same resamples."""
+    """Dense and pruned model on the same windows. ppl_ratio is paired: both perplexities are from the same resamples."""
 
     windows: int
     tokens: int
@@ -72,12 +72,12 @@ def measure(
     tick: Callable[[], None] = lambda: None,
     ends: Path | None = None,
 ) -> list[Window]:
-    """Run windows [N, S] through one or two models, block by block in step, and compare their logits. Both are on one device.
+    """Sums for each window [N, S] of one or two models, whose logits are compared. Both models are on one device.
 
     Memory holds one block of each model, the hidden states of all windows and at most 2^26 logits of each. done: windows that
-    were measured before, which come first and are not measured again. One tick a window, block and model, and one a
-    window at the end. ends: a folder for this dense model and these windows, where what leaves its last block is kept; what
-    lies there is not computed again, to the same bits. Raises CalibrationError if the model gives no logits.
+    were measured before; they come first and are not measured again. tick is called for every window, block and model, and once
+    for every window at the end. ends: a folder where the last hidden states of this dense model on these windows are kept; they
+    are read from there, with the same bits, if they are there. Raises CalibrationError if the model gives no logits.
     """
     first = len(done)
     windows = windows.to(device_of(dense[0]))
@@ -110,7 +110,7 @@ def predicted(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at
 
 
 def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> float:
-    """Nats a token, mean over all that are predicted, from what left the last block [N, S, D]."""
+    """Mean negative log-likelihood in nats a token, from the hidden states that left the last block [N, S, D]."""
     found = []
     for at in pieces(model, hidden):
         logits = predicted(model, loader, hidden[:, at], batch, at)
@@ -120,7 +120,7 @@ def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> 
 
 
 def _next(batch: Batch, at: slice) -> Tensor:
-    """The tokens that positions `at` should predict, [N, S]; one less at the end of the text."""
+    """The tokens that positions `at` should predict, [N, S]; the last position of a window predicts none."""
     return batch["input_ids"][:, at.start + 1 : at.stop + 1]
 
 
@@ -131,7 +131,7 @@ def _kept(
     tick: Callable[[], None],
     ends: Path | None = None,
 ) -> Callable[[int], Tensor]:
-    """What leaves a model's last block, by window."""
+    """A function from a window's number to the hidden states that leave the model's last block."""
     model, loader = given
     # models may have different numbers of blocks
     count = len(blocks_of(model)[0])
@@ -141,7 +141,7 @@ def _kept(
         for _ in stream(model, todo, loader, held, keep_last=True, tick=tick):
             pass
         for i, file in enumerate(files):
-            # another process may keep the same; and without room the next one computes them again
+            # another process may write the same files; where there is no room, the next run computes them again
             own = file.with_name(f"{os.getpid()}-{file.name}")
             with suppress(OutputError, OSError):
                 write_tensors(own, {"hidden": held.read(count, i)})
@@ -155,7 +155,7 @@ def _kept(
 
 
 def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
-    """Sums over tokens: logits [T, V] of the dense model, or of the dense and the pruned one. Rows without a label are left out."""
+    """Sums over the tokens of a window, from logits [T, V] of the dense model, or of both. Rows without a label are left out."""
     sums = torch.zeros(4, dtype=torch.float64)
     rows = max(1, _CHUNK // logits[0].shape[-1])
     for start in range(0, len(labels_T), rows):
@@ -169,7 +169,7 @@ def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
         sums[1] -= pruned_TV.gather(1, wanted).double().sum().item()
         sums[3] += (_first_largest(dense_TV) == _first_largest(pruned_TV)).sum().item()
         chance_TV = dense_TV.exp()
-        # a row of chances times a column of differences: one pass, and no product in memory
+        # a row of probabilities times a column of differences: one pass, without their product in memory
         sums[2] += torch.bmm(chance_TV[:, None], dense_TV.sub_(pruned_TV)[:, :, None]).double().sum().item()
     nll_dense, nll, kl, agree = sums.tolist()
     if len(logits) == 1:
@@ -178,12 +178,12 @@ def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
 
 
 def _first_largest(rows_TV: Tensor) -> Any:
-    """The place of each row's largest value, [T]; NumPy finds it many times as fast as torch."""
+    """The index of each row's largest value, [T]. NumPy finds it many times as fast as torch."""
     return rows_TV.cpu().numpy().argmax(-1)
 
 
 def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
-    """Means over tokens, intervals from 10,000 resamples of whole windows (tokens inside one are not independent)."""
+    """Means over tokens, with intervals from 10,000 resamples of whole windows, since tokens of one window are not independent."""
     n = len(windows)
     pick = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     tokens = np.array([w.tokens for w in windows], dtype=np.float64)

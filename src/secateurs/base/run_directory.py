@@ -1,0 +1,151 @@
+"""A run directory: claimed once, locked while it is worked on, gone on with after a kill; and which models it holds."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateurs.base.errors import OutputError, SecateursError
+from secateurs.base.files import part_of, write_json
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether it is a run directory."""
+    return (Path(folder).expanduser() / "plan.json").is_file()
+
+
+def model_in(folder: str | Path) -> Path:
+    """The folder of the model that a folder means: of a run directory its model, as made and not packed; of a decision's that of
+    the candidate to ship; any other folder itself. Raises OutputError for a run directory that has none.
+    """
+    folder = Path(folder).expanduser()
+    if not is_run(folder):
+        return folder
+    file = folder / "decide.json"
+    if file.is_file():
+        decided = json.loads(file.read_text(encoding="utf-8"))
+        row = next((r for r in decided["rows"] if r["candidate"] == decided["recommended"]), None)
+        if row is None:
+            raise OutputError(
+                f"{folder} decided for the dense model, so it holds none of its own; name {decided['plan']['model']}, or a folder "
+                f"in {folder / 'candidates'}"
+            )
+        return folder / str(row["folder"]) / "model"
+    if not (folder / "model" / "config.json").is_file():
+        raise OutputError(f"{folder} is a run directory without a finished model; rerun the command that began it")
+    return folder / "model"
+
+
+def model_note(folder: str | Path) -> str | None:
+    """A sentence that says which model is taken where a run directory was named, else None."""
+    if not is_run(folder):
+        return None
+    found = model_in(folder)
+    packed = "; the packed one is in packed" if (found.parent / "packed").is_dir() else ""
+    return f"{folder} is a run directory: its model {found} is taken, not the dense one that it was made of{packed}."
+
+
+def models_of(run: Path) -> tuple[str, Path]:
+    """The dense model and the folder of the resulting model, for a run directory of prune, shrink or recover.
+
+    For recover the dense model is its teacher, or without a teacher the model that it was given.
+    """
+    try:
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+        dense, teacher = plan["model"], plan.get("teacher") or "none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{run / 'plan.json'} is not a plan of ours: {error}") from None
+    if teacher != "none":
+        dense = teacher
+    elif (Path(dense) / "plan.json").is_file():
+        # recover was given a run directory, and trained its model
+        dense = str(Path(dense) / "model")
+    return dense, run / "model"
+
+
+def shrunk_before(model: str) -> dict[str, Any] | None:
+    """Budget, parameters, quality and latency of a model folder that `secateurs shrink` made; None for other folders."""
+    try:
+        found = json.loads((Path(model).expanduser().parent / "report.json").read_text(encoding="utf-8"))
+        return {
+            "budget": found["plan"]["budget"],
+            "parameters": {kind: found[kind]["parameters"] for kind in ("dense", "left")},
+            "quality": found["quality"],
+            "latency_ratio": found["latency"]["ratio"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def resolved(model: str) -> str:
+    """The absolute path of a model folder, of a run directory that of its model; a hub id unchanged."""
+    folder = Path(model).expanduser()
+    return str(model_in(folder).resolve()) if folder.is_dir() else model
+
+
+def claim(out: Path, plan: dict[str, Any]) -> None:
+    """Take `out` as the run directory of this plan and write plan.json. Raises OutputError.
+
+    It must be new, empty, or the directory of an earlier run of the same plan.
+    """
+    file = out / "plan.json"
+    if file.is_file():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError:
+            raise OutputError(f"{file} is not JSON; choose another folder, or delete it") from None
+        if old != plan:
+            missing = "not stated"
+            name = next(k for k in {**plan, **old} if plan.get(k, missing) != old.get(k, missing))
+            raise OutputError(
+                f"{out} holds a run of another plan ({name} is {old.get(name, missing)} there, {plan.get(name, missing)} here); "
+                "choose another folder, or delete it"
+            )
+        return
+    try:
+        # a run that was killed while it wrote its plan left a temporary file behind
+        if out.exists() and (not out.is_dir() or any(found.name != part_of(file).name for found in out.iterdir())):
+            raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from None
+    write_json(file, plan)
+
+
+def unchanged(run: Path, facts: dict[str, str]) -> None:
+    """Check that what a run reads, {what: its fingerprint}, is what it read when it began. Raises OutputError."""
+    file = run / "work" / "read.json"
+    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    for what, fingerprint in facts.items():
+        if known.get(what, fingerprint) != fingerprint:
+            raise OutputError(f"{what} has changed since {run} was begun; delete {run} and start again")
+    if not facts.keys() <= known.keys():
+        write_json(file, {**known, **facts})
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Lock a run directory against other processes and make its work/. Raises OutputError if another one has it.
+
+    A command that fails before it has made anything leaves no directory, so that the corrected command can use the name.
+    """
+    try:
+        (run / "work").mkdir(exist_ok=True)
+        handle = os.open(run / "work" / "lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise OutputError(f"cannot write in {run}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
+    except SecateursError:
+        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "read.json"}:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)

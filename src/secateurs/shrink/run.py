@@ -1,0 +1,161 @@
+"""Shrinks a model folder to a smaller dense model under a budget: a plain Hugging Face folder that needs no code of ours.
+
+All blocks keep the same width and heads, so config.json can state them. The run directory holds plan.json, model/, report.json, and
+work/ while the run is under way. A kill loses at most one estimate or one cut block. The whole dense model is in memory.
+
+This file orders the stages and writes and measures the result. The stages: estimates.py (what units cost), shapes.py (which shape
+is taken), cutting.py (the model is cut to it).
+"""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateurs.base.device import machine, peak_memory
+from secateurs.base.files import fingerprint_of, write_json, write_text
+from secateurs.base.precision import described
+from secateurs.base.progress import Clock, Progress, silent
+from secateurs.base.run_directory import claim, locked, resolved, unchanged
+from secateurs.model import checkpoint
+from secateurs.quality import texts
+from secateurs.quality.evaluation import measured, texts_apart
+from secateurs.shrink import cutting, estimates, latency, shapes, units
+from secateurs.shrink.job import Dense, Job
+from secateurs.shrink.plan import ShrinkPlan
+
+
+def shrink(
+    plan: ShrinkPlan,
+    out: str | Path,
+    progress: Progress = silent,
+    beside: Path | None = None,
+) -> dict[str, Any]:
+    """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
+
+    beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and
+    raises nothing.
+    """
+    out = Path(out).expanduser()
+    plan = replace(plan, model=resolved(plan.model))
+    source = checkpoint.Checkpoint(plan.model)
+    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress)
+    shapes.check_units(job)
+    if not (out / "plan.json").is_file():
+        shapes.refuse_too_small(job)
+    claim(out, plan.as_dict())
+    with locked(out):
+        report_file = out / "report.json"
+        if not report_file.is_file():
+            write_json(report_file, _made(job, source, out, beside))
+        report: dict[str, Any] = json.loads(report_file.read_text())
+    shutil.rmtree(job.work, ignore_errors=True)
+    return report
+
+
+def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | None) -> dict[str, Any]:
+    """Write the smaller model to model/ and return the report on it."""
+    clock = Clock()
+    plan, dense, folder = job.plan, job.dense, out / "model"
+    text = _calibration(job, source, out)
+    windows = text.windows
+    clock.spend("calibration")
+    lost, sensitive = estimates.estimate(job, windows)
+    clock.spend("estimates")
+    lost = estimates.corrected(job, lost, windows, sensitive)
+    clock.spend("corrections")
+    shape, tried = shapes.choose(job, lost)
+    clock.spend("shape")
+    kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
+    model, records = cutting.shaped(job, windows, shape, kept_layers, sensitive, "cutting")
+    stated = units.stated(source.raw_config, dense.config, dense.family, shape, kept_layers)
+    _write(plan, source, folder, model, stated)
+    clock.spend("cutting")
+    report: dict[str, Any] = {
+        "format": 1,
+        "plan": plan.as_dict(),
+        "machine": machine(),
+        "compute": described(dense.config.dtype),
+        "dense": {**asdict(dense.shape), "parameters": dense.sizes.parameters(dense.shape)},
+        "left": {
+            **asdict(shape),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "kept_layers": kept_layers,
+        },
+        "blocks": records,
+        "estimated_loss": lost.at(shape, dense.shape),
+        "truth": lost.truth,
+        "tried": tried,
+        "calibration": text.facts(),
+        "bytes": {
+            "dense": source.nbytes,
+            "left": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        },
+        "warnings": [],
+        "distance": None,
+        "seconds": clock.seconds,
+    }
+    report["latency"] = _latency(job, source, folder)
+    clock.spend("latency")
+    _evaluate(job, source, folder, report, windows, beside)
+    clock.spend("evaluate")
+    report["peak_memory_bytes"] = peak_memory()
+    return report
+
+
+def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> texts.Text:
+    """The plan's calibration text. Raises OutputError if it or the model has changed since the run was begun."""
+    asked = job.plan.calibration
+    text = texts.read(asked, source, job.dense.skeleton, asked.count, job.progress)
+    unchanged(out, {job.plan.model: source.fingerprint(), asked.source: fingerprint_of(text.windows)})
+    return text
+
+
+def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model: Any, stated: dict[str, Any]) -> None:
+    source.copy_small_files(folder, but=("config.json",))
+    # model.config still has sizes of the dense model, and save_pretrained would refuse it
+    model.config = type(model.config).from_dict(stated)
+    model.save_pretrained(folder)
+    write_json(folder / "config.json", stated)
+    write_text(folder / "README.md", _card(plan))
+
+
+def _card(plan: ShrinkPlan) -> str:
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "tags: [pruning, secateurs]", "---", "", "# A smaller model", "",
+            f"Units ({', '.join(plan.units)}) were removed from a dense model until {plan.budget} was met; by {plan.criterion}"
+            f"{', with least squares on what is left' if plan.refit else ''}. It loads with `AutoModelForCausalLM.from_pretrained` "
+            "and needs no code of secateurs.", "",
+        ]
+    )  # fmt: skip
+
+
+def _latency(job: Job, source: checkpoint.Checkpoint, folder: Path) -> dict[str, Any]:
+    """Seconds of the dense model and of the smaller one, both loaded from disk, measured in turn."""
+    plan, cls = job.plan, type(job.dense.skeleton)
+    models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, folder)]
+    dense, left = latency.measure(models, plan.prompt, plan.new)
+    return {
+        "prompt": plan.prompt,
+        "new": plan.new,
+        "dense": asdict(dense),
+        "left": asdict(left),
+        "ratio": asdict(left.over(dense)),
+    }
+
+
+def _evaluate(
+    job: Job, source: checkpoint.Checkpoint, folder: Path, report: dict[str, Any], windows: Tensor, beside: Path | None
+) -> None:
+    """Measure the smaller model's quality, judge it by the plan's gates, and add both to the report."""
+    seed = job.plan.calibration.seed
+    found = measured(source, checkpoint.Checkpoint(folder), job.plan.evaluation, seed, job.progress, job.work, beside)
+    report |= found.as_dict()
+    report["warnings"] += found.warnings
+    if found.numbers and found.text:
+        report["distance"], warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
+        report["warnings"] += warnings

@@ -1,0 +1,133 @@
+"""How many units each group of a live module keeps: the least estimated loss that a budget allows.
+
+A budget of time is met by measurement: sizes are tried until the time of one is near enough to what was asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from secateurs.base.errors import PlanError
+from secateurs.base.progress import Progress
+from secateurs.shrink.budget import Budget
+from secateurs.shrink.graph import Cost
+
+Counts = dict[str, int]
+Curves = dict[str, list[float]]
+"""{group: the loss with 0, 1, ... units gone}, nats an example."""
+
+# for a time budget: shapes that are measured, and how near to the budget is near enough
+_TRIES = 6
+_OVER, _UNDER = 1.01, 0.98
+
+
+@dataclass
+class Widths:
+    """The widths that groups may have, and what they cost.
+
+    dense: {group: units}. steps: {group: widths that it may have, falling, its own first}. cost: what the budget counts (for a time
+    budget, multiplications); whole: the dense module's. kept_whole: {layer: why its channels stay}.
+    """
+
+    bound: Budget
+    multiple: int
+    dense: Counts
+    cost: Cost
+    whole: int
+    kept_whole: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.steps = {
+            name: [units, *(n for n in range(units - 1, 0, -1) if n % self.multiple == 0)]
+            for name, units in self.dense.items()
+        }
+
+    def keep(self, group: str, why: str) -> None:
+        """Keep all units of a group."""
+        self.steps[group] = self.steps[group][:1]
+        self.kept_whole[group] = why
+
+    def most(self, group: str) -> int:
+        """How many units a group may lose."""
+        return self.dense[group] - self.steps[group][-1]
+
+    def size(self, counts: Counts) -> float:
+        """The cost over the dense module's."""
+        return self.cost.at(counts) / self.whole
+
+    @property
+    def least(self) -> float:
+        """The size of the smallest module."""
+        return self.size({name: steps[-1] for name, steps in self.steps.items()})
+
+    def refuse_too_small(self) -> None:
+        """Raise PlanError if the smallest module is above the budget. A time budget is not judged here."""
+        least = self.least
+        if not self.bound.timed and least > self.bound.value:
+            fixed = "".join(f"; {name} stays whole: {why}" for name, why in self.kept_whole.items())
+            raise PlanError(
+                f"budget {self.bound.text}: with widths that are multiples of {self.multiple} the smallest shape is {least:.3f}x"
+                f"{fixed}; raise the budget or lower the multiple"
+            )
+
+    def choose(
+        self, curves: Curves, ratio_of: Callable[[Counts], float], progress: Progress
+    ) -> tuple[Counts, list[dict[str, Any]]]:
+        """Widths with the least estimated loss in the budget, and the ones that were timed on the way.
+
+        ratio_of: the seconds of a module of some widths over the dense module's; called for a time budget only.
+        """
+        if not self.bound.timed:
+            return self._fitting(curves, self.bound.value), []
+        tried: list[dict[str, Any]] = []
+        best: tuple[float, Counts] | None = None
+        aim = low = self.least
+        for number in range(_TRIES):
+            # the smallest first: if that is too slow, every other is
+            counts = self._fitting(curves, aim)
+            ratio = ratio_of(counts)
+            used = ratio / self.bound.value
+            tried.append({"counts": counts, "ratio": ratio})
+            progress("measuring latency", number + 1, _TRIES)
+            if used <= _OVER:
+                size = self.size(counts)
+                if best is None or size > best[0]:
+                    best = (size, counts)
+            if number == 0 and used > _OVER:
+                raise PlanError(
+                    f"budget {self.bound.text}: the smallest shape takes {ratio:.3g}x the dense module's time; raise the budget"
+                )
+            if number and _UNDER <= used <= _OVER:
+                break
+            aim = self._next(tried, low)
+        assert best is not None
+        return best[1], tried
+
+    def _next(self, tried: list[dict[str, Any]], low: float) -> float:
+        """The size to try next: where a straight line through the two measurements nearest to the budget meets it."""
+        points = sorted([(1.0, 1.0), *((t["ratio"], self.size(t["counts"])) for t in tried)])
+        under = [p for p in points if p[0] <= self.bound.value]
+        over = [p for p in points if p[0] > self.bound.value]
+        a, b = (under[-1] if under else points[0]), (over[0] if over else points[-1])
+        share = (self.bound.value - a[0]) / (b[0] - a[0]) if b[0] > a[0] else 0.5
+        return max(low, a[1] + share * (b[1] - a[1]))
+
+    def _fitting(self, curves: Curves, size: float) -> Counts:
+        """Repeat the step with the least loss for what it saves, until the size is at most `size`."""
+        counts = dict(self.dense)
+        now = self.size(counts)
+        while now > size + 1e-12:
+            best: tuple[float, str, int] | None = None
+            for name, steps in self.steps.items():
+                spent = curves[name][self.dense[name] - counts[name]]
+                options = [n for n in steps if n < counts[name]]
+                for count, saved in zip(options, self.cost.saved(counts, name, options), strict=True):
+                    if saved > 0:
+                        slope = (curves[name][self.dense[name] - count] - spent) / saved
+                        if best is None or slope < best[0]:
+                            best = (slope, name, count)
+            if best is None:
+                break
+            counts[best[1]] = best[2]
+            now = self.size(counts)
+        return counts

@@ -1,0 +1,69 @@
+"""The matrices of a model that training prunes, and which of their weights stay.
+
+O outputs, I inputs.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import PlanError
+from secateurs.matrix import patterns
+from secateurs.model.layers import layers_of
+
+
+def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every matrix that may be pruned: Linear, Conv1D, Conv2d, fused experts; a shared one once."""
+    kinds = _kinds(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kinds:
+            yield name, parameter
+
+
+def as_matrix(
+    model: nn.Module, parameter: nn.Parameter
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions: from a parameter's layout to the matrix [O, I] that patterns see, and back. Experts are stacked as rows."""
+    kind = _kinds(model)[id(parameter)]
+    shape = parameter.shape
+    if kind == "conv1d":
+        return lambda t: t.T, lambda t: t.T
+    if kind == "conv2d":
+        out, channels, height, width = shape
+        return (
+            lambda t: t.permute(0, 2, 3, 1).flatten(1),
+            lambda t: t.reshape(out, height, width, channels).permute(0, 3, 1, 2),
+        )
+    return lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(shape)
+
+
+def chosen(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter]:
+    """{name: parameter} of every prunable matrix but those in `skip`. Raises PlanError if none is left."""
+    found = {name: p for name, p in prunable(model) if name not in skip}
+    if not found:
+        raise PlanError(f"{type(model).__name__} has no matrix to prune")
+    return found
+
+
+def check_pattern(name: str, matrix_OI: Tensor, pattern: str) -> None:
+    """Raise PlanError if a matrix of this shape cannot take a pattern."""
+    refused = patterns.parse(pattern).refuses(*matrix_OI.shape)
+    if refused:
+        raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+
+
+def largest(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """{name: mask} of the highest scores over all matrices together; `sparsity` of all is removed."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    kept = patterns.top(flat, len(flat) - patterns.count_zeros(len(flat), sparsity))
+    parts = torch.split(kept, [score.numel() for score in scores.values()])
+    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """{id of parameter: kind of layer}."""
+    from secateurs.model.families import FAMILIES
+
+    experts = {name for family in FAMILIES.values() for name in family.experts}
+    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}
