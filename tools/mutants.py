@@ -147,6 +147,7 @@ def _pytest(folder: Path, out: Path, arguments: Sequence[str]) -> None:
     os.chdir(folder)
     first = [str(folder / "site"), str(folder / "src")]
     os.environ["PYTHONPATH"] = os.pathsep.join(first)
+    os.environ.pop("PYTHONWARNINGS", None)
     sys.path[:0] = first
     exec(_SITE)
     file = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -178,6 +179,8 @@ def run(root: Path, rows: Sequence[Row], jobs: int) -> int:
     """Run the rows and say what became of each; the exit code."""
     os.environ.update(
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1",
+        # tests that are killed leave semaphores to whoever watches over this process's
+        PYTHONWARNINGS="ignore:resource_tracker:UserWarning",
     )  # fmt: skip
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         del os.environ[name]

@@ -204,3 +204,11 @@ def test_the_fingerprint_follows_the_files(folder):
     assert Checkpoint(folder).fingerprint() == before
     rewrite(folder, lambda tensors: None)
     assert Checkpoint(folder).fingerprint() != before
+
+
+def test_names_are_in_the_order_of_their_numbers(folder):
+    save_file({f"layers.{i}.weight": torch.zeros(1) for i in (10, 9, 0)}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    assert Checkpoint(folder).ordered_keys() == ["layers.0.weight", "layers.9.weight", "layers.10.weight"]
