@@ -62,7 +62,7 @@ def test_a_way_that_memory_has_no_room_for_is_left_out_with_a_word(monkeypatch, 
 
 
 def test_a_limit_is_in_the_report():
-    code = "from secateurs.device import machine; print(machine()['limits'])"
+    code = "from secateurs.base.device import machine; print(machine()['limits'])"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={**device.os.environ, "SECATEURS_MAX_ISA": "avx2"},

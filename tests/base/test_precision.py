@@ -141,7 +141,7 @@ def test_16_bit_products_need_instructions(monkeypatch, fresh, flags, capability
 
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_VNNI"])
 def test_onednns_limit_is_obeyed(limit):
-    code = "import torch; from secateurs.products import compute_dtype as c; print(c(torch.bfloat16), c(torch.float16))"
+    code = "import torch; from secateurs.base.precision import compute_dtype as c; print(c(torch.bfloat16), c(torch.float16))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == "torch.float32 torch.float32", found.stderr

@@ -4,32 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import process
 import pytest
 import tiny
 import torch
+from command import FAST, fails, run
 
 from secateurs import cli
 from secateurs.matrix.patterns import NM
-
-FAST = ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--eval-seqlen", "32"]
-
-
-def run(*arguments, code=0):
-    """The command line in a process of its own: (stdout, stderr)."""
-    done = process.run(cli.main, [str(a) for a in arguments], COLUMNS=200)
-    assert done.code == code, done.error + done.out
-    return done.out, done.error
-
-
-def fails(capsys, code, *arguments):
-    """One sentence on standard error, no traceback, the exit code."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(a) for a in arguments])
-    error = capsys.readouterr().err
-    assert stopped.value.code == code, error
-    assert "Traceback" not in error
-    return " ".join(error.split())
 
 
 def test_prune_verify_inspect_eval_end_to_end(tmp_path, llama, words):

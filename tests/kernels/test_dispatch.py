@@ -93,7 +93,7 @@ def test_few_tokens_stream_and_many_survivors_are_tiled():
 
 def test_a_row_can_be_forced():
     code = (
-        "import torch, secateurs.kernels as k; from secateurs.formats import pack;"
+        "import torch, secateurs.kernels.dispatch as k; from secateurs.kernels.formats import pack;"
         "p = pack(torch.eye(4, 64).bfloat16()); print(k.select(p, 1).name)"
     )
 
@@ -107,7 +107,7 @@ def test_a_row_can_be_forced():
     assert "no kernel is named 'bitmask_bf16_abacus'; these run here: " in unknown.stderr
     assert "bitmask_bf16_scalar_stream" in unknown.stderr
     # a layer that stays dense is torch's then
-    dense = "import torch; from secateurs.kernels import ours_is_faster as s; w = torch.ones(4, 64); print(s(w, w[:1]))"
+    dense = "import torch; from secateurs.kernels.dispatch import ours_is_faster as s; w = torch.ones(4, 64); print(s(w, w[:1]))"
     assert run("bitmask_fp32_scalar_tile", dense).stdout.strip() == "False"
     assert run("dense_fp32_scalar_stream", dense).stdout.strip() == "True"
     wrong = run("bitmask_fp32_scalar_tile")
@@ -122,7 +122,7 @@ def limited(limit, code):
 
 def test_a_limit_leaves_out_richer_rows():
     code = (
-        "import secateurs.kernels as k; rows = k.kernels();"
+        "import secateurs.kernels.dispatch as k; rows = k.kernels();"
         "print({r.isa for r in rows if not r.lacks}); print(next(r.lacks for r in rows if r.isa not in ('scalar', 'cuda')))"
     )
     runs, lacks = limited("scalar", code).stdout.strip().splitlines()
@@ -144,7 +144,7 @@ def test_strategies_by_hand():
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_choice_has_a_kernel(isa):
     code = (
-        "import torch, secateurs.kernels as k; from secateurs.formats import pack, DTYPES\n"
+        "import torch, secateurs.kernels.dispatch as k; from secateurs.kernels.formats import pack, DTYPES\n"
         "for d in DTYPES:\n"
         "  for s in (0, .5, .95):\n"
         "    for f in ('bitmask', 'dense'):\n"

@@ -1,13 +1,13 @@
 import json
-import time
 
 import pytest
 import torch
-from test_cli import fails, run
+from command import fails, run
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError
 from secateurs.kernels import dispatch, semi_structured
+from secateurs.machine import timing
 from secateurs.machine.probe import Question, probe, read_shapes, shapes_of
 from secateurs.machine.profile import DeviceProfile, default_file
 from secateurs.machine.timing import Timing, dense_runs, interleaved
@@ -150,13 +150,17 @@ def test_interleaved_takes_turns():
     assert Timing.of([3, 1, 2]).seconds == 2
 
 
-def test_a_hopeless_run_is_timed_once():
-    clock = {"slow": 0.02, "fast": 0.001, "ours": 0.02}
-    found = interleaved(
-        {n: [lambda s=s: time.sleep(s)] for n, s in clock.items()}, rounds=4, droppable={"slow", "fast"}
-    )
+def test_a_hopeless_run_is_timed_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds):
+        return [lambda: now.__setitem__(0, now[0] + seconds)]
+
+    runs = {"slow": taking(0.02), "fast": taking(0.001), "ours": taking(0.02)}
+    found = interleaved(runs, rounds=4, droppable={"slow", "fast"})
     assert {n: t.samples for n, t in found.items()} == {"slow": 1, "fast": 4, "ours": 4}
-    assert found["slow"].seconds >= 0.02
+    assert found["slow"].seconds == pytest.approx(0.02)
 
 
 def test_every_dense_way_is_timed():

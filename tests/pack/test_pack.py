@@ -7,8 +7,8 @@ import sys
 import pytest
 import tiny
 import torch
+from command import FAST, fails, run
 from safetensors.torch import load_file, save_file
-from test_cli import FAST, fails, run
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 

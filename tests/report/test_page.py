@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from decisions import module, plan, stated_bench
 from plans import asked
-from test_decide import module, plan, stated_bench
 from typer.testing import CliRunner
 
 from secateurs.base.errors import OutputError

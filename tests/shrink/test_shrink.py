@@ -277,14 +277,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, words):
     assert whole.read_bytes() == killed.read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["model", "text"])
-def test_a_killed_run_does_not_go_on_with_another_model_or_text(changed, tmp_path, llama, words):
+@pytest.mark.parametrize("other", ["model", "text"])
+def test_a_killed_run_does_not_go_on_with_another_model_or_text(other, tmp_path, llama, words):
     source, text = tmp_path / "dense", tmp_path / "text.txt"
     shutil.copytree(llama, source)
     text.write_text(words.read_text())
     chosen = changed(plan(source, text, "params=0.7x", units=("mlp",)), eval_text=str(words))
     killed_after("block-0000.json", chosen, tmp_path / "run")
-    if changed == "model":
+    if other == "model":
         os.utime(source / "config.json", (0, 0))
     else:
         text.write_text(words.read_text()[100:])

@@ -56,7 +56,7 @@ from secateurs.base.device import machine
 from secateurs.kernels.library import library
 assert sc.__file__.startswith({str(tmp_path)!r}), sc.__file__
 model = torch.nn.Sequential(torch.nn.Linear(16, 8))
-report = sc.prune(model, asked(sc.Plan, method="sparsegpt", pattern="2:4"), calibration=[{{"input": torch.randn(64, 16)}}])
+report = sc.prune(model, sc.Plan(method="sparsegpt", pattern="2:4"), calibration=[{{"input": torch.randn(64, 16)}}])
 sc.train.hold(model, torch.optim.AdamW(model.parameters())).masks
 assert library.cache_info().misses == 0
 assert report.machine["versions"]["secateurs"] == "not installed"

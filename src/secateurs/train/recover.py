@@ -23,7 +23,7 @@ from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described, widened
 from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Progress, silent, ticker
-from secateurs.base.run_directory import claim, locked, resolved, unchanged
+from secateurs.base.run_directory import claim, is_run, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import Batch, batched
@@ -53,18 +53,16 @@ def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> 
 
 class _Run:
     def __init__(self, plan: RecoverPlan, out: Path, progress: Progress) -> None:
-        given = Path(plan.model).expanduser()
-        folder, teacher = given, plan.teacher
-        if (given / "plan.json").is_file():
-            folder = given / "model"
-            earlier = json.loads((given / "plan.json").read_text())
+        teacher = plan.teacher
+        if is_run(plan.model):
+            earlier = json.loads((Path(plan.model).expanduser() / "plan.json").read_text())
             teacher = teacher or earlier.get("teacher") or earlier["model"]
         if teacher is None:
             raise PlanError(
                 f"{plan.model} is no run directory that names its dense model: give --teacher, or --teacher none to train on the "
                 "text alone"
             )
-        self.source = checkpoint.Checkpoint(folder if folder.is_dir() else plan.model)
+        self.source = checkpoint.Checkpoint(plan.model)
         self.teacher = None if teacher == "none" else checkpoint.Checkpoint(teacher)
         self.plan = dataclasses.replace(
             plan,

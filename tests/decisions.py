@@ -1,0 +1,74 @@
+"""Decisions whose speeds are stated, not measured; what they prune is real."""
+
+import importlib
+
+from plans import asked
+
+from secateurs.base.device import machine
+from secateurs.decide.plan import DecidePlan
+from secateurs.kernels.dispatch import kernels
+from secateurs.machine.profile import DeviceProfile
+
+# the function has the name of its module
+module = importlib.import_module("secateurs.decide.decide")
+
+# speedups of decoding and of prefill that the stated bench gives
+SPEEDS = {"packed": (1.5, 1.0), "shrunk": (1.2, 1.25)}
+
+
+def profile(file, here=True, speedup=1.6):
+    rows = [
+        {"dtype": dtype, "kernel": f"bitmask_{dtype}_x", "tokens": tokens, "sparsity": s, "speedup": value,
+         "shape": [8, 8], "pattern": "unstructured", "seconds": 1e-3, "dense": "torch", "dense_seconds": 2e-3, "verdict": "2x"}
+        for dtype in ("fp32", "bf16") for s in (0.5, 0.9) for tokens, value in ((1, speedup), (256, 1.0))
+    ]  # fmt: skip
+    of = {
+        **machine(),
+        "kernels": [k.name for k in kernels() if not k.lacks],
+        **({} if here else {"processor": "another"}),
+    }
+    DeviceProfile("stated", of, 1e10, {"fp32": 1e11}, rows, {"device": None}).write(file)
+    return str(file)
+
+
+def stated_bench(runs):
+    """A bench that states speeds and counts its runs."""
+
+    def bench(variants, prompt, new, repeats, progress, batches=(1,)):
+        runs.append(variants[1].folder)
+        rows = []
+        for variant in variants:
+            decoding, prefill = SPEEDS.get(variant.name, (1.0, 1.0))
+            stages = {}
+            for stage, rate in (("prefill", 100 * prefill), ("decode", 10 * decoding)):
+                values = [rate * (1 + 0.01 * i) for i in range(repeats)]
+                stages[stage] = {
+                    "tokens_per_second": values[0],
+                    "low": values[0],
+                    "high": values[-1],
+                    "samples": values,
+                    "speedup": rate / (100 if stage == "prefill" else 10),
+                }
+            rows.append(
+                {
+                    "name": variant.name,
+                    "folder": variant.folder,
+                    "weights_bytes": 1000,
+                    "peak_memory_bytes": 1,
+                    "kv_bytes_per_token": 8,
+                    **stages,
+                    "batches": [{"batch": 1, **stages}],
+                }
+            )
+        return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+
+    return bench
+
+
+def plan(llama, words, tmp_path, **more):
+    given = {
+        "gate": ("ppl<=+900%",), "candidates": ("0.5", "2:4"), "profile": profile(tmp_path / "profile.json"), "effort": "fast",
+        "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
+        "prompt": 10, "new": 11, "repeats": 3, "multiple": 8,
+    }  # fmt: skip
+    return asked(DecidePlan, str(llama), **{**given, **more})
