@@ -39,7 +39,7 @@ PRELOAD = [
 ]
 _FORKED = multiprocessing.get_context("forkserver")
 # an editable install would lead every import back to the working tree
-_SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
+_SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'Scikit' not in type(f).__name__]\n"
 
 
 class RefusedError(Exception):
