@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 USED := .venv/used
 
-.PHONY: demo test test-kernels test-real browser check bench clean
+.PHONY: demo test test-kernels test-real mutants browser check bench clean
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -52,6 +52,11 @@ browser:
 # slow checks on trained models and on ../shared/data; what is absent is skipped by name
 test-real: $(READY)
 	$(BIN)/python -m pytest -m real -s
+
+# plants small mistakes one at a time in a copy of the tree, and runs the tests that should notice; WORD=fleet: rows that hold it
+WORD ?=
+mutants: $(READY)
+	$(BIN)/python tools/mutants.py $(WORD)
 
 check: $(READY)
 	$(BIN)/ruff format .

@@ -1,4 +1,7 @@
 /* Every kernel that this CPU can run against the double loop: sizes around each tile, misaligned pointers, threads. */
+#include <malloc.h>
+#include <sys/resource.h>
+
 #include <thread>
 
 #include "oracle.h"
@@ -60,6 +63,77 @@ void together(int32_t kernel, const secateurs_kernel& row) {
   }
 }
 
+/* what an earlier call left in the memory that a thread keeps does not matter: here NaN. The last word of x is short; and what
+   threads lay out is not a multiple of what they are */
+void stale(int32_t kernel, const secateurs_kernel& row) {
+  Random random{3};
+  const int size = itemsize(row.dtype);
+  const Problem first(random, row.dtype, 8, 450, 0.5, 0), few(random, row.dtype, 9, 65, 0.5, 0), many(random, row.dtype, 9, 450, 0.5, 0);
+  const struct {
+    const Problem& problem;
+    int64_t tokens;
+    int32_t threads;
+  } cases[] = {{few, 1, 1}, {few, 3, 1}, {few, 40, 1}, {many, 71, 5}};
+  for (const auto& c : cases) {
+    Exact nan(static_cast<size_t>(c.tokens * 450 * size)), lost(static_cast<size_t>(c.tokens * 8 * size));
+    Exact x(static_cast<size_t>(c.tokens * c.problem.inputs * size));
+    memset(nan.data, 0xff, nan.nbytes);
+    for (int64_t k = 0; k < c.tokens * c.problem.inputs; ++k) put(row.dtype, x.data + k * size, static_cast<float>(random.uniform()));
+    const secateurs_product before = {first.weight(!strcmp(row.format, "bitmask")), nullptr};
+    secateurs_linear(kernel, &before, 1, nan.data, lost.data, c.tokens, 1);
+    ++runs;
+    failures += check(kernel, row, c.problem, x.data, nullptr, c.tokens, c.threads, "after NaN, " + std::to_string(c.tokens) + " tokens") != 0;
+  }
+}
+
+/* with ever more memory a call is refused until it is right: first there is no room for x, then none for the sums of its products */
+void memory(int32_t kernel, const secateurs_kernel& row) {
+#if defined(__SANITIZE_ADDRESS__)
+  static_cast<void>(kernel);
+  printf("NOT RUN, AddressSanitizer ends a program that has no memory: %s\n", row.name);
+#else
+  Random random{9};
+  const Problem problem(random, row.dtype, 4, 64, 1.0, 0);
+  const int64_t tokens = 1 << 17;
+  const std::vector<float> x(static_cast<size_t>(tokens * 64), 1.0f);
+  std::vector<float> y(static_cast<size_t>(tokens * 4));
+  const secateurs_product product = {problem.weight(!strcmp(row.format, "bitmask")), nullptr};
+  /* in a thread that keeps nothing of earlier calls */
+  std::thread([&] {
+    long pages = 0;
+    if (FILE* file = fopen("/proc/self/statm", "r")) {
+      if (fscanf(file, "%ld", &pages) != 1) pages = 0;
+      fclose(file);
+    }
+    if (!pages) return;
+    rlimit before;
+    getrlimit(RLIMIT_AS, &before);
+    const rlimit none = {static_cast<rlim_t>(pages) * 4096, before.rlim_max};
+    setrlimit(RLIMIT_AS, &none);
+    void* more_than_none = malloc(1 << 25);
+    setrlimit(RLIMIT_AS, &before);
+    free(more_than_none);
+    if (more_than_none) {
+      /* an emulator, for one */
+      printf("NOT RUN, memory has no limit here: %s\n", row.name);
+      return;
+    }
+    int32_t code = SECATEURS_NO_MEMORY, refused = 0;
+    for (rlim_t more = 0; code == SECATEURS_NO_MEMORY && more < 32; ++more) {
+      const rlimit limit = {static_cast<rlim_t>(pages) * 4096 + (more << 23), before.rlim_max};
+      memset(y.data(), 0xff, y.size() * sizeof(float));
+      setrlimit(RLIMIT_AS, &limit);
+      code = secateurs_linear(kernel, &product, 1, x.data(), y.data(), tokens, 1);
+      setrlimit(RLIMIT_AS, &before);
+      refused += code == SECATEURS_NO_MEMORY;
+    }
+    bool numbers = true;
+    for (float value : y) numbers = numbers && value == value;
+    expect(refused > 1 && code == SECATEURS_OK && numbers, "a call that finds no memory says so");
+  }).join();
+#endif
+}
+
 void numbers() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const uint16_t half = static_cast<uint16_t>(bits);
@@ -68,6 +142,13 @@ void numbers() {
     if (h == h && fp16_from_float(h) != half) expect(false, "fp16 survives a round trip");
     if (b != b && !(bf16_to_float(bf16_from_float(b)) != bf16_to_float(bf16_from_float(b)))) expect(false, "bf16 NaN stays NaN");
     if (h != h && !(fp16_to_float(fp16_from_float(h)) != fp16_to_float(fp16_from_float(h)))) expect(false, "fp16 NaN stays NaN");
+  }
+  /* NaNs whose payload is all in the bits that go, and one that would round up to a number */
+  for (uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu}) {
+    float nan;
+    memcpy(&nan, &bits, 4);
+    const float b = bf16_to_float(bf16_from_float(nan)), h = fp16_to_float(fp16_from_float(nan));
+    expect(b != b && h != h, "a NaN stays NaN whatever it holds");
   }
   expect(fp16_from_float(65519.9f) == 0x7bff && fp16_from_float(65520.0f) == 0x7c00, "fp16 overflows at 65520");
   expect(bf16_from_float(1.00390625f) == 0x3f80 && bf16_from_float(1.01171875f) == 0x3f82, "bf16 ties go to even");
@@ -137,6 +218,9 @@ void arguments() {
 }  // namespace
 
 int main() {
+  /* what the C library keeps for threads would serve a call that finds no memory */
+  mallopt(M_ARENA_MAX, 1);
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);
   secateurs_use_threads(threads_of_test);
   numbers();
   masks();
@@ -152,6 +236,8 @@ int main() {
     }
     products(k, row);
     together(k, row);
+    stale(k, row);
+    if (!strcmp(row.dtype, "fp32") && (!strcmp(row.strategy, "tile") || !strcmp(row.strategy, "skip"))) memory(k, row);
     ++ran;
   }
   printf("%d kernels, %d checks, %d failures\n", ran, runs, failures);

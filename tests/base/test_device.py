@@ -1,8 +1,12 @@
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from secateurs.base import device
@@ -66,3 +70,12 @@ def test_a_limit_is_in_the_report():
         text=True,
     )
     assert "'SECATEURS_MAX_ISA': 'avx2'" in found.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="no /proc here to compare with")
+def test_memory_is_in_bytes():
+    here = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+    there = 1024 * int(re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    assert device.machine()["memory_bytes"] == pytest.approx(there, rel=0.05)
+    # the kernel counts pages in lots
+    assert 0.95 * here <= device.peak_memory() <= there

@@ -159,6 +159,20 @@ def test_a_budget_in_seconds_is_not_dropped_by_a_fraction(tmp_path, llama, words
     assert row._estimate(chosen.parsed[0])["status"] == "estimated"
 
 
+def test_estimated_seconds_by_hand(tmp_path, llama, words):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5", "shrink:params=0.5x"), prompt=1000, new=11)
+    row = module._Decision(chosen, tmp_path / "run", lambda *a: None, lambda rows: None)
+    row.here, row.estimated, row.share = DeviceProfile.read(tmp_path / "profile.json"), False, 0.6
+    found = {}
+    for row.dtype in ("fp32", "bf16"):
+        found[row.dtype] = [row._estimate(candidate)["seconds_ratio"]["value"] for candidate in chosen.parsed]
+    # 1e11 products and 1e10 bytes a second, two products and 4 or 2 bytes a weight: 20 ns for the prompt, then 4.4 or 2.2 ns
+    for dtype, tokens in (("fp32", 4.4), ("bf16", 2.2)):
+        # packed layers are as fast for prompts and 1.6 times as fast for tokens; they are 60% of the model
+        packed = (20 + tokens / 1.6) / (20 + tokens)
+        assert found[dtype] == pytest.approx([1 - 0.6 * (1 - packed), 0.5])
+
+
 def test_a_fault_of_every_candidate_is_no_decision(tmp_path, llama, words, stated):
     with pytest.raises(CalibrationError, match="no text file 'nowhere.txt'"):
         decide(plan(llama, words, tmp_path, calibration="nowhere.txt"), tmp_path / "run")
@@ -215,6 +229,16 @@ def test_published_hardware_decides_by_estimates(tmp_path, llama, words, stated)
     rows = {r["candidate"]: r for r in result["rows"]}
     assert rows["0.5"]["status"] == "dropped"
     assert result["recommended"] == "2:4"
+
+
+def test_a_gain_that_may_be_none_is_no_gain():
+    def faster(value, high):
+        return module._Decision._faster({"value": value, "low": value - 0.1, "high": high})
+
+    assert faster(0.9, 0.99)
+    assert not faster(0.9, 1.01)
+    # less than noise
+    assert not faster(0.96, 0.97)
 
 
 def test_the_front_keeps_what_no_other_beats():

@@ -117,6 +117,25 @@ def test_what_ends_a_replica_s_batch_is_said():
         size(odd, service(pace_seconds=0.045), requests())
 
 
+def test_tokens_after_the_first_wait_for_the_others_prompts():
+    # with 4 at once 20 ms and three prompts of 0.1 s over 49 tokens: 26.12 ms
+    assert size(speed(), service(pace_seconds=0.0262), requests()).slots == 4
+    assert size(speed(), service(pace_seconds=0.0261), requests()).slots == 3
+
+
+def test_loads_at_the_peak_and_on_average():
+    found = size(speed(), service(rate=4.0, peak=10.0), requests())
+    # 3 replicas that serve 16 / 3.56 a second each
+    assert found.load == pytest.approx(10 / (3 * 16 / 3.56))
+    assert found.mean_load == pytest.approx(4 / (3 * 16 / 3.56))
+
+
+def test_memory_is_asked_for_in_gigabytes():
+    asked = service_of(None, 1.0, None, 1.0, 0.1, 95.0, "2 USD", 0.2, 1.5)
+    assert asked.memory_bytes == 1_500_000_000
+    assert service_of(None, 1.0, None, 1.0, 0.1, 95.0, "2 USD", 0.2, None).memory_bytes is None
+
+
 def test_fewer_bytes_hold_more_sequences():
     memory = {"memory_bytes": 1_075_000_000}
     fat = size(speed(), service(**memory), requests())

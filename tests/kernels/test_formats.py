@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from secateurs.base.errors import PackError
-from secateurs.kernels.formats import DTYPES, FORMATS, PADDING, bitmask_nbytes, pack, read_bitmask, unpack
+from secateurs.kernels.formats import (
+    DTYPES,
+    FORMATS,
+    PADDING,
+    bitmask_nbytes,
+    count_stored,
+    pack,
+    read_bitmask,
+    unpack,
+)
 
 SHAPES = [(1, 1), (3, 63), (4, 64), (5, 65), (7, 130), (64, 256)]
 
@@ -134,3 +143,9 @@ def test_hostile_tensors_are_refused_or_sound():
         accepted += 1
         assert unpack(packed).shape == shape
     assert accepted < 400
+
+
+def test_what_is_counted_is_what_is_stored():
+    # a negative zero is stored, so it is counted
+    weight = torch.tensor([[0.0, -0.0, 1.0, float("nan")]])
+    assert count_stored(weight) == pack(weight).survivors == 3

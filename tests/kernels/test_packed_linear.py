@@ -71,6 +71,16 @@ def test_a_tied_head_is_left_alone():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_tied_head_with_zeros_is_left_alone_too():
+    """Packed it would be smaller, but the embeddings need the matrix."""
+    model = tiny.make("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    choices = {c.name: c for c in secateurs.accelerate(pruned(model))}
+    assert (choices["lm_head"].format, choices["lm_head"].reason) == ("dense", "shared weight")
+    assert choices["lm_head"].sparsity > 0.4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def siblings():
     layers = [PackedLinear.of(pack(torch.randn(o, 64).masked_fill(torch.rand(o, 64) < 0.5, 0))) for o in (32, 16, 16)]
     alone = [copy.deepcopy(layer) for layer in layers]

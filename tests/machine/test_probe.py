@@ -8,7 +8,7 @@ from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError
 from secateurs.kernels import dispatch, semi_structured
 from secateurs.machine import timing
-from secateurs.machine.probe import Question, probe, read_shapes
+from secateurs.machine.probe import Question, probe, read_shapes, shapes_of
 from secateurs.machine.profile import DeviceProfile, default_file
 from secateurs.machine.timing import Timing, dense_runs, interleaved
 
@@ -50,6 +50,12 @@ def test_probe_takes_the_shapes_of_a_model(tmp_path, llama):
         run("probe", llama, "--tokens", "1", "--pattern", "2:4", "--out", tmp_path / "p.json", "--json")[0]
     )
     assert {tuple(r["shape"]) for r in found["rows"]} == {(64, 32), (32, 64), (32, 32)}
+
+
+def test_shapes_that_hold_most_weights_are_probed(llama):
+    # of three blocks: gate and up 12288 weights, q and o 6144, down 6144, k and v 3072
+    assert shapes_of(str(llama), 4) == ((64, 32), (32, 32), (32, 64), (16, 32))
+    assert shapes_of(str(llama), 1) == ((64, 32),)
 
 
 def test_pack_reads_the_profile_that_probe_left(tmp_path, monkeypatch, llama):
@@ -178,6 +184,11 @@ def test_a_profile_of_fewer_kernels_is_of_another_machine(monkeypatch):
     assert not DeviceProfile("m", {**here, "kernels": here["kernels"][1:]}, 1.0, {}, [], {}).of_here
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
     assert not DeviceProfile("m", here, 1.0, {}, [], {}).of_here
+
+
+def test_a_profile_of_other_threads_is_of_another_machine():
+    here = {**machine(), "kernels": [k.name for k in dispatch.kernels() if not k.lacks]}
+    assert not DeviceProfile("m", {**here, "threads": here["threads"] + 1}, 1.0, {}, [], {}).of_here
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):

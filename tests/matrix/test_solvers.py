@@ -110,6 +110,28 @@ def test_dead_inputs_are_pruned_first(layer):
     assert torch.isfinite(new).all()
 
 
+def test_columns_of_dead_inputs_become_zero_however_little_goes(layer):
+    weight, _, x_TI = layer
+    x_TI = x_TI.clone()
+    x_TI[:, 3] = 0
+    new = solvers.obs(weight, Stats.of(x_TI), ROW, 0.0)
+    assert not new[:, 3].any()
+    others = torch.arange(32) != 3
+    assert_close(new[:, others], weight[:, others])
+
+
+def test_a_row_that_rounding_made_worse_keeps_its_start(layer):
+    """From the best there is, every step is a step of round-off, up or down."""
+    weight, stats, _ = layer
+    best = solvers.refit_exact(weight, solvers.masked(weight, None, ROW, 0.5, scores.magnitude), stats)
+    got = solvers.refit(weight, best, stats)
+    hessian = stats.damped(0.01)
+    before, after = (solvers.row_loss(w - weight, hessian) for w in (best, got))
+    assert bool((after <= before).all())
+    kept = (got == best).all(1)
+    assert 0 < int(kept.sum()) < len(kept)
+
+
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", [ROW, NM(2, 4)], ids=str)
 def test_refit_reaches_the_oracle_and_never_raises_the_loss(layer, name, pattern):

@@ -83,3 +83,13 @@ def test_the_drift_is_the_sum_of_differences_and_inputs(dtype):
     want = (dense_TI - x_TI).double().T @ x_TI.double()
     assert want.abs().max() > 1e6
     torch.testing.assert_close(stats.drift_II.double(), want, rtol=1e-5, atol=float(want.abs().max()) * 1e-6)
+
+
+def test_a_factor_is_kept_for_its_damping_alone():
+    stats = Stats(1, torch.tensor([3.0, 1.0]), torch.diag(torch.tensor([3.0, 1.0])))
+    # the mean of the diagonal is 2: 0.5 and 1.5 add 1 and 3, and U' U is the inverse
+    for damping, diagonal in ((0.5, (4.0, 2.0)), (1.5, (6.0, 4.0)), (0.5, (4.0, 2.0))):
+        want = torch.diag(torch.tensor(diagonal).rsqrt())
+        torch.testing.assert_close(stats.inverse_factor(damping), want)
+    # layers that share inputs share the work
+    assert stats.inverse_factor(0.5) is stats.inverse_factor(0.5)

@@ -132,7 +132,7 @@ def test_a_missing_shard(folder):
     broken(folder, "is missing, though model.safetensors.index.json lists it")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite(folder, value):
     def edit(tensors):
         for name, tensor in tensors.items():
@@ -204,3 +204,11 @@ def test_the_fingerprint_follows_the_files(folder):
     assert Checkpoint(folder).fingerprint() == before
     rewrite(folder, lambda tensors: None)
     assert Checkpoint(folder).fingerprint() != before
+
+
+def test_names_are_in_the_order_of_their_numbers(folder):
+    save_file({f"layers.{i}.weight": torch.zeros(1) for i in (10, 9, 0)}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    assert Checkpoint(folder).ordered_keys() == ["layers.0.weight", "layers.9.weight", "layers.10.weight"]

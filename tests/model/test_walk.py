@@ -181,6 +181,31 @@ def test_a_walk_goes_on_from_stored_activations(tmp_path):
     assert torch.equal(step.observe(step.layers, True)[name].gram_II, fresh.observe(fresh.layers, True)[name].gram_II)
 
 
+class Counted(InMemory):
+    """most: blocks whose hidden states were held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.most = set(), 0
+
+    def write(self, block, batch, hidden):
+        super().write(block, batch, hidden)
+        self.blocks.add(block)
+        self.most = max(self.most, len(self.blocks))
+
+    def drop(self, block):
+        super().drop(block)
+        self.blocks.discard(block)
+
+
+def test_a_walk_holds_the_inputs_of_two_blocks_and_the_targets_of_one():
+    store, teacher, targets = Counted(), Counted(), Counted()
+    for step in stream(tiny.make("llama"), BATCHES, store=store, teacher=teacher, targets=targets):
+        step.observe(step.layers, gram=True, drift=True)
+    # the teacher's next inputs are made while a killed walk may still go back to the block before
+    assert (store.most, teacher.most, targets.most) == (2, 3, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 

@@ -151,6 +151,26 @@ def test_a_killed_pack_goes_on(tmp_path, zeros, monkeypatch):
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
+def test_a_killed_pack_of_other_settings_starts_over(tmp_path, zeros, monkeypatch):
+    for shard in zeros.glob("*.safetensors"):
+        save_file({k: -t if "proj" in k else t for k, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    monkeypatch.setattr(stage, "SHARD_BYTES", 20_000)
+    whole = stage.pack(zeros, tmp_path / "whole", merge_zeros=True)
+    write = stage.write_shard
+
+    def dying(folder, index, count, tensors):
+        if index == 3:
+            raise KeyboardInterrupt
+        write(folder, index, count, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "write_shard", dying)
+        stage.pack(zeros, tmp_path / "packed")
+    again = stage.pack(zeros, tmp_path / "packed", merge_zeros=True)
+    assert again["layers"] == whole["layers"]
+    assert again["totals"] == whole["totals"]
+
+
 def test_damage_is_one_sentence(tmp_path, zeros, capsys):
     packed = tmp_path / "packed"
     stage.pack(zeros, packed)

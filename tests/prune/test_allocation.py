@@ -80,6 +80,15 @@ def test_owl_by_hand():
     assert shares == {"layer0": pytest.approx(0.52), "layer1": pytest.approx(0.68)}
 
 
+def test_only_scores_far_above_the_mean_are_outliers():
+    # means of 1.12 and 1.09: four scores of a are above its mean and below five times it, one of b is above that
+    a, b = torch.ones(100), torch.ones(100)
+    a[:4], b[0] = 4.0, 10.0
+    shares = owl(summaries(a, b), 0.6, (0.0, 1.0))
+    # counts are whole
+    assert shares == {"layer0": pytest.approx(0.68, abs=0.011), "layer1": pytest.approx(0.52, abs=0.011)}
+
+
 def test_alpha_by_hand():
     # eigenvalues of W' W: 16, 4, 1, 1 -> k = 2, bar 1: alpha = 1 + 2 / (ln 16 + ln 4); flat: no tail at all
     heavy, flat = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0])), torch.eye(4)

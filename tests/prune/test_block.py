@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -6,12 +7,17 @@ import torch
 from plans import asked
 from torch import nn
 
+import secateurs as sc
 from secateurs import Plan, Stats
 from secateurs.base.errors import LayerError
 from secateurs.matrix import solvers
+from secateurs.model import families
 from secateurs.model.layers import Layer, layers_of
+from secateurs.model.walk import stream
 from secateurs.prune.assign import _levels, _losses, assign
-from secateurs.prune.block import Guide, prune_layer
+from secateurs.prune.block import Guide, prune_block, prune_layer
+from secateurs.prune.record import LayerRecord
+from secateurs.prune.tuning import Outcome
 
 
 def test_a_row_s_error_counts_by_the_root_of_its_sensitivity():
@@ -124,3 +130,82 @@ def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():
         layer, Stats.of(torch.randn(9, 16)), asked(Plan, method="sparsegpt"), Guide(), "inputs reordered"
     )
     assert record.note == "inputs reordered; only 9 tokens for 16 inputs"
+
+
+def test_random_numbers_of_a_layer_are_its_seed_s_and_its_name_s():
+    def kept(seed, name):
+        linear = nn.Linear(16, 4, bias=False)
+        prune_layer(
+            Layer(name, linear, linear.weight, "linear"), None, asked(Plan, method="random", seed=seed), Guide()
+        )
+        return linear.weight != 0
+
+    assert torch.equal(kept(1, "a"), kept(1, "a"))
+    assert not torch.equal(kept(1, "a"), kept(2, "a"))
+    assert not torch.equal(kept(1, "a"), kept(1, "b"))
+
+
+def test_the_order_of_windows_in_tuning_goes_by_the_seed(tmp_path, llama, words, monkeypatch):
+    """Of every block and of the whole model, live and in a folder."""
+    given = []
+
+    def noted(*_, seed=0, **__):
+        given.append(seed)
+        return Outcome(1.0, 1.0, 0)
+
+    for module, name in (("block", "reconstruct"), ("live", "distill"), ("run", "distill")):
+        monkeypatch.setattr(importlib.import_module(f"secateurs.prune.{module}"), name, noted)
+
+    def seeds(seed, out=None):
+        given.clear()
+        plan = asked(
+            Plan, method="magnitude", reconstruct=1, distill=1, calibration=str(words), samples=4, seqlen=16, seed=seed, eval_windows=0
+        )  # fmt: skip
+        if out:
+            sc.prune(llama, plan, out=out)
+        else:
+            sc.prune(tiny.make("llama"), plan, calibration=torch.arange(64).reshape(4, 16))
+        return list(given)
+
+    live = [seeds(seed) for seed in (0, 1)]
+    # three blocks and the whole, twice
+    assert len({*live[0], *live[1]}) == 8
+    assert [seeds(seed, tmp_path / str(seed)) for seed in (0, 1)] == live
+
+
+def test_norms_and_sensitivities_are_reordered_with_what_they_are_of(monkeypatch):
+    """Nothing is pruned here, so that a second look at the reordered block says what its solvers should have been given."""
+    given = {}
+
+    def noted(layer, stats, plan, guide, note=None):
+        given[layer.name] = stats.sqnorm_I, guide.sensitivity[layer.name], note
+        return LayerRecord(layer.name, layer.shape, 0.0, 0)
+
+    monkeypatch.setattr(importlib.import_module("secateurs.prune.block"), "prune_layer", noted)
+    model = tiny.make("llama")
+    step = next(iter(stream(model, [{"input_ids": torch.randint(0, 250, (8, 32))}])))
+    # a row's own size stands for what the loss depends on it
+    sizes = {layer.name: layer.read().square().sum(1) for layer in step.layers}
+    plan = asked(Plan, pattern="2:4", method="wanda", permute=True)
+    prune_block(step, plan, Guide(None, sizes, families.find("llama"), model.config))
+    assert [n.rpartition(".")[2] for n, (*_, note) in given.items() if note == "inputs reordered"] == [
+        "o_proj",
+        "down_proj",
+    ]
+    norms = step.observe(step.layers, gram=False)
+    for layer in step.layers:
+        sqnorm_I, sensitivity_O, _ = given[layer.name]
+        torch.testing.assert_close(sqnorm_I, norms[layer.name].sqnorm_I)
+        torch.testing.assert_close(sensitivity_O, layer.read().square().sum(1))
+
+
+def test_scores_of_layers_are_compared_in_units_of_the_loss():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        model[1].weight.copy_(torch.tensor([[1.5, 3.5, 5.0, 7.0]]))
+    plan = asked(Plan, method="magnitude", allocation="global", min_sparsity=0.0, max_sparsity=1.0)
+    # alone 1, 1.5, 2, 3 go; times the root of 4, of the first layer 2 and 4 go, of the second 1.5 and 3.5
+    for sensitivity, shares in (({}, (0.75, 0.25)), ({"0": torch.tensor([4.0]), "1": torch.tensor([1.0])}, (0.5, 0.5))):
+        found = assign(model, None, [], plan, sensitivity, {})
+        assert [found[name] for name in ("0", "1")] == [("unstructured", share) for share in shares]

@@ -3,6 +3,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -702,6 +703,42 @@ def test_verify_finds_a_flipped_bit_and_a_lost_shard(run):
     shard.unlink()
     with pytest.raises(VerifyError, match="is missing"):
         sc.verify(run)
+
+
+def changed_one_by_one(folder, names, match):
+    """verify() after a number of each tensor was changed, one tensor at a time."""
+    from safetensors.torch import save_file
+
+    run = folder.parent
+    for shard in sorted(folder.glob("*.safetensors")):
+        intact, tensors = shard.read_bytes(), load_file(shard)
+        for name in sorted(names & set(tensors)):
+            other = tensors[name].clone()
+            other.view(-1)[0] += 1
+            save_file({**tensors, name: other}, shard, metadata={"format": "pt"})
+            with pytest.raises(VerifyError, match=rf"{re.escape(name)} {match}"):
+                sc.verify(run)
+            yield name
+        shard.write_bytes(intact)
+
+
+def test_verify_looks_at_every_tensor(run, llama, monkeypatch):
+    pruned = {r["name"] + ".weight" for r in json.loads((run / "report.json").read_text())["layers"]}
+    others = set(weights(llama)) - pruned
+    # embeddings, head, last norm and two a block; a file that is not the one that was written would be found before
+    assert len(others) == 3 + 2 * 3
+    module = importlib.import_module("secateurs.prune.verify")
+    known = json.loads((run / "report.json").read_text())["shards"]
+    monkeypatch.setattr(module, "checksum", lambda file: known[file.name])
+    assert set(changed_one_by_one(run / "model", others, "was not to be pruned and differs")) == others
+    assert sc.verify(run).status == "complete"
+
+
+def test_verify_looks_at_every_packed_tensor(run):
+    sc.pack_run(run)
+    names = set(weights(run / "model"))
+    assert set(changed_one_by_one(run / "packed", names, "in .* is not what .* has; pack it again")) == names
+    assert sc.verify(run).status == "complete"
 
 
 def test_verify_without_the_dense_model_says_so(tmp_path, llama):

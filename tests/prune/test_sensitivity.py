@@ -118,3 +118,12 @@ def test_every_layer_that_is_used_has_one(model_type):
 
 def test_a_model_without_logits_has_none():
     assert sensitivity(tiny.make("bert base"), BATCHES, AllLoaded(), InMemory()) == ({}, {})
+
+
+def test_what_the_way_back_has_passed_is_dropped():
+    store = InMemory()
+    sensitivity(tiny.make("llama"), BATCHES, AllLoaded(), store)
+    assert store.read(0, 0).shape == (2, 12, 32)
+    for block in (1, 2, 3):
+        with pytest.raises(KeyError):
+            store.read(block, 0)

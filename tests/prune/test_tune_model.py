@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from secateurs.model.activations import InMemory
+from secateurs.model.activations import InMemory, OnDisk
 from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.model.layers import layers_of, survivors
 from secateurs.prune.tune_model import cross_entropy, dense_ends, distill, divergence, square_head
@@ -163,3 +163,41 @@ def test_a_model_without_logits_is_left_alone(models):
     before = copy.deepcopy(pruned)
     assert run(copy.deepcopy(pruned), pruned, models[2]) is None
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), pruned.parameters(), strict=True))
+
+
+def test_what_was_tuned_before_a_kill_is_not_tuned_again(models):
+    dense, pruned, batches = models
+    notes, ticks = Notes(2), []
+    with pytest.raises(KeyboardInterrupt):
+        run(dense, copy.deepcopy(pruned), batches, memory=notes, steps=96)
+    found = run(dense, pruned, batches, memory=notes, steps=96, tick=lambda: ticks.append(1))
+    # it died at its second look
+    assert len(ticks) == found.steps - 48
+
+
+def test_a_walk_of_the_dense_model_goes_on_from_its_place(models, tmp_path):
+    """What left its last block is the same, and no block is run twice."""
+    dense, _, batches = models
+    want = dense_ends(dense, batches, AllLoaded(), InMemory(), lambda: None)
+    store, place, ran = OnDisk(tmp_path / "ends"), tmp_path / "ends.json", []
+    for i, block in enumerate(dense.model.layers):
+        # what comes before the blocks is found with blocks that do nothing
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    ticks = []
+
+    def tick():
+        ticks.append(1)
+        # in the second block
+        if len(ticks) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dense_ends(dense, batches, AllLoaded(), store, tick, place)
+    assert ran == [0] * 5 + [1] * 2
+    got = dense_ends(dense, batches, AllLoaded(), store, lambda: ticks.append(1), place)
+    assert ran == [0] * 5 + [1] * 2 + [1] * 5 + [2] * 5
+    # all of them are told, though some were run before
+    assert len(ticks) == 7 + 15
+    assert all(torch.equal(got(i), want(i)) for i in range(5))
+    dense_ends(dense, batches, AllLoaded(), store, lambda: ticks.append(1), place)
+    assert (len(ran), len(ticks)) == (17, 22)

@@ -8,9 +8,12 @@ from secateurs.base.estimate import Estimate
 from secateurs.model import blocks
 from secateurs.model.activations import InMemory
 from secateurs.model.blocks import AllLoaded
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.walk import stream
 from secateurs.quality import compare
 from secateurs.quality.compare import Window, measure, summarise
+from secateurs.quality.evaluation import quality as quality_of
+from secateurs.quality.settings import Evaluation
 
 IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(0))
 
@@ -112,3 +115,14 @@ def test_intervals_are_of_windows_and_the_ratio_is_paired():
     assert quality.ppl_ratio.low == pytest.approx(quality.ppl_ratio.high) == pytest.approx(math.exp(0.5))
     assert quality.kl.value == pytest.approx(0.1)
     assert quality.agree.value == pytest.approx(0.5)
+
+
+def test_windows_of_another_text_are_not_taken_for_this_one_s(tmp_path, llama, words):
+    other, file = tiny.text(tmp_path, seed=5), tmp_path / "windows.json"
+
+    def measured(text, cache=None):
+        found, _ = quality_of(Checkpoint(llama), None, Evaluation(str(text), 2, 32), 0, cache=cache)
+        return found.as_dict()
+
+    assert measured(words, file) == measured(words)
+    assert measured(other, file) == measured(other) != measured(words)

@@ -137,3 +137,10 @@ def test_a_gate_on_a_task_that_is_not_run_is_refused():
         ValueError, match=r"asks about sums, which is none of ppl, kl, agree and no task that is run: arc"
     ):
         gates.check(["sums>=0.5"], ["arc"])
+
+
+def test_a_difference_is_what_the_pruned_model_gained():
+    dense, pruned = ({"sums": {"metric": "acc", "scores": scores * 10}} for scores in ([1, 1, 0, 0], [1, 0, 0, 0]))
+    found = compare(dense, pruned)["sums"]
+    assert [found[name]["value"] for name in ("dense", "pruned", "difference")] == [0.5, 0.25, -0.25]
+    assert found["difference"]["low"] < -0.25 < found["difference"]["high"] < 0

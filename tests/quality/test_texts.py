@@ -179,3 +179,10 @@ def test_a_mismatch_says_both_numbers():
     assert "overlap by 20%" in words
     assert "overlaps by 70%; the dense model's perplexity is 12 and 34.5" in words
     assert texts.Distance(0.35, 0.7).mismatch is None
+
+
+def test_text_is_of_one_kind_as_far_as_the_less_even_of_both_says():
+    # halves of the one are alike, those of the other have nothing in common
+    even, uneven = torch.tensor([[0, 1] * 64]), torch.tensor([[0] * 64 + [1] * 64])
+    assert texts.distance(even, even).within == 1.0
+    assert texts.distance(even, uneven).within == texts.distance(uneven, even).within == 0.0

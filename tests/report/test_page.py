@@ -143,3 +143,19 @@ def test_commands_on_the_page_make_the_same_run(run):
     }  # fmt: skip
     assert page.flat({"model": "m", **parts}) == {"model": "m", **same}
     assert "--calibration a.txt --samples 4" in page._command("prune", {"model": "m", **parts}, run)
+
+
+def test_bytes_of_a_packed_file_by_what_they_hold():
+    # 8 x 64 in bf16: 256 survivors, 32 zeros behind them, two panels of masks; and a layer that stayed dense
+    layers = [
+        {"format": "bitmask", "shape": [8, 64], "dense_nbytes": 1024, "survivors": 256, "nbytes": 640},
+        {"format": "dense", "shape": [8, 64], "dense_nbytes": 1024, "survivors": 512, "nbytes": 1024},
+    ]
+    found = page._parts({"bytes": {"dense": 4000, "packed": 2000}, "packed": {"layers": layers}})
+    parts = {part["part"]: part["nbytes"] for part in found if part["model"] == "shipped"}
+    assert parts == {"survivors": 512, "positions (a bit a weight)": 64, "padding": 64, "left dense, headers": 1360}
+    model = {"name": "0.5", "bench": None, "parts": found, "layers": []}
+    chart = page._charts([{"folder": "run", "decision": None, "fleet": None, "models": [model]}], [model])["bytes"]
+    bars = {(bar["name"], bar["part"]): bar["megabytes"] for bar in chart["data"]["values"]}
+    assert bars["dense", "dense weights"] == 0.004
+    assert bars["0.5", "survivors"] == 0.000512

@@ -151,6 +151,29 @@ def test_the_second_group_is_chosen_on_what_the_first_left():
         torch.testing.assert_close(small(x).double(), expected, rtol=1e-2, atol=1e-3)
 
 
+class Pooled(nn.Module):
+    """Two channels: one is read at 64 places and averaged, the other is averaged and read at one."""
+
+    def __init__(self):
+        super().__init__()
+        self.make = nn.Conv2d(2, 2, 1, bias=False)
+        self.fine, self.coarse = nn.Conv2d(2, 1, 1), nn.Conv2d(2, 1, 1)
+        with torch.no_grad():
+            self.make.weight.copy_(torch.eye(2)[..., None, None])
+            self.fine.weight.copy_(torch.tensor([[2.0, 0.0]])[..., None, None])
+            self.coarse.weight.copy_(torch.tensor([[0.0, 1.0]])[..., None, None])
+
+    def forward(self, x):
+        x = self.make(x)
+        return self.fine(x).mean((2, 3)) + self.coarse(nn.functional.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+def test_a_reader_of_many_places_counts_by_all_of_them():
+    """Of independent places both readers give what their weights say: 2 is worth four times as much as 1."""
+    _, report = shrink_module(Pooled().eval(), [(torch.randn(256, 2, 8, 8),)], "params=0.7x", multiple=1)
+    assert [(r["group"], r["removed"]) for r in report["groups"]] == [("make", [1])]
+
+
 def test_what_saw_too_little_stays_whole(net):
     """With fewer images than columns every removal looks free."""
     model, batches = net

@@ -109,3 +109,12 @@ def test_what_a_family_cannot_state_is_refused():
     assert units.refuses("heads", mixtral, None) is None
     alone = SimpleNamespace(num_hidden_layers=2, hidden_size=8, num_attention_heads=4, num_key_value_heads=4)
     assert "has one query head" in units.refuses("queries", families.find("llama"), alone)
+
+
+def test_query_heads_belong_to_their_kv_head():
+    model, family = tiny.make("llama"), families.find("llama")
+    name, layers = blocks(model)[0]
+    found = units.units_of("queries", name, layers, family, units.Shape.of(model.config, family))
+    # four query heads of 8 channels; the first two read the first KV head
+    assert found.parents_G.tolist() == [0, 0, 1, 1]
+    assert found.groups_GC.tolist() == [list(range(8 * head, 8 * head + 8)) for head in range(4)]

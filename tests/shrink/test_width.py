@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from test_shrink import plan
 
+from secateurs import Stats
 from secateurs.model import families
 from secateurs.shrink import units, width
 from secateurs.shrink.run import shrink
@@ -88,3 +90,12 @@ def test_a_narrow_model_reloads(units_of, tmp_path, llama, words, elsewhere):
 def test_what_cannot_be_narrowed_is_refused():
     for name in ("gpt2", "gemma2", "opt", "mixtral"):
         assert "residual width" in units.refuses("hidden", families.find(name), None)
+
+
+def test_a_norm_is_rescaled_by_the_share_that_stays():
+    # mean squares of x / rms(x) of 1, 2, 3 and 2, ten tokens, seen after weights of 1, 2, 1 and 1
+    norm = SimpleNamespace(weight=torch.tensor([1.0, 2.0, 1.0, 1.0]))
+    reader = width.Reader(norm, [], Stats(10, torch.tensor([10.0, 80.0, 30.0, 20.0])))
+    # 5 of 8 stay, on 2 of 4 channels
+    found = width._rescaled(reader, torch.tensor([1, 2]))
+    torch.testing.assert_close(found, torch.tensor([2.0, 1.0]) * (4 * 5 / 8 / 2) ** 0.5)

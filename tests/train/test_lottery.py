@@ -136,3 +136,38 @@ def test_another_plan_is_refused(tmp_path):
     iterative(Task(), tmp_path / "run", small)
     with pytest.raises(OutputError, match="a run of another plan"):
         iterative(Task(), tmp_path / "run", PLAN)
+
+
+class Alike(Task):
+    """Every seed has the same net, and so the same tickets."""
+
+    def make(self, seed):
+        return super().make(0)
+
+
+def test_random_controls_differ_by_seed_and_round(tmp_path):
+    task = Alike()
+    iterative(task, tmp_path / "run", Rounds(2, 0.5, seeds=(1, 2), controls=("random",)))
+    # of each seed: the dense net, a ticket and its control, the next ticket and its control
+    masks = [{n: w != 0 for n, w in weights.items() if w.dim() > 1} for _, _, weights in task.seen]
+
+    def same(a, b):
+        return all(torch.equal(masks[a][n], masks[b][n]) for n in masks[a])
+
+    assert same(1, 6)
+    assert same(3, 8)
+    assert not same(2, 7)
+    assert not same(4, 9)
+    # one permutation of tickets inside each other would give controls inside each other
+    assert not all(bool((masks[4][n] <= masks[2][n]).all()) for n in masks[2])
+
+
+def test_other_weights_begin_at_the_beginning(tmp_path):
+    """They were never trained to the step that tickets go back to; the random mask has the tickets' own weights."""
+    task = Task()
+    iterative(task, tmp_path / "run", Rounds(1, 0.5, rewind=10, seeds=(1,)))
+    assert [(start, stop) for start, stop, _ in task.seen] == [(0, 10), (10, 30), (10, 30), (10, 30), (0, 30)]
+    rewound = load_file(tmp_path / "run" / "rewind-1.safetensors")
+    random, other = (weights["2.weight"] for _, _, weights in task.seen[3:])
+    assert torch.equal(random, rewound["2.weight"] * (random != 0))
+    assert not torch.equal(other, rewound["2.weight"] * (other != 0))

@@ -73,6 +73,47 @@ def test_every_loss_comes_down(options, pruned, words, tmp_path):
     assert zeros_kept(tensors(pruned), tensors(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("loss_of", [{"kl": 0.5}, {"kl": 0.0, "labels": 3.0}, {"kl": 0.0, "hidden": 2.0}])
+def test_the_gradient_is_that_of_the_loss_with_all_its_weights(loss_of, pruned, words, tmp_path, monkeypatch):
+    """Along the gradient the loss climbs by the gradient's length."""
+    slopes = []
+
+    def checked(moving, loss, gradients, places, *_):
+        for m in moving:
+            m.parameter.requires_grad_(True)
+        found = gradients(places[0])
+        length = float(torch.cat([g.flatten() for g in found]).norm())
+        ends = []
+        for size in (1e-2, -2e-2):
+            for m, gradient in zip(moving, found, strict=True):
+                m.parameter.data.add_(gradient, alpha=size / length)
+            ends.append(loss(places[0]))
+        slopes.append(((ends[0] - ends[1]) / 2e-2, length))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("secateurs.train.recover"), "tune", checked)
+    with pytest.raises(KeyboardInterrupt):
+        recover(plan(pruned, words, **loss_of), tmp_path / "run")
+    ((slope, length),) = slopes
+    assert slope == pytest.approx(length, rel=0.02)
+
+
+def test_what_is_recovered_by_hand():
+    module = importlib.import_module("secateurs.train.recover")
+
+    def report(before, after):
+        return {
+            n: {"ppl": {"value": p}, "ppl_dense": {"value": 10.0}}
+            for n, p in (("quality_before", before), ("quality", after))
+        }
+
+    # ln 4 nats too many, then ln 2
+    assert module._recovered(report(40.0, 20.0)) == pytest.approx(0.5)
+    assert module._recovered(report(40.0, 80.0)) == pytest.approx(-0.5)
+    assert module._recovered(report(10.0, 10.0)) is None
+    assert module._recovered({"quality_before": None}) is None
+
+
 def test_what_is_written_loads_elsewhere_and_is_measured(pruned, words, tmp_path):
     chosen = plan(
         pruned,

@@ -358,6 +358,57 @@ def test_sparse_from_the_first_step(grow):
             assert all(torch.equal(m, seen[-1][n]) for n, m in found.held.masks.items())
 
 
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_sparse_training_goes_on_bit_for_bit(grow):
+    def begun():
+        torch.manual_seed(0)
+        model = net()
+        optimizer = OPTIMIZERS["adamw fused"](model.parameters())
+        return model, optimizer, sc.train.dynamic(model, optimizer, 0.8, until=12, every=2, grow=grow)
+
+    def run(stop):
+        things = begun()
+        for i in range(14):
+            if i == stop:
+                states = copy.deepcopy([thing.state_dict() for thing in things])
+                things = begun()
+                for thing, state in zip(things, states, strict=True):
+                    thing.load_state_dict(state)
+            step(*things[:2])
+        return things[0].state_dict()
+
+    whole = run(None)
+    for stop in (1, 5, 12):
+        assert all(torch.equal(a, b) for a, b in zip(whole.values(), run(stop).values(), strict=True))
+
+
+def test_fewer_connections_move_along_a_cosine():
+    model = nn.Sequential(nn.Linear(200, 1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    found = sc.train.dynamic(model, optimizer, 0.5, until=12, every=4, fraction=0.4)
+    moved = []
+    for _ in range(12):
+        old = found.held.masks["0.weight"]
+        # nothing that was dropped is wanted back
+        model[0].weight.grad = (~old).float()
+        optimizer.step()
+        moved.append(int((old & ~found.held.masks["0.weight"]).sum()))
+    # of 100: 0.4 / 2 (1 + cos(pi / 3)) and 0.4 / 2 (1 + cos(2 pi / 3)), and none at the end
+    assert moved == [0, 0, 0, 30, 0, 0, 0, 10, 0, 0, 0, 0]
+
+
+def test_scores_are_sums_since_the_last_decision():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    nn.init.ones_(model[0].weight)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    sc.train.gradual(model, optimizer, sc.train.Steps({2: 0.25, 4: 0.5}), score="taylor")
+    for gradient in ([4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]):
+        model[0].weight.grad = torch.tensor([gradient])
+        optimizer.step()
+    # the last weight by the first sums, 2 of 8, 6, 4, 2; the first by those after them, 0.2 of 0.2, 0.4, 0.6
+    assert model[0].weight.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+
+
 def test_a_masked_layer_is_exact_forward_and_back():
     linear = nn.Linear(8, 5)
     mask = torch.rand(5, 8) > 0.5
