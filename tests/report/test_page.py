@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from plans import asked
@@ -154,8 +155,11 @@ def test_bytes_of_a_packed_file_by_what_they_hold():
     found = page._parts({"bytes": {"dense": 4000, "packed": 2000}, "packed": {"layers": layers}})
     parts = {part["part"]: part["nbytes"] for part in found if part["model"] == "shipped"}
     assert parts == {"kept weights": 512, "positions (a bit a weight)": 64, "padding": 64, "rest, dense": 1360}
+    screen = SimpleNamespace(seconds="", points=[])
     model = {"name": "0.5", "bench": None, "parts": found, "layers": []}
-    chart = page._charts([{"folder": "run", "decision": None, "fleet": None, "models": [model]}], [model])["bytes"]
+    chart = page._charts(
+        [{"folder": "run", "screen": screen, "decision": None, "fleet": None, "models": [model]}], [model]
+    )["bytes"]
     bars = {(bar["name"], bar["part"]): bar["megabytes"] for bar in chart["data"]["values"]}
     assert bars["dense", "dense weights"] == 0.004
     assert bars["0.5", "kept weights"] == 0.000512
