@@ -156,7 +156,7 @@ def test_bytes_of_a_packed_file_by_what_they_hold():
     parts = {part["part"]: part["nbytes"] for part in found if part["model"] == "shipped"}
     assert parts == {"kept weights": 512, "positions (a bit a weight)": 64, "padding": 64, "rest, dense": 1360}
     screen = SimpleNamespace(seconds="", points=[])
-    model = {"name": "0.5", "bench": None, "parts": found, "layers": []}
+    model = {"name": "0.5", "timed": None, "parts": found, "layers": []}
     chart = page._charts(
         [{"folder": "run", "screen": screen, "decision": None, "fleet": None, "models": [model]}], [model]
     )["bytes"]
