@@ -33,7 +33,7 @@ FIRST = """() => {
     };
 }"""
 # what small screens show beside a cell, the head of its column, and whether it is shown
-LABELS = """() => [...document.querySelectorAll('table')].flatMap(t => {
+LABELS = """() => [...document.querySelectorAll('table:not(.narrow)')].flatMap(t => {
     const names = [...t.tHead.rows[0].cells].map(c => c.textContent);
     return [...t.querySelectorAll('tbody td')].filter(c => c.textContent.trim()).map(c => {
         const shown = getComputedStyle(c, '::before');
@@ -178,6 +178,22 @@ def test_the_switch_works_from_the_keyboard(seen):
     names = [{c["name"] for c in seen(1280).did[across]} for across in ("seconds", "bytes")]
     assert names[0] - names[1] == {"chart-seconds-0"}
     assert names[1] - names[0] == {"chart-bytes-0"}
+
+
+@needs_browser
+def test_names_keep_apart_when_the_window_changes_its_size(seen, crowded):
+    def resize(tab):
+        found = []
+        # one pixel more, and the chart stands beside the table, half as wide
+        for width in (1241, 920, 390):
+            tab.set_viewport_size({"width": width, "height": 800})
+            tab.wait_for_timeout(800)
+            found += [c for c in tab.evaluate(CHARTS) if c["name"] == "chart-seconds-0"]
+        return found
+
+    for chart in Visit(crowded / "report.html", width=1240, do=resize).did:
+        assert overlapping(chart) == []
+        assert outside(chart) == []
 
 
 @needs_browser

@@ -233,6 +233,7 @@ def heat(rows: Sequence[dict[str, Any]], value: str, title: str, most: float | N
         f"{title} of every layer: blocks from left to right, kinds of layer from top to bottom; darker is more",
         rows,
         height=_height(len({r["kind"] for r in rows}), 20),
+        title=f"{title}: darker is more",
         mark={"type": "rect", "tooltip": True},
         encoding={
             "x": _field(
@@ -242,13 +243,7 @@ def heat(rows: Sequence[dict[str, Any]], value: str, title: str, most: float | N
                 axis={"labelOverlap": True, "labelSeparation": 6, "labelAngle": 0 if len(blocks) < 50 else -90},
             ),
             "y": _field("kind", "nominal", None, sort=None, axis={"labelLimit": 200}),
-            "color": _field(
-                value,
-                "quantitative",
-                f"{title} (darker is more)",
-                scale=scale,
-                legend={"orient": "top", "titleLimit": 300},
-            ),
+            "color": _field(value, "quantitative", None, scale=scale, legend={"orient": "top"}),
         },
     )
 

@@ -71,13 +71,26 @@ function nameThePoints(view, { across, floor, gate }) {
   return view.data("labels", labels).data("leaders", leaders).runAsync();
 }
 
+// returns what takes the chart away again
 async function draw(name, spec) {
   const options = { renderer: "svg", actions: false, ast: false, tooltip: { theme: dark ? "dark" : "light" } };
-  const { view } = await vegaEmbed(document.getElementById(`chart-${name}`), spec, options);
-  if (!spec.usermeta) return;
-  await nameThePoints(view, spec.usermeta);
-  view.addSignalListener("width", () => setTimeout(() => nameThePoints(view, spec.usermeta)));
+  const { view, finalize } = await vegaEmbed(document.getElementById(`chart-${name}`), spec, options);
+  if (spec.usermeta) await nameThePoints(view, spec.usermeta);
+  return finalize;
 }
+
+// charts with names are drawn anew in a window of another size: names at their old places would count as part of the chart
+const named = new Map();
+let waiting;
+addEventListener("resize", () => {
+  clearTimeout(waiting);
+  waiting = setTimeout(async () => {
+    for (const [name, finalize] of named) {
+      finalize();
+      named.set(name, await draw(name, specs[name]));
+    }
+  }, 100);
+});
 
 for (const choice of document.querySelectorAll(".switch input")) {
   choice.addEventListener("change", () => {
@@ -87,6 +100,9 @@ for (const choice of document.querySelectorAll(".switch input")) {
 
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
 
-Promise.all(Object.entries(specs).map(([name, spec]) => draw(name, spec)))
+Promise.all(Object.entries(specs).map(async ([name, spec]) => {
+  const finalize = await draw(name, spec);
+  if (spec.usermeta) named.set(name, finalize);
+}))
   .catch(console.error)
   .finally(() => { document.documentElement.dataset.ready = "yes"; });
