@@ -16,7 +16,8 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
     [
         "secateurs.cli", "secateurs.decide.decide", "secateurs.decide.fleet", "secateurs.machine.bench", "secateurs.machine.probe",
-        "secateurs.prune.verify", "secateurs.report.page", "secateurs.report.tables", "lm_eval",
+        "secateurs.prune.verify", "secateurs.report.page", "secateurs.report.run_tables", "secateurs.report.tables",
+        "lm_eval",
         "transformers.models.llama.modeling_llama", "tiny",
     ]
 )  # fmt: skip

@@ -394,7 +394,7 @@ def test_bad_requests_to_fleet(options, message, tmp_path, capsys):
 
 def test_what_zeros_are_worth_elsewhere():
     text = " ".join(run("realize", "0.9", "2:4", "shrink:flops=0.7x", "--profile", "a100")[0].split())
-    assert "published figures, not measured; nominal, then realizable" in text
+    assert "published figures, not measured; fractions of the dense model: nominal" in text
     rows = json.loads(run("realize", "0.9", "2:4", "shrink:flops=0.7x", "--profile", "a100", "--json")[0])["rows"]
     assert [row["candidate"] for row in rows] == ["2:4", "shrink:flops=0.7x", "0.9"]
 

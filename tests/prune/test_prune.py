@@ -32,7 +32,7 @@ from secateurs.prune import run as prune_run
 from secateurs.prune.run import failure
 from secateurs.quality import compare, evaluation, texts
 from secateurs.quality.evaluation import quality
-from secateurs.report.tables import print_report
+from secateurs.report.run_tables import print_report
 
 FAST = {"samples": 4, "seqlen": 32, "eval_windows": 2, "eval_seqlen": 32}
 
@@ -841,7 +841,7 @@ def test_a_report_says_in_what_products_were_formed(tmp_path, words, monkeypatch
         assert report.compute["products"] == computed
         print_report(report, Console(width=200), "run")
         said = (
-            "Weights are bfloat16; products were formed in float32: this CPU has no instructions"
+            "Weights are bfloat16; matrices were multiplied in float32: this CPU has no instructions"
             in capsys.readouterr().out
         )
         assert said is not has

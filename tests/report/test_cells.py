@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from secateurs.prune.record import LayerRecord, Report
-from secateurs.report.tables import print_report
+from secateurs.report.run_tables import print_report
 
 
 def test_a_cell_is_the_zeros_and_error_of_its_layers():

@@ -1,94 +1,16 @@
 """The report in a real browser: no error, no request, and every number equal to the file it names."""
 
 import json
-import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from decisions import module, plan, stated_bench
 from plans import asked
-from typer.testing import CliRunner
+from visit import Visit, needs_browser
 
 from secateurs.base.errors import OutputError
-from secateurs.decide.decide import decide
 from secateurs.report import page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, llama, words):
-    """A decision between packed and smaller models, with a fleet; tests must not write into it."""
-    from secateurs.cli import app
-
-    folder = tmp_path_factory.mktemp("page")
-    candidates = ("0.5", "0.9", "shrink:params=0.9x")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "bench", stated_bench([]))
-        decide(plan(llama, words, folder, candidates=candidates, gate=("agree>=0",)), folder / "run")
-    shutil.copy(folder / "run" / "candidates" / "0.5" / "timing.json", folder / "bench.json")
-    options = [
-        "--rate",
-        "2",
-        "--price",
-        "2 USD",
-        "--prompt",
-        "10",
-        "--output",
-        "10",
-        "--tpot",
-        "1",
-        "--requests",
-        "2000",
-        "--quiet",
-    ]
-    done = CliRunner().invoke(app, ["fleet", str(folder / "bench.json"), *options])
-    assert done.exit_code == 0, done.output
-    shutil.copy(folder / "fleet.json", folder / "run")
-    return folder / "run"
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy; the models it names stay where they are."""
-    return shutil.copytree(made, tmp_path / "run")
-
-
-class Visit:
-    """What a browser saw of a page: its console, its requests, its elements."""
-
-    def __init__(self, file, **options):
-        from playwright.sync_api import sync_playwright
-
-        self.errors, self.requests = [], []
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-            tab = browser.new_page(**options)
-            tab.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
-            tab.on("pageerror", lambda error: self.errors.append(str(error)))
-            tab.on("request", lambda r: self.requests.append(r.url))
-            tab.goto(file.as_uri())
-            tab.wait_for_function(
-                "document.querySelectorAll('.chart svg').length === document.querySelectorAll('.chart').length"
-            )
-            self.numbers = tab.eval_on_selector_all(
-                "[data-from]", "found => found.map(e => [e.dataset.from, e.dataset.key, e.dataset.form, e.textContent])"
-            )
-            self.charts = tab.eval_on_selector_all(
-                ".chart",
-                "found => found.map(e => [e.id, e.getAttribute('aria-label'), e.querySelectorAll('svg path').length])",
-            )
-            self.overflow = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            self.ink = tab.evaluate("""() => {
-                const text = document.querySelector(".chart svg text");
-                return [getComputedStyle(document.body).color, text && getComputedStyle(text).fill];
-            }""")
-            self.text = tab.inner_text("body")
-            tab.keyboard.press("Tab")
-            self.first_stop = tab.evaluate("document.activeElement.textContent")
-            browser.close()
 
 
 @needs_browser
@@ -98,9 +20,12 @@ def test_a_browser_shows_it_without_a_network(run):
     assert visit.errors == []
     assert visit.requests == [file.as_uri()]
     assert "Ship 0." in visit.text
-    names = {name for name, _, _ in visit.charts}
-    assert {f"chart-{n}" for n in ("front-0", "replicas-0", "speed", "bytes", "zeros-0", "error-0")} <= names
-    assert all(label and marks for _, label, marks in visit.charts)
+    names = {f"chart-{n}" for n in ("seconds-0", "replicas-0", "speed-decode", "speed-prefill", "bytes", "error-0")}
+    assert names <= set(visit.charts)
+    # every layer has the same share, which a map of one colour would not show
+    assert "chart-zeros-0" not in visit.charts
+    assert "about the same share in each" in visit.text
+    assert all(chart["label"] and chart["paths"] for chart in visit.charts.values())
     assert visit.first_stop == "To the decision"
 
 
@@ -120,7 +45,7 @@ def test_numbers_on_the_page_are_those_of_the_files(run):
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_follows_the_colour_scheme(run, scheme):
-    visit = Visit(page.write([run]), viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    visit = Visit(page.write([run]), width=390, color_scheme=scheme)
     assert visit.overflow <= 0
     # text in charts has the colour of the page's own
     assert visit.ink[0] == visit.ink[1]
@@ -143,7 +68,7 @@ def test_two_runs_stand_side_by_side(run, tmp_path):
     visit = Visit(page.write([run, run / "candidates" / "0.5"], tmp_path / "both.html"))
     assert visit.errors == []
     assert str(run) in visit.text
-    assert "nothing was decided" in visit.text
+    assert "One run, no decision: 0.5 has" in visit.text
 
 
 def test_incomplete_runs_are_refused(run, tmp_path):
@@ -164,7 +89,7 @@ def test_incomplete_runs_are_refused(run, tmp_path):
 
 def test_what_a_model_is_called_cannot_break_the_page(run):
     decision = json.loads((run / "decide.json").read_text())
-    decision["sentence"] = "</script><script>alert(1)</script>"
+    decision["rows"][0]["reason"] = "</script><script>alert(1)</script>"
     decision["rows"][0]["candidate"] = "</script><b>"
     (run / "decide.json").write_text(json.dumps(decision))
     text = page.write([run]).read_text()
@@ -183,7 +108,7 @@ def test_a_recovered_model_has_a_page_too(run, words, tmp_path):
     report = recover(chosen, tmp_path / "recovered")
     visit = Visit(page.write([tmp_path / "recovered"]))
     assert visit.errors == []
-    assert f"All {report['zeros']:,} zeros of {report['of_weights']:,} weights are zeros still" in visit.text
+    assert f"All {report['zeros']:,} zeros of {report['of_weights']:,} weights are still zero" in visit.text
 
 
 def test_commands_on_the_page_make_the_same_run(run):
@@ -200,6 +125,25 @@ def test_commands_on_the_page_make_the_same_run(run):
         run,
     )
     assert "--units mlp,heads --no-refit" in shrink
+    # a plan whose choices of text are parts of their own
+    parts = {
+        "calibration": {"source": "a.txt", "samples": 4, "seqlen": 32, "seed": 1},
+        "evaluation": {
+            "text": "b.txt",
+            "windows": 8,
+            "seqlen": 16,
+            "tasks": ["arc"],
+            "tasks_path": None,
+            "tasks_limit": 5,
+            "gates": ["ppl<=+5%"],
+        },
+    }
+    same = {
+        "calibration": "a.txt", "samples": 4, "seqlen": 32, "seed": 1, "eval_text": "b.txt", "eval_windows": 8, "eval_seqlen": 16,
+        "tasks": ["arc"], "tasks_path": None, "tasks_limit": 5, "gate": ["ppl<=+5%"],
+    }  # fmt: skip
+    assert page.flat({"model": "m", **parts}) == {"model": "m", **same}
+    assert "--calibration a.txt --samples 4" in page._command("prune", {"model": "m", **parts}, run)
 
 
 def test_bytes_of_a_packed_file_by_what_they_hold():
@@ -210,9 +154,12 @@ def test_bytes_of_a_packed_file_by_what_they_hold():
     ]
     found = page._parts({"bytes": {"dense": 4000, "packed": 2000}, "packed": {"layers": layers}})
     parts = {part["part"]: part["nbytes"] for part in found if part["model"] == "shipped"}
-    assert parts == {"survivors": 512, "positions (a bit a weight)": 64, "padding": 64, "left dense, headers": 1360}
-    model = {"name": "0.5", "bench": None, "parts": found, "layers": []}
-    chart = page._charts([{"folder": "run", "decision": None, "fleet": None, "models": [model]}], [model])["bytes"]
+    assert parts == {"kept weights": 512, "positions (a bit a weight)": 64, "padding": 64, "rest, dense": 1360}
+    screen = SimpleNamespace(seconds="", points=[])
+    model = {"name": "0.5", "timed": None, "parts": found, "layers": []}
+    chart = page._charts(
+        [{"folder": "run", "screen": screen, "decision": None, "fleet": None, "models": [model]}], [model]
+    )["bytes"]
     bars = {(bar["name"], bar["part"]): bar["megabytes"] for bar in chart["data"]["values"]}
     assert bars["dense", "dense weights"] == 0.004
-    assert bars["0.5", "survivors"] == 0.000512
+    assert bars["0.5", "kept weights"] == 0.000512

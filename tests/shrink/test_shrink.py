@@ -339,7 +339,7 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
 
     import secateurs as sc
     from secateurs.prune.record import Report
-    from secateurs.report.tables import print_report
+    from secateurs.report.run_tables import print_report
 
     small = shrink(plan(llama, words), tmp_path / "small")
     options = {
@@ -358,9 +358,10 @@ def test_what_was_shrunk_can_be_pruned_and_the_report_has_both(tmp_path, llama, 
     console = Console(record=True, width=200)
     print_report(report, console, "both")
     text = console.export_text()
-    assert f"Shrunk before that to params=0.8x: {small['left']['parameters']:,} of" in text
+    assert f"Shrunk before pruning, to params=0.8x: {small['left']['parameters']:,} of" in text
     steps = (small["quality"]["ppl_dense"], small["quality"]["ppl"], report.quality["ppl"])
-    assert " to ".join(format(step["value"], ".2f") for step in steps) in text
+    dense, shrunk, pruned = (format(step["value"], ".2f") for step in steps)
+    assert f"perplexity {dense} dense, {shrunk} shrunk, {pruned} shrunk and pruned" in text
 
 
 def test_head_counts_that_transformers_refuses_are_not_chosen(tmp_path, words):

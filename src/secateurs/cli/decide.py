@@ -134,7 +134,7 @@ def fleet(
     from secateurs.base.files import write_json
     from secateurs.decide.fleet import fleet as size_all
     from secateurs.decide.fleet import random_requests, read_speeds, read_trace, service_of
-    from secateurs.report.tables import print_fleet
+    from secateurs.report.machine_tables import print_fleet
 
     traced = read_trace(trace) if trace is not None else None
     service = service_of(traced, rate, peak, ttft, tpot, percentile, price, headroom, memory)

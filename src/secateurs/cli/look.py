@@ -38,7 +38,7 @@ def evaluate(
     from secateurs.base.run_directory import is_run, model_in, models_of
     from secateurs.model.checkpoint import Checkpoint
     from secateurs.quality.evaluation import measured
-    from secateurs.report.tables import print_compute, print_quality, print_tasks
+    from secateurs.report.run_tables import print_compute, print_quality, print_tasks
 
     asked = options.evaluation_of(eval_text, eval_windows, eval_seqlen, gate, tasks, tasks_path, tasks_limit)
     if not asked.windows:

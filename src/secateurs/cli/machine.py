@@ -35,7 +35,7 @@ def probe(
     from secateurs.machine.probe import Question, read_list, read_shapes, shapes_of
     from secateurs.machine.probe import probe as measure
     from secateurs.machine.profile import default_file
-    from secateurs.report.tables import print_profile
+    from secateurs.report.machine_tables import print_profile
 
     given: dict[str, Any] = {}
     if model:
@@ -83,7 +83,7 @@ def realize(
     Example: secateurs realize 0.5 2:4 --profile a100
     """
     from secateurs.decide.realize import USUAL, Candidate, machine_named, rank
-    from secateurs.report.tables import print_worth
+    from secateurs.report.machine_tables import print_worth
 
     machine = machine_named(profile)
     rows = rank([Candidate.parse(text) for text in candidates or USUAL], machine, dtype)

@@ -35,7 +35,7 @@ def pack(
     from secateurs.base.run_directory import is_run, model_in
     from secateurs.machine.profile import DeviceProfile
     from secateurs.pack import folder as stage
-    from secateurs.report.tables import print_packed
+    from secateurs.report.run_tables import print_packed
 
     # of a decision, the run of the candidate to ship
     run = model_in(model).parent if is_run(model) else None
@@ -88,7 +88,7 @@ def bench(
     from secateurs.machine.bench import Variant, record_of, variants_of
     from secateurs.machine.bench import bench as measure
     from secateurs.machine.probe import read_list
-    from secateurs.report.tables import print_bench
+    from secateurs.report.machine_tables import print_bench
 
     batches = read_list(batch, int, "batches")
     # of a decision, the run of the candidate to ship

@@ -121,7 +121,7 @@ def prune(
     from secateurs.prune.plan import Plan
     from secateurs.prune.run import Run, failure
     from secateurs.quality.settings import Calibration, Evaluation
-    from secateurs.report.tables import print_report
+    from secateurs.report.run_tables import print_report
 
     values: dict[str, Any] = {
         "model": model, "pattern": pattern, "sparsity": sparsity, "effort": effort, "method": method,

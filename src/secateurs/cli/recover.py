@@ -61,7 +61,7 @@ def recover(
     Example: secateurs recover runs/half --out runs/half-recovered --steps 300
     """
     from secateurs.quality.settings import Calibration
-    from secateurs.report.tables import print_recovered
+    from secateurs.report.run_tables import print_recovered
     from secateurs.train import RecoverPlan
     from secateurs.train import recover as run
 

@@ -60,7 +60,7 @@ def shrink(
 
     Example: secateurs shrink MODEL --budget latency=0.8x --out runs/smaller
     """
-    from secateurs.report.tables import print_shrunk
+    from secateurs.report.run_tables import print_shrunk
     from secateurs.shrink.plan import ShrinkPlan
     from secateurs.shrink.run import shrink as run
 

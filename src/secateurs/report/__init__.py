@@ -1,4 +1,5 @@
-"""What a person reads: the page (page, charts, page.html) and tables for a terminal (tables).
+"""What a person reads.
 
-Nothing is computed here that is not in a JSON file.
+The HTML page: page (files in, page out), first_screen (verdict, candidates beside dense), charts, cited (numbers with their
+source), and page.html, page.css and page.js. Terminal tables: run_tables, machine_tables, tables, on terminal.
 """

@@ -1,8 +1,8 @@
 """report.html: run directories as one file that needs no network, for whoever reviews the decision.
 
-page.html is the template; charts.py the charts. Numbers are shown from the JSON files as they are, but for sums of bytes. Those of
-decisions, quality, speed, errors and fleets carry the file and key that they are from (`data-from`), so that a test can hold the
-page against them.
+page.html is the template, page.css and page.js its style and script; first_screen.py makes the verdict, charts.py the charts.
+Numbers are shown as the JSON files have them; only bytes are summed. Those of decisions, quality, speed, errors and fleets carry
+the file and key that they come from (cited.py), so that a test can compare the page with the files.
 """
 
 import json
@@ -19,6 +19,8 @@ from secateurs.base.files import write_text
 from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.settings import FLAGS
 from secateurs.report import charts
+from secateurs.report.cited import Cited
+from secateurs.report.first_screen import of_decision, of_run
 
 
 def write(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -39,9 +41,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
             raise OutputError(
                 f"{run} holds a file that is not as secateurs writes it ({error!r}); run its command again"
             ) from None
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("secateurs.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_part("page.html"))
     models = [model for run in found for model in run["models"]]
     specs = _charts(found, models)
     text = template.render(
@@ -51,26 +51,19 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         # a closing tag inside would end the script
         specs=json.dumps(specs).replace("</", "<\\/"),
         charts={name: spec["description"] for name, spec in specs.items()},
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+        style=_part("page.css"),
+        script=_part("page.js"),
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
         machine=machine(),
-        value=_value,
     )
     file = (out or Path(runs[0]) / "report.html").expanduser()
     write_text(file, text)
     return file
 
 
-def _value(source: str, data: Any, path: str, form: str = "{:.4g}") -> Any:
-    """A number of a JSON file, with the place it is from."""
-    import markupsafe
-
-    at = data
-    for key in path.split("/"):
-        at = at[int(key)] if isinstance(at, list) else at[key]
-    shown = form.format(at) if isinstance(at, (int, float)) else str(at)
-    return markupsafe.Markup('<span data-from="{}" data-key="{}" data-form="{}">{}</span>').format(
-        source, path, form, shown
-    )
+def _part(name: str) -> str:
+    """A file beside this module."""
+    return files("secateurs.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(file: Path) -> Any:
@@ -82,43 +75,52 @@ def _json(file: Path) -> Any:
         raise OutputError(f"{file} is not JSON ({error}); run the command that made it again") from None
 
 
-def _maybe(file: Path) -> Any:
-    return _json(file) if file.is_file() else None
+def _cited(file: Path) -> Cited:
+    return Cited(str(file), _json(file))
+
+
+def _cited_or_none(file: Path) -> Cited | None:
+    return _cited(file) if file.is_file() else None
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """One run directory: its decision, if it is one, and its models."""
+    """Read a run directory: its decision, if it has one, and its models. Raises OutputError if it is incomplete."""
     plan_file = folder / "plan.json"
     if not plan_file.is_file():
         raise OutputError(f"{folder} is no run directory: it has no plan.json")
     plan = _json(plan_file)
     if "candidates" not in plan:
-        model = _model(folder, folder.name)
+        model = _model(folder, folder.resolve().name)
         return {
             "folder": str(folder), "plan": plan, "decision": None, "models": [model], "fleet": model["fleet"],
+            "screen": of_run(model["name"], model["reported"], model["timed"]),
             "products": _products(DeviceProfile.at_hand(), [model]), "command": model["command"],
         }  # fmt: skip
     if not (folder / "decide.json").is_file():
         raise OutputError(
             f"{folder} is incomplete: the decision is not made yet; run the same `secateurs decide` again"
         )
-    decision = _json(folder / "decide.json")
+    decided = _cited(folder / "decide.json")
+    decision = decided.data
     models = [_model(folder / r["folder"], r["candidate"]) for r in decision["rows"] if r["status"] == "measured"]
     profile = DeviceProfile.read(folder / "profile.json") if (folder / "profile.json").is_file() else None
     return {
-        "folder": str(folder), "plan": plan, "decision": decision, "models": models, "fleet": _maybe(folder / "fleet.json"),
+        "folder": str(folder), "plan": plan, "decision": decision, "decided": decided, "models": models,
+        "fleet": _cited_or_none(folder / "fleet.json"),
+        "screen": of_decision(decided, {m["name"]: m["timed"] for m in models if m["timed"]}),
         "products": _products(profile, models), "command": _command("decide", plan, folder),
     }  # fmt: skip
 
 
 def _model(folder: Path, name: str) -> dict[str, Any]:
-    """A pruned or smaller model: its report and whatever else was measured of it."""
+    """A pruned, smaller or recovered model: its report, and what was timed."""
     file = folder / "report.json"
     if not file.is_file():
         raise OutputError(
             f"{folder} is incomplete: it has no report.json; run the command that made it again, it goes on"
         )
-    report = _json(file)
+    reported = _cited(file)
+    report = reported.data
     if report.get("status", "complete") != "complete":
         raise OutputError(
             f"{folder} is incomplete: it is {report['status']}; run the command that made it again, it goes on"
@@ -127,16 +129,16 @@ def _model(folder: Path, name: str) -> dict[str, Any]:
     timed = next((f for f in (folder / "bench.json", folder / "timing.json") if f.is_file()), None)
     kind = "shrunk" if "left" in report else "recovered" if "training" in report else "pruned"
     return {
-        "name": name, "folder": str(folder), "source": str(file), "report": report, "plan": plan,
-        "bench": _json(timed) if timed else None, "bench_source": str(timed), "fleet": _maybe(folder / "fleet.json"),
-        "kind": kind, "parts": _parts(report), "layers": _layers(report),
+        "name": name, "folder": str(folder), "report": report, "reported": reported, "plan": flat(plan),
+        "timed": _cited(timed) if timed else None, "fleet": _cited_or_none(folder / "fleet.json"),
+        "kind": kind, "parts": _parts(report), "layers": _layers(report), "left_dense": _left_dense(report),
         "command": _command({"shrunk": "shrink", "recovered": "recover"}.get(kind, "prune"), plan, folder),
     }  # fmt: skip
 
 
 def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bytes of the weight files by what they hold: dense, then as shipped."""
-    if "bytes" not in report:
+    """Bytes of the weight files by what they hold: of the dense model, then of the one that is shipped."""
+    if not report.get("bytes"):
         return []
     dense = report["bytes"]["dense"]
     rows = [{"model": "dense", "part": "dense weights", "nbytes": dense}]
@@ -146,7 +148,7 @@ def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
     if not packed:
         return [
             *rows,
-            {"model": "shipped", "part": "zeros and all, as a plain checkpoint", "nbytes": report["bytes"]["pruned"]},
+            {"model": "shipped", "part": "weights, zeros included", "nbytes": report["bytes"]["pruned"]},
         ]
     held = [r for r in packed["layers"] if r["format"] != "dense"]
     itemsize = [r["dense_nbytes"] // (r["shape"][0] * r["shape"][1]) for r in held]
@@ -155,12 +157,13 @@ def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
     beside = sum(r["nbytes"] for r in held) - survivors - padding
     rest = report["bytes"]["packed"] - survivors - padding - beside
     parts = {
-        "survivors": survivors, "positions (a bit a weight)": beside, "padding": padding, "left dense, headers": rest
+        "kept weights": survivors, "positions (a bit a weight)": beside, "padding": padding, "rest, dense": rest
     }  # fmt: skip
     return rows + [{"model": "shipped", "part": part, "nbytes": n} for part, n in parts.items()]
 
 
 def _layers(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of layers, each with its place in the report, its block, its path within the block and its share of zeros."""
     rows = []
     for number, r in enumerate(report.get("layers", [])):
         found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", r["name"])
@@ -172,8 +175,26 @@ def _layers(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _left_dense(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Layers that were not pruned or not packed, grouped by reason: {"what", "why", "names"}."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for r in report.get("layers", []):
+        if r["skipped"]:
+            found.setdefault(("not pruned", r["skipped"]), []).append(r["name"])
+    for r in (report.get("packed") or {}).get("layers", []):
+        if r["format"] == "dense":
+            # reasons differ in a layer's own sparsity; the first of each kind stands for all
+            kind = re.sub(r"\d+(\.\d+)?%", "%", r["reason"])
+            found.setdefault(("stored densely", kind), []).append(r["name"])
+    first = {r["name"]: r["reason"] for r in (report.get("packed") or {}).get("layers", [])}
+    return [
+        {"what": what, "why": first[names[0]] if what == "stored densely" else why, "names": names}
+        for (what, why), names in found.items()
+    ]
+
+
 def _products(profile: DeviceProfile | None, models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Measured products of the shapes that the models have."""
+    """The profile's rows for shapes that the models have; None without any."""
     shapes = {tuple(r["shape"]) for m in models for r in m["layers"]}
     rows = [r for r in profile.rows if tuple(r["shape"]) in shapes] if profile else []
     return {"name": profile.name, "rows": rows} if profile and rows else None
@@ -183,25 +204,32 @@ def _products(profile: DeviceProfile | None, models: Sequence[dict[str, Any]]) -
 _ON_BY_DEFAULT = ("permute", "refit")
 
 
+def flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan as {option: value}; calibration and evaluation by their flags."""
+    options: dict[str, Any] = {}
+    for name, value in plan.items():
+        if name in FLAGS and isinstance(value, dict):
+            options |= {FLAGS[name][key].replace("-", "_"): item for key, item in value.items()}
+        else:
+            options["allow_foreign_profile" if name == "foreign" else name] = value
+    return options
+
+
 def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
     """The command that makes a run again."""
     words = ["secateurs", stage, plan["model"], "--out", str(folder)]
-    flat = {("allow-foreign-profile" if name == "foreign" else name): value for name, value in plan.items()}
-    for part, flags in FLAGS.items():
-        flat |= {flags[name]: value for name, value in (flat.pop(part, None) or {}).items()}
-    for name, value in flat.items():
+    for name, value in flat(plan).items():
         if name == "model" or value is None or value in ("", []):
             continue
         option = "--" + name.replace("_", "-")
         if value is False:
             words += [option.replace("--", "--no-", 1)] if name in _ON_BY_DEFAULT else []
-            continue
-        if name in ("units", "candidates"):
+        elif value is True:
+            words += [option]
+        elif name in ("units", "candidates"):
             words += [option, ",".join(value)]
         elif isinstance(value, list):
             words += [word for item in value for word in (option, str(item))]
-        elif value is True:
-            words += [option] if name not in _ON_BY_DEFAULT or name == "permute" else []
         else:
             words += [option, str(value)]
     return shlex.join(words)
@@ -209,61 +237,70 @@ def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
 
 def _title(runs: Sequence[dict[str, Any]]) -> str:
     models = dict.fromkeys(Path(run["plan"]["model"]).name for run in runs)
-    return "What to ship: " + ", ".join(models)
+    return ("What to ship: " if any(run["decision"] for run in runs) else "Result: ") + ", ".join(models)
 
 
 def _charts(runs: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     specs: dict[str, Any] = {}
-    many = len(runs) > 1
     for number, run in enumerate(runs):
-        rows = [r for r in (run["decision"] or {}).get("rows", []) if r["status"] == "measured" and r["quality"]]
-        if rows:
-            specs[f"front-{number}"] = charts.front([_point(r) for r in rows])
+        screen = run["screen"]
+        for across, title in (("seconds", screen.seconds), ("bytes", "bytes of weights")):
+            points = [p for p in screen.points if across in p]
+            # the dense model alone is no comparison
+            if len(points) > 1:
+                m = screen.measure
+                specs[f"{across}-{number}"] = charts.tradeoff(
+                    points, across, title, m.title, m.lower_is_better, m.floor, m.gate
+                )
         if run["fleet"]:
-            sized = [r for r in run["fleet"]["variants"] if not r["why_not"]]
+            sized = [r for r in run["fleet"].data["variants"] if not r["why_not"]]
             specs[f"replicas-{number}"] = charts.replicas(
                 [{k: r[k] for k in ("name", "replicas", "replicas_low", "replicas_high")} for r in sized]
             )
+    many = len(runs) > 1
     names = [(Path(run["folder"]).name if many else "", m) for run in runs for m in run["models"]]
-    # a dense model is timed beside each candidate: the first of a run stands for all in the picture
-    rates: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for stage in ("decode", "prefill"):
+        if rates := _rates(names, stage):
+            specs[f"speed-{stage}"] = charts.speed(rates, {"decode": "decoding", "prefill": "prompts"}[stage])
     parts: dict[tuple[str, str], dict[str, Any]] = {}
     for run_name, m in names:
         prefix = f"{run_name}: " if run_name else ""
-        label, dense = prefix + m["name"], prefix + "dense"
-        for number, v in enumerate((m["bench"] or {}).get("variants", [])):
-            # what was timed besides, such as a compiled dense model, has its own name
-            shown = dense if not number else label if v["name"] in ("packed", "shrunk") else f"{label}, {v['name']}"
-            for b in v["batches"]:
-                for stage in ("prefill", "decode"):
-                    rate = {
-                        "name": shown, "stage": stage, "batch": b["batch"], "value": b[stage]["tokens_per_second"],
-                        "low": b[stage]["low"], "high": b[stage]["high"],
-                    }  # fmt: skip
-                    rates.setdefault((stage, shown, b["batch"]), rate)
         for order, part in enumerate(m["parts"]):
-            shown = dense if part["model"] == "dense" else label
+            shown = prefix + ("dense" if part["model"] == "dense" else m["name"])
             bar = {"name": shown, "part": part["part"], "megabytes": part["nbytes"] / 1e6, "order": order}
             parts.setdefault((shown, part["part"]), bar)
-    if rates:
-        specs["speed"] = charts.speed(sorted(rates.values(), key=lambda r: (r["stage"], r["batch"])))
     if parts:
         specs["bytes"] = charts.nbytes(list(parts.values()))
     for number, m in enumerate(models):
-        if m["layers"]:
-            cells = [
-                {"block": r["block"], "kind": r["kind"], "zeros": r["zeros"], "error": r["error"] or 0}
-                for r in m["layers"]
-            ]
-            specs[f"zeros-{number}"] = charts.heat(cells, "zeros", "zeros", 1.0)
-            specs[f"error-{number}"] = charts.heat(cells, "error", "output error")
+        if not m["layers"]:
+            continue
+        cells = [
+            {"block": r["block"], "kind": r["kind"], "zeros": r["zeros"], "error": r["error"] or 0} for r in m["layers"]
+        ]
+        shares = [r["zeros"] for r in m["layers"]]
+        # one colour everywhere says nothing
+        if max(shares) - min(shares) > 0.005:
+            specs[f"zeros-{number}"] = charts.heat(cells, "zeros", "share of zeros", 1.0)
+        specs[f"error-{number}"] = charts.heat(cells, "error", "output error")
     return specs
 
 
-def _point(row: dict[str, Any]) -> dict[str, Any]:
-    seconds, ppl = row["seconds_ratio"], row["quality"]["ppl_ratio"]
-    return {
-        "name": row["candidate"], "passed": "passed" if row["passed"] else "missed",
-        **{f"seconds{'' if k == 'value' else '_' + k}": seconds[k] for k in ("value", "low", "high")},
-        **{f"ppl{'' if k == 'value' else '_' + k}": ppl[k] for k in ("value", "low", "high")},
-    }  # fmt: skip
+def _rates(names: Sequence[tuple[str, dict[str, Any]]], stage: str) -> list[dict[str, Any]]:
+    """Tokens a second of one stage, by model and batch. Dense models are timed beside each candidate: the first stands for all."""
+    rates: dict[tuple[str, int], dict[str, Any]] = {}
+    for run_name, m in names:
+        prefix = f"{run_name}: " if run_name else ""
+        for v in m["timed"].data["variants"] if m["timed"] else []:
+            # the last one is the model itself
+            shown = prefix + (m["name"] if v is m["timed"].data["variants"][-1] else v["name"])
+            for b in v["batches"]:
+                rate = b[stage]
+                row = {
+                    "name": shown,
+                    "batch": b["batch"],
+                    "value": rate["tokens_per_second"],
+                    "low": rate["low"],
+                    "high": rate["high"],
+                }
+                rates.setdefault((shown, b["batch"]), row)
+    return sorted(rates.values(), key=lambda r: (not r["name"].startswith("dense"), r["batch"]))

@@ -1,0 +1,122 @@
+"""Terminal output of probe, realize, bench and fleet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from secateurs.report.terminal import megabytes, new_table
+
+
+def print_profile(profile: Any, file: str, console: Console) -> None:
+    """Print a machine's memory bandwidth and FLOP/s, then every measured product beside the best dense one."""
+    here, gpu = profile.machine, profile.accelerator
+    sizes = ", ".join(f"{name} {size >> 10} KiB" for name, size in here["caches"].items())
+    console.print(f"[bold]{here['processor']}[/], {here['cores']} cores, {here['threads']} threads; {sizes}")
+    flops = ", ".join(f"{dtype} {rate / 1e9:.0f} Gflop/s" for dtype, rate in profile.flops_per_second.items())
+    isa = next(iter(here["kernels"])).split("_")[2]
+    console.print(f"Reads {profile.bytes_per_second / 1e9:.1f} GB/s from memory; {flops}; kernels: {isa}")
+    if gpu["device"]:
+        console.print(f"GPU: {gpu['device']}, capability {gpu['compute_capability']}; 2:4: {gpu['why_not'] or 'yes'}")
+    else:
+        console.print(f"GPU: none ({gpu['why_not']})")
+    for shape, dtype in dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in profile.rows):
+        console.print(f"[bold]{shape[0]}x{shape[1]}, {dtype}[/]")
+        table = new_table("zeros", "pattern", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth")
+        for row in profile.rows:
+            if (tuple(row["shape"]), row["dtype"]) != (shape, dtype):
+                continue
+            table.add_row(
+                f"{row['sparsity']:.0%}", row["pattern"], str(row["tokens"]),
+                _short(row["kernel"], dtype, isa), f"{row['seconds'] * 1e3:.2f}",
+                _short(row["dense"], dtype, isa), f"{row['dense_seconds'] * 1e3:.2f}",
+                f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
+                "no gain" if "needs" in row["verdict"] else row["verdict"],
+            )  # fmt: skip
+        console.print(table)
+    for verdict in dict.fromkeys(r["verdict"] for r in profile.rows if "needs" in r["verdict"]):
+        rows = [r for r in profile.rows if r["verdict"] == verdict]
+        console.print(f"{rows[0]['sparsity']:.0%} {rows[0]['pattern']} stored densely: {escape(verdict)}.")
+    console.print(f"Saved to {file}.", soft_wrap=True)
+
+
+def _short(kernel: str, dtype: str, isa: str) -> str:
+    """bitmask_bf16_avx512_stream -> bitmask_stream; dtype and isa are in the headings."""
+    return kernel.replace(f"_{dtype}_{isa}_", "_")
+
+
+def print_bench(result: dict[str, Any], console: Console) -> None:
+    """Print tokens per second of every variant at every batch size."""
+    console.print(
+        f"Prompts of {result['prompt']} tokens, {result['new']} new ones, {result['repeats']} runs in turn, "
+        f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
+    )
+    table = new_table("", "prompts", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
+    for row in result["variants"]:
+        sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
+        for number, measured in enumerate(row["batches"]):
+            cells = []
+            for stage in ("prefill", "decode"):
+                found = measured[stage]
+                cells += [
+                    f"{found['tokens_per_second']:.1f} [{found['low']:.1f}, {found['high']:.1f}]",
+                    f"{found['speedup']:.2f}x",
+                ]
+            name = "" if number else escape(row["name"])
+            table.add_row(name, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
+    console.print(table)
+    for sentence in result.get("left_out", []):
+        console.print(f"[yellow]Warning:[/] {escape(sentence)}.")
+
+
+def print_worth(rows: Sequence[Any], name: str, sources: dict[str, str], console: Console) -> None:
+    """Print nominal and realizable fractions of the dense model's cost, the smallest first."""
+    console.print(
+        f"[bold]{escape(name)}[/]"
+        + (": published figures, not measured" if sources else ", measured")
+        + "; fractions of the dense model: nominal (zeros are free) and real (what this machine executes)"
+    )
+    table = new_table("candidate", "nominal FLOPs", "bytes", "real FLOPs", "bytes", "prefill s", "decode s", "by")
+    for w in rows:
+        numbers = (w.nominal_flops, w.nominal_bytes, w.flops, w.nbytes, w.prefill, w.decode)
+        table.add_row(w.candidate, *(f"{n:.2f}x" for n in numbers), w.kernel)
+    console.print(table)
+    for w in rows:
+        if w.why:
+            console.print(f"{w.candidate}: {escape(w.why)}.", highlight=False)
+    for figure, source in sources.items():
+        console.print(f"[dim]{figure}: {escape(source)}.[/]")
+
+
+def print_fleet(result: dict[str, Any], console: Console) -> None:
+    """Print replicas, their load and latency, cost and savings."""
+    service, requests = result["service"], result["requests"]
+    money = service["currency"]
+    console.print(
+        f"{service['rate']:g} requests/s, peak {service['peak']:g}; prompts of {requests['prompt_mean']:.0f} tokens, answers of "
+        f"{requests['output_mean']:.0f}, on average; {service['percentile']:g}% within {service['first_seconds']:g} s to the first "
+        f"token and {service['pace_seconds']:g} s a token; {service['headroom']:.0%} free at the peak; "
+        f"{service['price']:g} {money} a node-hour; {requests['simulated']:,} requests simulated"
+    )
+    table = new_table(
+        "", "replicas", "load", "first token s", "s a token", f"{money}/M tokens", f"saved {money} a year"
+    )
+    for row in result["variants"]:
+        if row["why_not"]:
+            table.add_row(escape(row["name"]), "none")
+            continue
+        saved = ""
+        if "saved_a_year" in row:
+            saved = f"{row['saved_a_year']:,.0f} [{row['saved_a_year_low']:,.0f}, {row['saved_a_year_high']:,.0f}]"
+        table.add_row(
+            escape(row["name"]), f"{row['replicas']:,} [{row['replicas_low']:,}, {row['replicas_high']:,}]",
+            f"{row['load']:.0%}", f"{row['first_seconds']:.3g}", f"{row['pace_seconds']:.3g}",
+            f"{row['cost_per_million_tokens']:.4g}", saved,
+        )  # fmt: skip
+    console.print(table)
+    for row in result["variants"]:
+        if row["why_not"]:
+            console.print(f"[yellow]{escape(row['why_not'])}[/]")
+    ends = {row["name"]: f"{row['slots']}, {row['slots_end']}" for row in result["variants"] if not row["why_not"]}
+    console.print("Sequences a replica: " + "; ".join(f"{escape(n)} {e}" for n, e in ends.items()) + ".")

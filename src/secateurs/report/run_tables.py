@@ -1,0 +1,259 @@
+"""Terminal output of prune, shrink, recover, pack and eval.
+
+Everything is printed from reports; only totals are computed here.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from secateurs.prune.record import LayerRecord, Report
+from secateurs.report.terminal import megabytes, new_table
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Split a layer's name into block and path: ('model.layers.3', 'mlp.down_proj'). Expert numbers are dropped."""
+    found = re.match(r"(.*?\.\d+)\.(.*)", name)
+    block, rest = (found[1], found[2]) if found else ("", name)
+    return block, ".".join(part for part in rest.split(".") if not part.isdigit()) or rest
+
+
+def _cells(layers: Sequence[Any], cell: Any) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Column names and {block: {column: text}}, in the order of the model. A column has the last part of a path, or the whole
+    path where two end alike."""
+    places: dict[tuple[str, str], list[Any]] = {}
+    for layer in layers:
+        places.setdefault(_place(layer.name), []).append(layer)
+    paths = list(dict.fromkeys(path for _, path in places))
+    last = {path: path.rpartition(".")[2] for path in paths}
+    short = {path: name if list(last.values()).count(name) == 1 else path for path, name in last.items()}
+    rows: dict[str, dict[str, str]] = {}
+    for (block, path), group in places.items():
+        rows.setdefault(block, {})[short[path]] = cell(group)
+    return [short[path] for path in paths], rows
+
+
+def print_report(report: Report, console: Console, out: str) -> None:
+    """Print a finished pruning run: layers, totals, tuning, quality, gates, warnings, time and files."""
+    plan, totals = report.plan, report.totals
+
+    def cell(group: list[LayerRecord]) -> str:
+        pruned = [r for r in group if r.skipped is None]
+        if not pruned:
+            return "dense"
+        zeros = 1 - sum(r.kept for r in pruned) / sum(r.numel for r in pruned)
+        error = (sum((r.error or 0) ** 2 for r in pruned) / len(pruned)) ** 0.5
+        return f"{zeros:.1%} {error:.3f}"
+
+    columns, rows = _cells(report.layers, cell)
+    source = {
+        "gram": "measured on calibration inputs",
+        "norms": "estimated from input norms",
+        "weights": "error of the weights",
+    }
+    kinds = {r.error_from for r in report.layers if r.error_from}
+    meaning = "; ".join(source[k] for k in sorted(kinds))
+    console.print(f"[bold]Zeros and relative output error per layer[/] ({meaning})")
+    table = new_table("block", *columns)
+    for block, row in rows.items():
+        table.add_row(block, *(row.get(column, "") for column in columns))
+    console.print(table)
+    console.print(
+        f"Pruned {totals['layers_pruned']} layers to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
+        f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}, "
+        f"allocation {plan['allocation']}, effort {plan['effort']}."
+    )
+    if report.shrunk:
+        console.print(_shrunk(report.shrunk, report.quality))
+    if report.reconstruction:
+        ratios = [r["after"] / r["before"] for r in report.reconstruction if r["before"] > 0]
+        better = [ratio for ratio in ratios if ratio < 1]
+        console.print(
+            f"Tuned {len(better)} of {len(ratios)} blocks: their held-out error fell to {sum(ratios) / max(1, len(ratios)):.1%} "
+            "of its value before, on average. The errors in the table are from before tuning."
+        )
+    if report.distillation:
+        console.print(
+            f"Tuned all blocks together for {report.distillation['steps']} steps: KL to the dense model on held-out calibration "
+            f"windows was {report.distillation['before']:.4f} nats a token before and {report.distillation['after']:.4f} after."
+        )
+    _print_skips(report, console)
+    notes = [r for r in report.layers if r.note]
+    if notes:
+        console.print(f"Note on {len(notes)} layers, first {notes[0].name}: {notes[0].note}.")
+    if report.quality and report.evaluation:
+        print_quality(report.quality, report.evaluation, console)
+    if report.tasks:
+        print_tasks(report.tasks, console)
+    for gate in report.gate:
+        console.print(
+            f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{escape(gate['missed'])}[/]"
+        )
+    for warning in report.warnings:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}.")
+    if report.bytes and not report.packed:
+        console.print(
+            f"The zeros are still stored as zeros: {megabytes(report.bytes['pruned'])} after, "
+            f"{megabytes(report.bytes['dense'])} before, and dense kernels still multiply them. "
+            f"`secateurs pack {out}` stores the model without them; `secateurs bench {out}` measures the gain."
+        )
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
+    console.print(f"Time: {spent}. Peak memory: {megabytes(report.peak_memory_bytes)}.")
+    if report.compute:
+        print_compute(report.compute, console)
+    console.print(f"Results: {out}/model (a plain checkpoint), {out}/report.json, {out}/plan.json.", soft_wrap=True)
+
+
+def print_compute(compute: dict[str, Any], console: Console) -> None:
+    """Print the dtype in which matrices were multiplied, and why if it is not the stored one."""
+    if compute["why"]:
+        console.print(
+            f"Weights are {compute['stored']}; matrices were multiplied in {compute['products']}: {compute['why']}."
+        )
+    else:
+        console.print(f"Matrices were multiplied in {compute['products']}, the dtype of the weights.")
+
+
+def _print_skips(report: Report, console: Console) -> None:
+    for by, words in (("plan", "left dense, as asked"), ("shape", "left dense: the pattern does not fit their shape")):
+        found = [r for r in report.layers if r.skipped_by == by]
+        reasons = list(dict.fromkeys(str(r.skipped) for r in found))
+        if found:
+            console.print(f"[yellow]{len(found)} layers {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}.")
+
+
+def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
+    """Print perplexity, KL and agreement with the dense model, with intervals."""
+    console.print(
+        f"[bold]Quality[/] on {evaluation['source']}: {quality['windows']} windows of {evaluation['seqlen']} tokens, "
+        "not overlapping; 95% intervals over windows"
+    )
+    table = new_table("", "value", "interval", "n")
+    rows = (
+        ("perplexity, dense", "ppl_dense"),
+        ("perplexity, pruned", "ppl"),
+        ("perplexity, pruned / dense", "ppl_ratio"),
+        ("KL to dense, nats a token", "kl"),
+        ("same top token as dense", "agree"),
+    )
+    for words, key in rows:
+        if estimate := quality[key]:
+            interval = f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+            table.add_row(words, f"{estimate['value']:.4g}", interval, str(estimate["n"]))
+    console.print(table)
+
+
+def print_tasks(tasks: dict[str, Any], console: Console) -> None:
+    """Print the scores of lm-eval's tasks, a column for each model."""
+    console.print("[bold]Tasks[/] (lm-eval), value and standard error")
+    table = new_table("task", "metric", *tasks)
+    first = next(iter(tasks.values()))
+    for task, metrics in first.items():
+        for metric in (m for m in metrics if not m.endswith("_stderr") and m not in ("sample_len", "samples")):
+            cells = []
+            for results in tasks.values():
+                error = results[task].get(f"{metric}_stderr")
+                cells.append(f"{results[task][metric]:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+            table.add_row(task, metric, *cells)
+    console.print(table)
+
+
+def _shrunk(before: dict[str, Any], quality: dict[str, Any] | None) -> str:
+    counts, ratio = before["parameters"], before["latency_ratio"]
+    text = (
+        f"Shrunk before pruning, to {before['budget']}: {counts['left']:,} of {counts['dense']:,} parameters; a prompt takes "
+        f"{ratio['prefill']:.2f}x the time, a token {ratio['decode']:.2f}x"
+    )
+    if before["quality"] and quality:
+        steps = (before["quality"]["ppl_dense"], before["quality"]["ppl"], quality["ppl"])
+        dense, shrunk, pruned = (format(step["value"], ".2f") for step in steps)
+        text += f"; perplexity {dense} dense, {shrunk} shrunk, {pruned} shrunk and pruned"
+    return text + "."
+
+
+def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
+    """Print the shape, size and speed of a smaller model beside the dense model's."""
+    dense, left, latency = report["dense"], report["left"], report["latency"]
+    table = new_table("", "dense", "left", "ratio")
+    rows = [
+        ("blocks", dense["layers"], left["layers"]),
+        ("MLP neurons a block", dense["mlp"], left["mlp"]),
+        ("KV heads a block", dense["heads"], left["heads"]),
+        ("query heads of each", dense["queries"], left["queries"]),
+        *([("experts a block", dense["experts"], left["experts"])] if dense["experts"] else []),
+        ("residual width", dense["hidden"], left["hidden"]),
+        ("parameters", dense["parameters"], left["parameters"]),
+        ("bytes of weights", report["bytes"]["dense"], report["bytes"]["left"]),
+    ]
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}x" if before else "")
+    for stage, name in (("prefill", f"ms, prompt of {latency['prompt']}"), ("decode", "ms a token after it")):
+        before, after = latency["dense"][stage], latency["left"][stage]
+        table.add_row(name, f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"{after / before:.3f}x")
+    console.print(table)
+    plan = report["plan"]
+    console.print(f"Budget {plan['budget']}, units {', '.join(plan['units'])}, criterion {plan['criterion']}.")
+    if report["quality"]:
+        print_quality(report["quality"], report["evaluation"], console)
+    _print_end(report, console, folder)
+
+
+def _print_end(report: dict[str, Any], console: Console, folder: str) -> None:
+    for gate in report["gate"]:
+        console.print(
+            f"[green]gate {gate['gate']} passed[/]" if gate["passed"] else f"[red]{escape(gate['missed'])}[/]"
+        )
+    for warning in report["warnings"]:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}.")
+    if report.get("compute"):
+        print_compute(report["compute"], console)
+    console.print(f"[bold]{folder}/model[/] loads with from_pretrained; [bold]{folder}/report.json[/] has the rest.")
+
+
+def print_recovered(report: dict[str, Any], console: Console, folder: str) -> None:
+    """Print the loss before and after training, and the share of the lost quality that came back."""
+    plan, training = report["plan"], report["training"]
+    console.print(
+        f"{training['steps']} steps of {plan['batch']} windows on {escape(report['calibration']['source'])}, "
+        f"{plan['train']} trained: "
+        f"held-out loss {training['before']:.4f} before, {training['after']:.4f} after. All {report['zeros']:,} zeros (of "
+        f"{report['of_weights']:,} weights) are still zero."
+    )
+    if report["quality_before"]:
+        console.print("Before:")
+        print_quality(report["quality_before"], report["evaluation"], console)
+        console.print("After:")
+    if report["quality"]:
+        print_quality(report["quality"], report["evaluation"], console)
+    if report["recovered"] is not None:
+        console.print(f"Training removed [bold]{report['recovered']:.0%}[/] of the loss that pruning had added.")
+    _print_end(report, console, folder)
+
+
+def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
+    """Print what pack() or unpack() wrote."""
+    if "totals" not in result:
+        console.print(f"[green]{out}[/] is a plain checkpoint again: {megabytes(result['folder_nbytes'])}.")
+        return
+    totals = result["totals"]
+    ratio = totals["packed_layers_nbytes"] / max(1, totals["packed_layers_dense_nbytes"])
+    console.print(
+        f"[green]{out}[/]: {totals['layers_packed']} layers packed, {megabytes(totals['packed_layers_nbytes'])} instead of "
+        f"{megabytes(totals['packed_layers_dense_nbytes'])} ({ratio:.3f}x); whole folder {megabytes(totals['folder_nbytes'])} "
+        f"instead of {megabytes(totals['source_folder_nbytes'])}."
+    )
+    dense = [r for r in result["layers"] if r["format"] == "dense"]
+    if dense:
+        reasons = list(dict.fromkeys(r["reason"] for r in dense))
+        console.print(f"[yellow]{len(dense)} layers stay dense[/], first {dense[0]['name']}: {escape(reasons[0])}.")
+    if result["left_out"]:
+        console.print(f"{len(result['left_out'])} layers cannot be packed, first {escape(result['left_out'][0])}.")
+    if totals["negative_zeros"] * 100 > sum(r["shape"][0] * r["shape"][1] for r in result["layers"]):
+        console.print(
+            f"[yellow]{totals['negative_zeros']} zeros are negative[/] (weight * mask makes such zeros) and are stored as weights: "
+            "unpacking then gives every bit back. --merge-zeros drops them."
+        )
+    console.print("To load it: `import secateurs`, then from_pretrained.")
