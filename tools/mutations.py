@@ -503,6 +503,7 @@ ROWS = (
     _row("csrc/dispatch.cc", COMPILED,
          "work.body->prepare(work.call, work.pieces * part / work.parts, work.pieces * (part + 1) / work.parts);",
          "work.body->prepare(work.call, work.pieces / work.parts * part, work.pieces / work.parts * (part + 1));"),
+    # the boundary of the whole is the last panel, for bytes are whole numbers; so it ends a little before
     _row("csrc/dispatch.cc", COMPILED,
          "const int64_t last = part + 1 == work.parts ? panels(w) : boundary(work, w, to - before);",
          "const int64_t last = boundary(work, w, part + 1 == work.parts ? to - before - 4096 : to - before);"),
@@ -518,5 +519,11 @@ ROWS = (
     _row("csrc/panel.h", COMPILED,
          "for (int64_t i = call.inputs; i < call.words * WORD; ++i) to[i] = element();",
          ""),
+    _row("csrc/panel.h", COMPILED,
+         "const bool even = w.starts[p + 1] - w.starts[p] == w.most * (WORD / 8) * P * call.words;",
+         "const bool even = true;"),
+    _row("csrc/panel.h", COMPILED,
+         "const Vector row = Math::listed(at + 2 * P);",
+         "const Vector row = Math::listed(at);"),
 )
 # fmt: on
