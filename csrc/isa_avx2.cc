@@ -5,7 +5,7 @@
 
 namespace {
 #include "number.h"
-#include "panel.h"
+#include "loops.h"
 
 /* For each byte of the mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none does. */
 struct Tables {

@@ -5,7 +5,7 @@
 
 namespace {
 #include "number.h"
-#include "panel.h"
+#include "loops.h"
 
 /* Expands in place. The instruction waits for the old value of its destination, so if the compiler chose another register,
    independent expansions would wait for each other: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */

@@ -6,7 +6,7 @@
 
 namespace {
 #include "number.h"
-#include "panel.h"
+#include "loops.h"
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float), bool Same>
 struct Neon {
