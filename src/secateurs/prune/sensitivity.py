@@ -37,8 +37,8 @@ def sensitivity(
     """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
     that of what leaves them.
 
-    Both empty for a model that gives no logits. store: an empty one, left with the inputs of block 0. Ticks: a batch and block forward, one a batch
-    for the head, a batch and block backward.
+    Both empty for a model that gives no logits. store: an empty one, left with the inputs of block 0. tick: called once for each
+    batch and block forward, once a batch for the head, once for each batch and block backward.
     """
     last = 0
     for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
