@@ -274,7 +274,7 @@ def test_a_command_says_once_that_it_leaves_the_gpu_alone(a_card, capsys, tmp_pa
 @pytest.mark.parametrize("command", [
     ["prune", "{none}", "--out", "{out}"], ["shrink", "{none}", "--budget", "params=0.7x", "--out", "{out}"],
     ["recover", "{none}", "--teacher", "none", "--out", "{out}"], ["decide", "{none}", "--gate", "ppl<=+5%", "--out", "{out}"],
-    ["eval", "{llama}", "--text", "{none}"],
+    ["eval", "{llama}", "--eval-text", "{none}"],
 ], ids=lambda command: command[0])  # fmt: skip
 def test_every_command_that_computes_says_it(command, a_card, capsys, tmp_path, llama):
     """Before it fails, for want of a model or a text."""
