@@ -167,6 +167,20 @@ def test_a_run_directory_means_its_model_for_every_command_that_takes_one(pruned
     assert json.loads(said("inspect", pruned, "--json")[0])["layers"][0]["holds"][0] == "2:4"
 
 
+@pytest.mark.parametrize("command", [
+    ("prune",), ("shrink", "--budget", "params=0.9x", "--multiple", "8"), ("recover", "--teacher", "none"), ("decide", "--gate", "kl<=1"),
+], ids=lambda command: command[0])  # fmt: skip
+def test_a_task_that_is_not_known_is_refused_before_anything_is_made(command, llama, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    name, *options = command
+    out = tmp_path / "out"
+    _, error = said(
+        name, llama, "--out", out, *options, "--tasks", "nothing", "--tasks-path", tmp_path / "tasks", code=1
+    )
+    assert "no task 'nothing' in" in error
+    assert not out.exists()
+
+
 def test_which_model_a_folder_means(pruned, llama, tmp_path):
     assert model_in(llama) == llama
     assert model_note(llama) is None

@@ -61,9 +61,6 @@ def models_of(run: Path) -> tuple[str, Path]:
         raise OutputError(f"{run / 'plan.json'} is not a plan of ours: {error}") from None
     if teacher != "none":
         dense = teacher
-    elif (Path(dense) / "plan.json").is_file():
-        # recover was given a run directory, and trained its model
-        dense = str(Path(dense) / "model")
     return dense, run / "model"
 
 

@@ -29,7 +29,7 @@ from secateurs.machine.timing import Timing
 from secateurs.model import checkpoint, families
 from secateurs.pack.folder import pack_run
 from secateurs.prune.run import Run
-from secateurs.quality import tasks
+from secateurs.quality import evaluation
 from secateurs.shrink import units
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.plan import ShrinkPlan
@@ -62,8 +62,7 @@ class _Decision:
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton, source.block_names(skeleton))
         self.units = _units(skeleton.config)
-        if self.plan.evaluation.tasks:
-            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
+        evaluation.check(self.plan.evaluation)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
         with locked(self.out):

@@ -38,7 +38,7 @@ from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
-from secateurs.quality import tasks, texts
+from secateurs.quality import evaluation, texts
 from secateurs.quality.evaluation import measured, texts_apart
 
 
@@ -59,8 +59,7 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        if self.plan.evaluation.tasks:
-            tasks.check(self.plan.evaluation.tasks, self.plan.evaluation.tasks_path)
+        evaluation.check(self.plan.evaluation)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report = Report.read(self.report_file) if self.report_file.is_file() else None

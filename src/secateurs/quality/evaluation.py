@@ -64,6 +64,12 @@ class Measured:
         return {name: getattr(self, name) for name in names}
 
 
+def check(asked: Evaluation) -> None:
+    """Raise CalibrationError before a run is begun for tasks that could not be run at its end."""
+    if asked.tasks:
+        tasks.check(asked.tasks, asked.tasks_path)
+
+
 def measured(
     dense: checkpoint.Checkpoint,
     result: checkpoint.Checkpoint | None,

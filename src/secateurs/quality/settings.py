@@ -9,6 +9,8 @@ from secateurs.base.errors import PlanError
 from secateurs.model.batches import window_length
 from secateurs.quality import gates as floors
 
+# windows of calibration text where nobody says
+_WINDOWS = 64
 # tokens of a window where nobody says, and the model's positions allow as many
 _CALIBRATION_TOKENS, _EVALUATION_TOKENS = 512, 2048
 
@@ -33,7 +35,7 @@ class Calibration:
     """
 
     source: str = "pydoc"
-    samples: int | None = 64
+    samples: int | None = _WINDOWS
     seqlen: int | None = None
     seed: int = 0
 
@@ -43,7 +45,7 @@ class Calibration:
     @property
     def count(self) -> int:
         """Windows to read where they are not trained on."""
-        return self.samples or 64
+        return self.samples or _WINDOWS
 
     def length(self, model: nn.Module) -> int:
         """Tokens of a window for this model."""

@@ -22,7 +22,7 @@ from secateurs.base.progress import Clock, Progress, silent
 from secateurs.base.run_directory import claim, locked, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import texts
-from secateurs.quality.evaluation import measured, texts_apart
+from secateurs.quality.evaluation import check, measured, texts_apart
 from secateurs.shrink import cutting, estimates, latency, shapes, units
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
@@ -42,6 +42,7 @@ def shrink(
     out = Path(out).expanduser()
     plan = replace(plan, model=resolved(plan.model))
     source = checkpoint.Checkpoint(plan.model)
+    check(plan.evaluation)
     job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress)
     shapes.check_units(job)
     if not (out / "plan.json").is_file():

@@ -31,7 +31,7 @@ from secateurs.model.blocks import blocks_of
 from secateurs.prune.tune_model import dense_ends
 from secateurs.prune.tuning import Moving, Noted, Outcome, tune
 from secateurs.quality import texts
-from secateurs.quality.evaluation import measured, overlap_warning, predicts_next_token, quality
+from secateurs.quality.evaluation import check, measured, overlap_warning, predicts_next_token, quality
 from secateurs.train.lora import Lora, lora
 from secateurs.train.matrices import prunable
 from secateurs.train.objective import Objective, Teacher
@@ -62,6 +62,7 @@ class _Run:
                 f"{plan.model} is no run directory that names its dense model: give --teacher, or --teacher none to train on the "
                 "text alone"
             )
+        check(plan.evaluation)
         self.source = checkpoint.Checkpoint(plan.model)
         self.teacher = None if teacher == "none" else checkpoint.Checkpoint(teacher)
         self.plan = dataclasses.replace(
