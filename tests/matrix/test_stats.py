@@ -47,16 +47,25 @@ def test_inverse_factor_rows_come_from_trailing_inverses(layer):
         torch.testing.assert_close(upper[j, j:], trailing / trailing[0].sqrt(), rtol=1e-3, atol=1e-6)
 
 
-def test_dead_inputs_get_one_and_are_named():
-    x_TI = torch.randn(50, 4)
-    x_TI[:, 2] = 0
-    stats = Stats.of(x_TI)
-    assert stats.dead_I.tolist() == [False, False, True, False]
-    assert stats.damped(0.01)[2, 2] > 1
+def test_dead_inputs_cost_next_to_nothing_and_are_named():
+    stats = Stats.of(torch.tensor([[1.0, 0.0, 3.0], [1.0, 0.0, 0.0]]))
+    assert stats.dead_I.tolist() == [False, True, False]
+    # the mean of 2, 0 and 9 is 11 / 3
+    want = torch.tensor([[2 + 0.11 / 3, 0, 3], [0, 11e-12 / 3, 0], [3, 0, 9 + 0.11 / 3]])
+    torch.testing.assert_close(stats.damped(0.01), want)
+    torch.testing.assert_close(Stats.of(torch.zeros(5, 2)).damped(0.01), 1e-12 * torch.eye(2))
+
+
+def test_the_damping_is_no_less_than_fp32_needs():
+    stats = Stats.of(torch.eye(4) * 2)
+    # 4 inputs: 4 * 2^-23 of the mean, 4
+    assert stats.damped(1e-9)[0, 0] == 4 + 16 * 2.0**-23
+    low_rank = Stats.of(torch.ones(512, 256))
+    assert torch.isfinite(low_rank.inverse_factor(1e-9)).all()
 
 
 def test_singular_and_empty_grams_raise_with_numbers():
-    with pytest.raises(ValueError, match="0 tokens is zero or not finite"):
+    with pytest.raises(ValueError, match="0 tokens is empty or not finite"):
         Stats.zeros(3, True).inverse_factor(0.01)
     bad = Stats(10, torch.ones(2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
     with pytest.raises(ValueError, match=r"10 tokens is singular at damping 0.01.*2x2"):

@@ -75,7 +75,10 @@ def prune(
         float | None, option(RARE, "Least of any layer. Default: 0.2 below the target; 0 with --budget.")
     ] = None,
     max_sparsity: Annotated[
-        float | None, option(RARE, "Most of any layer. Default: 0.2 above the target; 0.9 with --budget.")
+        float | None,
+        option(
+            RARE, "Most of any layer. Default: 0.2 above the target, a third of the density left; 0.9 with --budget."
+        ),
     ] = None,
     sensitivity: Annotated[
         int | None, option(RARE, "Tokens on which the loss's gradients are measured; 0 for none. Default: --effort's.")

@@ -54,7 +54,8 @@ def obs(
     The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far. After every
     step as many weights are gone as the pattern removes from so many columns, so the layer's count is exact. keep_OI: a mask to
     use instead.
-    Columns of dead inputs become zero. Frantar and Alistarh 2023, arXiv 2301.00774, alg. 1.
+    Weights of dead inputs go first, as they cost next to nothing (Stats.damped()).
+    Frantar and Alistarh 2023, arXiv 2301.00774, alg. 1.
     Raises ValueError if H does not factor.
     """
     upper_II = stats.inverse_factor(damping)
@@ -64,7 +65,6 @@ def obs(
     rows, columns = weight_OI.shape
     # transposed, so that a column of weights is contiguous
     weight_IO = weight_OI.T.float().clone(memory_format=torch.contiguous_format)
-    weight_IO[stats.dead_I] = 0
     step = pattern.step
     lazy = max(step, lazy_block // step * step)
     zeros = 0
@@ -185,19 +185,17 @@ def swaps(
     tiny_O = row_loss(x_OI - weight_OI.float(), hessian_II) * 1e-4
     for _ in range(rounds):
         off_OI = x_OI == 0
-        # a weight of an input that was always zero could lower the ridge term alone
-        free_OI = off_OI & ~stats.dead_I
         cost_OI = (x_OI.square() * diagonal_I).addcmul_(x_OI, gradient_OI, value=-2).masked_fill_(off_OI, torch.inf)
         cost_OK, i_OK = cost_OI.topk(tried, dim=1, largest=False)
         if width:
             j_OKJ = (i_OK // width * width)[..., None] + torch.arange(width, device=x_OI.device)
         else:
-            gain_OI = (gradient_OI.square() / diagonal_I).masked_fill_(~free_OI, -1.0)
+            gain_OI = (gradient_OI.square() / diagonal_I).masked_fill_(~off_OI, -1.0)
             j_OKJ = gain_OI.topk(tried, dim=1).indices[:, None].expand(rows, tried, tried)
         w_OK1 = x_OI.gather(1, i_OK)[..., None]
         slope_OKJ = gradient_OI[row_O[:, None, None], j_OKJ] - w_OK1 * hessian_II[i_OK[..., None], j_OKJ]
         change_OKJ = cost_OK[..., None] - slope_OKJ.square() / diagonal_I[j_OKJ]
-        change_OKJ = change_OKJ.masked_fill_(~free_OI[row_O[:, None, None], j_OKJ], torch.inf)
+        change_OKJ = change_OKJ.masked_fill_(~off_OI[row_O[:, None, None], j_OKJ], torch.inf)
         best_O, place_O = change_OKJ.flatten(1).min(1)
         act_O = best_O < -tiny_O
         if not act_O.any():
@@ -247,14 +245,14 @@ def admm(
       0.2% smaller error on the anchor layer (docs/log.md).
     - ladder: these values of rho, one after another. (0.4, 0.8) relaxed by 1.6 takes a third of ALPS's time for a squared error
       2 to 3% larger in SmolLM2's layers; one that ends below 0.6 leaves a mask that has not settled, +30% (docs/log.md).
-    Never worse than the mask it starts from, weights unchanged, and so exact where inputs do not correlate.
+    Where refitting the mask that it starts from gives less, that is what it returns (_no_worse()): so it is exact where inputs
+    do not correlate.
     Raises ValueError if H is not usable.
     """
     hessian_II = stats.damped(damping)
     scale_I = hessian_II.diagonal().sqrt()
     scaled_II = hessian_II / (scale_I[:, None] * scale_I)
     start_OI = weight_OI.float() * scale_I
-    start_OI[:, stats.dead_I] = 0
     target_OI = start_OI @ scaled_II
     first_OI = start_OI * pattern.keep(start_OI.square(), sparsity)
     sparse_OI, dual_OI = first_OI, torch.zeros_like(start_OI)
@@ -284,11 +282,43 @@ def admm(
         else:
             rho, sparse_OI, dual_OI = rho / 5, first_OI, torch.zeros_like(start_OI)
     # B is near the refit's own solution, so a few steps are enough
-    new_OI, loss_O = _refit(weight_OI, dense_OI.mul_(keep_OI).div_(scale_I), hessian_II, iterations=8)
+    new_OI, _ = _refit(weight_OI, dense_OI.mul_(keep_OI).div_(scale_I), hessian_II, iterations=8)
+
+    def refitted(weight_OI: Tensor, start_OI: Tensor) -> Tensor:
+        return _refit(weight_OI, start_OI, hessian_II, iterations=20)[0]
+
     # where inputs hardly correlate, the first mask is the best there is and the iteration wanders off
-    first_OI = first_OI / scale_I
-    at_first = row_loss(first_OI - weight_OI.float(), hessian_II).sum()
-    return new_OI if loss_O.sum() < at_first else refit(weight_OI, first_OI, stats, damping)
+    return _no_worse(weight_OI, new_OI, weight_OI * (first_OI != 0), hessian_II, refitted)
+
+
+# rows that are compared before all are
+_COMPARED = 64
+
+
+def _no_worse(
+    weight_OI: Tensor,
+    new_OI: Tensor,
+    start_OI: Tensor,
+    hessian_II: Tensor,
+    finish: Callable[[Tensor, Tensor], Tensor] = lambda weight_OI, start_OI: start_OI,
+) -> Tensor:
+    """new_OI, or finish(weight_OI, start_OI) if its loss is lower: where inputs have few directions, or tiles decide, a solver can
+    end worse than the mask that it starts from.
+
+    The rows that weigh most are compared, and all of them only if those are not better: two products more would double
+    SparseGPT's time.
+    """
+    weight_OI = weight_OI.float()
+    rows = (weight_OI.square() @ hessian_II.diagonal()).topk(min(_COMPARED, len(weight_OI))).indices
+    part_OI = weight_OI[rows]
+
+    def loss(found_OI: Tensor, weight_OI: Tensor) -> Tensor:
+        return row_loss(found_OI - weight_OI, hessian_II).sum()
+
+    if loss(new_OI[rows], part_OI) < loss(finish(part_OI, start_OI[rows]), part_OI):
+        return new_OI
+    other_OI = finish(weight_OI, start_OI)
+    return new_OI if loss(new_OI, weight_OI) < loss(other_OI, weight_OI) else other_OI
 
 
 # a mask that still changes after this many values of rho is taken as it is
@@ -315,7 +345,9 @@ def relative_error(weight_OI: Tensor, new_OI: Tensor, stats: Stats | None) -> fl
 
     With a Gram matrix exact; with norms only, as if inputs were uncorrelated; without stats, of the weights.
     """
-    weight_OI, delta_OI = weight_OI.float(), new_OI.float() - weight_OI.float()
+    weight_OI = weight_OI.float()
+    unit = _unit(weight_OI)
+    weight_OI, delta_OI = weight_OI * unit, (new_OI.float() - weight_OI) * unit
     if stats is None:
         error, whole = delta_OI.square().sum(), weight_OI.square().sum()
     elif stats.gram_II is None:
@@ -353,19 +385,43 @@ def _by_score(name: str, needs: str, scope: str, about: str) -> Solver:
     return Solver(name, needs, solve, score, scope, about)
 
 
-def _sparsegpt(weight_OI: Tensor, stats: Stats | None, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
-    if stats is None:
-        raise ValueError("sparsegpt needs calibration: the Gram matrix of the layer's inputs")
-    return obs(weight_OI, stats, pattern, sparsity, damping)
+def _unit(weight_OI: Tensor) -> float:
+    """The power of two that takes the largest weight into [1/2, 1): multiplying by it rounds nothing, and no square overflows."""
+    exponent = int(torch.frexp(weight_OI.float().abs().amax()).exponent)
+    return 2.0 ** -max(-126, min(exponent, 126))
+
+
+def _with_gram(
+    name: str,
+    solve: Callable[[Tensor, Stats, Pattern, float, float], Tensor],
+    score: scores.Score,
+    scope: str,
+    about: str,
+) -> Solver:
+    """The row of a solver that needs a Gram matrix, for weights of any size. Weights of dead inputs are removed or unchanged."""
+
+    def at_unit(weight_OI: Tensor, stats: Stats | None, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
+        if stats is None:
+            raise ValueError(f"{name} needs calibration: the Gram matrix of the layer's inputs")
+        unit = _unit(weight_OI)
+        new_OI = solve(weight_OI.float() * unit, stats, pattern, sparsity, damping) / unit
+        return torch.where(stats.dead_I & (new_OI != 0), weight_OI.float(), new_OI)
+
+    return Solver(name, "gram", at_unit, score, scope, about)
+
+
+def _sparsegpt(weight_OI: Tensor, stats: Stats, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
+    new_OI = obs(weight_OI, stats, pattern, sparsity, damping)
+    hessian_II = stats.damped(damping)
+    start_OI = weight_OI * pattern.keep(weight_OI.square() * hessian_II.diagonal(), sparsity)
+    return _no_worse(weight_OI, new_OI, start_OI, hessian_II)
 
 
 def _by_admm(name: str, about: str, ladder: tuple[float, ...] | None = None, relaxation: float = 1.0) -> Solver:
-    def solve(weight_OI: Tensor, stats: Stats | None, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
-        if stats is None:
-            raise ValueError(f"{name} needs calibration: the Gram matrix of the layer's inputs")
+    def solve(weight_OI: Tensor, stats: Stats, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
         return admm(weight_OI, stats, pattern, sparsity, damping, ladder=ladder, relaxation=relaxation)
 
-    return Solver(name, "gram", solve, scores.wanda, "layer", about)
+    return _with_gram(name, solve, scores.wanda, "layer", about)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -375,9 +431,7 @@ SOLVERS: dict[str, Solver] = {
         _by_score("magnitude", "weights", "layer", "|W|; no calibration; breaks language models from 50%"),
         _by_score("wanda", "norms", "row", "|W| times input norm; weights unchanged; seconds"),
         _by_score("ria", "norms", "layer", "relative importance times root of input norm; weights unchanged"),
-        Solver(
-            "sparsegpt", "gram", _sparsegpt, scores.wanda, "layer", "columns removed in turn, errors compensated (OBS)"
-        ),
+        _with_gram("sparsegpt", _sparsegpt, scores.wanda, "layer", "columns removed in turn, errors compensated (OBS)"),
         _by_admm("admm", "mask and weights together (ADMM), few steps; survivors refit", (0.4, 0.8), 1.6),
         _by_admm("alps", "the same until the mask rests (ALPS): three times the time, 1 to 2% less error"),
     )
@@ -408,13 +462,11 @@ def find(method: str) -> Solver:
     if not extras:
         return base
 
-    def solve(weight_OI: Tensor, stats: Stats | None, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
-        if stats is None:
-            raise ValueError(f"{method} needs calibration: the Gram matrix of the layer's inputs")
+    def solve(weight_OI: Tensor, stats: Stats, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
         new_OI = base.solve(weight_OI, stats, pattern, sparsity, damping)
         for extra in extras:
             new_OI = EXTRAS[extra][0](weight_OI, new_OI, stats, pattern, damping)
         return new_OI
 
     about = "; ".join([base.about, *(EXTRAS[extra][1] for extra in extras)])
-    return Solver(method, "gram", solve, base.score, base.scope, about)
+    return _with_gram(method, solve, base.score, base.scope, about)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from secateurs.base.precision import exact_products
 
+# an input that was zero for every token, in units of the mean of all: enough to rank its weights, too little to count
+_DEAD = 1e-12
+
 
 @dataclass(eq=False)
 class Stats:
@@ -92,18 +95,23 @@ class Stats:
         return self.sqnorm_I == 0
 
     def damped(self, damping: float) -> Tensor:
-        """H + damping * mean(diag H) * 1, with 1 on the diagonal of dead inputs, [I, I]; H is the Gram matrix.
+        """H + damping * mean(diag H) * 1, [I, I]; H is the Gram matrix. The damping is at least I * 2^-23: below that, sums in fp32
+        may not be positive definite. Dead inputs have 1e-12 of the mean on their diagonal instead: their weights cost next to
+        nothing, the smaller the less.
 
-        Raises ValueError without a Gram matrix, without tokens, or if no input was ever other than zero.
+        Raises ValueError without a Gram matrix, without tokens, or if it is not finite.
         """
         if self.gram_II is None:
             raise ValueError("this method needs a Gram matrix and only norms were collected")
         diagonal_I = self.gram_II.diagonal()
         mean = diagonal_I.mean()
-        if self.tokens == 0 or not mean > 0:
-            raise ValueError(f"the Gram matrix of {self.tokens} tokens is zero or not finite (mean diagonal {mean})")
+        if self.tokens == 0 or not mean.isfinite():
+            raise ValueError(f"the Gram matrix of {self.tokens} tokens is empty or not finite (mean diagonal {mean})")
+        if mean == 0:
+            mean = torch.ones_like(mean)
+        ridge = max(damping, len(diagonal_I) * torch.finfo(torch.float32).eps)
         damped_II = self.gram_II.clone()
-        damped_II.diagonal().add_(damping * mean + self.dead_I.float())
+        damped_II.diagonal().add_(torch.where(self.dead_I, _DEAD, ridge) * mean)
         return damped_II
 
     def inverse_factor(self, damping: float) -> Tensor:

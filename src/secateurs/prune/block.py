@@ -4,7 +4,7 @@ O outputs, I inputs.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,12 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
 from secateurs.matrix.patterns import NM, Pattern, parse
 from secateurs.matrix.stats import Stats
+from secateurs.model.activations import Activations
+from secateurs.model.batches import Batch
 from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer, layers_of, matches, survivors
-from secateurs.model.walk import Step
+from secateurs.model.walk import Step, stream
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord
@@ -61,11 +63,14 @@ class Guide:
 
 @dataclass
 class Outcome:
-    """records: one a layer, in order. tuned: names of other parameters that changed. reconstruction: or None."""
+    """records: one a layer, in order. tuned: names of other parameters that changed. reconstruction: or None. dense: the weights
+    that pruned layers had, inputs in their new order, if tuning comes later.
+    """
 
     records: list[LayerRecord]
     tuned: list[str] = field(default_factory=list)
     reconstruction: dict[str, Any] | None = None
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
 
 def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] = lambda: None) -> Outcome:
@@ -79,11 +84,13 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     if step.can_tune:
         step.see_targets()
     notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
+    later = (plan.reconstruct and step.can_tune) or plan.distill
+    dense = {y.name: y.read().clone(memory_format=torch.contiguous_format) for y in todo if later}
     for layer in todo:
         records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
-    outcome = Outcome([records[layer.name] for layer in step.layers], tuned)
+    outcome = Outcome([records[layer.name] for layer in step.layers], tuned, dense=dense)
     if plan.reconstruct and todo and step.can_tune:
-        _tune(step, todo, plan, outcome, tick)
+        _tune(step, todo, stats, plan, outcome, tick)
     return outcome
 
 
@@ -100,21 +107,25 @@ def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
 
 
 def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, note: str | None = None) -> LayerRecord:
-    """Solve one layer and write its weights. An expert that no token reached is pruned by magnitude."""
+    """Solve one layer and write its weights. A layer whose inputs were zero for every token, or an expert that no token reached,
+    is pruned by magnitude.
+    """
     began = time.perf_counter()
     solver = plan.solver
     pattern, sparsity = guide.share(plan, layer.name)
-    if layer.kind == "expert" and stats is not None and stats.tokens == 0:
-        solver, stats, note = solvers.find("magnitude"), None, "no calibration token reached it; pruned by magnitude"
+    notes = [note] if note else []
+    if stats is not None and not stats.sqnorm_I.any():
+        unseen = "its inputs were zero for every calibration token"
+        notes.append(f"{unseen if stats.tokens else 'no calibration token reached it'}; pruned by magnitude")
+        solver, stats = solvers.find("magnitude"), None
     elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
-        few = f"only {stats.tokens} tokens for {layer.shape[1]} inputs"
-        note = f"{note}; {few}" if note else few
+        notes.append(f"only {stats.tokens} tokens for {layer.shape[1]} inputs")
     if plan.blend and layer.kind == "expert":
-        own = "an expert aims at its own outputs, blend or not"
-        note = f"{note}; {own}" if note else own
+        notes.append("an expert aims at its own outputs, blend or not")
     if solver.needs == "weights":
         stats = None
-    weight_OI = layer.read().float()
+    # a copy, because the parameter is overwritten
+    weight_OI = layer.read().to(torch.float32, copy=True)
     try:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed() would leave the GPU's generator seeded as well
@@ -122,23 +133,30 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
             new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
-    relative_error = solvers.relative_error(weight_OI, new_OI, stats)
-    # weight_OI shares the parameter's memory where that is fp32, so its error is taken before it is overwritten
     layer.write(new_OI)
     kept = _check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
-    kind = "weights" if stats is None else "norms" if stats.gram_II is None else "gram"
+    written_OI = layer.read().float()
     return LayerRecord(
         layer.name,
         layer.shape,
         sparsity,
         kept,
-        relative_error,
-        kind,
+        solvers.relative_error(weight_OI, written_OI, stats),
+        "weights" if stats is None else "norms" if stats.gram_II is None else "gram",
         0 if stats is None else stats.tokens,
         time.perf_counter() - began,
-        note=note,
+        note="; ".join(notes) or None,
         pattern=str(pattern),
+        emptied_rows=_emptied(weight_OI, written_OI),
+        emptied_groups=_emptied(*(w.reshape(-1, pattern.m) for w in (weight_OI, written_OI)))
+        if isinstance(pattern, NM)
+        else 0,
     )
+
+
+def _emptied(before_OI: Tensor, after_OI: Tensor) -> int:
+    """How many rows had weights and have none."""
+    return int((before_OI.any(1) & ~after_OI.any(1)).sum())
 
 
 def _solve(
@@ -223,31 +241,47 @@ def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Movin
     return found
 
 
-def take_up(model: nn.Module, plan: Plan, records: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[str]]:
-    """The records after all blocks were tuned, and the names of the other parameters that moved."""
-    names, experts = blocks_of(model)
+def take_up(
+    model: nn.Module,
+    plan: Plan,
+    records: Sequence[LayerRecord],
+    batches: Sequence[Batch],
+    dense: Callable[[int], Mapping[str, Tensor]],
+    store: Activations,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[list[LayerRecord], list[str]]:
+    """The records after all blocks were tuned, their errors on the inputs that the tuned blocks give, and the names of the other
+    parameters that moved. dense: Outcome.dense of a block. One tick a batch and block.
+    """
     by_name = {record.name: record for record in records}
     vectors: list[str] = []
-    for name in names:
-        block = model.get_submodule(name)
-        for layer in layers_of(block, name, experts):
-            if by_name[layer.name].skipped is None:
-                by_name[layer.name] = _tuned(layer, by_name[layer.name], plan)
-        vectors += _vectors(name, block)
+    for step in stream(model, batches, store=store):
+        pruned = [layer for layer in step.layers if by_name[layer.name].skipped is None]
+        weights = dense(step.index)
+        needs = plan.solver.needs
+        stats = step.observe(pruned, gram=needs == "gram") if needs != "weights" else {}
+        for layer in pruned:
+            by_name[layer.name] = _tuned(layer, by_name[layer.name], weights[layer.name], stats.get(layer.name), plan)
+        vectors += _vectors(step.name, step.block)
     return list(by_name.values()), vectors
 
 
-def _tuned(layer: Layer, record: LayerRecord, plan: Plan) -> LayerRecord:
-    """The record of a layer whose survivors were tuned."""
+def _tuned(layer: Layer, record: LayerRecord, dense_OI: Tensor, stats: Stats | None, plan: Plan) -> LayerRecord:
+    """The record of a layer whose survivors were tuned. dense_OI: the weights before it was pruned."""
     pattern = parse(record.pattern or "", plan.scope)
-    return replace(record, kept=_check(layer, pattern, record.sparsity, "tuning gave {} overflow"))
+    kept = _check(layer, pattern, record.sparsity, "tuning gave {} overflow")
+    if record.error_from == "weights" or (stats is not None and not stats.tokens):
+        stats = None
+    return replace(record, kept=kept, error=solvers.relative_error(dense_OI.float(), layer.read().float(), stats))
 
 
 def _vectors(name: str, block: nn.Module) -> list[str]:
     return [f"{name}.{n}" for n, p in block.named_parameters() if p.dim() == 1]
 
 
-def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: Callable[[], None]) -> None:
+def _tune(
+    step: Step, pruned: list[Layer], stats: Mapping[str, Stats], plan: Plan, outcome: Outcome, tick: Callable[[], None]
+) -> None:
     """Tune the block against the dense one and bring the records up to date."""
     with step.evaluating():
         found = reconstruct(
@@ -264,6 +298,7 @@ def _tune(step: Step, pruned: list[Layer], plan: Plan, outcome: Outcome, tick: C
         return
     records = {record.name: record for record in outcome.records}
     for layer in pruned:
-        records[layer.name] = _tuned(layer, records[layer.name], plan)
+        dense_OI = outcome.dense[layer.name]
+        records[layer.name] = _tuned(layer, records[layer.name], dense_OI, stats.get(layer.name), plan)
     outcome.records = list(records.values())
     outcome.tuned += _vectors(step.name, step.block)

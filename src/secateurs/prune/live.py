@@ -19,7 +19,7 @@ from secateurs.model.walk import stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import prune_block, survivors_of
 from secateurs.prune.cost import cost_of
-from secateurs.prune.guide import guide_of, left_out, note_distillation
+from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
@@ -66,10 +66,13 @@ def prune_live(
     ends = None
     if plan.distill and not whole:
         ends = dense_ends(model, batches, AllLoaded(), InMemory(), lambda: None)
+    dense: list[dict[str, Tensor]] = []
     for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):
         outcome = prune_block(step, plan, guide)
         report.layers += outcome.records
         report.tuned += outcome.tuned
+        if ends:
+            dense.append(outcome.dense)
         report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
         progress("pruning", step.index + 1, step.count)
     if not report.layers:
@@ -80,7 +83,8 @@ def prune_live(
             model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick,
         )  # fmt: skip
-        note_distillation(model, plan, report, found_out)
+        note_distillation(model, plan, report, found_out, batches, dense.__getitem__, InMemory())
+    report.warnings += emptied(report.layers)
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()
     return report

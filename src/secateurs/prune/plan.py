@@ -39,8 +39,9 @@ class Plan:
     all blocks' survivors together against the dense model's predictions, which takes the whole model in memory.
     scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
     min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
-    and above the target, with a budget 0 and 0.9. budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for
-    allocation 'measured', in place of a count of zeros.
+    and above the target, where every layer keeps at least a third of the target's density, and with a budget for 0 and 0.9.
+    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured', in place of a count of
+    zeros.
     calibration: the text that is looked at. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
@@ -87,7 +88,9 @@ class Plan:
             scope = solver.scope if own else "layer"
             object.__setattr__(self, "scope", scope)
         spread = (BOUNDS[0], max(BOUNDS[1], self.target))
-        bounds = spread if self.budget else (self.target - SPREAD, self.target + SPREAD)
+        # 0.9 + 0.2 would empty a layer
+        most = min(self.target + SPREAD, 1 - (1 - self.target) / 3)
+        bounds = spread if self.budget else (self.target - SPREAD, most)
         for name, value in zip(("min_sparsity", "max_sparsity"), bounds, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, min(1.0, max(0.0, value)))

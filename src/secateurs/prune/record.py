@@ -14,11 +14,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer. sparsity: asked. kept: weights that are not zero. error: relative output error on calibration inputs.
+    """One layer. sparsity: asked. kept: weights that are not zero. error: relative output error on calibration inputs of the
+    weights as they were written, rounded and tuned.
 
     error_from: 'gram' (exact), 'norms' (as if inputs were uncorrelated) or 'weights' (of the weights themselves).
     skipped: why it is dense, or None; skipped_by: 'plan' (asked for) or 'shape' (it cannot take the pattern).
     note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
+    emptied_rows, emptied_groups: outputs, and groups of M inputs of an N:M pattern, that had weights and have none.
     """
 
     name: str
@@ -33,6 +35,8 @@ class LayerRecord:
     skipped_by: str | None = None
     note: str | None = None
     pattern: str | None = None
+    emptied_rows: int = 0
+    emptied_groups: int = 0
 
     @property
     def numel(self) -> int:

@@ -31,7 +31,7 @@ from secateurs.model.walk import stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
-from secateurs.prune.guide import guide_of, left_out, note_distillation
+from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -120,6 +120,8 @@ class Run:
             done = each * step.index
             self._save_state(state, step.index, records, report)
             outcome = prune_block(step, plan, guide, tick)
+            if plan.distill and batches:
+                write_tensors(self._dense_file(step.index), outcome.dense)
             report.tuned += outcome.tuned
             report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
             edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
@@ -127,7 +129,7 @@ class Run:
             checkpoint.write_shard(self.model_folder, len(outside) + step.index, count, shard)
             records += outcome.records
             # the next block must not meet this one's tensors
-            del shard
+            del shard, outcome
             return_memory()
             if not batches:
                 tick()
@@ -139,6 +141,7 @@ class Run:
             self._save_state(state, len(names), records, report)
             self._distill(source, model, batches, report, count)
             self.clock.spend("distill")
+        report.warnings += emptied(report.layers)
         for i in range(count):
             file = checkpoint.shard_name(i, count)
             report.shards[file] = checkpoint.checksum(self.model_folder / file)
@@ -252,6 +255,8 @@ class Run:
         self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
     ) -> None:
         """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
+        from safetensors.torch import load_file
+
         plan, memory = self.plan, Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
@@ -266,12 +271,19 @@ class Run:
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
-        note_distillation(model, plan, report, outcome)
+        store = OnDisk(self.work / "tuned")
+        note_distillation(
+            model, plan, report, outcome, batches, lambda index: load_file(self._dense_file(index)), store
+        )
         if outcome is None or not outcome.accepted:
             return
         edited = {name for name, _ in model.named_parameters()}
         for i, name in enumerate(names, count - len(names)):
             checkpoint.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
+
+    def _dense_file(self, block: int) -> Path:
+        """Where Outcome.dense of a block is kept until all blocks are tuned."""
+        return self.work / f"dense-{block}.safetensors"
 
     # -------------------------------------------------------------------------------------------- quality
 

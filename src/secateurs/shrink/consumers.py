@@ -250,7 +250,8 @@ class Consumers:
                 weight_OI = consumer.with_intercept(i)
                 new_OK = self._refit(slot.module, weight_OI, seen, kept_K) if refit else weight_OI[:, kept_K]
                 whole_OI = torch.zeros_like(weight_OI)
-                whole_OI[:, kept_K] = new_OK
+                # as it will be written
+                whole_OI[:, kept_K] = new_OK.to(consumer.module.weight.dtype).float()
                 delta_OI = whole_OI - weight_OI
                 assert seen.gram_II is not None
                 error += float(((delta_OI @ seen.gram_II) * delta_OI).sum())

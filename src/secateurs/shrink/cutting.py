@@ -173,7 +173,8 @@ class _Blocks:
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from None
         whole_OI = torch.zeros_like(weight_OI)
-        whole_OI[:, kept_K] = new_OK
+        # as it will be written
+        whole_OI[:, kept_K] = new_OK.to(layer.parameter.dtype).float()
         units.cut(block, found, removed, new_OK)
         return _Removed(sorted(removed.tolist()), kept_K, relative_error(weight_OI, whole_OI, stats))
 
