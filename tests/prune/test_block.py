@@ -118,7 +118,7 @@ def test_a_blend_aims_where_the_dense_model_s_outputs_say():
         plan = asked(Plan, method="sparsegpt", blend=blend, damping=0.01)
         prune_layer(Layer("layer", linear, linear.weight, "linear"), stats, plan, Guide())
         aim = solvers.dense_target(weight, stats, 0.01, blend)
-        want = solvers.obs(aim, stats, plan.layer_patterns[0], 0.5)
+        want = plan.solver.solve(aim, stats, plan.layer_patterns[0], 0.5, 0.01)
         torch.testing.assert_close(linear.weight.detach(), want, rtol=1e-4, atol=1e-5)
         assert torch.equal(aim, weight) == (blend == 0)
 
