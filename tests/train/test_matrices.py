@@ -28,3 +28,12 @@ def test_a_pattern_that_does_not_fit_is_refused_by_name():
     check_pattern("w", torch.ones(3, 8), "2:4")
     with pytest.raises(PlanError, match="w cannot take 2:4: .*; put it in skip"):
         check_pattern("w", torch.ones(3, 6), "2:4")
+
+
+def test_skip_knows_every_name_of_a_matrix_and_no_other():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[1].weight
+    assert list(chosen(model, ())) == ["0.weight", "1.weight"]
+    assert list(chosen(model, ("2.weight",))) == ["0.weight"]
+    with pytest.raises(PlanError, match="no parameter 1.wieght to skip; did you mean '1.weight'"):
+        chosen(model, ("1.wieght",))

@@ -24,12 +24,21 @@ def _train(model, rank, ranks, steps=4, masks=None):
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
     sc.train.hold(model, optimizer, masks)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
+    part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    for i in range(steps):
         x, y = torch.randn(8, 8, generator=generator), torch.randint(0, 4, (8,), generator=generator)
-        part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+        def closure(x=x[part], y=y[part]):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+
+        if i % 2:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    moments = [optimizer.state[p]["exp_avg"] for p in model.parameters() if p.dim() > 1]
+    assert all(bool((_full(m) == 0).any()) for m in moments)
 
 
 def _full(p):

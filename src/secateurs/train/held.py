@@ -1,11 +1,12 @@
 """Keeps pruned weights exactly zero through any torch optimizer.
 
-Gradients of removed weights are set to 0 before every optimizer step, and the weights after it. The optimizer's state for them is
-cleared when they are removed, so momentum, moments and weight decay move nothing. Both are hooks of the optimizer, so plain loops,
-gradient scalers, accumulation, compiled modules, DDP and FSDP2 (whose optimizer steps shards) need no other change.
+Gradients of removed weights are set to 0 before a step, and whenever its closure has made new ones; the weights after the step. The
+optimizer's state for them is cleared before the next step, so momentum, moments and weight decay move nothing. All are hooks of the
+optimizer, so plain loops, closures, gradient scalers, accumulation, compiled modules, DDP and FSDP2 (whose optimizer steps shards)
+need no other change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.train.matrices import prunable
+from secateurs.train.matrices import computed, prunable
 
 # the integer type of a weight's size in bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,23 +22,31 @@ _PIECE = 1 << 18
 
 
 class Held:
-    """Masks of parameters, kept by hooks on their optimizer."""
+    """Masks of parameters, kept by hooks on their optimizer.
+
+    see: called once in a step, when its gradients are there and none is cleared yet; of a closure, when it was called once. after:
+    called when a step is done and removed weights are 0 again.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-    ) -> None:
+        self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+        see: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.optimizer = optimizer
+        self._see, self._after = see, after
+        # an optimizer whose step() calls that of its base class calls hooks twice
+        self._begun = self._seen = False
         # True where a weight is removed: the complement of its mask
         self._removed: dict[str, Tensor] = {}
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(lambda *_: self._clear_gradients()),
-            optimizer.register_step_post_hook(lambda *_: self.apply()),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
         self.update(masks)
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace masks. Removed weights and the optimizer's state for them become 0.
+        """Replace masks. Removed weights become 0 now, and the optimizer's state for them before its next step.
 
         Raises PlanError, naming the parameter, for a name that is not held and for a mask of another shape.
         """
@@ -52,7 +61,8 @@ class Held:
         for name, mask in masks.items():
             self._removed[name] = ~_placed(mask, self.parameters[name])
         self.apply()
-        self._clear_state()
+        # not now: a state may still be loaded
+        self._state_is_clear = False
 
     def apply(self) -> None:
         """Set removed weights to 0."""
@@ -83,9 +93,48 @@ class Held:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.update(state)
 
-    def _clear_gradients(self) -> None:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Clear gradients of removed weights; of a step that is given a closure also whenever that has made new ones."""
+        if not self._state_is_clear:
+            self._clear_state()
+            self._state_is_clear = True
+        self._begun = True
+        # args[0] is the optimizer
+        given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if given is None:
+            self._take_gradients()
+            return None
+        self.clear_gradients()
+
+        def closure() -> Any:
+            found = given()
+            self._take_gradients()
+            return found
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _take_gradients(self) -> None:
+        if not self._seen:
+            self._seen = True
+            self._see()
+        self.clear_gradients()
+
+    def _after_step(self, *_: Any) -> None:
+        self.apply()
+        if self._begun:
+            self._begun = self._seen = False
+            self._after()
+
+    def clear_gradients(self) -> None:
+        """Set gradients of removed weights to 0, as every step does; before one, for a norm of gradients that leaves them out."""
         for name, removed in self._removed.items():
             gradient = self.parameters[name].grad
+            if gradient is not None and gradient.is_sparse:
+                raise PlanError(
+                    f"{name} has sparse gradients, whose zeros cannot be held; make its layer with sparse=False"
+                )
             if gradient is not None:
                 _clear(_local(gradient), _local(removed))
 
@@ -95,36 +144,72 @@ class Held:
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     _clear(_local(value), _local(removed))
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self._restart_if_it_moves_removed_weights(self.optimizer)
+
+    def _restart_if_it_moves_removed_weights(self, optimizer: torch.optim.LBFGS) -> None:
+        """LBFGS keeps differences of all parameters in one vector. Parts of them are no curvature, so it starts over instead."""
+        every = optimizer.param_groups[0]["params"]
+        state = optimizer.state.get(every[0], {})
+        names = {id(p): name for name, p in self.parameters.items()}
+        gone = torch.cat([
+            self._removed[names[id(p)]].flatten() if id(p) in names else torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+            for p in every
+        ])  # fmt: skip
+        kept = [state.get("d"), state.get("prev_flat_grad"), *state.get("old_dirs", ()), *state.get("old_stps", ())]
+        if any(bool((vector[gone] != 0).any()) for vector in kept if vector is not None):
+            state.clear()
 
 
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> Held:
     """Keep a model's zeros through training: call `sc.train.hold(model, optimizer)`, and leave the loop as it is.
 
-    masks: {parameter: bool, True = stays}; by default every matrix keeps the zeros that it has. Masks of torch.nn.utils.prune and
-    torch.ao.pruning are taken over and their reparametrization is removed, which makes new parameters: create the optimizer after
-    take_over(). Raises PlanError for an optimizer that does not own a masked parameter, and for a mask of another shape.
+    masks: {parameter: bool, True = stays}; by default every matrix that is trained keeps the zeros that it has. Masks of
+    torch.nn.utils.prune and torch.ao.pruning are taken over and their reparametrization is removed, which makes new parameters:
+    create the optimizer after take_over(). Raises PlanError for a model without zeros, for zeros that are computed in every pass
+    (weight norm), for an optimizer that does not own a masked parameter, and for a mask of another shape.
     """
     taken = take_over(model)
-    named = dict(model.named_parameters())
-    wanted = (
-        {**{n: p.detach() != 0 for n, p in prunable(model) if _has_zeros(p)}, **taken} if masks is None else dict(masks)
-    )
-    for name in wanted:
+    wanted = {**_found(model, optimizer), **taken} if masks is None else dict(masks)
+    if masks is None and not wanted:
+        raise PlanError("the model has no zeros that training could change: prune it first, or give masks")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name in list(wanted):
         if name not in named:
             raise PlanError(f"the model has no parameter {name}; known, for one: {next(iter(named), 'none')}")
+        other = first.setdefault(id(named[name]), name)
+        if other != name and not torch.equal(wanted[other], wanted.pop(name)):
+            raise PlanError(f"{other} and {name} are one parameter, and their masks differ; give one mask")
     hint = "make it after take_over()" if taken else "give it model.parameters()"
     check_owned(optimizer, {name: named[name] for name in wanted}, hint)
     return Held({name: named[name] for name in wanted}, wanted, optimizer)
+
+
+def _found(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{parameter: mask} of the matrices with zeros. Raises PlanError for a weight with zeros that is no parameter."""
+    for name, weight in computed(model):
+        if bool((weight == 0).any()):
+            raise PlanError(
+                f"{name} has zeros and is computed in every pass, so they cannot be held; make it a plain parameter"
+            )
+    owned = _owned(optimizer)
+    # nothing moves a frozen matrix that the optimizer does not have
+    return {n: p.detach() != 0 for n, p in prunable(model) if (p.requires_grad or id(p) in owned) and _has_zeros(p)}
 
 
 def check_owned(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], hint: str = "give it model.parameters()"
 ) -> None:
     """Raise PlanError for the first parameter that the optimizer does not own."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = _owned(optimizer)
     for name, parameter in named.items():
         if id(parameter) not in owned:
             raise PlanError(f"the optimizer does not own {name}, whose zeros it should keep; {hint}")
+
+
+def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def take_over(model: nn.Module) -> dict[str, Tensor]:

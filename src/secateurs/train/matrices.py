@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix import patterns
 from secateurs.model.layers import layers_of
 
@@ -19,6 +19,19 @@ def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if id(parameter) in kinds:
             yield name, parameter
+
+
+def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every layer's weight that is no parameter but made of others: weight norm, a parametrization."""
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Conv2d) else None
+        if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
+            yield f"{path}.weight".strip("."), weight.detach()
+
+
+def holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every module that holds a parameter, and its name there; weights that are tied have several."""
+    return [(module, leaf) for module in model.modules() for leaf, p in module._parameters.items() if p is parameter]
 
 
 def as_matrix(
@@ -39,8 +52,22 @@ def as_matrix(
 
 
 def chosen(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter]:
-    """{name: parameter} of every prunable matrix but those in `skip`. Raises PlanError if none is left."""
-    found = {name: p for name, p in prunable(model) if name not in skip}
+    """{name: parameter} of every prunable matrix but those in `skip`, which may use any name of a shared one.
+
+    Raises PlanError if none is left, for a name in `skip` that is no parameter, and for a matrix that is computed in every pass.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    made = dict(computed(model))
+    for name in skip:
+        if name not in named and name not in made:
+            raise PlanError(f"the model has no parameter {name} to skip{nearest(name, [*named, *made])}")
+    for name in made:
+        if name not in skip:
+            raise PlanError(
+                f"{name} is computed in every pass, so training cannot prune it: make it a plain parameter, or put it in skip"
+            )
+    skipped = {id(named[name]) for name in skip if name in named}
+    found = {name: p for name, p in prunable(model) if id(p) not in skipped}
     if not found:
         raise PlanError(f"{type(model).__name__} has no matrix to prune")
     return found
@@ -51,6 +78,13 @@ def check_pattern(name: str, matrix_OI: Tensor, pattern: str) -> None:
     refused = patterns.parse(pattern).refuses(*matrix_OI.shape)
     if refused:
         raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
+
+
+def check_trained(names: Mapping[str, nn.Parameter], why: str) -> None:
+    """Raise PlanError for the first parameter that is frozen."""
+    for name, parameter in names.items():
+        if not parameter.requires_grad:
+            raise PlanError(f"{name} is frozen, and {why}; put it in skip, or train it")
 
 
 def largest(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
 All of it happens in hooks of the optimizer's step.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
@@ -18,7 +19,7 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import patterns
 from secateurs.prune.allocation import LayerSummary, erk
 from secateurs.train.held import Held, check_owned
-from secateurs.train.matrices import as_matrix, check_pattern, chosen, largest
+from secateurs.train.matrices import as_matrix, check_pattern, check_trained, chosen, largest
 from secateurs.train.schedules import Schedule
 
 # (weight, running sum) -> score; the sum is over the steps since masks were last chosen
@@ -39,10 +40,6 @@ SCORES: dict[str, tuple[Score, Summed | None, str]] = {
 }
 
 
-# a schedule's steps that are checked before training
-_LOOKED_AT = 100_000
-
-
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
     """True if a GradScaler found gradients that are not finite. It still calls fused optimizers, which then do nothing."""
     found = getattr(optimizer, "found_inf", None)
@@ -53,6 +50,17 @@ def _scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
     """The factor that gradients still carry: a fused optimizer divides by a GradScaler's scale itself."""
     found: Tensor | None = getattr(optimizer, "grad_scale", None)
     return 1.0 if found is None else found
+
+
+def _reached(
+    parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], what: str
+) -> dict[str, nn.Parameter]:
+    """The parameters that have a gradient; warns of the others."""
+    found = {n: p for n, p in parameters.items() if n in gradients and bool(gradients[n].any())}
+    lost = sorted(parameters.keys() - found.keys())
+    if lost:
+        warnings.warn(f"{', '.join(lost)} had no gradient {what}", stacklevel=2)
+    return found
 
 
 class Gradual:
@@ -68,10 +76,9 @@ class Gradual:
         self._scope = scope
         self._matrices = {n: as_matrix(model, p) for n, p in names.items()}
         self._sums: dict[str, Tensor] = {}
-        self.held = Held(names, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}, optimizer)
-        if self._summed:
-            optimizer.register_step_pre_hook(lambda *_: self._collect())
-        optimizer.register_step_post_hook(lambda *_: self._after())
+        self.held = Held(
+            names, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}, optimizer, self._collect, self._after
+        )  # fmt: skip
         if schedule.due(0):
             self._decide(schedule.at(0))
 
@@ -81,12 +88,11 @@ class Gradual:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         held = self.held.parameters
         self.step = int(state["step"])
-        self._sums = {name: total.to(held[name].device) for name, total in state["sums"].items()}
+        self._sums = {name: total.to(held[name].device, copy=True) for name, total in state["sums"].items()}
         self.held.load_state_dict(state["masks"])
 
     def _collect(self) -> None:
-        assert self._summed
-        if _overflowed(self._optimizer):
+        if not self._summed or _overflowed(self._optimizer):
             return
         for name, parameter in self.held.parameters.items():
             if parameter.grad is not None:
@@ -108,14 +114,17 @@ class Gradual:
             # an N:M pattern has one sparsity, and it is not 0
             return
         scores, old = {}, self.held.masks
-        for name, parameter in self.held.parameters.items():
+        ranked = self.held.parameters
+        if self._summed:
+            ranked = _reached(ranked, self._sums, f"to rank weights by at step {self.step}; not pruned")
+        for name, parameter in ranked.items():
             weight = parameter.detach().float()
             # the same numbers on every rank
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self._seed, f"{self.step} {name}"))
                 score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
             scores[name] = score.masked_fill(~old[name], -torch.inf)
-        if self._scope == "global":
+        if self._scope == "global" and scores:
             masks = largest(scores, sparsity)
         else:
             matrices = self._matrices
@@ -142,12 +151,20 @@ def gradual(
             f"scope global shares zeros out over all matrices, and {pattern} says where they are; leave one out"
         )
     fixed = patterns.parse(pattern).fixed_sparsity
-    if fixed is not None and any(schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(_LOOKED_AT)):
+    if fixed is not None and any(
+        schedule.due(s) and schedule.at(s) not in (0.0, fixed) for s in range(schedule.last + 1)
+    ):
         raise PlanError(f"{pattern} is {fixed:g} zeros and nothing else; give one_step({fixed:g}, at=...)")
     names = chosen(model, skip)
     for name, parameter in names.items():
         check_pattern(name, as_matrix(model, parameter)[0](parameter.detach()), pattern)
     check_owned(optimizer, names)
+    if SCORES[score][1]:
+        check_trained(names, f"score {score} is a sum over its gradients")
+        if schedule.due(0) and schedule.at(0):
+            raise PlanError(
+                f"score {score} is a sum over steps, and none is taken before step 0; begin the schedule at step 1 or later"
+            )
     return Gradual(model, optimizer, schedule, pattern, scope, score, names, seed)
 
 
@@ -161,10 +178,10 @@ class Dynamic:
         self.step, self.every, self.until, self.fraction, self.by_gradient = 0, every, until, fraction, by_gradient
         self._generator, self._optimizer = generator, optimizer
         self._gradients: dict[str, Tensor] = {}
-        # before Held's own hook, which clears the gradients of removed weights
-        optimizer.register_step_pre_hook(lambda *_: self._look())
-        self.held = Held(names, masks, optimizer)
-        optimizer.register_step_post_hook(lambda *_: self._after())
+        # the first masks may zero weights of a checkpoint, which load_state_dict() brings back; dropped before the first step, in
+        # which an optimizer makes copies of its own
+        self._given = {name: parameter.detach().clone() for name, parameter in names.items()}
+        self.held = Held(names, masks, optimizer, self._look, self._after)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "masks": self.held.state_dict(), "generator": self._generator.get_state()}
@@ -172,12 +189,19 @@ class Dynamic:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = int(state["step"])
         self._generator.set_state(state["generator"].cpu())
+        for name, mask in (self.held.masks if self._given else {}).items():
+            parameter, given = self.held.parameters[name].detach(), self._given[name]
+            # weights were loaded before the first masks, unless others were after
+            if torch.equal(parameter, given.masked_fill(~mask, 0)):
+                parameter.copy_(given)
+        self._given.clear()
         self.held.load_state_dict(state["masks"])
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and 0 < step < self.until
 
     def _look(self) -> None:
+        self._given.clear()
         if self.by_gradient and self._due(self.step + 1) and not _overflowed(self._optimizer):
             for name, parameter in self.held.parameters.items():
                 if parameter.grad is not None:
@@ -191,14 +215,19 @@ class Dynamic:
             return
         share = self.fraction / 2 * (1 + cos(pi * self.step / self.until))
         masks, old = {}, self.held.masks
-        for name, parameter in self.held.parameters.items():
+        moving = self.held.parameters
+        if self.by_gradient:
+            moving = _reached(moving, self._gradients, f"in step {self.step}; connections not moved")
+        for name, parameter in moving.items():
             mask = old[name].flatten()
             kept = int(mask.sum())
             moved = min(round(share * kept), len(mask) - kept)
             size = parameter.detach().float().abs().flatten().masked_fill(~mask, -torch.inf)
             stays = patterns.top(size, kept - moved)
-            noise = torch.rand(len(mask), generator=self._generator).to(mask.device)
-            wish = self._gradients.get(name, noise.reshape(parameter.shape)).flatten() if self.by_gradient else noise
+            if self.by_gradient:
+                wish = self._gradients[name].flatten()
+            else:
+                wish = torch.rand(len(mask), generator=self._generator).to(mask.device)
             # connections dropped in this step may grow back, as in RigL
             grown = patterns.top(wish.masked_fill(stays, -torch.inf), moved)
             masks[name] = (stays | grown).reshape(parameter.shape)
@@ -227,6 +256,7 @@ def dynamic(
             "until and 0 < fraction <= 1"
         )
     names = chosen(model, skip)
+    check_trained(names, "connections move by training")
     generator = torch.Generator().manual_seed(seed)
     matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
     summaries = {n: _summary(m, tuple(names[n].shape[2:]) if names[n].dim() == 4 else ()) for n, m in matrices.items()}

@@ -13,6 +13,10 @@ class Schedule(Protocol):
     def due(self, step: int) -> bool:
         """True if masks are chosen again after `step` steps."""
 
+    @property
+    def last(self) -> int:
+        """The last step after which they are."""
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -49,6 +53,10 @@ class Ramp:
     def due(self, step: int) -> bool:
         return self.begin <= step <= self.end and ((step - self.begin) % self.every == 0 or step == self.end)
 
+    @property
+    def last(self) -> int:
+        return self.end
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -66,6 +74,10 @@ class Steps:
 
     def due(self, step: int) -> bool:
         return step in self.jumps
+
+    @property
+    def last(self) -> int:
+        return max(self.jumps)
 
 
 def cubic(final: float, begin: int, end: int, initial: float = 0.0, every: int = 100) -> Ramp:
