@@ -171,3 +171,11 @@ def test_other_weights_begin_at_the_beginning(tmp_path):
     random, other = (weights["2.weight"] for _, _, weights in task.seen[3:])
     assert torch.equal(random, rewound["2.weight"] * (random != 0))
     assert not torch.equal(other, rewound["2.weight"] * (other != 0))
+
+
+def test_tickets_are_found_in_inference_mode_too(tmp_path):
+    few = Rounds(rounds=1, seeds=(1,), controls=())
+    task = Task()
+    want = iterative(task, tmp_path / "run", few)
+    with torch.inference_mode():
+        assert iterative(task, tmp_path / "other", few) == want

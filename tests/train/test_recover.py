@@ -346,3 +346,14 @@ def test_another_plan_in_the_same_folder(pruned, words, tmp_path):
     recover(plan(pruned, words, steps=2), tmp_path / "run")
     with pytest.raises(OutputError, match=r"another plan \(steps is 2 there, 3 here\)"):
         recover(plan(pruned, words, steps=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_that_it_is_called_in_changes_nothing(mode, pruned, words, tmp_path):
+    few = plan(pruned, words, steps=2, samples=4)
+    recover(few, tmp_path / "run")
+    with mode():
+        recover(few, tmp_path / "other")
+    before, after = tensors(tmp_path / "run"), tensors(tmp_path / "other")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in tensors(pruned).items())

@@ -32,7 +32,7 @@ def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
 
     class HoldZeros(Callback):  # type: ignore[misc]
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.held = [hold(pl_module, _own(optimizer), masks) for optimizer in trainer.optimizers]
+            self.held = [hold(pl_module, optimizer, masks) for optimizer in trainer.optimizers]
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             for held in self.held:
@@ -43,12 +43,17 @@ def lightning_callback(masks: Mapping[str, Tensor] | None = None) -> Any:
 
 def _own(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that accelerate's wrapper steps, whose hooks are called."""
-    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    # by its class: an optimizer may have an attribute `optimizer` of its own
+    found: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return found
 
 
 def _plain(model: Any) -> Any:
     """The model inside a DDP or compiled one."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module", None) or model._orig_mod
+    from accelerate.utils import extract_model_from_parallel
+
+    while (inside := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inside
     return model

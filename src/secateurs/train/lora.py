@@ -49,6 +49,8 @@ class Lora:
         self.places = []
 
 
+# tensors that are made in inference mode could not be trained
+@torch.inference_mode(False)
 def lora(model: nn.Module, rank: int = 16, seed: int = 0) -> Lora:
     """Add low-rank parameters to every matrix that has zeros and one owner, and freeze all else.
 

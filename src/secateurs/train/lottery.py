@@ -83,6 +83,8 @@ class Rounds:
         return 1 - (1 - self.fraction) ** number
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def iterative(
     task: Task,
     folder: str | Path,

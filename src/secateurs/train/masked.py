@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train.matrices import as_matrix, check_pattern, prunable
+from secateurs.train.matrices import as_matrix, check_pattern, chosen, holders
 
 
 class MaskedLinear(nn.Module):
@@ -17,6 +17,8 @@ class MaskedLinear(nn.Module):
 
     mask_OI: Tensor
 
+    # tensors that are made in inference mode could not be trained
+    @torch.inference_mode(False)
     def __init__(self, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
         if mask_OI.shape != weight_OI.shape:
@@ -25,7 +27,7 @@ class MaskedLinear(nn.Module):
             )
         self.weight = nn.Parameter(weight_OI.detach().clone())
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
-        self.register_buffer("mask_OI", mask_OI.to(weight_OI.device, torch.bool))
+        self.register_buffer("mask_OI", mask_OI.detach().to(weight_OI.device, torch.bool, copy=True))
 
     @classmethod
     def of(cls, linear: nn.Linear, mask_OI: Tensor | None = None) -> "MaskedLinear":
@@ -76,21 +78,24 @@ def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tu
     """Train an N:M pattern from dense weights. Returns the names of the parametrized parameters; finish() makes them plain.
 
     The forward pass uses pruned weights. Gradients reach all weights, and removed ones decay: grad + decay (1 - mask) w.
-    Zhou et al. 2021, arXiv 2102.04010, eq. 9. Create the optimizer afterwards. Raises PlanError.
+    Zhou et al. 2021, arXiv 2102.04010, eq. 9. Create the optimizer afterwards. The decay is added in every backward pass as it is:
+    passes that are accumulated add it as often, and a GradScaler divides it by its scale (bf16 needs none). Raises PlanError.
     """
     parsed = patterns.parse(pattern)
     if parsed.fixed_sparsity is None:
         raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
-    names = []
-    for name, parameter in list(prunable(model)):
-        if name in skip:
-            continue
-        to, back = as_matrix(model, parameter)
-        check_pattern(name, to(parameter.detach()), pattern)
-        path, _, leaf = name.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(path), leaf, SparseRefined(parsed, to, back, decay))
-        names.append(name)
-    return names
+    found = chosen(model, skip)
+    layouts = {name: as_matrix(model, parameter) for name, parameter in found.items()}
+    for name, parameter in found.items():
+        check_pattern(name, layouts[name][0](parameter.detach()), pattern)
+    for name, parameter in found.items():
+        # a shared matrix is pruned wherever it is used, and decays once
+        own = decay
+        for module, leaf in holders(model, parameter):
+            refined = SparseRefined(parsed, *layouts[name], own)
+            parametrize.register_parametrization(module, leaf, refined)
+            own = 0.0
+    return list(found)
 
 
 def finish(model: nn.Module) -> None:

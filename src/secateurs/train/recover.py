@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory
@@ -38,6 +39,8 @@ from secateurs.train.objective import Objective, Teacher
 from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
 
 
+# tensors that are made in inference mode could not be trained
+@torch.inference_mode(False)
 def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
     """Begin or go on with a run: train, check the zeros, measure. Returns the report; raises SecateursError.
 
