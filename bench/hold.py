@@ -45,6 +45,8 @@ def main():
     for _ in range(arguments.rounds):
         taken["free"].append(step())
         held = sc.train.hold(model, optimizer, masks)
+        # the first step also clears the optimizer's state of removed weights, once
+        step()
         taken["held"].append(step())
         held.release()
     ratio = median(h[0] / f[0] for h, f in zip(taken["held"], taken["free"], strict=True))

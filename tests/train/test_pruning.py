@@ -45,6 +45,8 @@ def test_a_frozen_matrix_is_refused_by_name(score):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(PlanError, match="0.weight is frozen, and score .* put it in skip, or train it"):
         sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), score=score)
+    with pytest.raises(PlanError, match="0.weight is frozen, and SR-STE finds its pattern by training"):
+        sc.train.sr_ste(model)
     with pytest.raises(PlanError, match="0.weight is frozen, and connections move by training"):
         sc.train.dynamic(model, optimizer, 0.5, until=5, every=1)
     sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), score=score, skip=("0.weight",))

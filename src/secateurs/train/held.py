@@ -68,7 +68,7 @@ class Held:
         """Set removed weights to 0."""
         with torch.no_grad():
             for name, removed in self._removed.items():
-                _clear(_local(self.parameters[name]), _local(removed))
+                _clear(local(self.parameters[name]), local(removed))
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class Held:
     @property
     def sparsity(self) -> float:
         """The fraction of held weights that is removed."""
-        gone, total = (sum(int(f(_local(r))) for r in self._removed.values()) for f in (torch.sum, torch.numel))
+        gone, total = (sum(int(f(local(r))) for r in self._removed.values()) for f in (torch.sum, torch.numel))
         return gone / total if total else 0.0
 
     def release(self) -> None:
@@ -136,14 +136,14 @@ class Held:
                     f"{name} has sparse gradients, whose zeros cannot be held; make its layer with sparse=False"
                 )
             if gradient is not None:
-                _clear(_local(gradient), _local(removed))
+                _clear(local(gradient), local(removed))
 
     def _clear_state(self) -> None:
         for name, removed in self._removed.items():
             parameter = self.parameters[name]
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    _clear(_local(value), _local(removed))
+                    _clear(local(value), local(removed))
         if isinstance(self.optimizer, torch.optim.LBFGS):
             self._restart_if_it_moves_removed_weights(self.optimizer)
 
@@ -164,10 +164,11 @@ class Held:
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> Held:
     """Keep a model's zeros through training: call `sc.train.hold(model, optimizer)`, and leave the loop as it is.
 
-    masks: {parameter: bool, True = stays}; by default every matrix that is trained keeps the zeros that it has. Masks of
-    torch.nn.utils.prune and torch.ao.pruning are taken over and their reparametrization is removed, which makes new parameters:
-    create the optimizer after take_over(). Raises PlanError for a model without zeros, for zeros that are computed in every pass
-    (weight norm), for an optimizer that does not own a masked parameter, and for a mask of another shape.
+    masks: {parameter: bool, True = stays}; by default every matrix that is trained keeps the zeros that it has: of Linear, Conv1D,
+    Conv2d and fused experts. Masks of torch.nn.utils.prune and torch.ao.pruning are taken over and their reparametrization is
+    removed, which makes new parameters: create the optimizer after take_over(). Raises PlanError for a model without zeros, for
+    zeros that are computed in every pass (weight norm), for an optimizer that does not own a masked parameter, and for a mask of
+    another shape.
     """
     taken = take_over(model)
     wanted = {**_found(model, optimizer), **taken} if masks is None else dict(masks)
@@ -248,7 +249,7 @@ def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _has_zeros(parameter: nn.Parameter) -> bool:
-    return bool((_local(parameter.detach()) == 0).any())
+    return bool((local(parameter.detach()) == 0).any())
 
 
 def _clear(values: Tensor, removed: Tensor) -> None:
@@ -265,7 +266,13 @@ def _clear(values: Tensor, removed: Tensor) -> None:
         flat[part].bitwise_and_(gone[part].to(bits).sub_(1))
 
 
-def _local(tensor: Any) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This rank's shard of a distributed tensor; any other tensor as it is."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found.detach()
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a distributed tensor, gathered from all ranks; any other tensor as it is."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found.detach()

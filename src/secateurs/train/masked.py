@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train.matrices import as_matrix, check_pattern, chosen, holders
+from secateurs.train.matrices import as_matrix, check_pattern, check_trained, chosen, holders
 
 
 class MaskedLinear(nn.Module):
@@ -85,6 +85,7 @@ def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tu
     if parsed.fixed_sparsity is None:
         raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
     found = chosen(model, skip)
+    check_trained(found, "SR-STE finds its pattern by training")
     layouts = {name: as_matrix(model, parameter) for name, parameter in found.items()}
     for name, parameter in found.items():
         check_pattern(name, layouts[name][0](parameter.detach()), pattern)

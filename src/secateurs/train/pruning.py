@@ -18,7 +18,7 @@ from secateurs.base.errors import PlanError
 from secateurs.base.seed import seed_of
 from secateurs.matrix import patterns
 from secateurs.prune.allocation import LayerSummary, erk
-from secateurs.train.held import Held, check_owned
+from secateurs.train.held import Held, check_owned, local, whole
 from secateurs.train.matrices import as_matrix, check_pattern, check_trained, chosen, largest
 from secateurs.train.schedules import Schedule
 
@@ -56,7 +56,7 @@ def _reached(
     parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], what: str
 ) -> dict[str, nn.Parameter]:
     """The parameters that have a gradient; warns of the others."""
-    found = {n: p for n, p in parameters.items() if n in gradients and bool(gradients[n].any())}
+    found = {n: p for n, p in parameters.items() if n in gradients and bool(whole(gradients[n]).any())}
     lost = sorted(parameters.keys() - found.keys())
     if lost:
         warnings.warn(f"{', '.join(lost)} had no gradient {what}", stacklevel=2)
@@ -113,16 +113,16 @@ class Gradual:
         if not sparsity:
             # an N:M pattern has one sparsity, and it is not 0
             return
-        scores, old = {}, self.held.masks
+        scores, old = {}, {name: whole(mask) for name, mask in self.held.masks.items()}
         ranked = self.held.parameters
         if self._summed:
             ranked = _reached(ranked, self._sums, f"to rank weights by at step {self.step}; not pruned")
         for name, parameter in ranked.items():
-            weight = parameter.detach().float()
+            weight = whole(parameter).float()
             # the same numbers on every rank
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self._seed, f"{self.step} {name}"))
-                score = self._score(weight, self._sums.get(name, torch.zeros_like(weight)))
+                score = self._score(weight, whole(self._sums[name]) if self._summed else weight)
             scores[name] = score.masked_fill(~old[name], -torch.inf)
         if self._scope == "global" and scores:
             masks = largest(scores, sparsity)
@@ -139,8 +139,9 @@ def gradual(
     """Prune every matrix of a model to the schedule's sparsity as its optimizer steps.
 
     pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
-    unstructured pattern counts: 'layer', 'row' or 'global'. score: a row of SCORES. skip: parameters that stay dense. seed: of
-    random scores. Raises PlanError.
+    unstructured pattern counts: 'layer', 'row' or 'global'. score: a row of SCORES; where it is a sum over gradients, the first
+    pruning is after step 1 at the earliest, and a matrix that no gradient reached keeps its weights, with a warning. skip:
+    parameters that stay dense. seed: of random scores. held.release() ends it. Raises PlanError.
     """
     if score not in SCORES:
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
@@ -190,9 +191,9 @@ class Dynamic:
         self.step = int(state["step"])
         self._generator.set_state(state["generator"].cpu())
         for name, mask in (self.held.masks if self._given else {}).items():
-            parameter, given = self.held.parameters[name].detach(), self._given[name]
+            parameter, given = local(self.held.parameters[name]), local(self._given[name])
             # weights were loaded before the first masks, unless others were after
-            if torch.equal(parameter, given.masked_fill(~mask, 0)):
+            if torch.equal(parameter, given.masked_fill(~local(mask), 0)):
                 parameter.copy_(given)
         self._given.clear()
         self.held.load_state_dict(state["masks"])
@@ -214,7 +215,7 @@ class Dynamic:
         if not self._due(self.step):
             return
         share = self.fraction / 2 * (1 + cos(pi * self.step / self.until))
-        masks, old = {}, self.held.masks
+        masks, old = {}, {name: whole(mask) for name, mask in self.held.masks.items()}
         moving = self.held.parameters
         if self.by_gradient:
             moving = _reached(moving, self._gradients, f"in step {self.step}; connections not moved")
@@ -222,18 +223,16 @@ class Dynamic:
             mask = old[name].flatten()
             kept = int(mask.sum())
             moved = min(round(share * kept), len(mask) - kept)
-            size = parameter.detach().float().abs().flatten().masked_fill(~mask, -torch.inf)
+            size = whole(parameter).float().abs().flatten().masked_fill(~mask, -torch.inf)
             stays = patterns.top(size, kept - moved)
             if self.by_gradient:
-                wish = self._gradients[name].flatten()
+                wish = whole(self._gradients[name]).flatten()
             else:
                 wish = torch.rand(len(mask), generator=self._generator).to(mask.device)
             # connections dropped in this step may grow back, as in RigL
             grown = patterns.top(wish.masked_fill(stays, -torch.inf), moved)
+            # new connections begin at 0, as they were held
             masks[name] = (stays | grown).reshape(parameter.shape)
-            # new connections begin at 0
-            with torch.no_grad():
-                parameter.masked_fill_((grown & ~mask).reshape(parameter.shape), 0)
         self._gradients.clear()
         self.held.update(masks)
 
@@ -246,7 +245,8 @@ def dynamic(
 
     Layers get Erdos-Renyi-Kernel densities. Every `every` steps before step `until` (three quarters of training is usual) a share
     fraction / 2 (1 + cos(pi step / until)) of a layer's connections moves. grow: 'gradient' is RigL (Evci et al. 2019, arXiv
-    1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). Raises PlanError.
+    1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). A checkpoint's weights and optimizer
+    state may be loaded before this or after. held.release() ends it. Raises PlanError.
     """
     if grow not in ("gradient", "random"):
         raise PlanError(f"unknown grow '{grow}'; write gradient (RigL) or random (SET)")
