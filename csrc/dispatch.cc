@@ -60,6 +60,12 @@ struct Kept {
 };
 thread_local Kept packed_x, scratch;
 
+/* About as many bytes of each are kept as this: a longer prompt is multiplied in pieces, which read all weights each, for hundreds
+   of tokens. */
+constexpr int64_t MOST_KEPT = 32 << 20;
+/* the tokens of a piece are whole blocks for every instruction set: of 64, 24, 16 or 4 tokens */
+enum { WHOLE_BLOCKS = 192 };
+
 struct Work {
   const KernelBody* body;
   const secateurs_product* products;
@@ -67,6 +73,8 @@ struct Work {
   int64_t itemsize;
   Call call;
   char* y;
+  int64_t tokens; /* of all pieces; call.tokens are those of one */
+  int64_t first;  /* the piece's first token */
   int64_t pieces; /* of x */
   int64_t parts;  /* of the work */
   double total;
@@ -117,11 +125,31 @@ void run_part(int64_t begin, int64_t end, void* context) {
       const secateurs_weight& w = work.products[p].weight;
       const int64_t first = boundary(work, w, from - before);
       const int64_t last = part + 1 == work.parts ? panels(w) : boundary(work, w, to - before);
-      if (first < last) work.body->run(work.call, {w, work.products[p].bias, y}, first, last, memory);
+      char* at = y + work.first * w.outputs * work.itemsize;
+      if (first < last) work.body->run(work.call, {w, work.products[p].bias, at}, first, last, memory);
       before += cost(work, w, panels(w));
-      y += work.call.tokens * w.outputs * work.itemsize;
+      y += work.tokens * w.outputs * work.itemsize;
     }
   }
+}
+
+/* multiplies a piece of x with all weights */
+int32_t multiply(Work& work, int32_t threads) {
+  /* waking a thread costs about as much as reading 64 KiB */
+  const double useful = 1 + work.total * static_cast<double>(work.call.tokens) / 65536;
+  work.parts = useful < threads ? static_cast<int64_t>(useful) : threads;
+  const int64_t nbytes = work.body->packed_bytes(work.call);
+  if (nbytes) {
+    work.call.packed = packed_x.get(nbytes);
+    if (!work.call.packed) return SECATEURS_NO_MEMORY;
+    work.pieces = work.body->pieces(work.call);
+    if (nbytes < 65536)
+      work.body->prepare(work.call, 0, work.pieces);
+    else
+      parallel(work.parts, prepare_part, &work);
+  }
+  parallel(work.parts, run_part, &work);
+  return work.failed ? SECATEURS_NO_MEMORY : SECATEURS_OK;
 }
 
 enum { STEP = 8 }; /* of the strategy `gather`: weights */
@@ -248,24 +276,19 @@ int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int3
   work.count = count;
   work.itemsize = strcmp(ROWS[kernel].dtype, "fp32") ? 2 : 4;
   work.y = static_cast<char*>(y);
+  work.tokens = tokens;
   work.call = {x, nullptr, tokens, inputs, (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD};
   for (int32_t p = 0; p < count; ++p) work.total += cost(work, products[p].weight, panels(products[p].weight));
 
-  /* waking a thread costs about as much as reading 64 KiB */
-  const double useful = 1 + work.total * static_cast<double>(tokens) / 65536;
-  work.parts = useful < threads ? static_cast<int64_t>(useful) : threads;
-  const int64_t nbytes = work.body->packed_bytes(work.call);
-  if (nbytes) {
-    work.call.packed = packed_x.get(nbytes);
-    if (!work.call.packed) return SECATEURS_NO_MEMORY;
-    work.pieces = work.body->pieces(work.call);
-    if (nbytes < 65536)
-      work.body->prepare(work.call, 0, work.pieces);
-    else
-      parallel(work.parts, prepare_part, &work);
+  const int64_t packed = work.body->packed_bytes(work.call), sums = work.body->scratch_bytes(work.call);
+  const int64_t pieces = 1 + (packed > sums ? packed : sums) / MOST_KEPT;
+  const int64_t step = pieces == 1 ? tokens : ((tokens + pieces - 1) / pieces + WHOLE_BLOCKS - 1) / WHOLE_BLOCKS * WHOLE_BLOCKS;
+  for (; work.first < tokens; work.first += step) {
+    work.call.x = static_cast<const char*>(x) + work.first * inputs * work.itemsize;
+    work.call.tokens = tokens - work.first < step ? tokens - work.first : step;
+    if (const int32_t wrong = multiply(work, threads)) return wrong;
   }
-  parallel(work.parts, run_part, &work);
-  return work.failed ? SECATEURS_NO_MEMORY : SECATEURS_OK;
+  return SECATEURS_OK;
 }
 
 int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int64_t survivors, int64_t* starts,
