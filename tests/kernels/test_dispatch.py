@@ -202,6 +202,8 @@ def test_the_operator_passes_opcheck():
     x = torch.randn(3, 64).bfloat16()
     arguments = (x, [packed.values] * 2, [packed.mask_PJ4] * 2, [None, torch.zeros(30).bfloat16()], [30, 64] * 2)
     opcheck(torch.ops.secateurs.linear.default, arguments)
+    by_y = torch.randn(3 * 60).bfloat16()
+    opcheck(torch.ops.secateurs.linear_back.default, (by_y, *arguments[1:3], arguments[4]))
 
 
 def test_leading_dimensions_are_kept():

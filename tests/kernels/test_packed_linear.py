@@ -166,9 +166,82 @@ def test_compile_traces_through():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64)
     assert torch.equal(compiled(x), model(x))
+    x.requires_grad_(True)
+    compiled(x).sum().backward()
+    assert torch.equal(x.grad, (x > 0).float())
 
 
 def test_only_the_cpu():
     model = nn.Sequential(nn.Linear(64, 64, device="meta"))
     with pytest.raises(PackError, match="0 is on meta; the kernels run on the CPU"):
         secateurs.accelerate(model)
+
+
+@pytest.mark.parametrize("loaded", ["before", "under inference mode"])
+def test_a_model_that_was_packed_under_inference_mode_runs_outside_it(loaded):
+    def made():
+        torch.manual_seed(0)
+        return pruned(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 0.75)
+
+    x = torch.randn(3, 64)
+    with torch.inference_mode(loaded != "before"):
+        model = made()
+        want = model(x)
+    with torch.inference_mode():
+        secateurs.accelerate(model)
+        torch.testing.assert_close(model(x), want)
+    assert isinstance(model[0], PackedLinear)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(model(x), want)
+    # what was made under inference mode has no version to go by
+    with torch.inference_mode():
+        layer = PackedLinear.of(pack(torch.eye(64)))
+    torch.testing.assert_close(layer(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_by_the_input_is_that_of_the_dense_layers(dtype):
+    model = pruned(tiny.make("llama", dtype)).model.layers[0].mlp
+    packed = copy.deepcopy(model)
+    secateurs.accelerate(packed)
+    assert packed.gate_proj.group is not None
+    x = torch.randn(2, 5, 32).to(dtype)
+    wanted = torch.randn(2, 5, 32).to(dtype)
+    found = []
+    for module in (model, packed):
+        given = x.clone().requires_grad_(True)
+        module(given).backward(wanted)
+        found.append(given.grad)
+    assert found[1].abs().sum() > 0
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(found[1], found[0], **close)
+
+
+def test_one_of_the_layers_on_an_input_is_run_back_without_the_others():
+    model = pruned(nn.ModuleDict({"gate_proj": nn.Linear(64, 8), "up_proj": nn.Linear(64, 8)}), 0.75)
+    weights = [model[name].weight.detach().clone() for name in ("gate_proj", "up_proj")]
+    secateurs.accelerate(model)
+    x = torch.randn(3, 64, requires_grad=True)
+    for name, weight in zip(("gate_proj", "up_proj"), weights, strict=True):
+        (gradient,) = torch.autograd.grad(model[name](x).sum(), x)
+        torch.testing.assert_close(gradient, weight.sum(0).expand(3, 64))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_cannot_be_trained_says_so_in_the_backward_pass(name):
+    model = pruned(nn.Sequential(nn.Linear(64, 64)), 0.75)
+    secateurs.accelerate(model)
+    model[0].get_parameter(name).requires_grad_(True)
+    y = model(torch.randn(3, 64))
+    with pytest.raises(PackError, match=r"weights and biases of a packed layer cannot be trained.*make_dense"):
+        y.sum().backward()
+
+
+def test_a_dense_layer_s_bias_gets_its_gradient():
+    model = nn.Sequential(nn.Linear(64, 8))
+    secateurs.accelerate(model)
+    assert isinstance(model[0], DenseLinear)
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(3, 64)).sum().backward()
+    assert model[0].bias.grad.tolist() == [3.0] * 8

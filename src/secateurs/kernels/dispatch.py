@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.base.errors import DeviceError
+from secateurs.base.errors import DeviceError, PackError
 from secateurs.base.precision import compute_dtype
 from secateurs.kernels import semi_structured
-from secateurs.kernels.formats import DTYPES, PANEL, Packed, pack_dense, read_bitmask
+from secateurs.kernels.formats import DTYPES, PANEL, Packed, pack_dense, read_bitmask, unpack
 from secateurs.kernels.library import Info, Product, Weight, library
 
 
@@ -151,14 +151,19 @@ def _dense_tokens(dtype: torch.dtype) -> int | None:
     return DENSE_TOKENS.get((DTYPES[dtype], isa), 0)
 
 
-def ours_is_faster(weight_OI: Tensor, x: Tensor) -> bool:
-    """True if our dense kernel is faster than torch's for this product."""
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """True if a product of these tensors belongs into a graph."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def ours_is_faster(weight_OI: Tensor, x: Tensor, bias: Tensor | None = None) -> bool:
+    """True if our dense kernel is faster than torch's for this product, and no gradient is wanted, which it has not."""
     row = forced()
     if row is not None and row.format != "dense":
         return False
     if weight_OI.dtype not in DTYPES or x.dtype != weight_OI.dtype or x.device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+    if wants_gradient(x, weight_OI, bias):
         return False
     most = _dense_tokens(weight_OI.dtype)
     return most is None or x.numel() <= most * weight_OI.shape[1]
@@ -276,7 +281,7 @@ def _call_of(
         # a mask with another version was written to and is checked again; survivors too, since a Call may hold copies of them
         state += (
             v.data_ptr(),
-            *((0, 0, 0) if mask is None else (mask.data_ptr(), mask._version, v._version)),
+            *((0, 0, 0) if mask is None else (mask.data_ptr(), _version(mask), _version(v))),
             0 if bias is None else bias.data_ptr(),
         )
     key = id(values[0])
@@ -295,6 +300,11 @@ def _call_of(
     return call
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 for an inference tensor, of which nobody keeps count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 # by the id of the first tensor, as long as that exists
 _calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
 
@@ -302,6 +312,10 @@ _calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
 _library: Any = torch.library.Library("secateurs", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "linear(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] biases, int[] shapes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "linear_back(Tensor by_y, Tensor[] values, Tensor?[] masks, int[] shapes) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -333,8 +347,68 @@ def _linear_fake(
     return x.new_empty(x.numel() // shapes[1] * sum(shapes[::2]))
 
 
+@torch.library.impl(_library, "linear_back", "CPU")
+def _linear_back(by_y: Tensor, values: list[Tensor], masks: list[Tensor | None], shapes: list[int]) -> Tensor:
+    """The gradient by x, flat: by_y W, summed over the matrices, which are unpacked one at a time."""
+    tokens = by_y.numel() // sum(shapes[::2])
+    by_x_TI = by_y.new_zeros(tokens, shapes[1])
+    parts = by_y.split([tokens * outputs for outputs in shapes[::2]])
+    for i, (part, v, mask) in enumerate(zip(parts, values, masks, strict=True)):
+        shape = (shapes[2 * i], shapes[2 * i + 1])
+        weight_OI = v.view(shape) if mask is None else unpack(read_bitmask(v, mask, shape))
+        by_x_TI += part.view(tokens, shape[0]) @ weight_OI
+    return by_x_TI.flatten()
+
+
+@torch.library.register_fake("secateurs::linear_back", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_back_fake(by_y: Tensor, values: list[Tensor], masks: list[Tensor | None], shapes: list[int]) -> Tensor:
+    return by_y.new_empty(by_y.numel() // sum(shapes[::2]) * shapes[1])
+
+
+def multiply(
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    shapes: Sequence[int],
+) -> Tensor:
+    """A flat y, tokens x outputs of each matrix in turn, by the operator secateurs::linear; x gets a gradient if it wants one."""
+    if wants_gradient(x, *values, *biases):
+        apply: Any = _Multiply.apply
+        y: Tensor = apply(x, values, masks, biases, shapes, *values, *biases)
+        return y
+    found: Tensor = _operator(x, values, masks, biases, shapes)
+    return found
+
+
+_operator: Any = torch.ops.secateurs.linear.default
+_back: Any = torch.ops.secateurs.linear_back.default
+
+
+class _Multiply(torch.autograd.Function):
+    """multiply() in a graph. Only x has a gradient; survivors and biases are listed again, so that their want of one is seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Any, masks: Any, biases: Any, shapes: Any, *_: Any) -> Tensor:
+        ctx.save_for_backward(*values, *masks)
+        ctx.shape, ctx.shapes = x.shape, shapes
+        found: Tensor = _operator(x, values, masks, biases, shapes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if any(ctx.needs_input_grad[5:]):
+            raise PackError(
+                "weights and biases of a packed layer cannot be trained: requires_grad_(False) on them leaves the gradient of "
+                "the input, make_dense(model) gives layers that train"
+            )
+        saved = ctx.saved_tensors
+        values, masks = list(saved[: len(saved) // 2]), list(saved[len(saved) // 2 :])
+        by_x = _back(gradients[0], values, masks, ctx.shapes)
+        return by_x.view(ctx.shape), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y = x W' + b: x (..., I), y (..., O), all of the matrix's dtype; sums in fp32. Raises DeviceError."""
-    operator: Any = torch.ops.secateurs.linear.default
-    y: Tensor = operator(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
+    y = multiply(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
     return y.view(*x.shape[:-1], packed.shape[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PackError
-from secateurs.kernels.dispatch import ours_is_faster
+from secateurs.kernels.dispatch import multiply, ours_is_faster, wants_gradient
 from secateurs.kernels.formats import (
     DTYPES,
     PADDING,
@@ -31,13 +31,11 @@ from secateurs.kernels.formats import (
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
-_operator: Any = torch.ops.secateurs.linear.default
-
-
 class PackedLinear(nn.Module):
     """y = x W' + b with W (O, I) stored as a bitmask; x (..., I) and y (..., O) of the weights' dtype, on the CPU.
 
-    transposed: it replaces a module that stores W' (GPT-2's Conv1D), which dense() gives back. For inference only.
+    transposed: it replaces a module that stores W' (GPT-2's Conv1D), which dense() gives back. For inference: x has a gradient,
+    the weights have none (PackError in a backward pass that asks for it).
     """
 
     def __init__(
@@ -89,8 +87,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         group: SharedInput | None = self.__dict__["group"]
-        # a compiler sees plain calls; an inference tensor has no version that would tell whether it was changed between two calls
-        if group is None or torch.compiler.is_compiling() or x.is_inference():
+        # a compiler sees plain calls; an inference tensor has no version that would tell whether it was changed between two calls;
+        # with gradients each call has its own place in the graph
+        if group is None or torch.compiler.is_compiling() or x.is_inference() or wants_gradient(x):
             return self._multiply([self], x)[0]
         return group.multiply(self, x)
 
@@ -104,7 +103,7 @@ class PackedLinear(nn.Module):
             masks.append(layer._buffers["weight_mask"])
             biases.append(layer._parameters["bias"])
             shapes += layer.shape
-        flat: Any = _operator(x, values, masks, biases, shapes)
+        flat: Any = multiply(x, values, masks, biases, shapes)  # type: ignore[arg-type]
         outer = x.shape[:-1]
         if len(layers) == 1:
             return [flat.view(*outer, shapes[0])]
@@ -156,9 +155,9 @@ class DenseLinear(nn.Linear):
     """nn.Linear that is multiplied by our kernel where that is faster than torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not ours_is_faster(self.weight, x):
+        if not ours_is_faster(self.weight, x, self.bias):
             return nn.functional.linear(x, self.weight, self.bias)
-        flat: Tensor = _operator(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
+        flat = multiply(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
         return flat.view(*x.shape[:-1], self.out_features)
 
 
@@ -215,6 +214,8 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             yield name, module, True
 
 
+# tensors made under inference_mode() would have no versions, by which a changed weight is noticed
+@torch.inference_mode(False)
 def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
     """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
 
