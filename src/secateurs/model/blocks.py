@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateurs.base.errors import CalibrationError, CheckpointError
+from secateurs.base.errors import CheckpointError
 from secateurs.base.precision import widened
 from secateurs.model import families
 from secateurs.model.activations import Activations
@@ -65,16 +65,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next(found, torch.device("cpu"))
 
 
+def entwined(model: nn.Module, names: Sequence[str]) -> bool:
+    """True if two blocks hold one parameter: what is right for one of them is then not known before all have run."""
+    owner: dict[int, int] = {}
+    pairs = ((i, id(p)) for i, name in enumerate(names) for p in model.get_submodule(name).parameters())
+    return any(owner.setdefault(parameter, i) != i for i, parameter in pairs)
+
+
 @contextmanager
-def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     # only the instance's forward is replaced, so that loops over blocks still find the attributes they read
-    before = [module.__dict__.get("forward") for module in modules]
-    for i, module in enumerate(modules):
-        module.forward = make(i)
+    before = {module: module.__dict__.get("forward") for module in modules}
+    for module in before:
+        module.forward = forward
     try:
         yield
     finally:
-        for module, forward in zip(modules, before, strict=True):
+        for module, forward in before.items():
             del module.forward
             # the library accelerate replaces the instance's forward as well, to move inputs to a block's device
             if forward is not None:
@@ -83,7 +90,7 @@ def _replaced_forward(modules: Sequence[nn.Module], make: Callable[[int], Callab
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A context without gradients and dropout, with products in compute_dtype() and experts run by the eager loop."""
+    """A context without gradients and dropout, with products in compute_dtype(), and experts and attention run step by step."""
     training = {module for module in model.modules() if module.training}
     model.eval()
     eager = getattr(model, "set_experts_implementation", None)
@@ -91,10 +98,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     if eager and before not in (None, "eager"):
         # fused kernels do not show which expert saw which token
         eager("eager")
+    # nor does the fused kernel of nn.TransformerEncoderLayer call the layers in it
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), widened():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         if eager and before not in (None, "eager"):
             eager(before)
         for module in training:
@@ -108,21 +119,27 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def of(self, windows: int, whole: int) -> "Call":
-        """The arguments for fewer windows than the whole batch: tensors with one entry for each window are cut."""
-        if windows == whole:
+    def of(self, part: slice | None, whole: int) -> "Call":
+        """The arguments for some windows of a batch of `whole`: tensors with one entry for each window are cut."""
+        if part is None:
             return self
         leaves, spec = tree_flatten((self.args, self.kwargs))
-        cut = [x[:windows] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == whole else x for x in leaves]
+        cut = [x[part] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == whole else x for x in leaves]
         return Call(*tree_unflatten(cut, spec))
 
+    def same(self, other: "Call") -> bool:
+        """True if both have the same arguments. Objects that are neither tensors nor numbers count by their type."""
+        (mine, spec), (its, other_spec) = (
+            tree_flatten((self.args, self.kwargs)),
+            tree_flatten((other.args, other.kwargs)),
+        )
+        return spec == other_spec and all(_same(x, y) for x, y in zip(mine, its, strict=True))
 
-def _same(a: object, b: object) -> bool:
-    leaves_a, leaves_b = tree_flatten(a)[0], tree_flatten(b)[0]
-    if len(leaves_a) != len(leaves_b):
-        return False
-    pairs = zip(leaves_a, leaves_b, strict=True)
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else isinstance(y, type(x)) for x, y in pairs)
+
+def _same(x: object, y: object) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    return type(x) is type(y) and (x == y or not isinstance(x, int | float | str))
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -142,18 +159,15 @@ def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Ten
     entered: list[Tensor] = []
     calls: list[Call] = []
 
-    def make(i: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, rest, named = _hidden(args, kwargs)
-            entered.append(hidden)
-            calls.append(Call(rest, named))
-            if i == len(blocks) - 1:
-                raise Stop
-            return hidden
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, rest, named = _hidden(args, kwargs)
+        entered.append(hidden)
+        calls.append(Call(rest, named))
+        if len(calls) == len(blocks):
+            raise Stop
+        return hidden
 
-        return forward
-
-    with _replaced_forward(blocks, make):
+    with _replaced_forward(blocks, forward):
         try:
             run(model, batch)
         except Stop:
@@ -173,14 +187,12 @@ def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: sl
     names, _ = blocks_of(model)
     blocks = [model.get_submodule(name) for name in names]
 
-    def make(i: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return hidden
-
-        return forward
-
     loader.load_outside(model)
-    with evaluation_mode(model), _replaced_forward(blocks, make), torch.set_grad_enabled(hidden.requires_grad):
+    with (
+        evaluation_mode(model),
+        _replaced_forward(blocks, lambda *_, **__: hidden),
+        torch.set_grad_enabled(hidden.requires_grad),
+    ):
         return run(model, batch)
 
 
@@ -202,25 +214,24 @@ def whole(model: nn.Module, batch: Batch) -> Any:
 
 
 def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
-    """A function (index, hidden, batch, block=None) that runs block `index` of a live model, or `block` in its place.
+    """A function (index, hidden, batch, block=None, part=None) that runs block `index` of a live model, or `block` in its place.
 
-    hidden: hidden states of some windows of the batch. The other arguments are those that the model gives to that place now, so it
-    also works after blocks were removed.
+    hidden: hidden states of the batch's windows, or of `part` of them. The other arguments are those that the model gives to
+    that place now, so it also works after blocks were removed.
     """
     names, _ = blocks_of(model)
     blocks = [model.get_submodule(name) for name in names]
     calls = enter_all(model, blocks, batches, AllLoaded(), [])
 
-    def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None) -> Any:
-        return called(blocks[index] if block is None else block, calls, index, hidden, batches[batch])
+    def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None, part: slice | None = None) -> Any:
+        return called(blocks[index] if block is None else block, calls[batch][index], hidden, batches[batch], part)
 
     return call
 
 
-def called(block: nn.Module, calls: dict[tuple[int, ...], list[Call]], index: int, hidden: Tensor, batch: Batch) -> Any:
-    """Run a block on hidden states of some windows of a batch, with the recorded arguments of block `index`."""
-    shape = shape_of(batch)
-    arguments = calls[shape][index].of(hidden.shape[0], shape[0])
+def called(block: nn.Module, call: Call, hidden: Tensor, batch: Batch, part: slice | None = None) -> Any:
+    """Run a block on hidden states of a batch, with recorded arguments. part: the windows they are of; None for all."""
+    arguments = call.of(part, shape_of(batch)[0])
     return first(block(hidden, *arguments.args, **arguments.kwargs))
 
 
@@ -234,25 +245,23 @@ def shape_of(batch: Batch) -> tuple[int, ...]:
 
 def enter_all(
     model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
-) -> dict[tuple[int, ...], list[Call]]:
-    """The arguments of all blocks besides hidden states, by the shape of the batch; the inputs of block 0 go to the stores."""
-    calls: dict[tuple[int, ...], list[Call]] = {}
+) -> list[list[Call]]:
+    """The arguments of all blocks besides hidden states, by batch; the inputs of block 0 go to the stores.
+
+    Batches whose arguments are the same share them, so masks and rotary tables are held once unless they go by the tokens.
+    """
+    found: list[list[Call]] = []
     if not batches:
-        return calls
+        return found
+    first_of: dict[tuple[int, ...], list[Call]] = {}
     loader.load_outside(model)
     with evaluation_mode(model):
         for i, batch in enumerate(batches):
-            known = calls.get(shape_of(batch))
-            if known and not stores:
-                continue
-            hidden, found = _enter(model, blocks, batch)
-            if known and i == 1 and not _same([vars(c) for c in known], [vars(c) for c in found]):
-                raise CalibrationError(
-                    f"the blocks of {type(model).__name__} take arguments that change with the tokens; "
-                    "only hidden states may"
-                )
-            calls.setdefault(shape_of(batch), found)
+            hidden, calls = _enter(model, blocks, batch)
+            known = first_of.setdefault(shape_of(batch), calls)
+            alike = all(mine.same(other) for mine, other in zip(calls, known, strict=True))
+            found.append(known if alike else calls)
             for store in stores:
                 store.write(0, i, hidden)
     loader.release(model)
-    return calls
+    return found

@@ -27,13 +27,14 @@ from secateurs.model.blocks import (
     blocks_of,
     called,
     enter_all,
+    entwined,
     evaluation_mode,
     first,
     run,
     shape_of,
 )
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.watch import Watch
+from secateurs.model.watch import Unlike, Watch
 
 
 @dataclass
@@ -62,6 +63,11 @@ class Step:
         return self._targets is not None and self._call is not None
 
     @property
+    def can_drift(self) -> bool:
+        """True if this walk has the inputs that the dense block would get."""
+        return self._teacher is not None and self._call is not None
+
+    @property
     def batches(self) -> int:
         return len(self.windows)
 
@@ -69,10 +75,10 @@ class Step:
         """The model in evaluation mode and without gradients, as calls of the block expect it."""
         return evaluation_mode(self._model)
 
-    def call(self, hidden: Tensor, batch: int) -> Tensor:
-        """Run the block, as it now is, on hidden states of some windows of a batch: the hidden states that leave it."""
+    def call(self, hidden: Tensor, batch: int, part: slice | None = None) -> Tensor:
+        """Run the block, as it now is, on the hidden states of a batch's windows, or of `part` of them: what leaves it."""
         assert self._call
-        return self._call(hidden, batch)
+        return self._call(hidden, batch, part)
 
     def inputs(self, batch: int) -> Tensor:
         """The hidden states that enter the block, made by the blocks before it as they were left."""
@@ -96,13 +102,25 @@ class Step:
     def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
         """Stats of each layer's inputs, by layer name, from one pass over all batches.
 
-        Layers called on one tensor share one Stats. An expert's Stats hold the tokens routed to it, possibly none. drift: also
-        how far the inputs have moved from the dense model's (Stats.drift_II); needs stream(teacher=...), leaves experts out.
+        All calls of a layer count. Layers called on the same tensors share one Stats. An expert's Stats hold the tokens routed
+        to it, possibly none. drift: also how far the inputs have moved from the dense model's (Stats.drift_II); needs
+        stream(teacher=...), leaves experts out.
         The block's outputs are stored for targets() if stream() was given a store for them.
 
         Raises LayerError if an input is not finite or a layer was never called.
         """
-        watch = Watch(layers, gram, self._keep_output is None and self._targets is None)
+        apart: frozenset[str] = frozenset()
+        # a whole model may call a layer as often as its tokens say
+        may_stop = self._keep_output is None and self._targets is None and self._call is not None
+        while True:
+            watch = Watch(layers, gram, may_stop, apart)
+            try:
+                self._look(watch, drift)
+                return watch.finish()
+            except Unlike as found:
+                apart |= {found.name}
+
+    def _look(self, watch: Watch, drift: bool) -> None:
         with evaluation_mode(self._model), watch.hooks():
             for batch in range(self.batches):
                 if drift:
@@ -122,7 +140,6 @@ class Step:
                     pass
                 watch.next_batch()
                 self._tick()
-        return watch.finish()
 
 
 def stream(
@@ -148,8 +165,9 @@ def stream(
     block can always return to it. keep_last also stores what leaves the last block, for leave(). tick is called after every batch
     of every pass. teacher: a second store, for the inputs that the dense blocks would have; observe(drift=True) of every block
     fills it. targets: a store for a block's dense outputs, kept until the next block. keep_all drops no block's inputs; backwards
-    then goes through the same blocks from the last to the first.
-    Raises CheckpointError for a model without a family row, CalibrationError if blocks need more than hidden states.
+    then goes through the same blocks from the last to the first. Blocks that share a weight are walked as one, the whole model,
+    but with keep_last or backwards, which edit nothing.
+    Raises CheckpointError for a model without a family row.
     """
     loader = loader or AllLoaded()
     store = store or InMemory()
@@ -157,20 +175,25 @@ def stream(
         names, experts = blocks_of(model)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    inside = names
+    if entwined(model, names) and not keep_last and not backwards:
+        names = [""]
     blocks = [model.get_submodule(name) for name in names]
     whole = names == [""]
     stores = [] if start or backwards else [store] if teacher is None else [store, teacher]
-    calls = {} if whole else enter_all(model, blocks, batches, loader, stores)
+    calls = [] if whole else enter_all(model, blocks, batches, loader, stores)
 
     indices = range(start, len(names))
     for index in reversed(indices) if backwards else indices:
         block = blocks[index]
         loader.load(model, names[index])
 
-        def call(hidden: Tensor, batch: int, index: int = index, block: nn.Module = block) -> Any:
-            return called(block, calls, index, hidden, batches[batch])
+        def call(
+            hidden: Tensor, batch: int, part: slice | None = None, index: int = index, block: nn.Module = block
+        ) -> Any:
+            return called(block, calls[batch][index], hidden, batches[batch], part)
 
-        def forward(batch: int, index: int = index, call: Callable[[Tensor, int], Any] = call) -> Any:
+        def forward(batch: int, index: int = index, call: Callable[..., Any] = call) -> Any:
             return first(run(model, batches[batch])) if whole else call(store.read(index, batch), batch)
 
         def keep_output(batch: int, hidden: Tensor, index: int = index) -> None:
@@ -179,6 +202,8 @@ def stream(
         wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
         early = keep_output if wanted and propagate == "dense" else None
         layers = layers_of(block, names[index], experts)
+        if names is not inside:
+            layers = [y for y in layers if y.name.startswith(tuple(f"{name}." for name in inside))]
         yield Step(
             index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], model, forward, early, tick,
             None if whole else call, teacher, store, targets,

@@ -1,8 +1,9 @@
-"""Collects Stats of layers' inputs, by hooks, while their block runs."""
+"""Collects Stats of layers' inputs while their block runs: modules by hooks, products inside larger functions by a mode."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,51 @@ from secateurs.model.blocks import Stop
 from secateurs.model.layers import Layer
 
 
-class Watch:
-    """The Stats of some layers of one block. Use hooks() around the passes, next_batch() after each batch, finish() at the end."""
+class Unlike(Exception):
+    """Raised where a layer that shared the Stats of another one is called with an input of its own."""
 
-    def __init__(self, layers: Sequence[Layer], gram: bool, may_stop: bool) -> None:
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class _Call(NamedTuple):
+    """What a layer was called with. version: of the tensor then, so that a change in place shows; None if it has none."""
+
+    x: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Call":
+        return cls(x, None if x.is_inference() else x._version)
+
+    def same(self, other: "_Call") -> bool:
+        return self.x is other.x and self.version is not None and self.version == other.version
+
+
+class Watch:
+    """The Stats of some layers of one block. Use hooks() around the passes, next_batch() after each batch, finish() at the end.
+
+    A layer may be called any number of times in a batch; all calls count. Layers whose every call has the same tensor share one
+    Stats, but for those named in `apart`: where calls turn out to differ, Unlike names the layer to set apart in a new Watch.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], gram: bool, may_stop: bool, apart: frozenset[str] = frozenset()
+    ) -> None:
         self.layers = [layer for layer in layers if layer.kind != "expert"]
         self.experts = [layer for layer in layers if layer.kind == "expert"]
         self.gram = gram
-        # a pass may end at the last layer's input; which call of an expert is the last one is not known
+        self.apart = apart
+        # a pass may end at the last call; which call of an expert is the last one is not known
         self.may_stop = may_stop and not self.experts
         self.leader: dict[str, str] = {}
         self.sums: dict[str, Stats] = {}
-        self.current: dict[str, Tensor] = {}
-        self.called: set[str] = set()
-        self.first_batch = True
-        self.dense: dict[str, Tensor] | None = None
+        # of the batch under way
+        self.calls: dict[str, list[_Call]] = {}
+        # how often each layer was called in the batch before
+        self.usual: dict[str, int] = {}
+        self.dense: dict[str, list[_Call]] | None = None
         self.at_dense = False
 
     @contextmanager
@@ -42,43 +73,62 @@ class Watch:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [layer.module.register_forward_pre_hook(self._hook(layer)) for layer in self.layers]
+        places = [(layer, module) for layer in self.layers for module in layer.places]
+        handles = [module.register_forward_pre_hook(self._hook(layer)) for layer, module in places]
         try:
-            with _ExpertMode(self) if self.experts else nullcontext():
+            with _Products(self) if self.experts or any(_attends(y.module) for y in self.layers) else nullcontext():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if self.at_dense:
-                assert self.dense is not None
-                self.dense[layer.name] = x
-                return
-            self.called.add(layer.name)
-            if self.first_batch and layer.name not in self.leader:
-                shared = (name for name, other in self.current.items() if other is x and layer.kind != "conv2d")
-                self.leader[layer.name] = next(shared, layer.name)
-            leader = self.leader[layer.name]
-            if leader != layer.name and self.current.get(leader) is not x:
-                raise LayerError(f"{layer.name} shared its input with {leader} in one batch and not in the next")
-            if leader == layer.name:
-                self.current[layer.name] = x
-                self.add(layer, layer.inputs(x))
-            if self.may_stop and not self.first_batch and len(self.called) == len(self.layers):
-                raise Stop
+    def _hook(self, layer: Layer) -> Callable[..., None]:
+        return lambda module, args: self.see(layer, args[0], module)
 
-        return hook
-
-    def add(self, layer: Layer, x_TI: Tensor) -> None:
+    def see(self, layer: Layer, x: Tensor, module: nn.Module | None = None) -> None:
+        """Note that a layer is called with x. module: the one of its places where it is."""
+        calls = self.dense if self.at_dense and self.dense is not None else self.calls
+        mine, call = calls.setdefault(layer.name, []), _Call.of(x)
+        number = len(mine)
+        mine.append(call)
         if self.at_dense:
             return
+        leader = self.leader.get(layer.name)
+        if leader is None:
+            leader = self.leader[layer.name] = self._shared(layer, call)
+        if leader != layer.name:
+            if not any(call.same(other) for other in self.calls.get(leader, [])[number : number + 1]):
+                raise Unlike(layer.name)
+        else:
+            self.add(layer, layer.inputs(x, module), self._dense_inputs(layer, number, module))
+        if self.may_stop and self.usual and all(len(self.calls.get(n, ())) >= k for n, k in self.usual.items()):
+            raise Stop
+
+    def _shared(self, layer: Layer, call: _Call) -> str:
+        """The layer whose Stats a layer takes, by its first call: another one that was called with the same, or its own."""
+        if layer.kind == "conv" or layer.name in self.apart:
+            return layer.name
+        convolutions = {other.name for other in self.layers if other.kind == "conv"}
+        alike = (
+            n
+            for n, calls in self.calls.items()
+            if n not in convolutions and self.leader.get(n) == n and call.same(calls[0])
+        )
+        return next(alike, layer.name)
+
+    def _dense_inputs(self, layer: Layer, number: int, module: nn.Module | None) -> Tensor | None:
+        calls = [] if self.dense is None else self.dense.get(layer.name, [])
+        if number >= len(calls):
+            return None
+        x, version = calls[number]
+        if _Call.of(x).version != version:
+            raise LayerError(f"{layer.name}: its block changes the layer's input in place; leave out --blend")
+        return layer.inputs(x, module)
+
+    def add(self, layer: Layer, x_TI: Tensor, dense_TI: Tensor | None = None) -> None:
         if layer.name not in self.sums:
             self.sums[layer.name] = Stats.zeros(layer.shape[1], self.gram, x_TI.device)
-        dense = None if self.dense is None else self.dense.get(layer.name)
-        self.sums[layer.name].add_(x_TI, None if dense is None else layer.inputs(dense))
+        self.sums[layer.name].add_(x_TI, dense_TI)
 
     def next_batch(self) -> None:
         missing = [layer.name for layer in self.layers if layer.name not in self.leader]
@@ -86,9 +136,11 @@ class Watch:
             raise LayerError(
                 f"{missing[0]} was never called on calibration inputs; leave it out with --skip '{missing[0]}'"
             )
-        self.first_batch = False
-        self.current.clear()
-        self.called.clear()
+        for name, leader in self.leader.items():
+            if len(self.calls.get(name, ())) != len(self.calls.get(leader, ())):
+                raise Unlike(name)
+        self.usual = {name: len(calls) for name, calls in self.calls.items()}
+        self.calls.clear()
 
     def finish(self) -> dict[str, Stats]:
         if self.experts and not any(layer.name in self.sums for layer in self.experts):
@@ -110,17 +162,44 @@ class Watch:
         return found
 
 
-class _ExpertMode(TorchFunctionMode):
-    """Watches F.linear for calls on a slice of a fused expert parameter: an eager expert loop has no module to hook."""
+def _attends(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
+class _Products(TorchFunctionMode):
+    """Watches functions that multiply by a layer's weight without calling a module that could be hooked.
+
+    F.linear on a slice of a fused expert parameter, and F.multi_head_attention_forward.
+    """
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
         self.at = {layer.read().data_ptr(): layer for layer in watch.experts}
+        self.by_parameter = {(id(layer.parameter), layer.index): layer for layer in watch.layers}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.multi_head_attention_forward:
+            return self._attention(func, inspect.signature(func).bind(*args, **kwargs).arguments)
         if func is nn.functional.linear and isinstance(args[1], Tensor):
             layer = self.at.get(args[1].data_ptr())
-            if layer is not None and tuple(args[1].shape) == layer.shape:
+            if layer is not None and tuple(args[1].shape) == layer.shape and not self.watch.at_dense:
                 self.watch.add(layer, args[0].reshape(-1, layer.shape[1]))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _attention(self, func: Any, given: dict[str, Any]) -> Any:
+        apart = given.get("use_separate_proj_weight")
+        for i, name in enumerate(("query", "key", "value")):
+            key = (id(given[f"{name[0]}_proj_weight"]), 0) if apart else (id(given["in_proj_weight"]), i)
+            if key in self.by_parameter:
+                self.watch.see(self.by_parameter[key], given[name])
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        out = self.by_parameter.get((id(weight), 0))
+        if out is None:
+            return func(**given)
+        # with 1 as the last matrix the function gives what that is multiplied with
+        one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        x, *rest = func(**{**given, "out_proj_weight": one, "out_proj_bias": None})
+        self.watch.see(out, x)
+        return nn.functional.linear(x, weight, bias), *rest

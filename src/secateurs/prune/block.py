@@ -20,7 +20,7 @@ from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
-from secateurs.model.layers import Layer, layers_of, matches, survivors
+from secateurs.model.layers import Layer, Other, layers_of, matches, others_of, survivors
 from secateurs.model.walk import Step, stream
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
@@ -80,7 +80,8 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     needs = plan.solver.needs
     stats: dict[str, Stats] = {}
     if needs != "weights" or plan.permute:
-        stats = step.observe(todo, gram=needs == "gram", drift=bool(plan.blend)) if step.batches else {}
+        drift = bool(plan.blend) and step.can_drift
+        stats = step.observe(todo, gram=needs == "gram", drift=drift) if step.batches else {}
     if step.can_tune:
         step.see_targets()
     notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
@@ -88,10 +89,28 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     dense = {y.name: y.read().clone(memory_format=torch.contiguous_format) for y in todo if later}
     for layer in todo:
         records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
-    outcome = Outcome([records[layer.name] for layer in step.layers], tuned, dense=dense)
+    others = [_left_out(other) for other in others_of(step.block, step.name, step.layers)]
+    outcome = Outcome([*(records[layer.name] for layer in step.layers), *others], tuned, dense=dense)
     if plan.reconstruct and todo and step.can_tune:
         _tune(step, todo, stats, plan, outcome, tick)
     return outcome
+
+
+def left_outside(model: nn.Module, layers: Sequence[LayerRecord]) -> list[LayerRecord]:
+    """Records of what lies outside the blocks: embeddings, head. layers: the records of the blocks."""
+    names, _ = blocks_of(model)
+    if names == [""]:
+        return []
+    inside = tuple(f"{name}." for name in names)
+    found = [_left_out(other) for other in others_of(model, "", []) if not other.name.startswith(inside)]
+    # a weight that a block holds as well has its record there
+    known = {record.name for record in layers}
+    return [record for record in found if record.name not in known]
+
+
+def _left_out(other: Other) -> LayerRecord:
+    kept = int((other.parameter.detach() != 0).sum())
+    return LayerRecord(other.name, other.shape, 0.0, kept, skipped=other.why, skipped_by="kind")
 
 
 def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
@@ -103,7 +122,12 @@ def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
         return None
     reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
     kept = int((layer.read() != 0).sum())
-    return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by)
+    return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by, note=_shared(layer))
+
+
+def _shared(layer: Layer) -> str | None:
+    """What a reader should know of a weight that has several names."""
+    return f"the weight of {', '.join(layer.also)} too, pruned once for all its uses" if layer.also else None
 
 
 def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, note: str | None = None) -> LayerRecord:
@@ -122,6 +146,8 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
         notes.append(f"only {stats.tokens} tokens for {layer.shape[1]} inputs")
     if plan.blend and layer.kind == "expert":
         notes.append("an expert aims at its own outputs, blend or not")
+    if shared := _shared(layer):
+        notes.append(shared)
     if solver.needs == "weights":
         stats = None
     # a copy, because the parameter is overwritten
@@ -286,7 +312,7 @@ def _tune(
     with step.evaluating():
         found = reconstruct(
             movable(step.block, survivors(pruned)),
-            lambda batch, part: step.call(step.inputs(batch)[part], batch),
+            lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,

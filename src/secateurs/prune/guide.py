@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from secateurs.model import families
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
+from secateurs.model.blocks import blocks_of, entwined
 from secateurs.prune.assign import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
@@ -15,8 +16,8 @@ from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.tuning import Outcome
 
 
-def left_out(plan: Plan, found: dict[str, Tensor], whole: bool = False) -> list[str]:
-    """Warnings: what the plan asks for and this model cannot have. whole: the model is a module without blocks."""
+def left_out(plan: Plan, found: dict[str, Tensor], whole: str = "") -> list[str]:
+    """Warnings: what the plan asks for and this model cannot have. whole: why it is pruned as a whole, '' if in blocks."""
     if whole:
         asked = {
             "sensitivities": plan.sensitivity,
@@ -25,7 +26,7 @@ def left_out(plan: Plan, found: dict[str, Tensor], whole: bool = False) -> list[
             "tuning of the whole": plan.distill,
         }
         names = [name for name, value in asked.items() if value]
-        return [f"left out: {', '.join(names)}; only a Hugging Face model's blocks and loss are known"] if names else []
+        return [f"left out: {', '.join(names)}; {whole}"] if names else []
     if plan.sensitivity and not found:
         return ["sensitivities were not measured: the model predicts no next token"]
     return []
@@ -80,6 +81,6 @@ def note_distillation(
 
 def guide_of(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str, Tensor]) -> Guide:
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
+    if not hasattr(config, "model_type") or entwined(model, blocks_of(model)[0]):
         return Guide(shares, found)
     return Guide(shares, found, families.find(config.model_type), config)

@@ -14,10 +14,10 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.blocks import AllLoaded, blocks_of, device_of
+from secateurs.model.blocks import AllLoaded, blocks_of, device_of, entwined
 from secateurs.model.walk import stream
 from secateurs.prune.assign import assign
-from secateurs.prune.block import prune_block, survivors_of
+from secateurs.prune.block import left_outside, prune_block, survivors_of
 from secateurs.prune.cost import cost_of
 from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
 from secateurs.prune.plan import Plan
@@ -53,8 +53,10 @@ def prune_live(
     report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
-    # a module that is one block has no loss to be sensitive to
-    whole = blocks_of(model)[0] == [""]
+    names, _ = blocks_of(model)
+    whole = "only a Hugging Face model's blocks and loss are known" if names == [""] else ""
+    if entwined(model, names):
+        whole = "the model's blocks share weights, so they are pruned as one"
     if plan.sensitivity and not whole:
         found, norms = sensitivity(
             model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.calibration.seed
@@ -75,8 +77,12 @@ def prune_live(
             dense.append(outcome.dense)
         report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
         progress("pruning", step.index + 1, step.count)
-    if not report.layers:
-        raise PlanError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or fused expert weights to prune")
+    if all(record.skipped_by == "kind" for record in report.layers):
+        why = "".join(f"; {record.name}: {record.skipped}" for record in report.layers[:1])
+        raise PlanError(
+            f"{type(model).__name__} has no Linear, convolution, attention or fused expert weights to prune{why}"
+        )
+    report.layers += left_outside(model, report.layers)
     if ends:
         tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(

@@ -25,7 +25,7 @@ def model_card(report: Report) -> str:
         f"| method | {plan['method']}, scope {plan['scope']} |",
         f"| zeros in pruned layers | {totals['sparsity']:.2%} of {totals['weights']:,} weights |",
         f"| layers pruned, left dense | {totals['layers_pruned']}, "
-        f"{totals['layers_skipped_by_plan'] + totals['layers_skipped_by_shape']} |",
+        f"{sum(totals[f'layers_skipped_by_{by}'] for by in ('plan', 'shape', 'kind'))} |",
     ]
     if report.reconstruction or report.distillation:
         lines.append(

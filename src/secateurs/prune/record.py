@@ -18,7 +18,8 @@ class LayerRecord:
     weights as they were written, rounded and tuned.
 
     error_from: 'gram' (exact), 'norms' (as if inputs were uncorrelated) or 'weights' (of the weights themselves).
-    skipped: why it is dense, or None; skipped_by: 'plan' (asked for) or 'shape' (it cannot take the pattern).
+    skipped: why it is dense, or None; skipped_by: 'plan' (asked for), 'shape' (it cannot take the pattern) or 'kind' (it is no
+    matrix that is pruned: an embedding, a head, a recurrent layer; its shape is that of its first axis and all others).
     note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
     emptied_rows, emptied_groups: outputs, and groups of M inputs of an N:M pattern, that had weights and have none.
     """
@@ -82,7 +83,7 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts over layers: pruned, left dense by the plan, left dense by their shape; weights, zeros, sparsity."""
+        """Counts over layers: pruned, left dense by the plan, their shape or their kind; weights, zeros, sparsity."""
         pruned = [r for r in self.layers if r.skipped is None]
         weights = sum(r.numel for r in pruned)
         zeros = weights - sum(r.kept for r in pruned)
@@ -90,6 +91,7 @@ class Report:
             "layers_pruned": len(pruned),
             "layers_skipped_by_plan": sum(r.skipped_by == "plan" for r in self.layers),
             "layers_skipped_by_shape": sum(r.skipped_by == "shape" for r in self.layers),
+            "layers_skipped_by_kind": sum(r.skipped_by == "kind" for r in self.layers),
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,

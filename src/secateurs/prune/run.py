@@ -29,7 +29,7 @@ from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows
 from secateurs.model.walk import stream
 from secateurs.prune.assign import Shares, assign
-from secateurs.prune.block import Guide, prune_block, survivors_of
+from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
 from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
 from secateurs.prune.model_card import model_card
@@ -134,9 +134,11 @@ class Run:
             if not batches:
                 tick()
         checkpoint.write_index(self.model_folder, count)
-        if not records:
+        if all(record.skipped_by == "kind" for record in records):
             raise PlanError(f"{plan.model} has no layers to prune in its blocks")
-        report.layers = records
+        source.load_outside(model)
+        report.layers = [*records, *left_outside(model, records)]
+        source.release(model)
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
             self._distill(source, model, batches, report, count)
@@ -323,8 +325,9 @@ def failure(report: Report) -> SecateursError | None:
         return QualityGateError("; ".join(missed) + "; the results are kept")
     skipped = [r for r in report.layers if r.skipped_by == "shape"]
     if skipped and not report.plan["allow_skips"]:
+        count = sum(r.skipped_by != "kind" for r in report.layers)
         return SkippedLayersError(
-            f"{len(skipped)} of {len(report.layers)} layers cannot take {report.plan['pattern']} and stay dense, first "
+            f"{len(skipped)} of {count} layers cannot take {report.plan['pattern']} and stay dense, first "
             f"{skipped[0].name}: {skipped[0].skipped}; the results are kept; pass --allow-skips if that is wanted"
         )
     return None

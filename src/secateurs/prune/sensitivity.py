@@ -137,12 +137,12 @@ class _Outputs(TorchFunctionMode):
     def __init__(self, sums: _Sums, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.sums = sums
-        self.modules = [layer for layer in layers if layer.kind != "expert"]
+        self.places = [(layer, module) for layer in layers for module in layer.places]
         self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind == "expert"}
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_Outputs":
-        self.handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in self.modules]
+        self.handles = [module.register_forward_hook(self._hook(layer)) for layer, module in self.places]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -166,6 +166,9 @@ def _layers(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of layers, each with its place in the report, its block, its path within the block and its share of zeros."""
     rows = []
     for number, r in enumerate(report.get("layers", [])):
+        if r["skipped_by"] == "kind":
+            # it is among what is left dense
+            continue
         found = re.match(r"(?:.*?\.)?(\d+)\.(.*)", r["name"])
         size = r["shape"][0] * r["shape"][1]
         rows.append(

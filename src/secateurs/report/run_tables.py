@@ -48,7 +48,7 @@ def print_report(report: Report, console: Console, out: str) -> None:
         error = (sum((r.error or 0) ** 2 for r in pruned) / len(pruned)) ** 0.5
         return f"{zeros:.1%} {error:.3f}"
 
-    columns, rows = _cells(report.layers, cell)
+    columns, rows = _cells([r for r in report.layers if r.skipped_by != "kind"], cell)
     source = {
         "gram": "measured on calibration inputs",
         "norms": "estimated from input norms",
@@ -118,7 +118,11 @@ def print_compute(compute: dict[str, Any], console: Console) -> None:
 
 
 def _print_skips(report: Report, console: Console) -> None:
-    for by, words in (("plan", "left dense, as asked"), ("shape", "left dense: the pattern does not fit their shape")):
+    for by, words in (
+        ("plan", "left dense, as asked"),
+        ("shape", "left dense: the pattern does not fit their shape"),
+        ("kind", "left dense, not of a kind that is pruned"),
+    ):
         found = [r for r in report.layers if r.skipped_by == by]
         reasons = list(dict.fromkeys(str(r.skipped) for r in found))
         if found:

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateurs.model.layers import Layer
 from secateurs.model.walk import Step
 
-Block = Callable[[Tensor, int], Tensor]
+Block = Callable[..., Tensor]
 """A block called as in the dense model: (hidden states of some windows of a batch, batch) -> hidden states."""
 
 # one window in so many is held out, and decides whether the fit is kept
@@ -75,10 +75,10 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
     return after / before
 
 
-def through(blocks: Sequence[Block], hidden: Tensor, batch: int) -> Tensor:
-    """The hidden states of some windows of a batch after several blocks, one after another."""
+def through(blocks: Sequence[Block], hidden: Tensor, batch: int, part: slice | None = None) -> Tensor:
+    """The hidden states of a batch's windows, or of `part` of them, after several blocks, one after another."""
     for block in blocks:
-        hidden = block(hidden, batch)
+        hidden = block(hidden, batch, part=part)
     return hidden
 
 

@@ -195,12 +195,12 @@ class _Blocks:
 
         def target(batch: int, part: slice) -> Tensor:
             with torch.no_grad():
-                return through(dense, step.inputs(batch)[part], batch)
+                return through(dense, step.inputs(batch)[part], batch, part)
 
         with step.evaluating():
             found = reconstruct(
                 [Moving.of(p) for p in step.block.parameters()],
-                lambda batch, part: step.call(step.inputs(batch)[part], batch),
+                lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
                 target, step.windows, _TUNING, seed=seed_of(self.plan.calibration.seed, step.name),
             )  # fmt: skip
         return dataclasses.asdict(found)

@@ -14,7 +14,7 @@ from secateurs.model.layers import layers_of
 
 
 def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of every matrix that may be pruned: Linear, Conv1D, Conv2d, fused experts; a shared one once."""
+    """Name and parameter of every matrix that may be pruned (model/layers.py), a shared one once."""
     kinds = _kinds(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in kinds:
@@ -42,12 +42,9 @@ def as_matrix(
     shape = parameter.shape
     if kind == "conv1d":
         return lambda t: t.T, lambda t: t.T
-    if kind == "conv2d":
-        out, channels, height, width = shape
-        return (
-            lambda t: t.permute(0, 2, 3, 1).flatten(1),
-            lambda t: t.reshape(out, height, width, channels).permute(0, 3, 1, 2),
-        )
+    if kind == "conv":
+        out, channels, *kernel = shape
+        return lambda t: t.movedim(1, -1).flatten(1), lambda t: t.reshape(out, *kernel, channels).movedim(-1, 1)
     return lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(shape)
 
 
