@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_graph import Branching, Net, Shared, kill
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from secateurs import shrink_module
 from secateurs.base.errors import OutputError, PlanError
@@ -106,6 +107,38 @@ def test_the_intercept_moves_a_batch_norm_s_mean():
         expected = hidden @ torch.linalg.lstsq(hidden, target).solution
         got = small[:4](x).transpose(0, 1).flatten(1).T.double()
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+class OneNorm(nn.Module):
+    """Two layers without a bias that read the same channels and feed the same batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(6, 12), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.a, self.b = nn.Linear(12, 5, bias=False), nn.Linear(12, 5, bias=False)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.norm(self.a(x)).relu() + self.norm(self.b(x)).relu())
+
+
+def test_a_batch_norm_of_two_layers_takes_the_intercept_of_neither():
+    model, x = OneNorm().eval(), torch.randn(400, 6)
+    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=4, damping=1e-7)
+    assert [(r["group"], r["after"]) for r in report["groups"]] == [("first", 8)]
+    assert torch.equal(small.norm.running_mean, model.norm.running_mean)
+    with torch.no_grad():
+        hidden = torch.cat([small.first(x).relu(), torch.ones(400, 1)], 1).double()
+        for name in ("a", "b"):
+            got, want = getattr(small, name), getattr(model, name)(model.first(x).relu())
+            expected = torch.linalg.lstsq(hidden, want.double()).solution.T.float()
+            torch.testing.assert_close(torch.cat([got.weight, got.bias[:, None]], 1), expected, rtol=1e-3, atol=1e-3)
+    assert (
+        report["parameters"]["left"]
+        == sum(p.numel() for p in small.parameters())
+        <= 0.8 * report["parameters"]["dense"]
+    )
 
 
 class Joined(nn.Module):
@@ -214,6 +247,26 @@ def test_bad_requests_are_refused_in_a_sentence(make, batches, budget, options, 
     given = [(torch.randn(4, 3, 8, 8),)] if batches is None else batches
     with pytest.raises(PlanError, match=words):
         shrink_module(make(), given, budget, **options)
+
+
+def computed(how, at):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    how(model[at])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("how", "words"), [
+    (parametrizations.weight_norm, "computed from it by WeightNorm; call torch.nn.utils.parametrize"),
+    (parametrizations.orthogonal, "computed from it by Orthogonal"),
+    (torch.nn.utils.weight_norm, "by WeightNorm before each call; call torch.nn.utils.remove_weight_norm"),
+    (torch.nn.utils.spectral_norm, "by SpectralNorm before each call"),
+    (lambda module: prune.l1_unstructured(module, "weight", 0.5), "call torch.nn.utils.prune.remove first"),
+])  # fmt: skip
+def test_a_weight_that_is_computed_from_another_is_refused_in_a_sentence(how, words, at):
+    with pytest.raises(PlanError, match=rf"^{at}\..* cannot be cut: .*{words}"):
+        shrink_module(computed(how, at), [(torch.randn(64, 4),)], "params=0.6x", multiple=1)
 
 
 def test_what_is_exported_computes_the_same(net, tmp_path):

@@ -193,6 +193,17 @@ class Branching(Written):
         return self.a(x) if x.sum() > 0 else x
 
 
+class OverExamples(nn.Module):
+    """A mean over the batch: what was axis 1 is axis 0 after it, or examples are no longer apart."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.a, self.b, self.mean = nn.Conv2d(3, 4, 1), nn.Linear(4, 2), mean
+
+    def forward(self, x):
+        return self.b(self.mean(self.a(x)))
+
+
 @pytest.mark.parametrize(("model", "layer", "why"), [
     (Shared(), "first", "again is called 2 times"),
     (Written(), "a", "reshape"),
@@ -202,6 +213,9 @@ class Branching(Written):
     (WrittenLast(lambda x: torch.reshape(x, shape=(x.size(0), 16))), "a", "reshape"),
     (Padded(), "a", "pad"),
     (Shuffled(), "a", "goes through"),
+    (OverExamples(lambda x: x.mean(0).flatten(1)), "a", "goes through mean"),
+    (OverExamples(lambda x: x.mean((0, 2)).t()), "a", "goes through mean"),
+    (OverExamples(lambda x: (x - x.mean(0, keepdim=True)).mean((2, 3))), "a", "goes through mean"),
 ])  # fmt: skip
 def test_what_cannot_be_known_stays_whole(model, layer, why):
     example = (torch.randn(2, 4) if isinstance(model, Shared) else torch.randn(2, 3, 2, 2),)

@@ -101,6 +101,21 @@ def test_estimates_are_put_right_between_and_beyond_what_was_measured():
     assert Losses(lost.curves, [], []).of({"mlp": 1}, 0) == 2.0
 
 
+def test_a_larger_cut_is_never_estimated_below_a_smaller_one():
+    from secateurs.shrink.losses import Losses
+
+    curves = {"mlp": [[0.0, 1.0, 2.0, 3.0, 4.0, 8.0]]}
+    for measured, wanted in (
+        # measured at 2 and 4: half of the units seemed to cost nothing, or less than a quarter
+        ([[2.0, 6.0], [4.0, 0.0]], [0.0, 3.0, 6.0, 6.0, 6.0, 12.0]),
+        ([[2.0, 6.0], [4.0, 4.0]], [0.0, 3.0, 6.0, 6.0, 6.0, 12.0]),
+        ([[2.0, 0.0], [4.0, 4.0]], [0.0, 0.0, 0.0, 2.0, 4.0, 8.0]),
+        ([[2.0, 0.0], [4.0, 0.0]], [0.0, 0.0, 0.0, 0.0, 0.0, 4.0]),
+    ):
+        lost = Losses(curves, [], [], {"mlp": measured})
+        assert [lost.of({"mlp": gone}, 0) for gone in range(6)] == wanted
+
+
 @pytest.mark.parametrize("dear", ["mlp", "heads"])
 def test_what_is_measured_to_cost_more_is_left(dear, tmp_path, llama, words, monkeypatch):
     """Curves may say what they like of it."""

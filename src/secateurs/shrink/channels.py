@@ -18,6 +18,7 @@ from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.solvers import DAMPING
 from secateurs.model.blocks import device_of
+from secateurs.model.layers import computed
 from secateurs.shrink import columns, graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.consumers import Consumers, Inputs
@@ -47,13 +48,18 @@ def shrink_module(
     batches: calibration inputs, each a tuple of positional arguments; the first example is traced and timed. budget: 'params=0.7x',
     'flops=0.5x' (of convolutions and linear layers) or 'latency=0.8x', measured on this machine at batch 1. criterion: a row of
     columns.CRITERIA. refit: least squares for the consumers. multiple: new widths are multiples of this. Raises PlanError if the
-    module cannot be traced, has no units or cannot meet the budget; LayerError if a Gram matrix does not factor.
+    module computes a weight from other parameters (weight norm, masks of torch.nn.utils.prune), cannot be traced, has no units or
+    cannot meet the budget; LayerError if a Gram matrix does not factor.
     """
     if criterion not in columns.CRITERIA:
         raise PlanError(f"unknown criterion '{criterion}'; write {', '.join(columns.CRITERIA)}")
     if not batches:
         raise PlanError("no calibration inputs were given")
     bound = Budget.parse(budget, BUDGETS)
+    for name, _ in model.named_parameters():
+        why = computed(model, name)
+        if why:
+            raise PlanError(f"{name} cannot be cut: {why}")
     device = device_of(model)
     batches = [tuple(x.to(device) for x in batch) for batch in batches]
     example = tuple(x[:1] for x in batches[0])

@@ -66,14 +66,19 @@ class Losses:
         return total
 
     def _true(self, kind: str, estimate: float) -> float:
-        """An estimate corrected on the lines through 0 and the measured points; beyond the last, in its proportion."""
+        """An estimate corrected on the lines through 0 and the measured points; beyond the last, in its proportion.
+
+        A larger cut that was measured to lose less than a smaller one counts as losing the same: the difference is noise. Where
+        nothing was measured to be lost, the estimate beyond grows as it is.
+        """
         below = (0.0, 0.0)
-        for at, measured in self.truth.get(kind, ()):
+        for at, found in self.truth.get(kind, ()):
+            measured = max(found, below[1])
             if estimate <= at:
                 share = (estimate - below[0]) / (at - below[0]) if at > below[0] else 1.0
                 return below[1] + share * (measured - below[1])
             below = (at, measured)
-        return estimate * below[1] / below[0] if below[0] else estimate
+        return estimate * below[1] / below[0] if below[1] > 0 and below[0] > 0 else estimate - below[0]
 
 
 def curves(

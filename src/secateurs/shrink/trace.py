@@ -172,9 +172,11 @@ class _Walk:
                 self.slots.append(Slot(name, "vector", given))
                 self.fix_shared(name, given)
                 source = node.all_input_nodes[0]
+                # a norm that several layers feed has one mean for all of them
                 if (
                     source.op == "call_module"
                     and len(source.users) == 1
+                    and name not in self.shared
                     and getattr(module, "running_mean", None) is not None
                 ):
                     self.norms[str(source.target)] = name
@@ -232,7 +234,7 @@ class _Walk:
         if name in _PASSING_CALLS and len(tensors) == 1:
             # pad() may add channels
             return tensors[0] if len(tensors[0]) == prod(shape[1:2]) else self.unknown(node, name)
-        if name in ("mean", "sum", "amax") and len(shape) >= 2 and 1 not in _axes(node):
+        if name in ("mean", "sum", "amax") and len(shape) >= 2 and not {0, 1} & {*_axes(node)}:
             return tensors[0]
         if name in _RESHAPING_CALLS and len(tensors) == 1:
             return self.flat(node, tensors[0], name)
