@@ -49,6 +49,10 @@ def test_every_call_of_a_layer_counts_in_every_batch():
     assert found["a"].tokens == 512
 
 
+def test_an_input_may_be_given_by_its_name():
+    same(observed(Net(lambda a, b, x: a(input=x) + b(x)), X[0])["a"], X[0])
+
+
 def test_a_layer_may_be_called_as_often_as_the_tokens_say():
     net = Net(lambda a, b, x: sum(a(b(x)) for _ in range(1 if x[0, 0] > 0 else 3)))
     up, down = X[0].clone(), X[1].clone()

@@ -109,6 +109,16 @@ def test_blocks_that_share_a_weight_are_pruned_once(effort):
     assert len(tokens) == 2 * 7 + 2
 
 
+def test_inference_mode_changes_nothing():
+    models, ids = [tiny.make("llama") for _ in range(2)], torch.randint(0, 250, (8, 32))
+    plan = asked(sc.Plan, sparsity=0.5)
+    sc.prune(models[0], plan, calibration=ids)
+    with torch.inference_mode():
+        sc.prune(models[1], plan, calibration=ids.clone())
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_module_without_a_matrix_of_ours_is_refused_with_the_reason():
     with pytest.raises(PlanError, match=r"weights to prune; weight_ih_l0: a recurrent layer"):
         sc.prune(nn.LSTM(4, 4), asked(sc.Plan, method="magnitude"))

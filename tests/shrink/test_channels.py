@@ -239,6 +239,8 @@ def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
     (Net, None, "bytes=0.5x", {}, "cannot read budget"),
     (Net, None, "flops=1.2x", {}, "all of the dense model"),
     (Net, [], "flops=0.5x", {}, "no calibration inputs"),
+    (Net, [torch.randn(4, 3, 8, 8)], "flops=0.5x", {}, r"one is a Tensor; write \(x,\) for x"),
+    (Net, [{"x": torch.randn(4, 3, 8, 8)}], "flops=0.5x", {}, "one is a dict"),
     (Net, None, "flops=0.5x", {"criterion": "best"}, "unknown criterion 'best'"),
     (Shared, [(torch.randn(3, 4),)], "flops=0.5x", {}, "has no channels that can go: first: again is called 2 times"),
     (Branching, [(torch.randn(3, 3, 2, 2),)], "flops=0.5x", {}, "cannot be traced"),
@@ -247,6 +249,17 @@ def test_bad_requests_are_refused_in_a_sentence(make, batches, budget, options, 
     given = [(torch.randn(4, 3, 8, 8),)] if batches is None else batches
     with pytest.raises(PlanError, match=words):
         shrink_module(make(), given, budget, **options)
+
+
+def test_a_module_is_shrunk_under_inference_mode_to_one_that_trains():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
+    want, _ = shrink_module(model, [(x,)], "params=0.6x", multiple=1)
+    with torch.inference_mode():
+        got, _ = shrink_module(model, [(x.clone(),)], "params=0.6x", multiple=1)
+    torch.testing.assert_close(got(x), want(x))
+    got(x).sum().backward()
+    assert got[0].weight.grad is not None
 
 
 def computed(how, at):

@@ -36,6 +36,12 @@ def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     return taken
 
 
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; one that was made under torch.inference_mode() as a copy, since gradients cannot pass it."""
+    moved = x.to(device)
+    return moved.clone() if moved.is_inference() else moved
+
+
 def batched(windows: Tensor) -> list[Batch]:
     per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
     return [{"input_ids": part} for part in torch.split(windows, per_batch)]

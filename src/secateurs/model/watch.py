@@ -74,7 +74,7 @@ class Watch:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         places = [(layer, module) for layer in self.layers for module in layer.places]
-        handles = [module.register_forward_pre_hook(self._hook(layer)) for layer, module in places]
+        handles = [module.register_forward_pre_hook(self._hook(layer), with_kwargs=True) for layer, module in places]
         try:
             with _Products(self) if self.experts or any(_attends(y.module) for y in self.layers) else nullcontext():
                 yield
@@ -83,7 +83,7 @@ class Watch:
                 handle.remove()
 
     def _hook(self, layer: Layer) -> Callable[..., None]:
-        return lambda module, args: self.see(layer, args[0], module)
+        return lambda module, args, named: self.see(layer, next(iter((*args, *named.values()))), module)
 
     def see(self, layer: Layer, x: Tensor, module: nn.Module | None = None) -> None:
         """Note that a layer is called with x. module: the one of its places where it is."""
@@ -182,9 +182,9 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.multi_head_attention_forward:
             return self._attention(func, inspect.signature(func).bind(*args, **kwargs).arguments)
-        if func is nn.functional.linear and isinstance(args[1], Tensor):
+        if self.at and func is nn.functional.linear and not self.watch.at_dense:
             layer = self.at.get(args[1].data_ptr())
-            if layer is not None and tuple(args[1].shape) == layer.shape and not self.watch.at_dense:
+            if layer is not None and tuple(args[1].shape) == layer.shape:
                 self.watch.add(layer, args[0].reshape(-1, layer.shape[1]))
         return func(*args, **kwargs)
 

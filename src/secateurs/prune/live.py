@@ -13,7 +13,7 @@ from secateurs.base.progress import Progress, ticker
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory
-from secateurs.model.batches import Batch, batched, first_windows
+from secateurs.model.batches import Batch, batched, first_windows, placed
 from secateurs.model.blocks import AllLoaded, blocks_of, device_of, entwined
 from secateurs.model.walk import stream
 from secateurs.prune.assign import assign
@@ -48,7 +48,7 @@ def prune_live(
             f"{absent} is on the meta device (not loaded, or offloaded); load the whole model, or prune its folder"
         )
     device = device_of(model)
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
+    batches = [{k: placed(v, device) for k, v in batch.items()} for batch in batches] if plan.calibrated else []
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}

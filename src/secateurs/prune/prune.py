@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
@@ -15,6 +16,8 @@ from secateurs.prune.record import Report
 from secateurs.prune.run import Run
 
 
+# gradients are needed on the way, and inference mode cannot be left from within
+@torch.inference_mode(False)
 def prune(
     model: str | Path | nn.Module,
     plan: Plan,

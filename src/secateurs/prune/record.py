@@ -82,13 +82,17 @@ class Report:
     compute: dict[str, Any] | None = None
 
     @property
+    def pruned(self) -> list[LayerRecord]:
+        """The records of the layers that were pruned."""
+        return [r for r in self.layers if r.skipped is None]
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Counts over layers: pruned, left dense by the plan, their shape or their kind; weights, zeros, sparsity."""
-        pruned = [r for r in self.layers if r.skipped is None]
-        weights = sum(r.numel for r in pruned)
-        zeros = weights - sum(r.kept for r in pruned)
+        weights = sum(r.numel for r in self.pruned)
+        zeros = weights - sum(r.kept for r in self.pruned)
         return {
-            "layers_pruned": len(pruned),
+            "layers_pruned": len(self.pruned),
             "layers_skipped_by_plan": sum(r.skipped_by == "plan" for r in self.layers),
             "layers_skipped_by_shape": sum(r.skipped_by == "shape" for r in self.layers),
             "layers_skipped_by_kind": sum(r.skipped_by == "kind" for r in self.layers),

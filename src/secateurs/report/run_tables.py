@@ -126,7 +126,11 @@ def _print_skips(report: Report, console: Console) -> None:
         found = [r for r in report.layers if r.skipped_by == by]
         reasons = list(dict.fromkeys(str(r.skipped) for r in found))
         if found:
-            console.print(f"[yellow]{len(found)} layers {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}.")
+            # embeddings and heads are no news
+            colour = "default" if by == "kind" else "yellow"
+            console.print(
+                f"[{colour}]{len(found)} layers {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}."
+            )
 
 
 def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.solvers import DAMPING
+from secateurs.model.batches import placed
 from secateurs.model.blocks import device_of
 from secateurs.model.layers import computed
 from secateurs.shrink import columns, graph
@@ -32,6 +33,8 @@ BUDGETS = ("params", "flops", "latency")
 _TOKENS = 2
 
 
+# gradients are needed on the way, and the copy is to have parameters that train
+@torch.inference_mode(False)
 def shrink_module(
     model: nn.Module,
     batches: Sequence[Inputs],
@@ -61,7 +64,10 @@ def shrink_module(
         if why:
             raise PlanError(f"{name} cannot be cut: {why}")
     device = device_of(model)
-    batches = [tuple(x.to(device) for x in batch) for batch in batches]
+    odd = next((type(b).__name__ for b in batches if not isinstance(b, tuple | list)), None)
+    if odd:
+        raise PlanError(f"calibration inputs are tuples of positional arguments, and one is a {odd}; write (x,) for x")
+    batches = [tuple(placed(x, device) for x in batch) for batch in batches]
     example = tuple(x[:1] for x in batches[0])
     model = copy.deepcopy(model).eval()
     found = trace(model, example)
