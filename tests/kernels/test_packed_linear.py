@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import secateurs
 from secateurs.base.errors import PackError
@@ -245,3 +246,27 @@ def test_a_dense_layer_s_bias_gets_its_gradient():
     model[0].weight.requires_grad_(False)
     model(torch.randn(3, 64)).sum().backward()
     assert model[0].bias.grad.tolist() == [3.0] * 8
+
+
+def test_layers_of_a_fused_encoder_stay_dense():
+    torch.manual_seed(0)
+    model = pruned(nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 64, batch_first=True), 1), 0.75)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        want = model(x)
+        choices = secateurs.accelerate(model)
+        torch.testing.assert_close(model(x), want)
+    assert [(c.format, c.reason) for c in choices] == [
+        ("dense", "nn.TransformerEncoderLayer multiplies by it in a fused kernel")
+    ] * 2
+    assert all(c.nbytes == c.dense_nbytes for c in choices)
+
+
+def test_a_weight_that_is_computed_stays_as_it_is():
+    model = nn.Sequential(prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.75))
+    x = torch.randn(3, 64)
+    want = model(x)
+    (choice,) = secateurs.accelerate(model)
+    assert (choice.format, choice.reason) == ("dense", "its weight is computed from other parameters")
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), want)

@@ -6,8 +6,9 @@ A DenseLinear is an nn.Linear that uses our dense kernel where that is faster th
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -220,30 +221,30 @@ def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
     """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
 
     choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster.
-    Weights shared between modules (a head tied to the embeddings) stay dense. The model is for inference from then on.
+    Weights shared between modules (a head tied to the embeddings), computed from others (weight norm) or multiplied in a fused
+    kernel (nn.TransformerEncoderLayer) stay dense. The model is for inference from then on.
     Raises PackError for a model that is not on the CPU.
     """
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    fused = {linear for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
     choices = []
     for name, module, transposed in list(linears(model)):
         weight: Any = module.weight
         if weight.device.type != "cpu":
             raise PackError(f"{name} is on {weight.device}; the kernels run on the CPU: model.cpu() first")
         choice = choose(name, weight.detach().T if transposed else weight.detach(), profile)
-        if choice.format == "bitmask" and uses[id(weight)] == 1:
+        stays = {0: "its weight is computed from other parameters", 1: ""}.get(uses[id(weight)], "shared weight")
+        if module in fused:
+            stays = "nn.TransformerEncoderLayer multiplies by it in a fused kernel"
+        if stays and choice.format == "bitmask":
+            choice = replace(choice, format="dense", nbytes=choice.dense_nbytes, reason=stays)
+        if choice.format == "bitmask":
             bias: Any = module.bias
             packed = pack((weight.detach().T if transposed else weight.detach()).contiguous())
             _replace(model, name, PackedLinear.of(packed, bias, transposed))
-        elif not transposed:
+        elif not transposed and uses[id(weight)]:
             module.__class__ = DenseLinear
-        if uses[id(weight)] > 1 and choice.format == "bitmask":
-            choice = LayerChoice(
-                name, choice.shape, "dense", choice.survivors, choice.dense_nbytes, choice.dense_nbytes, "shared weight"
-            )
         choices.append(choice)
     group_shared_inputs(model)
     return choices
