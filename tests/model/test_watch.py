@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -112,6 +114,22 @@ def test_layers_on_one_input_still_share_where_one_of_them_is_called_twice():
     found = observed(Net(forward), *X)
     assert found["a"] is found["b"]
     same(found["a"], *X, *(2 * x for x in X))
+
+
+def test_a_loop_does_not_hold_what_it_was_given():
+    alive = []
+
+    def forward(a, b, x):
+        seen = []
+        for _ in range(5):
+            x = a(b(x))
+            seen.append(weakref.ref(x))
+        alive.append(sum(ref() is not None for ref in seen))
+        return x
+
+    observed(Net(forward), X[0], X[1])
+    # what leaves the loop
+    assert alive == [1, 1]
 
 
 def test_a_convolution_and_a_layer_on_one_tensor_do_not_share():
@@ -247,3 +265,10 @@ def test_a_weight_of_two_blocks_counts_what_both_are_given(shared):
     assert sum(1 for _ in stream(model, [{"input_ids": ids}], store=store, keep_last=True)) == 3
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(model.model.norm(store.read(3, 0))), whole)
+
+
+def test_a_weight_that_is_also_outside_the_blocks_is_refused():
+    model = tiny.make("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.lm_head.weight
+    refused = {y.name: y.refused for step in stream(model, []) for y in step.layers if y.refused}
+    assert refused == {"model.layers.1.mlp.up_proj": "lm_head.weight, outside the blocks, is the same weight"}

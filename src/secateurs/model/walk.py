@@ -11,7 +11,7 @@ T tokens, O outputs, I inputs, B sequences, S positions.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -202,8 +202,8 @@ def stream(
         wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
         early = keep_output if wanted and propagate == "dense" else None
         layers = layers_of(block, names[index], experts)
-        if names is not inside:
-            layers = [y for y in layers if y.name.startswith(tuple(f"{name}." for name in inside))]
+        if inside != [""]:
+            layers = _within(model, inside, layers)
         yield Step(
             index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], model, forward, early, tick,
             None if whole else call, teacher, store, targets,
@@ -220,3 +220,17 @@ def stream(
                     keep_output(batch, forward(batch))
                     tick()
         loader.release(model)
+
+
+def _within(model: nn.Module, names: Sequence[str], layers: Sequence[Layer]) -> list[Layer]:
+    """The layers in blocks of these names; one whose weight something outside of them holds as well is refused."""
+    inside = tuple(f"{name}." for name in names)
+    named = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter): name for name, parameter in named if not name.startswith(inside)}
+    found = [layer for layer in layers if layer.name.startswith(inside)]
+    return [
+        replace(y, refused=f"{outside[id(y.parameter)]}, outside the blocks, is the same weight")
+        if id(y.parameter) in outside
+        else y
+        for y in found
+    ]

@@ -24,10 +24,13 @@ class Unlike(Exception):
 
 
 class _Call(NamedTuple):
-    """What a layer was called with. version: of the tensor then, so that a change in place shows; None if it has none."""
+    """What a layer was called with; None where that is not needed again.
 
-    x: Tensor
-    version: int | None
+    version: of the tensor then, so that a change in place shows; None if it has none.
+    """
+
+    x: Tensor | None = None
+    version: int | None = None
 
     @classmethod
     def of(cls, x: Tensor) -> "_Call":
@@ -35,6 +38,9 @@ class _Call(NamedTuple):
 
     def same(self, other: "_Call") -> bool:
         return self.x is other.x and self.version is not None and self.version == other.version
+
+
+_FORGOTTEN = _Call()
 
 
 class Watch:
@@ -54,6 +60,8 @@ class Watch:
         # a pass may end at the last call; which call of an expert is the last one is not known
         self.may_stop = may_stop and not self.experts
         self.leader: dict[str, str] = {}
+        # leaders of others
+        self.followed: set[str] = set()
         self.sums: dict[str, Stats] = {}
         # of the batch under way
         self.calls: dict[str, list[_Call]] = {}
@@ -90,12 +98,14 @@ class Watch:
         calls = self.dense if self.at_dense and self.dense is not None else self.calls
         mine, call = calls.setdefault(layer.name, []), _Call.of(x)
         number = len(mine)
-        mine.append(call)
+        # a loop of a hundred calls holds the inputs of those that another layer may share
+        mine.append(call if self.at_dense or number == 0 or layer.name in self.followed else _FORGOTTEN)
         if self.at_dense:
             return
         leader = self.leader.get(layer.name)
         if leader is None:
             leader = self.leader[layer.name] = self._shared(layer, call)
+            self.followed |= {leader} - {layer.name}
         if leader != layer.name:
             if not any(call.same(other) for other in self.calls.get(leader, [])[number : number + 1]):
                 raise Unlike(layer.name)
@@ -121,6 +131,7 @@ class Watch:
         if number >= len(calls):
             return None
         x, version = calls[number]
+        assert x is not None
         if _Call.of(x).version != version:
             raise LayerError(f"{layer.name}: its block changes the layer's input in place; leave out --blend")
         return layer.inputs(x, module)
