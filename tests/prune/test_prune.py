@@ -281,8 +281,8 @@ def test_propagate_dense_calibrates_on_dense_inputs(tmp_path, llama, words):
     plan = asked(sc.Plan, method="wanda", sparsity=0.8, calibration=str(words), **{**FAST, "eval_windows": 0})
     reports = {p: sc.prune(llama, changed(plan, propagate=p), out=tmp_path / p) for p in ("pruned", "dense")}
     first, last = 0, -1
-    assert reports["pruned"].layers[first].error == reports["dense"].layers[first].error
-    assert reports["pruned"].layers[last].error != reports["dense"].layers[last].error
+    assert reports["pruned"].pruned[first].error == reports["dense"].pruned[first].error
+    assert reports["pruned"].pruned[last].error != reports["dense"].pruned[last].error
 
 
 def test_overlapping_text_is_warned_about(tmp_path, llama, words):

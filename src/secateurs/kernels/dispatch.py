@@ -352,7 +352,7 @@ def _linear_back(by_y: Tensor, values: list[Tensor], masks: list[Tensor | None],
     """The gradient by x, flat: by_y W, summed over the matrices, which are unpacked one at a time."""
     tokens = by_y.numel() // sum(shapes[::2])
     by_x_TI = by_y.new_zeros(tokens, shapes[1])
-    parts = by_y.split([tokens * outputs for outputs in shapes[::2]])
+    parts = torch.split(by_y, [tokens * outputs for outputs in shapes[::2]])
     for i, (part, v, mask) in enumerate(zip(parts, values, masks, strict=True)):
         shape = (shapes[2 * i], shapes[2 * i + 1])
         weight_OI = v.view(shape) if mask is None else unpack(read_bitmask(v, mask, shape))

@@ -81,11 +81,11 @@ def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any])
     try:
         yield
     finally:
-        for module, forward in before.items():
+        for module, own in before.items():
             del module.forward
             # the library accelerate replaces the instance's forward as well, to move inputs to a block's device
-            if forward is not None:
-                module.forward = forward
+            if own is not None:
+                module.forward = own
 
 
 @contextmanager
