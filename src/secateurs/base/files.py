@@ -3,41 +3,58 @@
 A file is written beside its place, flushed to the disk and renamed, so a kill or a full disk never leaves half of one.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from secateurs.base.errors import OutputError
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raises OutputError, naming the place and the system's reason, for what cannot be written inside."""
+    try:
+        yield
+    # a full disk is an exception of its own in safetensors
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        full = "No space" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        todo = "free space" if full else "make it writable"
+        raise OutputError(f"cannot write {place}: {reason}; nothing else was changed, {todo} and rerun") from None
+
+
 def replace(file: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `file`, flush it to the disk and give it its name.
 
-    Raises OutputError naming the file and the system's reason; what was there before is still there.
+    Raises OutputError as writing() does; what was there before is still there.
     """
     temporary = part_of(file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    # safetensors reports a full disk as its own exception type
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(f"cannot write {file}: {reason}; nothing else was changed, free space and rerun") from None
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(file)
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def part_of(file: Path) -> Path:
@@ -66,8 +83,34 @@ def fingerprint_of(windows: Tensor) -> str:
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Write JSON, indented by two spaces, keys in the order given. Refuses NaN and infinity, which would hide a bad number."""
-    replace(file, lambda part: _write_text(part, json.dumps(data, indent=2, allow_nan=False) + "\n"))
+    """Write JSON, indented by two spaces, keys in the order given. Raises OutputError as to_json() and replace() do."""
+    text = to_json(data, str(file))
+    replace(file, lambda part: _write_text(part, text + "\n"))
+
+
+def to_json(data: Any, what: str) -> str:
+    """The text of JSON. Raises OutputError naming the first number that is NaN or infinite: as a result it would hide a mistake."""
+    try:
+        return json.dumps(data, indent=2, allow_nan=False)
+    except ValueError:
+        found = next(_not_finite(data, ""), None)
+        if found is None:
+            raise
+    raise OutputError(
+        f"{what} was not written: {found[0]} is {found[1]}, which no result may be; nothing else was changed"
+    )
+
+
+def _not_finite(data: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Where numbers are that JSON has no word for, as layers[3].error, and what they are."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _not_finite(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(data, list | tuple):
+        for i, value in enumerate(data):
+            yield from _not_finite(value, f"{place}[{i}]")
+    elif isinstance(data, float) and not math.isfinite(data):
+        yield place or "it", data
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import OutputError, SecateursError
 from secateurs.base.files import part_of, write_json
+
+# of report.json
+REPORT_FORMAT = 1
 
 
 def is_run(folder: str | Path) -> bool:
@@ -27,8 +30,11 @@ def model_in(folder: str | Path) -> Path:
         return folder
     file = folder / "decide.json"
     if file.is_file():
-        decided = json.loads(file.read_text(encoding="utf-8"))
-        row = next((r for r in decided["rows"] if r["candidate"] == decided["recommended"]), None)
+        decided = read_object(file)
+        try:
+            row = next((r for r in decided["rows"] if r["candidate"] == decided["recommended"]), None)
+        except (KeyError, TypeError):
+            raise OutputError(f"{file} is not a decision of this secateurs; use the version that wrote it") from None
         if row is None:
             raise OutputError(
                 f"{folder} decided for the dense model, so it holds none of its own; name {decided['plan']['model']}, or a folder "
@@ -79,9 +85,9 @@ def shrunk_before(model: str) -> dict[str, Any] | None:
 
 
 def resolved(model: str) -> str:
-    """The absolute path of a model folder, of a run directory that of its model; a hub id unchanged."""
+    """The absolute path of a model folder or file, of a run directory that of its model; a hub id unchanged."""
     folder = Path(model).expanduser()
-    return str(model_in(folder).resolve()) if folder.is_dir() else model
+    return str(model_in(folder).resolve()) if folder.exists() else model
 
 
 def claim(out: Path, plan: dict[str, Any]) -> None:
@@ -90,33 +96,71 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
     It must be new, empty, or the directory of an earlier run of the same plan.
     """
     file = out / "plan.json"
-    if file.is_file():
-        try:
-            old = json.loads(file.read_text())
-        except ValueError:
-            raise OutputError(f"{file} is not JSON; choose another folder, or delete it") from None
-        if old != plan:
-            missing = "not stated"
-            name = next(k for k in {**plan, **old} if plan.get(k, missing) != old.get(k, missing))
-            raise OutputError(
-                f"{out} holds a run of another plan ({name} is {old.get(name, missing)} there, {plan.get(name, missing)} here); "
-                "choose another folder, or delete it"
-            )
-        return
     try:
-        # a run that was killed while it wrote its plan left a temporary file behind
-        if out.exists() and (not out.is_dir() or any(found.name != part_of(file).name for found in out.iterdir())):
-            raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
+        # of two that begin at once, the second one sees the plan of the first
+        alone = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from None
-    write_json(file, plan)
+    try:
+        # not every file system locks folders
+        with suppress(OSError):
+            fcntl.flock(alone, fcntl.LOCK_EX)
+        if file.is_file():
+            _same_plan(out, read_object(file), plan)
+            return
+        # a run that was killed while it wrote its plan left a temporary file behind
+        if any(found.name != part_of(file).name for found in out.iterdir()):
+            raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
+        write_json(file, plan)
+    finally:
+        os.close(alone)
+
+
+def _same_plan(out: Path, old: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise OutputError if a run directory was begun with another plan, or by another version."""
+    if old == plan:
+        return
+    other = sorted(set(old) ^ set(plan))
+    if other:
+        raise OutputError(
+            f"{out} was begun by another command or version of secateurs ('{other[0]}' is stated only "
+            f"{'there' if other[0] in old else 'here'}); go on with that one, choose another folder, or delete it"
+        )
+    name = next(k for k in plan if plan[k] != old[k])
+    raise OutputError(
+        f"{out} holds a run of another plan ({name} is {old[name]} there, {plan[name]} here); choose another folder, or delete it"
+    )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a run directory. Raises OutputError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read: {error}; choose another folder, or delete it") from None
+    if not isinstance(found, dict):
+        raise OutputError(f"{file} is not a JSON object of ours; choose another folder, or delete it")
+    return found
+
+
+def report_of(run: Path) -> dict[str, Any] | None:
+    """The report.json of a run of shrink or recover, None if there is none. Raises OutputError for one of another version."""
+    file = run / "report.json"
+    if not file.is_file():
+        return None
+    found = read_object(file)
+    if found.get("format") != REPORT_FORMAT:
+        raise OutputError(
+            f"{file} is of format {found.get('format')}, this secateurs writes {REPORT_FORMAT}; use the version that wrote it"
+        )
+    return found
 
 
 def unchanged(run: Path, facts: dict[str, str]) -> None:
     """Check that what a run reads, {what: its fingerprint}, is what it read when it began. Raises OutputError."""
     file = run / "work" / "read.json"
-    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, str] = read_object(file) if file.is_file() else {}
     for what, fingerprint in facts.items():
         if known.get(what, fingerprint) != fingerprint:
             raise OutputError(f"{what} has changed since {run} was begun; delete {run} and start again")

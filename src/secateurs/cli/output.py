@@ -1,6 +1,5 @@
 """What commands print: progress bars and notes on standard error, tables or one JSON object on standard output."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,9 @@ def note(sentence: str | None, quiet: bool = False) -> None:
 
 def print_json(data: dict[str, Any]) -> None:
     """The one object of --json (docs/commands.md)."""
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+    from secateurs.base.files import to_json
+
+    typer.echo(to_json(data, "the object of --json"))
 
 
 @contextmanager

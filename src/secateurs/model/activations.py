@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from secateurs.base.errors import OutputError
-from secateurs.base.files import write_json
+from secateurs.base.files import write_json, writing
 
 
 class Activations(Protocol):
@@ -53,12 +52,9 @@ class OnDisk:
         from safetensors.torch import save_file
 
         file = self._file(block, batch)
-        try:
+        with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"hidden": hidden.contiguous()}, file)
-        # safetensors reports a full disk as its own exception type
-        except Exception as error:
-            raise OutputError(f"cannot write {file}: {error}; nothing is lost, free space and rerun") from None
 
     def drop(self, block: int) -> None:
         import shutil

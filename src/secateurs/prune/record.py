@@ -8,8 +8,9 @@ from typing import Any
 
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_json
+from secateurs.base.run_directory import REPORT_FORMAT
 
-FORMAT = 1
+FORMAT = REPORT_FORMAT
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy
 import torch
 
+from secateurs.base.files import writing
 from secateurs.base.precision import widened
 from secateurs.shrink.units import Shape
 
@@ -78,7 +80,7 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
                 filled = torch.full(parameter.shape, 0.01, dtype=dtype)
                 module._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
     model.tie_weights()
-    with tempfile.TemporaryDirectory() as folder:
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
         # the folder may be deleted: loaded weights stay mapped

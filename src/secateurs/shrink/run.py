@@ -7,7 +7,6 @@ This file orders the stages and writes and measures the result. The stages: esti
 is taken), cutting.py (the model is cut to it).
 """
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.base.device import machine, peak_memory
-from secateurs.base.files import fingerprint_of, write_json, write_text
+from secateurs.base.files import fingerprint_of, write_json, write_text, writing
 from secateurs.base.precision import described
 from secateurs.base.progress import Clock, Progress, silent
-from secateurs.base.run_directory import claim, locked, resolved, unchanged
+from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import texts
 from secateurs.quality.evaluation import check, measured, texts_apart
@@ -49,10 +48,10 @@ def shrink(
         shapes.refuse_too_small(job)
     claim(out, plan.as_dict())
     with locked(out):
-        report_file = out / "report.json"
-        if not report_file.is_file():
-            write_json(report_file, _made(job, source, out, beside))
-        report: dict[str, Any] = json.loads(report_file.read_text())
+        report = report_of(out)
+        if report is None:
+            write_json(out / "report.json", _made(job, source, out, beside))
+            report = report_of(out) or {}
     shutil.rmtree(job.work, ignore_errors=True)
     return report
 
@@ -76,7 +75,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     _write(plan, source, folder, model, stated)
     clock.spend("cutting")
     report: dict[str, Any] = {
-        "format": 1,
+        "format": REPORT_FORMAT,
         "plan": plan.as_dict(),
         "machine": machine(),
         "compute": described(dense.config.dtype),
@@ -119,7 +118,8 @@ def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model:
     source.copy_small_files(folder, but=("config.json",))
     # model.config still has sizes of the dense model, and save_pretrained would refuse it
     model.config = type(model.config).from_dict(stated)
-    model.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
     write_json(folder / "config.json", stated)
     write_text(folder / "README.md", _card(plan))
 

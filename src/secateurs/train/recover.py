@@ -8,7 +8,6 @@ All processes of a torchrun share each step's windows; the first one writes.
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,7 +23,16 @@ from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described, widened
 from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Progress, silent, ticker
-from secateurs.base.run_directory import claim, is_run, locked, resolved, unchanged
+from secateurs.base.run_directory import (
+    REPORT_FORMAT,
+    claim,
+    is_run,
+    locked,
+    read_object,
+    report_of,
+    resolved,
+    unchanged,
+)
 from secateurs.model import checkpoint
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import Batch, batched
@@ -58,8 +66,8 @@ class _Run:
     def __init__(self, plan: RecoverPlan, out: Path, progress: Progress) -> None:
         teacher = plan.teacher
         if is_run(plan.model):
-            earlier = json.loads((Path(plan.model).expanduser() / "plan.json").read_text())
-            teacher = teacher or earlier.get("teacher") or earlier["model"]
+            earlier = read_object(Path(plan.model).expanduser() / "plan.json")
+            teacher = teacher or earlier.get("teacher") or earlier.get("model")
         if teacher is None:
             raise PlanError(
                 f"{plan.model} is no run directory that names its dense model: give --teacher, or --teacher none to train on the "
@@ -94,8 +102,8 @@ class _Run:
         if ranks.first:
             claim(self.out, plan.as_dict())
         with locked(self.out) if ranks.first else contextlib.nullcontext():
-            if file.is_file():
-                return json.loads(file.read_text())  # type: ignore[no-any-return]
+            if done := report_of(self.out):
+                return done
             began = time.perf_counter()
             text = self._text(model)
             if ranks.first:
@@ -110,7 +118,7 @@ class _Run:
             if low:
                 low.merge()
             report = {
-                "format": 1,
+                "format": REPORT_FORMAT,
                 "status": "trained",
                 "plan": plan.as_dict(),
                 "machine": machine(),
