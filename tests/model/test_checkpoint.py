@@ -189,7 +189,96 @@ def test_an_unknown_model_type_and_a_broken_config(folder):
 def test_pickles_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    broken(tmp_path, r"has no \*\.safetensors \(pytorch_model.bin is pickled")
+    broken(tmp_path, r"has no model\.safetensors, and pytorch_model\.bin is pickled, .*; convert it: python -c")
+
+
+def test_the_command_that_converts_pickles_makes_a_folder_that_is_read(tmp_path):
+    import shlex
+    import subprocess
+    import sys
+
+    folder = tmp_path / "two words"
+    model = tiny.make("llama")
+    tiny.save(folder)
+    for shard in folder.glob("*.safetensors*"):
+        shard.unlink()
+    state = model.state_dict()
+    halves = {"pytorch_model-00001-of-00002.bin": list(state)[:9], "pytorch_model-00002-of-00002.bin": list(state)[9:]}
+    for name, keys in halves.items():
+        torch.save({key: state[key] for key in keys}, folder / name)
+    where = {key: name for name, keys in halves.items() for key in keys}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00001-of-00002\.bin is pickled") as refusal:
+        Checkpoint(folder)
+    command = shlex.split(str(refusal.value).split("convert it: ")[1])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    found = Checkpoint(f"{folder}-safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.read(found.file_of).items())
+    assert found.tokenizer()("a").input_ids == [64]
+
+
+@pytest.mark.parametrize(
+    "other", ["backup.safetensors", "consolidated.safetensors", "adapter_model.safetensors", "a.safetensors"]
+)
+def test_weights_are_read_from_the_file_that_transformers_reads(other, llama, tmp_path):
+    want = Checkpoint(llama)
+    whole = tiny.save(tmp_path / "whole", shard="1GB")
+    for folder in (whole, shutil.copytree(llama, tmp_path / "shards")):
+        save_file({name: torch.zeros_like(t) for name, t in want.read(want.file_of).items()}, folder / other)
+        found = Checkpoint(folder)
+        assert set(found.file_of) == set(want.file_of)
+        assert not any(file.name == other for file in found.file_of.values())
+        for name, tensor in want.read(want.file_of).items():
+            assert torch.equal(found.read([name])[name], tensor), name
+
+
+def test_where_a_whole_file_lies_beside_shards_the_whole_one_is_read_as_transformers_does(folder):
+    import transformers
+
+    halved = {name: t / 2 for name, t in tiny.make("llama").state_dict().items()}
+    save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    found = Checkpoint(folder)
+    for name, tensor in found.read(found.file_of).items():
+        assert torch.equal(tensor, halved[name])
+        assert torch.equal(tensor, theirs[name])
+
+
+def test_a_file_that_config_json_names_is_read(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    broken(folder, r"transformers reads other\.safetensors")
+    save_file(tiny.make("llama").state_dict(), folder / "other.safetensors", metadata={"format": "pt"})
+    found = Checkpoint(folder)
+    assert {file.name for file in found.file_of.values()} == {"other.safetensors"}
+    # the result has other files
+    found.copy_small_files(folder / "out")
+    assert json.loads((folder / "out" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_folder_without_the_file_that_transformers_reads_says_what_is_there(other, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    broken(tmp_path, r"has no model\.safetensors and no model\.safetensors\.index\.json")
+    save_file({"a": torch.zeros(1)}, tmp_path / other)
+    broken(
+        tmp_path, rf"has {other}, and transformers reads model\.safetensors or model\.safetensors\.index\.json; name it"
+    )
+
+
+def test_the_hub_s_folder_of_links_is_read_and_copied_as_files(llama, tmp_path):
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / "0123abcd"
+    blobs = tmp_path / "models--owner--tiny" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(llama.iterdir())):
+        shutil.copy(file, blobs / f"blob{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob{i}")
+    found, want = Checkpoint(snapshot), Checkpoint(llama)
+    assert all(torch.equal(t, want.read([name])[name]) for name, t in found.read(found.file_of).items())
+    found.copy_small_files(tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "config.json").read_bytes() == (llama / "config.json").read_bytes()
 
 
 def test_names_that_are_no_folder():

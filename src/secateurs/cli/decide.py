@@ -58,6 +58,7 @@ def decide(
     multiple: Annotated[int | None, option(RARE, "MLP widths of shrink are multiples of this. Default: 64.")] = None,
     tasks_path: options.TasksPath = None,
     tasks_limit: options.TasksLimit = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Which candidate to ship on this machine: estimated, pruned, held to the floor, timed. Exit code 5: none pays.
 

@@ -28,6 +28,7 @@ def evaluate(
     seed: Annotated[int, options.option(options.RARE, "Of the intervals' resampling. Default: 0.")] = 0,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure a run directory against its dense model, or one model alone.
 
@@ -48,11 +49,12 @@ def evaluate(
         # of a decision, the run of the candidate to ship
         before, after = models_of(model_in(model).parent)
         dense, left = Checkpoint(before), Checkpoint(after)
+    note(dense.note, quiet)
     with on_cpu(quiet, as_json) as progress:
         found = measured(dense, left, asked, seed, progress)
     if found.numbers is None:
         raise CalibrationError(f"{model} predicts no next token, so it has no perplexity")
-    result = {"compute": described(dense.dtype), **found.as_dict()}
+    result = {"compute": described(dense.dtype), **found.as_dict(), "warnings": found.warnings}
     if as_json:
         print_json(result)
     elif not quiet:
@@ -68,6 +70,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="A finished run directory of prune.", show_default=False)],
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Re-read a run directory from disk and check everything that its report claims.
 
@@ -90,16 +93,23 @@ def verify(
             screen.print(f"[yellow]Warning:[/] {warning}.")
 
 
-def inspect(model: options.Model, as_json: options.Json = False, quiet: options.Quiet = False) -> None:
+def inspect(
+    model: options.Model,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
     """Show what is in a model: of each layer its shape, zeros, the N:M patterns that hold, bytes as stored.
 
     Example: secateurs inspect runs/half
     """
     from secateurs.base.run_directory import model_note
+    from secateurs.model.checkpoint import Checkpoint
     from secateurs.model.inspect import inspect as look
     from secateurs.report.tables import print_facts
 
     note(model_note(model), quiet)
+    note(Checkpoint(model).note, quiet)
     with progress_bars(not quiet and not as_json) as progress:
         facts = look(model, progress)
     if as_json:

@@ -26,6 +26,7 @@ def probe(
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure what zeros are worth on this machine, before pruning: seconds, bytes, speedup over the best dense.
 

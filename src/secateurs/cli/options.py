@@ -24,6 +24,25 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
 Model = Annotated[
     str, typer.Argument(help="A Hugging Face folder, a hub id, or a run directory: its model.", show_default=False)
 ]
+
+
+def _trust(given: bool) -> bool:
+    if given:
+        from secateurs.model.source import trust_remote_code
+
+        trust_remote_code()
+    return given
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    option(
+        RARE,
+        "Run the Python code that lies in the model's folder; only for code that you have read. Default: it is refused.",
+        "--trust-remote-code",
+        callback=_trust,
+    ),
+]
 Out = Annotated[Path, option(OUTPUT, "The run directory to make. Rerun after a kill: it goes on. E.g. runs/half.")]
 Json = Annotated[bool, option(OUTPUT, "Print one JSON object to standard output and nothing else.", "--json")]
 Quiet = Annotated[bool, option(OUTPUT, "Print nothing but errors.", "--quiet", "-q")]

@@ -26,6 +26,7 @@ def pack(
     merge_zeros: Annotated[
         bool, option(RARE, "Store no negative zeros, which weight * mask leaves behind.", "--merge-zeros")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Store a pruned model without its zeros, for the sparse kernels; or turn it back.
 
@@ -78,6 +79,7 @@ def bench(
     out: Annotated[Path | None, option(OUTPUT, "Where the numbers go. Default: bench.json in a run directory.")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure tokens per second of whole models: prefill, decode, peak memory; dense against packed, in turn.
 

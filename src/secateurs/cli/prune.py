@@ -115,6 +115,7 @@ def prune(
     ] = None,
     tasks_path: options.TasksPath = None,
     tasks_limit: options.TasksLimit = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Prune a language model in one shot, check it, measure it against the dense one.
 

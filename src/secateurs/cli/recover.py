@@ -55,6 +55,7 @@ def recover(
     ] = False,
     tasks_path: options.TasksPath = None,
     tasks_limit: options.TasksLimit = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train what pruning left until the quality is back; zeros stay zero. Alone, or in several processes under torchrun.
 

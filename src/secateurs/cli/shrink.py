@@ -55,6 +55,7 @@ def shrink(
     ] = None,
     tasks_path: options.TasksPath = None,
     tasks_limit: options.TasksLimit = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Remove neurons, heads and blocks until a budget is met: a smaller dense model that any tool loads.
 

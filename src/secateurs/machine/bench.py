@@ -22,6 +22,7 @@ from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.machine.timing import Timing
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.source import trusted
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def dense_variants(folder: str) -> list[Variant]:
     As stored; or, where the CPU has no instructions for its 16-bit weights and torch emulates them, widened to fp32 and by our
     own dense kernels.
     """
+    # of a model that is stored in another way, its plain copy
+    folder = str(Checkpoint(folder, packed=True).folder)
     wide = _wide(Path(folder))
     if wide is None:
         return [Variant("dense", folder, "dense")]
@@ -253,7 +256,8 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
 
     from secateurs.kernels.packed_linear import DenseLinear
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": getattr(torch, dtype)} if dtype else {}))
+    precision = {"dtype": getattr(torch, dtype)} if dtype else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted(), **precision)
     packed = hasattr(model, "hf_quantizer")
     if not how.startswith("packed") and packed:
         model = model.dequantize()

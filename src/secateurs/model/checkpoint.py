@@ -1,13 +1,12 @@
 """Reads and writes model folders: a skeleton without weights that is filled and emptied block by block; sharded safetensors.
 
 A model need never be in memory as a whole. Tensors that nothing edits are copied as they are in the source; edited ones keep
-their name and dtype. Pickled weights are refused.
+their name and dtype. Pickled weights are refused; a model that is stored in another way is read from its plain copy (plain.py).
 """
 
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_json, write_tensors
-from secateurs.base.run_directory import model_in
 from secateurs.model import attention
 from secateurs.model.blocks import blocks_of
+from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
 
-INDEX = "model.safetensors.index.json"
 # weights outside the blocks that are written together
 _SHARD_WEIGHTS = 1 << 27
 # bytes of a safetensors dtype; those not listed take 8 at most
@@ -32,35 +30,26 @@ _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "F64": 8, "I32": 4, "I8": 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 
 
-def resolve(model: str | Path) -> Path:
-    """The folder of a model: a local folder as it is, of a run directory its model; anything else is a hub id, whose safetensors
-    and small files are downloaded.
-
-    Raises CheckpointError if it is neither.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return model_in(folder)
-    if folder.is_file():
-        raise CheckpointError(f"{model} is a file; give the folder with config.json and *.safetensors, or a hub id")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
-        raise CheckpointError(f"no folder {model} here, and it cannot be a hub id (those read 'owner/name')")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {model} here, and the hub did not give it: {first}") from None
-
-
 class Checkpoint:
-    """One Hugging Face folder: its config, where each tensor lies, and a loader for walk.stream()."""
+    """One Hugging Face folder: its config, where each tensor lies, and a loader for walk.stream().
+
+    given: where the model is; folder: where it is read, which is another place for one that is stored in another way. note: what a
+    reader of its numbers should know of that, or None.
+    """
 
     def __init__(self, model: str | Path, packed: bool = False) -> None:
         """packed: the folder may be one of `secateurs pack`, whose skeleton is that of the dense model."""
-        self.folder = resolve(model)
+        # it makes the copy with a Checkpoint
+        from secateurs.model.plain import plain
+
+        self.given = resolve(model)
+        self._copy = plain(self.given)
+        self.note = self._copy.note
+        self._open(self._copy.folder, packed)
+
+    def _open(self, folder: Path, packed: bool = False, quantizer: Any = None) -> None:
+        """quantizer: transformers' own of a quantized folder, which dequantizes what is loaded."""
+        self.folder = folder
         config = self.folder / "config.json"
         if not config.is_file():
             raise CheckpointError(f"{self.folder} has no config.json, so it is not a Hugging Face model")
@@ -68,15 +57,20 @@ class Checkpoint:
             self.raw_config: dict[str, Any] = json.loads(config.read_text())
         except ValueError as error:
             raise CheckpointError(f"{config} is not JSON: {error}") from None
-        method = self.raw_config.get("quantization_config", {}).get("quant_method")
+        stored = self.raw_config.get("quantization_config")
+        method = (stored or {}).get("quant_method")
         if method == "secateurs" and not packed:
             raise CheckpointError(f"{self.folder} is packed; `secateurs pack --dense` gives the plain model back")
-        if "quantization_config" in self.raw_config and method != "secateurs":
-            raise CheckpointError(f"{self.folder} is already quantized; prune the model that it was made from")
+        if stored is not None and method != "secateurs" and quantizer is None:
+            raise CheckpointError(
+                f"{self.folder} is already quantized ({method or 'by no method that it names'}), and nothing here turns that back "
+                "into 16-bit weights on a CPU; prune the model that it was made from"
+            )
         self.file_of = self._find_tensors()
         self.target_of: dict[str, str] = {}
         self.converted: set[str] = set()
         self._mapping: list[Any] = []
+        self._quantizer = quantizer
         self._outside_loaded = False
         # parameters that were found finite: an embedding is loaded many times in a run
         self._sound: set[str] = set()
@@ -84,19 +78,15 @@ class Checkpoint:
     # ------------------------------------------------------------------------------------------------------ reading
 
     def _find_tensors(self) -> dict[str, Path]:
-        index = self.folder / INDEX
-        shards = sorted(self.folder.glob("*.safetensors"))
+        index = weights_of(self.folder, self.raw_config)
+        shards = [index]
         listed: dict[str, str] | None = None
-        if index.is_file():
+        if index.suffix == ".json":
             try:
                 listed = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error}") from None
             shards = [self.folder / name for name in sorted(set(listed.values()))]
-        if not shards:
-            pickled = [f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
-            hint = f" ({pickled[0]} is pickled: convert it with transformers, save_pretrained)" if pickled else ""
-            raise CheckpointError(f"{self.folder} has no *.safetensors{hint}")
         found: dict[str, Path] = {}
         for shard in shards:
             if not shard.is_file():
@@ -144,17 +134,18 @@ class Checkpoint:
             return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
 
     def fingerprint(self) -> str:
-        """A hash that changes when a weight file or the config does; of names, sizes and times, not of contents."""
-        files = sorted({*self.file_of.values(), self.folder / "config.json"})
-        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        """A hash that changes when a weight file or the config does; of names, sizes and times, not of contents.
+
+        Of a plain copy, that of the model that it was made from.
+        """
+        return self._copy.key or fingerprint_of_files({*self.file_of.values(), self.folder / "config.json"})
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer. Raises CheckpointError if there is none."""
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trusted())
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{self.folder} has no tokenizer that loads: {first}") from None
@@ -168,18 +159,24 @@ class Checkpoint:
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            config = transformers.AutoConfig.from_pretrained(self.folder)
+            config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted())
         except Exception as error:
+            if self._own_code() and not trusted():
+                raise CheckpointError(untrusted(self.folder)) from None
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{self.folder}/config.json: {first}") from None
         names = getattr(config, "architectures", None) or []
-        cls = getattr(transformers, names[0], None) if names else None
+        cls = self._class(names[0]) if names else None
         if cls is None:
+            if self._own_code() and not trusted():
+                raise CheckpointError(untrusted(self.folder))
             raise CheckpointError(
                 f"{self.folder}/config.json names architecture {names}; transformers has no such class"
             )
         if getattr(config, "dtype", None) is None:
             config.dtype = self.dtype
+        if self._quantizer is not None:
+            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = cls._from_config(config)
         if model.config._attn_implementation == "sdpa":
@@ -191,7 +188,7 @@ class Checkpoint:
             # fused expert kernels do not show which expert saw which token
             with suppress(ValueError, RuntimeError, AttributeError):
                 model.set_experts_implementation("eager")
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping = get_model_conversion_mapping(model, hf_quantizer=self._quantizer)
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         state = model.state_dict()
@@ -203,6 +200,21 @@ class Checkpoint:
             if source is not None:
                 self.converted.add(key)
         return model
+
+    def _own_code(self) -> dict[str, str]:
+        """{class: where the folder says that its code is}, for a model with code of its own."""
+        auto_map = self.raw_config.get("auto_map") or {}
+        return {ref.rpartition(".")[2]: ref for ref in auto_map.values() if isinstance(ref, str)}
+
+    def _class(self, name: str) -> Any:
+        """The model's class: of its own code if that may be run, else transformers'; None if there is neither."""
+        import transformers
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        own = self._own_code()
+        if name in own and trusted():
+            return get_class_from_dynamic_module(own[name], str(self.folder))
+        return getattr(transformers, name, None)
 
     # ------------------------------------------------------------------------------------- the Loader of parts.py
 
@@ -277,7 +289,9 @@ class Checkpoint:
         if not keys:
             return
         any_model: Any = model
-        settings = LoadStateDictConfig(weight_mapping=self._mapping, dtype=any_model.config.dtype)
+        settings = LoadStateDictConfig(
+            weight_mapping=self._mapping, dtype=any_model.config.dtype, hf_quantizer=self._quantizer
+        )
         info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings)
         if info.mismatched_keys:
             name, got, want = next(iter(info.mismatched_keys))
@@ -335,6 +349,16 @@ class Checkpoint:
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ("README.md", *but):
                 shutil.copyfile(file, to / file.name)
+        # the name of a weight file that is not there
+        if "transformers_weights" in self.raw_config and "config.json" not in but:
+            kept = {key: value for key, value in self.raw_config.items() if key != "transformers_weights"}
+            write_json(to / "config.json", kept)
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """A hash of the files' names, sizes and times."""
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def shard_name(index: int, count: int) -> str:

@@ -84,7 +84,8 @@ def measured(
     work: where finished windows and tasks are kept, for a run that goes on. beside: where the dense model's tasks are kept for
     other runs on it. Raises CalibrationError where a gate asks for what the model cannot tell.
     """
-    found, warnings = None, []
+    found = None
+    warnings = [model.note for model in (dense, result) if model and model.note]
     if asked.windows:
         found = quality(dense, result, asked, seed, progress, work / "windows.json" if work else None)
         if found is None:
@@ -182,7 +183,8 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = source.raw_config.get("architectures") or [""]
-    return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    own = str((source.raw_config.get("auto_map") or {}).get("AutoModelForCausalLM"))
+    return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or own.rpartition(".")[2] == names[0]
 
 
 def texts_apart(

@@ -10,6 +10,7 @@ import numpy as np
 from secateurs.base.errors import CalibrationError
 from secateurs.base.estimate import Estimate, mean_of
 from secateurs.base.precision import widened
+from secateurs.model.source import trusted
 
 # the metric that stands for a task: the first of these that it has
 _PREFERRED = ("acc", "exact_match", "acc_norm", "f1")
@@ -46,8 +47,8 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusted())
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     # by itself it would take a GPU where there is one, and report.json would name the wrong device
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
     with widened():

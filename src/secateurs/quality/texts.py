@@ -25,6 +25,7 @@ from secateurs.base.errors import CalibrationError
 from secateurs.base.precision import widened
 from secateurs.base.progress import Progress, silent, ticker
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.source import trusted
 from secateurs.quality.settings import Calibration
 
 # a token is 3 to 5 characters of English; so many are tokenized for each token wanted, and twice as many if that is too few
@@ -94,7 +95,7 @@ def read(asked: Calibration, source: Checkpoint, model: nn.Module, windows: int,
         return load(asked.source, source.tokenizer(), windows, seqlen, asked.seed)
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted())
     tick = ticker(progress, "sampling", seqlen - 1)
     return sample_from(whole, source.tokenizer(), windows, seqlen, asked.seed, tick)
 

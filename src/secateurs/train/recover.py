@@ -279,12 +279,12 @@ class _Run:
             unchanged(self.out, self._models())
             if self.teacher and plan.evaluation.windows:
                 # new checkpoints: these remember what they have loaded into other skeletons
-                pair = checkpoint.Checkpoint(self.teacher.folder), checkpoint.Checkpoint(self.source.folder)
+                pair = checkpoint.Checkpoint(self.teacher.given), checkpoint.Checkpoint(self.source.given)
                 before = quality(*pair, plan.evaluation, seed, self.progress, self.work / "windows-before.json")
                 # _check() has made sure that both predict a next token
                 assert before is not None
                 report["quality_before"] = before[0].as_dict()
-            dense = checkpoint.Checkpoint((self.teacher or self.source).folder)
+            dense = checkpoint.Checkpoint((self.teacher or self.source).given)
             result = checkpoint.Checkpoint(self.model_folder)
             found = measured(dense, result, plan.evaluation, seed, self.progress, self.work)
             report |= found.as_dict()
