@@ -294,3 +294,33 @@ def test_prose_and_code_are_told_apart(tmp_path, smollm2):
         ("c4", "wikitext", True), ("code", "other code", True), ("c4", "code", False), ("wikitext", "code", False),
     ):  # fmt: skip
         assert (texts.distance(windows[a], windows[b]).mismatch is None) == alike, (a, b)
+
+
+@pytest.mark.parametrize("ending", [".csv.gz", ".tsv", ".parquet", ".json", ".jsonl.zst"])
+def test_real_text_is_the_same_in_every_format(ending, tmp_path):
+    """C4 holds quotes, commas and line ends."""
+    import gzip
+
+    import pandas
+    import pyarrow
+
+    from secateurs.quality import documents
+
+    source = data("c4_sample.jsonl")
+    rows = pandas.read_json(source, lines=True)[["prefix", "gold_completion"]]
+    file = tmp_path / f"c4{ending}"
+    if ending == ".parquet":
+        rows.to_parquet(file)
+    elif ending == ".json":
+        rows.to_json(file, orient="records")
+    elif ending == ".jsonl.zst":
+        file.write_bytes(
+            pyarrow.compress(rows.to_json(orient="records", lines=True).encode(), codec="zstd", asbytes=True)
+        )
+    else:
+        text = rows.to_csv(index=False, sep="\t" if ending == ".tsv" else ",").encode()
+        file.write_bytes(gzip.compress(text) if ending.endswith(".gz") else text)
+    found, _ = documents.read(f"{file}:prefix+gold_completion")
+    want, _ = documents.read(f"{source}:prefix+gold_completion")
+    assert found == want
+    assert len(found) == 1480

@@ -45,7 +45,9 @@ def test_fields_are_joined_and_missing_ones_named(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"prefix": "abc", "end": "def", "n": 3}))
     assert decode(texts.load(f"{file}:prefix+end", TOKENIZER, 1, 6, 0).windows) == ["abcdef"]
-    with pytest.raises(CalibrationError, match=r"line 1 has no field 'text'; its text fields are prefix, end"):
+    with pytest.raises(
+        CalibrationError, match=r"line 1 has no column 'text'; it has prefix, end, n: write d.jsonl:COLUMN"
+    ):
         texts.load(str(file), TOKENIZER, 1, 4, 0)
 
 

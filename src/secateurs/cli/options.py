@@ -51,7 +51,8 @@ Source = Annotated[
     str | None,
     option(
         CALIBRATION,
-        "Text: pydoc, FILE.txt, FILE.jsonl:FIELD+FIELD, hub:NAME or self. Default: pydoc, Python's own documentation.",
+        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self. Default: "
+        "pydoc, Python's own documentation.",
         "--calibration",
     ),
 ]

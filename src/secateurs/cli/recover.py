@@ -23,6 +23,12 @@ def recover(
         str | None, option(METHOD, "blocks, all, vectors (norms and biases) or lora. Default: blocks.")
     ] = None,
     calibration: options.Source = None,
+    train_on: Annotated[
+        str | None,
+        option(
+            options.CALIBRATION, "Whose tokens count: all, or assistant, the answers of conversations. Default: all."
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         option(options.CALIBRATION, "Windows of text, e.g. 128. Default: one for each window of each step."),
@@ -67,8 +73,8 @@ def recover(
     from secateurs.train import recover as run
 
     values = {
-        "steps": steps, "batch": batch, "train": train, "rank": rank, "rate": rate, "kl": kl, "temperature": temperature,
-        "hidden": hidden, "labels": labels, "dtype": dtype,
+        "steps": steps, "batch": batch, "train": train, "train_on": train_on, "rank": rank, "rate": rate, "kl": kl,
+        "temperature": temperature, "hidden": hidden, "labels": labels, "dtype": dtype,
     }  # fmt: skip
     plan = RecoverPlan(
         model,

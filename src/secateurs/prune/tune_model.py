@@ -108,12 +108,14 @@ def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0, scale: f
     return temperature**2 * total / len(rows_TV), by_logits_TV.reshape(logits.shape)
 
 
-def cross_entropy(logits: Tensor, ids: Tensor, scale: float = 1.0) -> tuple[float, Tensor]:
+def cross_entropy(
+    logits: Tensor, ids: Tensor, scale: float = 1.0, counted: Tensor | slice = slice(None)
+) -> tuple[float, Tensor]:
     """Nats by which the next token of `ids` [N, S] surprises, mean over those predicted, and `scale` times its gradient by the
-    logits.
+    logits. counted: the positions whose next token counts, none of them the last.
     """
-    labels_T = ids[:, 1:].reshape(-1)
-    rows_TV = logits.detach()[:, :-1].reshape(-1, logits.shape[-1])
+    labels_T = ids[:, 1:][:, counted].reshape(-1)
+    rows_TV = logits.detach()[:, :-1][:, counted].reshape(-1, logits.shape[-1])
     total = 0.0
     by_logits = torch.zeros_like(logits)
     by_rows_TV = torch.empty_like(rows_TV)
@@ -123,7 +125,8 @@ def cross_entropy(logits: Tensor, ids: Tensor, scale: float = 1.0) -> tuple[floa
         total -= float(log_p_TV.gather(1, wanted).sum())
         p_TV = log_p_TV.exp_()
         by_rows_TV[part] = p_TV.scatter_add_(1, wanted, -torch.ones_like(p_TV[:, :1])).mul_(scale / len(rows_TV))
-    by_logits[:, :-1] = by_rows_TV.reshape(by_logits[:, :-1].shape)
+    part_NSV = by_logits[:, :-1][:, counted]
+    by_logits[:, :-1][:, counted] = by_rows_TV.reshape(part_NSV.shape)
     return total / len(rows_TV), by_logits
 
 

@@ -29,7 +29,7 @@ FLAGS = {
 class Calibration:
     """The text that a run looks at. Raises PlanError for what cannot be.
 
-    source: 'pydoc', 'FILE.txt', 'FILE.jsonl:FIELD+FIELD', 'hub:NAME' or 'self' (texts.load). samples: windows of it; None, for
+    source: what documents.read() reads, e.g. 'pydoc' or 'FILE.jsonl:COLUMN'; or 'self'. samples: windows of it; None, for
     `recover` alone, is one for each window that it trains on. seqlen: tokens of a window; None for 512, or what the model's
     positions allow. seed: orders the text, and seeds whatever else a run draws.
     """

@@ -1,19 +1,11 @@
-"""Text -> token windows [N, S]. Reads files, hub datasets, the prose inside Python, or the model itself.
+"""Text -> token windows [N, S], and how unlike two texts are. N windows, S positions.
 
-N windows, S positions. A source is written as one string:
-    pydoc                       the English prose that ships inside Python (pydoc_data.topics); no download
-    FILE.txt                    one text; windows drawn from all over it
-    FILE.jsonl[:FIELD[+FIELD]]  one document a line; fields joined; 'text' by default
-    hub:NAME[,CONFIG][:SPLIT[:FIELD]]   a dataset that `datasets` loads (extra 'hub'); a local folder is a NAME too
-    self                        the model's own samples from its beginning-of-text token
+A source is written as one string: what documents.py reads, or `self`, the model's own samples from its beginning-of-text token.
 """
 
 import hashlib
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -26,24 +18,27 @@ from secateurs.base.precision import widened
 from secateurs.base.progress import Progress, silent, ticker
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import trusted
+from secateurs.quality import chats, documents
 from secateurs.quality.settings import Calibration
 
 # a token is 3 to 5 characters of English; so many are tokenized for each token wanted, and twice as many if that is too few
 _CHARACTERS_PER_TOKEN = 8
 # texts of different kinds overlap by less than this share of what text of one kind does (docs/calibration.md)
 ALIKE = 0.5
-# every third topic is held out, so that both parts cover the whole alphabet
-_HELD_OUT = 3
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token windows and their source. asked: how many windows were wanted. bos: whether each begins with a special token."""
+    """Token windows and their source. asked: how many windows were wanted. bos: whether each begins with a special token.
+
+    answers: of conversations, which tokens the assistant wrote [N, S], where that was asked for.
+    """
 
     source: str
     windows: Tensor
     asked: int
     bos: bool
+    answers: Tensor | None = None
 
     def facts(self) -> dict[str, Any]:
         n, positions = self.windows.shape
@@ -56,43 +51,75 @@ class Text:
             "tokens": n * positions,
             "starts_with_bos": self.bos,
             "sha256": digest,
+            **({} if self.answers is None else {"answer_tokens": int(self.answers.sum())}),
         }
 
 
-def load(source: str, tokenizer: Any, windows: int, seqlen: int, seed: int | None, part: str = "calibration") -> Text:
+def load(
+    source: str,
+    tokenizer: Any,
+    windows: int,
+    seqlen: int,
+    seed: int | None,
+    part: str = "calibration",
+    answers: bool = False,
+) -> Text:
     """Up to `windows` windows of `seqlen` tokens, fewer where the text ends (Text.asked tells).
 
     seed: documents are shuffled by random.Random(seed) and joined by blank lines (of a single text, windows are drawn at
-    random); None takes the text in order. part: 'calibration' or 'held-out', parts of one source that share no text; only
-    'pydoc' is split, other sources are used whole. If the tokenizer begins a text with a special token, every
-    window begins with it.
-    Raises CalibrationError if not one window is found.
+    random); None takes the text in order. Conversations are written by the model's chat template and follow each other as they
+    are. part: 'calibration' or 'held-out', parts of one source that share no text; only 'pydoc' is split, other sources are used
+    whole. If the tokenizer begins a text with a special token, every window begins with it. answers: find which tokens an
+    assistant wrote. Raises CalibrationError if not one window is found, or if there are no conversations to find answers in.
     """
-    documents, name = _documents(source, part)
-    draw = seed is not None and len(documents) == 1
+    found, name = documents.read(source, part)
+    draw = seed is not None and len(found) == 1
     if seed is not None and not draw:
-        Random(seed).shuffle(documents)
+        Random(seed).shuffle(found)
     start = _start_token(tokenizer)
     body = seqlen - len(start)
-    ids = _tokenize("\n\n".join(documents), tokenizer, None if draw else windows * body)
-    found = len(ids) // body
-    if found == 0:
+    wanted = None if draw else windows * body
+    talks = [d for d in found if isinstance(d, documents.Chat)]
+    if answers and not talks:
+        raise CalibrationError(f"{name} holds no conversations, so there are no answers to tell from the rest")
+    if talks:
+        ids, marks = chats.tokens(talks, tokenizer, wanted, answers)
+    else:
+        ids, marks = _tokenize("\n\n".join(map(str, found)), tokenizer, wanted), None
+    count = len(ids) // body
+    if count == 0:
         raise CalibrationError(
             f"{name} has {len(ids)} tokens, one window takes {body}; give more text or a smaller --seqlen"
         )
-    rows = torch.tensor(ids[: found * body]).reshape(found, body)
-    if draw:
-        rows = rows[Random(seed).sample(range(found), min(windows, found))]
-    rows = rows[:windows]
-    prefix = torch.tensor(start, dtype=rows.dtype).expand(len(rows), len(start))
-    return Text(name, torch.cat([prefix, rows], 1), windows, bool(start))
+    order = Random(seed).sample(range(count), min(windows, count)) if draw else range(min(windows, count))
+
+    def cut(values: list[int], first: list[int]) -> Tensor:
+        rows = torch.tensor(values[: count * body]).reshape(count, body)[list(order)]
+        return torch.cat([torch.tensor(first, dtype=rows.dtype).expand(len(rows), len(start)), rows], 1)
+
+    asked_answers = None if marks is None else cut(marks, [0] * len(start)).bool()
+    return Text(name, cut(ids, start), windows, bool(start), asked_answers)
 
 
-def read(asked: Calibration, source: Checkpoint, model: nn.Module, windows: int, progress: Progress = silent) -> Text:
-    """The calibration text of a run, `windows` windows of it. model: a skeleton of `source`. Raises CalibrationError."""
+def read(
+    asked: Calibration,
+    source: Checkpoint,
+    model: nn.Module,
+    windows: int,
+    progress: Progress = silent,
+    answers: bool = False,
+) -> Text:
+    """The calibration text of a run, `windows` windows of it. model: a skeleton of `source`. answers: as for load().
+
+    Raises CalibrationError.
+    """
     seqlen = asked.length(model)
     if asked.source != "self":
-        return load(asked.source, source.tokenizer(), windows, seqlen, asked.seed)
+        return load(asked.source, source.tokenizer(), windows, seqlen, asked.seed, answers=answers)
+    if answers:
+        raise CalibrationError(
+            "a model's own samples are no conversations, so there are no answers to tell from the rest"
+        )
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted())
@@ -188,80 +215,6 @@ def _runs(windows: Tensor, length: int) -> "np.ndarray[Any, np.dtype[np.uint64]]
     for offset in range(length):
         out = out * np.uint64(0x9E3779B97F4A7C15) + ids[:, offset : offset + positions]
     return out
-
-
-def _documents(source: str, part: str) -> tuple[list[str], str]:
-    if source == "pydoc":
-        return _pydoc(part), f"pydoc ({part} part, Python {platform.python_version()})"
-    if source.startswith("hub:"):
-        return _hub(source[4:]), source
-    path, fields = source, "text"
-    if not Path(path).expanduser().is_file() and ":" in source:
-        path, fields = source.rsplit(":", 1)
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CalibrationError(f"no text file '{path}'; write pydoc, self, FILE.txt, FILE.jsonl[:FIELD] or hub:NAME")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{file} cannot be read as UTF-8 text: {error}") from None
-    name = file.name if fields == "text" else f"{file.name}:{fields}"
-    return ([text], name) if file.suffix != ".jsonl" else (_json_lines(file, text, fields), name)
-
-
-def _pydoc(part: str) -> list[str]:
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    held = {name for i, name in enumerate(names) if i % _HELD_OUT == 0}
-    if part == "calibration":
-        return [topics[name] for name in names if name not in held]
-    # topics quote each other: a paragraph of the calibration part is left out of the held-out part
-    seen = {_plain(p) for name in names if name not in held for p in topics[name].split("\n\n")}
-    kept = ("\n\n".join(p for p in topics[name].split("\n\n") if _plain(p) not in seen) for name in sorted(held))
-    return [text for text in kept if text]
-
-
-def _plain(paragraph: str) -> str:
-    return " ".join(paragraph.split())
-
-
-def _json_lines(file: Path, text: str, fields: str) -> list[str]:
-    documents = []
-    # only these: splitlines() also ends a line at U+2028 and the like, which JSON strings may hold
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            documents.append("".join(str(row[field]) for field in fields.split("+")))
-        except KeyError as missing:
-            have = ", ".join(k for k, v in row.items() if isinstance(v, str))
-            raise CalibrationError(
-                f"{file.name} line {number} has no field {missing}; its text fields are {have}: write "
-                f"{file.name}:FIELD or {file.name}:FIELD+FIELD"
-            ) from None
-        except (ValueError, TypeError) as error:
-            raise CalibrationError(f"{file.name} line {number} is not a JSON object: {error}") from None
-    return documents
-
-
-def _hub(text: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError("hub: needs the library datasets; pip install 'secateurs[hub]'") from None
-    name, _, rest = text.partition(":")
-    split, _, field = rest.partition(":")
-    path, _, config = name.partition(",")
-    try:
-        rows = load_dataset(path, config or None, split=split or "train")
-    except Exception as error:
-        raise CalibrationError(f"hub:{text} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    field = field or "text"
-    if field not in rows.column_names:
-        raise CalibrationError(f"hub:{text} has no column '{field}'; it has {', '.join(rows.column_names)}")
-    return [str(value) for value in rows[field]]
 
 
 def _start_token(tokenizer: Any) -> list[int]:

@@ -41,9 +41,20 @@ class Teacher:
 
 
 class Objective:
-    """The plan's loss of a model. Without a teacher the plan weighs the text alone."""
+    """The plan's loss of a model. Without a teacher the plan weighs the text alone.
 
-    def __init__(self, plan: RecoverPlan, model: Any, teacher: Teacher | None, batches: Sequence[Batch]) -> None:
+    answers: of every batch, the tokens that count [B, S]: what predicts them and the hidden states there; None for all.
+    """
+
+    def __init__(
+        self,
+        plan: RecoverPlan,
+        model: Any,
+        teacher: Teacher | None,
+        batches: Sequence[Batch],
+        answers: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.answers = answers
         self.plan, self.model, self.teacher, self.batches = plan, model, teacher, batches
         self.places: list[Place] = [(b, i) for b, batch in enumerate(batches) for i in range(len(batch["input_ids"]))]
 
@@ -66,18 +77,29 @@ class Objective:
         total = 0.0
         seen, gradients = [output.logits], [by_logits]
         wanted = self.teacher.output(place, window) if self.teacher else None
+        counted = self._counted(place)
         if wanted is not None and plan.kl:
-            value, gradient = divergence(output.logits, wanted.logits, plan.temperature, scale)
+            value, gradient = divergence(output.logits[:, counted], wanted.logits[:, counted], plan.temperature, scale)
             total += plan.kl * value
-            by_logits += plan.kl * gradient
+            by_logits[:, counted] += plan.kl * gradient
         if plan.labels:
-            value, gradient = cross_entropy(output.logits, window["input_ids"], scale)
+            value, gradient = cross_entropy(output.logits, window["input_ids"], scale, counted)
             total += plan.labels * value
             by_logits += plan.labels * gradient
         if wanted is not None and plan.hidden:
-            value, more = square_head(output.hidden_states[1:], wanted.hidden_states[1:], scale)
+            mine, theirs = ([h[:, counted] for h in found.hidden_states[1:]] for found in (output, wanted))
+            value, more = square_head(mine, theirs, scale)
             total += plan.hidden * value
             seen += output.hidden_states[1:]
-            gradients += [plan.hidden * g for g in more]
+            for h, g in zip(output.hidden_states[1:], more, strict=True):
+                gradients.append(torch.zeros_like(h))
+                gradients[-1][:, counted] = plan.hidden * g
         wanting = [(s, g) for s, g in zip(seen, gradients, strict=True) if s.requires_grad]
         return total, [s for s, _ in wanting], [g for _, g in wanting]
+
+    def _counted(self, place: Place) -> Tensor | slice:
+        """The positions of a window that the loss counts: those before the tokens that do."""
+        if self.answers is None:
+            return slice(None)
+        batch, i = place
+        return self.answers[batch][i, 1:].nonzero()[:, 0]

@@ -114,7 +114,8 @@ class _Run:
             zeros = {name: p.detach() == 0 for name, p in prunable(model)}
             if plan.dtype:
                 checkpoint.cast(model, DTYPES[plan.dtype])
-            outcome, low = self._tune(Objective(plan, model, teacher, batches), ranks)
+            answers = None if text.answers is None else torch.split(text.answers, len(batches[0]["input_ids"]))
+            outcome, low = self._tune(Objective(plan, model, teacher, batches, answers), ranks)
             if low:
                 low.merge()
             report = {
@@ -187,14 +188,19 @@ class _Run:
                 )
 
     def _text(self, model: nn.Module) -> texts.Text:
-        """The windows to train on. Raises PlanError if there is only one."""
+        """The windows to train on, without those in which no token counts. Raises PlanError if there is only one."""
         plan = self.plan
         asked, wanted = plan.calibration, plan.calibration.samples or plan.steps * plan.batch
-        text = texts.read(asked, self.source, model, wanted, self.progress)
+        text = texts.read(asked, self.source, model, wanted, self.progress, plan.train_on == "assistant")
+        if text.answers is not None:
+            # the first token of a window is predicted from nothing
+            some = text.answers[:, 1:].any(1)
+            text = dataclasses.replace(text, windows=text.windows[some], answers=text.answers[some])
         if len(text.windows) < 2:
             tokens = text.windows.shape[1]
             raise PlanError(
-                f"{asked.source} has one window of {tokens} tokens, and one is held out; give more text or a smaller --seqlen"
+                f"{asked.source} has {len(text.windows) or 'no'} window of {tokens} tokens to train on, and one is held out; "
+                "give more text or a smaller --seqlen"
             )
         return text
 

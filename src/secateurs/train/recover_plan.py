@@ -18,6 +18,8 @@ TRAINED = {
     "lora": (1e-3, "masked low-rank additions to pruned weights"),
 }
 
+# whose tokens the loss counts
+TRAINED_ON = ("all", "assistant")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -27,6 +29,7 @@ class RecoverPlan:
 
     model: a run directory or a model folder. teacher: a folder or hub id; None is the dense model of the run directory, 'none' is
     no teacher: the text alone. calibration: the text to train on; samples None is one window for each window of each step.
+    train_on: of TRAINED_ON; 'assistant' counts what predicts the answers of conversations, and nothing else.
     steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is 0
     with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the model's own.
     checkpointing: blocks are computed again on the way back, for less memory. evaluation: as in Plan.
@@ -35,6 +38,7 @@ class RecoverPlan:
     model: str
     teacher: str | None = None
     calibration: Calibration = Calibration(samples=None)
+    train_on: str = "all"
     steps: int = 300
     batch: int = 4
     train: str = "blocks"
@@ -51,6 +55,9 @@ class RecoverPlan:
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
             raise PlanError(f"unknown train '{self.train}'; write {', '.join(TRAINED)}{nearest(self.train, TRAINED)}")
+        if self.train_on not in TRAINED_ON:
+            known = ", ".join(TRAINED_ON)
+            raise PlanError(f"unknown train-on '{self.train_on}'; write {known}{nearest(self.train_on, TRAINED_ON)}")
         if self.dtype not in (None, *DTYPES):
             raise PlanError(f"unknown dtype '{self.dtype}'; write {' or '.join(DTYPES)}")
         for name, least in (("steps", 1), ("batch", 1), ("rank", 1)):
