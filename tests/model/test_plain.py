@@ -70,7 +70,7 @@ def test_fp8_is_read_as_the_product_of_its_values_and_scales(model_type, tmp_pat
     folder = tiny.save(tmp_path / "fp8", model_type, torch.bfloat16)
     eight = rewrite(folder, in_blocks, FP8)
     # several groups
-    monkeypatch.setattr("secateurs.model.plain._WEIGHTS", 9000)
+    monkeypatch.setattr("secateurs.model.plain._BYTES", 9000)
     found = stored(folder)
     assert set(found) == {name for name in eight if not name.endswith("_scale_inv")}
     scaled = 0
@@ -474,6 +474,17 @@ def test_code_of_a_model_is_refused_until_it_is_allowed(own, words, monkeypatch)
 
     with pytest.raises(CheckpointError, match=r"own needs Python code of its own .*allow it with --trust-remote-code"):
         Checkpoint(own).skeleton()
+    # nor is that of a tokenizer
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
+    spoken = (own / "tokenizer_config.json").read_text()
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"own needs Python code of its own"):
+        Checkpoint(own).tokenizer()
+    (own / "tokenizer_config.json").write_text(spoken)
     monkeypatch.setenv("SECATEURS_TRUST_REMOTE_CODE", "0")
     trust_remote_code()
     checkpoint = Checkpoint(own)

@@ -68,9 +68,11 @@ def test_rows_are_the_same_documents_in_every_format(ending, tmp_path):
 @pytest.mark.parametrize("ending", [e for e in documents.ROWS if e not in (".csv", ".tsv")])
 def test_conversations_are_read_from_messages(ending, tmp_path):
     file = tmp_path / f"rows{ending}"
-    file.write_bytes(WRITE[ending]([{"messages": SAID}, {"messages": SAID[:1]}]))
+    # the one has a key that the other lacks
+    named = [{**SAID[0], "name": "Ada"}]
+    file.write_bytes(WRITE[ending]([{"messages": SAID}, {"messages": named}]))
     found, name = documents.read(str(file))
-    assert [chat.messages for chat in found] == [SAID, SAID[:1]]
+    assert [chat.messages for chat in found] == [SAID, named]
     assert found[1].place == f"{file.name} {'line' if ending in ('.jsonl', '.ndjson') else 'row'} 2"
     assert documents.read(f"{file}:messages") == (found, f"{name}:messages")
 

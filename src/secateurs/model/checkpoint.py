@@ -147,6 +147,8 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trusted())
         except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(untrusted(self.folder)) from None
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{self.folder} has no tokenizer that loads: {first}") from None
 

@@ -25,8 +25,8 @@ from secateurs.base.files import cache_folder, write_json, writing
 from secateurs.model.checkpoint import Checkpoint, fingerprint_of_files, write_index, write_shard
 from secateurs.model.source import INDEX, SINGLE, resolve, trusted
 
-# weights that are read and written together, of one tensor at least
-_WEIGHTS = 1 << 27
+# bytes that are read and written together, of one parameter at least
+_BYTES = 1 << 27
 _ADAPTER = "adapter_config.json"
 # ways of quantization whose transformers reader dequantizes on a CPU
 _DEQUANTIZED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
@@ -151,7 +151,7 @@ class _Quantized(Checkpoint):
             nbytes = sum(map(self.nbytes_of, keys))
             if not groups or nbytes > room:
                 groups.append([])
-                room = _WEIGHTS
+                room = _BYTES
             groups[-1] += keys
             room -= nbytes
         return groups

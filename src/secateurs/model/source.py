@@ -26,7 +26,7 @@ def trusted() -> bool:
 
 def untrusted(folder: Path) -> str:
     """The sentence for a model that needs code of its own and may not run it."""
-    return f"{folder} needs Python code of its own (auto_map in config.json); read it, then allow it with --trust-remote-code"
+    return f"{folder} needs Python code of its own (auto_map in its JSON files); read it, then allow it with --trust-remote-code"
 
 
 def resolve(model: str | Path) -> Path:

@@ -142,7 +142,9 @@ def _columns(names: Iterable[str], asked: list[str], where: str, source: str) ->
 def _document(row: dict[str, Any], names: list[str], where: str) -> Document:
     """The text of these columns, or the conversation of this one. Raises CalibrationError for what is neither."""
     if len(names) == 1 and _is_chat(row[names[0]]):
-        return Chat(row[names[0]], where)
+        # rows of a table have all keys, and null for those that a message lacks
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in row[names[0]]]
+        return Chat(messages, where)
     for name in names:
         if not isinstance(row[name], str):
             raise CalibrationError(
