@@ -48,6 +48,12 @@ def test_each_setting_has_one_flag_with_one_meaning_in_every_command(part):
         assert len(set(helps.values())) == 1, helps
 
 
+def test_code_of_a_model_is_allowed_by_one_flag_wherever_a_model_is_read():
+    taking = {c for c in COMMANDS if c != "lab" and any(p.name == "model" for p in COMMANDS[c].params)} | {"verify"}
+    assert taking == {c for c in COMMANDS if c != "lab" and "--trust-remote-code" in options(c)}
+    assert len({options(c)["--trust-remote-code"].help for c in taking}) == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_stand_in_panels_and_say_their_default_or_an_example(command):
     if command == "lab":

@@ -339,6 +339,12 @@ def test_gguf_files_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"no such thing at all, and long enough")
     with pytest.raises(CheckpointError, match=r"a\.gguf cannot be read: .*not a GGUF file"):
         Checkpoint(tmp_path / "a.gguf")
+    as_gguf(tmp_path / "b.gguf", None)
+    whole = (tmp_path / "b.gguf").read_bytes()
+    for cut in (20, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "b.gguf").write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"b\.gguf (is truncated|cannot be read: )"):
+            Checkpoint(tmp_path / "b.gguf")
     # it is not taken for the model of a folder that has one
     shutil.copy(tiny.save(tmp_path / "model") / "config.json", tmp_path)
     assert Checkpoint(tmp_path / "model").note is None
@@ -495,3 +501,16 @@ def test_code_of_a_model_is_refused_until_it_is_allowed(own, words, monkeypatch)
     want = transformers.AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)(input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, want)
     assert measured(Checkpoint(own), None, Evaluation(text=str(words), windows=1, seqlen=32), 0).quality
+
+
+def test_the_command_line_allows_code_by_a_flag(own):
+    import process
+
+    from secateurs import cli
+
+    refused = process.run(cli.main, ["inspect", str(own)])
+    assert (refused.code, "allow it with --trust-remote-code" in refused.error) == (1, True)
+    # its family is known to the process of this test only, so it may still be refused
+    allowed = process.run(cli.main, ["inspect", str(own), "--trust-remote-code"])
+    assert "needs Python code" not in allowed.error
+    assert allowed.code == 0 or "model_type 'own'" in allowed.error

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ def _reading(given: Path, package: str) -> Iterator[None]:
         if error.errno is not None and not isinstance(error, FileNotFoundError):
             raise
         raise CheckpointError(f"{given} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    except struct.error:
+        raise CheckpointError(f"{given} is truncated; download or copy it again") from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{given} cannot be read: {first}") from None
@@ -225,7 +228,7 @@ def _from_gguf(given: Path, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=settings, dtype=dtype)
         model.save_pretrained(out)
         tokenizer = {"pretrained_model_name_or_path": str(file.parent)} if _own_tokenizer(file.parent) else where
-        AutoTokenizer.from_pretrained(**tokenizer).save_pretrained(out)
+        AutoTokenizer.from_pretrained(**tokenizer, trust_remote_code=trusted()).save_pretrained(out)
 
 
 def _own_tokenizer(folder: Path) -> bool:

@@ -92,7 +92,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "calibration": text.facts(),
         "bytes": {
             "dense": source.nbytes,
-            "left": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+            "left": checkpoint.Checkpoint(folder).nbytes,
         },
         "warnings": [],
         "distance": None,
