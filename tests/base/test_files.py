@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,3 +126,23 @@ def test_the_cache_is_trimmed_by_use_whatever_the_clock_says(tmp_path):
         os.utime(tmp_path / name, (when, when))
     trim(tmp_path, 20)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["future", "new"]
+
+
+def test_of_two_that_write_one_file_at_once_each_writes_it_whole(tmp_path):
+    """As runs of one model do, which keep what they learn of it in the cache."""
+    file, both = tmp_path / "f", threading.Barrier(2)
+
+    def write(text):
+        def slowly(part):
+            with part.open("w") as handle:
+                handle.write(text[:9])
+                handle.flush()
+                both.wait(10)
+                handle.write(text[9:])
+
+        replace(file, slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["a" * 100, "b" * 200]))
+    assert file.read_text() in ("a" * 100, "b" * 200)
+    assert list(tmp_path.iterdir()) == [file]

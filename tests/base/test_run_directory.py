@@ -198,6 +198,20 @@ def test_two_processes_are_not_at_work_in_one_folder(tmp_path):
     assert is_run(tmp_path / "run")
 
 
+def test_what_a_killed_run_left_half_written_goes_when_it_goes_on(run, finished, tmp_path):
+    halves = [run / "plan.json.01.part", run / "model" / "m.safetensors.02.part", run / "work" / "deep" / "x.03.part"]
+    for half in halves:
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text("half")
+    sc.prune(finished[1], FAST, out=run)
+    assert not list(run.rglob("*.part"))
+    # a folder with the half of somebody else's file is not ours
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film" / "film.mp4.part").write_text("half")
+    with pytest.raises(OutputError, match="is not empty and holds no"):
+        sc.prune(finished[1], FAST, out=tmp_path / "film")
+
+
 def test_a_clock_that_goes_back_changes_nothing(tmp_path, finished, monkeypatch):
     now = iter(range(2_000_000_000, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateurs.base.errors import OutputError
+
+# ending of a file that is not whole yet
+PART = ".part"
 
 
 @contextmanager
@@ -38,7 +42,8 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
 
     Raises OutputError as writing() does; what was there before is still there.
     """
-    temporary = part_of(file)
+    # of two processes that write one file of the cache at once each has its own
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")
     try:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +60,6 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def part_of(file: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return file.with_name(file.name + ".part")
 
 
 def cache_folder() -> Path:

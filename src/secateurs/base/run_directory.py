@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import OutputError, SecateursError
-from secateurs.base.files import part_of, write_json
+from secateurs.base.files import PART, write_json
 
 # of report.json
 REPORT_FORMAT = 1
@@ -110,7 +110,7 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
             _same_plan(out, read_object(file), plan)
             return
         # a run that was killed while it wrote its plan left a temporary file behind
-        if any(found.name != part_of(file).name for found in out.iterdir()):
+        if not all(found.name.startswith(file.name) and found.suffix == PART for found in out.iterdir()):
             raise OutputError(f"{out} is not empty and holds no plan.json of ours; choose another folder")
         write_json(file, plan)
     finally:
@@ -181,6 +181,9 @@ def locked(run: Path) -> Iterator[None]:
         raise OutputError(f"cannot write in {run}: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # of a run that was killed while it wrote
+        for stale in (file for below in ("*", "model/*", "work/**/*") for file in run.glob(below + PART)):
+            stale.unlink()
         yield
     except BlockingIOError:
         raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateurs.base.errors import OutputError, PackError
-from secateurs.base.files import write_json, write_text
+from secateurs.base.files import PART, write_json, write_text
 from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
@@ -204,7 +204,9 @@ def _rewrite(
         write_shard(out, index, len(groups), tensors)
         notes["shards"][name] = records
         write_json(state, notes)
-    for stale in set(out.glob("*.safetensors")) - {out / shard_name(i, len(groups)) for i in range(len(groups))}:
+    for stale in {*out.glob("*.safetensors"), *out.glob(f"*{PART}")} - {
+        out / shard_name(i, len(groups)) for i in range(len(groups))
+    }:
         stale.unlink()
     write_index(out, len(groups))
     progress("tensors", len(checkpoint.file_of), len(checkpoint.file_of))
