@@ -71,7 +71,7 @@ def test_a_folder_s_errors_are_those_of_the_tuned_model(pattern, tmp_path, words
     )  # fmt: skip
     report = sc.prune(source, plan, out=tmp_path / "run")
     assert report.distillation["after"] < report.distillation["before"]
-    assert all(0.05 < r.error < 0.95 for r in report.layers), [r.error for r in report.layers]
+    assert all(0.05 < r.error < 0.95 for r in report.pruned), [r.error for r in report.pruned]
     dense, pruned = (transformers.LlamaForCausalLM.from_pretrained(f) for f in (source, tmp_path / "run" / "model"))
     windows = texts.load(str(words), tiny.tokenizer(), 16, 24, 0).windows
     x_TI = inputs_of(pruned, FIRST, windows)
