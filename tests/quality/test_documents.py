@@ -208,6 +208,16 @@ def test_without_the_library_its_name_is_said(tmp_path, monkeypatch):
         refused(source, r"needs the library (pyarrow|datasets); pip install 'secateurs\[hub\]'")
 
 
+def test_a_dataset_of_the_hub_is_read_as_a_file_is(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    (tmp_path / "train.jsonl").write_bytes(as_json_lines([{"messages": SAID, "n": 1}, {"messages": SAID[:1], "n": 2}]))
+    found, name = documents.read(f"hub:{tmp_path}")
+    assert [chat.messages for chat in found] == [SAID, SAID[:1]]
+    assert name == f"hub:{tmp_path}"
+    refused(f"hub:{tmp_path}:train:n", r"row 1: 'n' is a number; it must be text")
+    refused(f"hub:{tmp_path}:train:body", r"has no column 'body'; it has messages, n: write hub:.*:train:COLUMN")
+
+
 # ------------------------------------------------------------------------------------------------------- conversations
 
 CHATML = (
