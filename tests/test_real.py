@@ -15,7 +15,8 @@ from secateurs.quality import texts
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.real
+# a test may prune a model six times, on cores that others use too
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 def data(name):

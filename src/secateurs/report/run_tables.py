@@ -73,7 +73,7 @@ def print_report(report: Report, console: Console, out: str) -> None:
         better = [ratio for ratio in ratios if ratio < 1]
         console.print(
             f"Tuned {len(better)} of {len(ratios)} blocks: their held-out error fell to {sum(ratios) / max(1, len(ratios)):.1%} "
-            "of its value before, on average. The errors in the table are from before tuning."
+            "of its value before, on average."
         )
     if report.distillation:
         console.print(
@@ -120,7 +120,7 @@ def print_compute(compute: dict[str, Any], console: Console) -> None:
 def _print_skips(report: Report, console: Console) -> None:
     for by, words in (
         ("plan", "left dense, as asked"),
-        ("shape", "left dense: the pattern does not fit their shape"),
+        ("shape", "left dense: the pattern does not fit the shape"),
         ("kind", "left dense, not of a kind that is pruned"),
     ):
         found = [r for r in report.layers if r.skipped_by == by]
@@ -128,9 +128,8 @@ def _print_skips(report: Report, console: Console) -> None:
         if found:
             # embeddings and heads are no news
             colour = "default" if by == "kind" else "yellow"
-            console.print(
-                f"[{colour}]{len(found)} layers {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}."
-            )
+            count = f"{len(found)} layer{'' if len(found) == 1 else 's'}"
+            console.print(f"[{colour}]{count} {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}.")
 
 
 def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
