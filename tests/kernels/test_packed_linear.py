@@ -192,6 +192,8 @@ def test_a_model_that_was_packed_under_inference_mode_runs_outside_it(loaded):
         secateurs.accelerate(model)
         torch.testing.assert_close(model(x), want)
     assert isinstance(model[0], PackedLinear)
+    # a change of it would be noticed
+    assert not model[0].weight_mask.is_inference()
     for context in (torch.no_grad, torch.enable_grad):
         with context():
             torch.testing.assert_close(model(x), want)
