@@ -336,3 +336,15 @@ def test_training_mode_and_forwards_are_left_as_found():
     assert all(m.training for m in model.modules())
     assert all("forward" not in vars(m) for m in model.modules())
     assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_forward_of_a_block_s_own_is_put_back():
+    """The library accelerate gives instances a forward of their own, which moves inputs to the block's device."""
+    model = tiny.make("llama")
+    block = model.model.layers[1]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    given = block.forward
+    for _ in stream(model, BATCHES):
+        assert block.forward is given
+    assert vars(block)["forward"] is given
