@@ -1,7 +1,8 @@
 """How long runs report their progress: a callback."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how many steps are done, of how many)."""
@@ -9,6 +10,22 @@ Progress = Callable[[str, int, int], None]
 
 def silent(label: str, done: int, total: int) -> None:
     pass
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """A context in which transformers and the hub show no bars of their own; after it they do as before."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    shown, hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        (disable_progress_bars if hidden else enable_progress_bars)()
 
 
 def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:

@@ -159,7 +159,6 @@ class Checkpoint:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted())
         except Exception as error:

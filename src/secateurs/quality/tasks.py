@@ -10,6 +10,8 @@ import numpy as np
 from secateurs.base.errors import CalibrationError
 from secateurs.base.estimate import Estimate, mean_of
 from secateurs.base.precision import widened
+from secateurs.base.progress import no_bars
+from secateurs.base.seed import own_numbers
 from secateurs.model.source import trusted
 
 # the metric that stands for a task: the first of these that it has
@@ -47,11 +49,13 @@ def run_tasks(folder: Path, tasks: Sequence[str], tasks_path: str | None, limit:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusted())
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusted())
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     # by itself it would take a GPU where there is one, and report.json would name the wrong device
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
-    with widened():
+    # lm-eval seeds Python, NumPy and torch
+    with widened(), own_numbers():
         found = simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError
 from secateurs.base.precision import widened
-from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.progress import Progress, no_bars, silent, ticker
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import trusted
 from secateurs.quality import chats, documents
@@ -122,7 +122,8 @@ def read(
         )
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted())
+    with no_bars():
+        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted())
     tick = ticker(progress, "sampling", seqlen - 1)
     return sample_from(whole, source.tokenizer(), windows, seqlen, asked.seed, tick)
 

@@ -2,7 +2,10 @@
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,11 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
     # torch.export would take a batch of one for a constant
     shown = tuple(torch.cat([x, x]) if batch and len(x) == 1 else x for x in example)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in shown) if batch else None
-    model = model.eval()
+    with _evaluated(model), _only_errors("torch.onnx"):
+        return _export(model, shown, shapes, folder)
+
+
+def _export(model: nn.Module, shown: tuple[Tensor, ...], shapes: Any, folder: Path) -> list[Path]:
     with torch.no_grad():
         expected = model(*shown)
     try:
@@ -39,7 +46,6 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
     _compare(files[0], torch.export.load(files[0]).module()(*shown), expected)
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         files.append(folder / "model.onnx")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(program, (), files[1], external_data=False, verbose=False)
         if importlib.util.find_spec("onnxruntime"):
             import onnxruntime
@@ -49,6 +55,28 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
             found = session.run(None, {name: x.numpy() for name, x in zip(names, shown, strict=True)})
             _compare(files[1], torch.from_numpy(found[0]), expected)
     return files
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _compare(file: Path, found: Tensor, expected: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from secateurs.base.files import writing
 from secateurs.base.precision import widened
+from secateurs.base.progress import no_bars
 from secateurs.shrink.units import Shape
 
 
@@ -80,7 +81,7 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
                 filled = torch.full(parameter.shape, 0.01, dtype=dtype)
                 module._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
     model.tie_weights()
-    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+    with no_bars(), writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
         # the folder may be deleted: loaded weights stay mapped

@@ -17,7 +17,7 @@ from torch import Tensor
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.files import fingerprint_of, write_json, write_text, writing
 from secateurs.base.precision import described
-from secateurs.base.progress import Clock, Progress, silent
+from secateurs.base.progress import Clock, Progress, no_bars, silent
 from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import texts
@@ -118,7 +118,7 @@ def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model:
     source.copy_small_files(folder, but=("config.json",))
     # model.config still has sizes of the dense model, and save_pretrained would refuse it
     model.config = type(model.config).from_dict(stated)
-    with writing(folder):
+    with no_bars(), writing(folder):
         model.save_pretrained(folder)
     write_json(folder / "config.json", stated)
     write_text(folder / "README.md", _card(plan))
@@ -138,7 +138,8 @@ def _card(plan: ShrinkPlan) -> str:
 def _latency(job: Job, source: checkpoint.Checkpoint, folder: Path) -> dict[str, Any]:
     """Seconds of the dense model and of the smaller one, both loaded from disk, measured in turn."""
     plan, cls = job.plan, type(job.dense.skeleton)
-    models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, folder)]
+    with no_bars():
+        models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, folder)]
     dense, left = latency.measure(models, plan.prompt, plan.new)
     return {
         "prompt": plan.prompt,

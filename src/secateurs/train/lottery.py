@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from secateurs.base.errors import PlanError
 from secateurs.base.files import write_json, write_tensors
 from secateurs.base.run_directory import claim, locked
+from secateurs.base.seed import own_numbers
 from secateurs.train.held import Held, hold
 from secateurs.train.matrices import chosen, largest
 
@@ -102,7 +103,7 @@ def iterative(
         raise PlanError(f"rewind to step {plan.rewind} of a training of {task.steps} steps; give one before its end")
     stated = json.loads(json.dumps({**asdict(plan), "steps": task.steps}))
     claim(folder, stated)
-    with locked(folder):
+    with locked(folder), own_numbers():
         run = _Run(task, folder, plan, progress)
         for seed in plan.seeds:
             run.seed(seed)
@@ -228,14 +229,13 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     Draws nothing if matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "secateurs"
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    # pyplot would take over the caller's backend and figures
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     dense = next(r for r in found["summary"] if r["round"] == 0)
     axes.axhspan(dense["low"], dense["high"], color="#999999", alpha=0.25)
     axes.axhline(dense["mean"], color="#666666", linestyle="dashed", label="dense")
@@ -255,8 +255,9 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     axes.set_title(f"Range over {dense['seeds']} seeds shaded", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    # the same numbers give the same bytes
+    with rc_context({"svg.hashsalt": "secateurs"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _shuffled(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
