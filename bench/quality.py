@@ -82,7 +82,7 @@ from secateurs.quality.evaluation import quality
 plan, out = Plan.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2])
 report = Run(plan, out).complete().as_dict()
 other = replace(plan.evaluation, text=sys.argv[3], windows=6)
-c4 = quality(Checkpoint(plan.model), Checkpoint(out / "model"), other, 0)
+c4 = quality(Checkpoint(plan.model), Checkpoint(out / "model"), other)
 print(json.dumps([report, c4[0].as_dict()]))
 """
 

@@ -136,7 +136,7 @@ def test_smollm2_wikitext_tokens_and_dense_perplexity(smollm2):
     text = data("wikitext-2-raw.test.txt")
     source = Checkpoint(smollm2)
     assert len(source.tokenizer()(text.read_text(), verbose=False).input_ids) == 303_415
-    found, _ = quality(source, None, sc.Evaluation(str(text), 24, 2048), 0)
+    found, _ = quality(source, None, sc.Evaluation(str(text), 24, 2048))
     print(f"dense perplexity {found.ppl_dense}")
     assert found.ppl_dense.value == pytest.approx(21.08, abs=0.02)
 

@@ -774,7 +774,7 @@ def test_the_dense_model_is_walked_once_for_all_that_is_measured_against_it(tmp_
 
     def measured(text=words, windows=2, seqlen=64):
         walked.clear()
-        found, _ = quality(Checkpoint(llama), Checkpoint(llama), sc.Evaluation(str(text), windows, seqlen), 0)
+        found, _ = quality(Checkpoint(llama), Checkpoint(llama), sc.Evaluation(str(text), windows, seqlen))
         return found.as_dict(), len(walked)
 
     first, twice = measured()

@@ -110,18 +110,26 @@ def test_intervals_are_of_windows_and_the_ratio_is_paired():
     windows = [Window(10, 10.0 * (1 + i), 10.0 * (1.5 + i), 1.0, 5.0) for i in range(2)]
     quality = summarise(windows)
     assert quality.ppl_dense.value == pytest.approx(math.exp(1.5))
-    assert quality.ppl_dense.low == pytest.approx(math.e)
-    assert quality.ppl_dense.high == pytest.approx(math.e**2)
+    # one degree of freedom: 12.706 standard errors of half a nat
+    assert quality.ppl_dense.low == pytest.approx(math.exp(1.5 - 12.7062 * 0.5), rel=1e-4)
+    assert quality.ppl_dense.high == pytest.approx(math.exp(1.5 + 12.7062 * 0.5), rel=1e-4)
     assert quality.ppl_ratio.low == pytest.approx(quality.ppl_ratio.high) == pytest.approx(math.exp(0.5))
     assert quality.kl.value == pytest.approx(0.1)
     assert quality.agree.value == pytest.approx(0.5)
+
+
+def test_intervals_end_where_what_they_are_of_ends():
+    windows = [Window(10, 20.0, 20.0, kl, agree) for kl, agree in ((0.1, 9.5), (8.0, 2.0), (0.2, 9.9))]
+    quality = summarise(windows)
+    assert quality.kl.low == 0 < quality.kl.high
+    assert quality.agree.high == 1 > quality.agree.low
 
 
 def test_windows_of_another_text_are_not_taken_for_this_one_s(tmp_path, llama, words):
     other, file = tiny.text(tmp_path, seed=5), tmp_path / "windows.json"
 
     def measured(text, cache=None):
-        found, _ = quality_of(Checkpoint(llama), None, Evaluation(str(text), 2, 32), 0, cache=cache)
+        found, _ = quality_of(Checkpoint(llama), None, Evaluation(str(text), 2, 32), cache=cache)
         return found.as_dict()
 
     assert measured(words, file) == measured(words)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from secateurs.base.estimate import Estimate, mean_of
+from secateurs.base.estimate import Estimate, ratio_of, reach, score_of
 from secateurs.quality import gates
 from secateurs.quality.gates import Gate
 from secateurs.quality.tasks import compare
@@ -56,15 +56,26 @@ def test_a_mean_that_holds_is_no_pass_while_its_interval_does_not(gate):
     found = quality(kl=(0.15, 0.08, 0.22), agree=(0.86, 0.84, 0.88))
     verdict = Gate.parse(gate).judge(found, {})
     assert (verdict["verdict"], verdict["passed"]) == ("undecided", False)
-    # kl: 0.07 to the end, 0.05 to the limit: 30 * 1.4^2 = 58.8; agree: 30 * 2^2 = 120
-    assert verdict["more"] == {"kl<=0.2": 29, "agree>=0.85": 90}[gate]
-    assert f"about {verdict['more']} more windows would settle it" in verdict["missed"]
+    # kl: 0.07 to the end, 0.05 to the limit; agree: 0.02 and 0.01; of 30 windows an end is reach(30) deviations away
+    nearer = {"kl<=0.2": 5 / 7, "agree>=0.85": 1 / 2}[gate]
+    total = 30 + verdict["more"]
+    assert reach(total) <= nearer * reach(30) < reach(total - 1)
+    assert f"about {verdict['more']} more windows would settle it if mean and spread stay" in verdict["missed"]
 
 
 def test_a_mean_that_misses_is_undecided_while_its_good_end_holds():
     verdict = Gate.parse("kl<=0.1").judge(quality(kl=(0.12, 0.08, 0.2)), {})
-    # 0.04 to the good end, 0.02 to the limit: 30 * 2^2
-    assert (verdict["verdict"], verdict["more"]) == ("undecided", 90)
+    # 0.04 to the good end, 0.02 to the limit
+    assert verdict["verdict"] == "undecided"
+    assert reach(30 + verdict["more"]) <= reach(30) / 2 < reach(29 + verdict["more"])
+
+
+def test_perplexities_are_compared_as_logarithms():
+    # ends at 1.2 e^-0.2 and 1.2 e^0.2, the limit at 1.2 e^0.1
+    ratio = (1.2, 1.2 * np.exp(-0.2), 1.2 * np.exp(0.2))
+    verdict = Gate("ppl<=+32.6%", "ppl", 1.2 * np.exp(0.1), True).judge(quality(ppl_ratio=ratio), {})
+    assert reach(30 + verdict["more"]) <= reach(30) / 2 * 1.0001
+    assert reach(30) / 2 < reach(29 + verdict["more"])
 
 
 def test_a_mean_at_the_limit_is_settled_by_nothing():
@@ -75,7 +86,7 @@ def test_a_mean_at_the_limit_is_settled_by_nothing():
 
 def test_more_samples_settle_what_was_said_that_they_would():
     draw = np.random.default_rng(0)
-    few = mean_of((draw.random(200) < 0.42).astype(float))
+    few = score_of((draw.random(200) < 0.42).astype(float), 0.0, 1.0)
     gate = Gate.parse("sums>=0.36")
     verdict = gate.judge(None, {"sums": {"pruned": vars(few)}})
     assert verdict["verdict"] == "undecided"
@@ -83,23 +94,54 @@ def test_more_samples_settle_what_was_said_that_they_would():
     scores = np.repeat(
         [1.0, 0.0], [round(few.value * (200 + verdict["more"])), round((1 - few.value) * (200 + verdict["more"]))]
     )
-    low = mean_of(scores).low
+    low = score_of(scores, 0.0, 1.0).low
     assert low == pytest.approx(0.36, abs=0.005)
 
 
-@pytest.mark.parametrize("n", [1, 7])
-def test_few_windows_decide_nothing(n):
+def test_the_windows_that_were_asked_for_settle_it_about_half_of_the_time():
+    """Ten windows whose mean is half a deviation from the limit, and then as many more as the gate asked for."""
+    random, gate, settled = np.random.default_rng(0), Gate.parse("kl<=0.5"), []
+    for _ in range(200):
+        few = random.normal(0.45, 0.1, 10)
+        found = gate.judge({"kl": vars(ratio_of(few, np.ones(10)))}, {})
+        if found["verdict"] == "undecided" and found["more"] < 500:
+            all_of_them = np.append(few, random.normal(0.45, 0.1, found["more"]))
+            settled.append(gate.judge({"kl": vars(ratio_of(all_of_them, np.ones(len(all_of_them))))}, {})["passed"])
+    assert len(settled) > 100
+    assert 0.4 < np.mean(settled) < 0.8
+
+
+@pytest.mark.parametrize(("n", "more"), [(1, 7), (7, 1)])
+def test_few_windows_decide_nothing(n, more):
     verdict = Gate.parse("kl<=0.2").judge({"kl": vars(Estimate(0.1, 0.1, 0.1, n))}, {})
-    assert (verdict["verdict"], verdict["more"]) == ("undecided", 8 - n)
+    assert (verdict["verdict"], verdict["more"]) == ("undecided", more)
     assert "fewer than 8 windows cannot pass it" in verdict["missed"]
+
+
+def test_one_window_misses_nothing():
+    verdict = Gate.parse("kl<=0.2").judge({"kl": vars(Estimate(0.3, 0.3, 0.3, 1))}, {})
+    assert (verdict["verdict"], verdict["more"]) == ("undecided", 7)
+    assert "one of them shows no spread" in verdict["missed"]
+
+
+def test_few_windows_say_how_many_their_spread_asks_for():
+    # 0.09 to the end, 0.01 to the limit
+    verdict = Gate.parse("kl<=0.2").judge({"kl": vars(Estimate(0.19, 0.12, 0.28, 7))}, {})
+    assert verdict["verdict"] == "undecided"
+    assert reach(7 + verdict["more"]) <= reach(7) / 9 < reach(6 + verdict["more"])
+    assert f"fewer than 8 windows cannot pass it; about {verdict['more']} more windows would" in verdict["missed"]
+    # questions: 0.2 to the end, 0.05 to the limit: 10 * 4^2
+    few = {"sums": {"pruned": vars(Estimate(0.4, 0.2, 0.6, 10))}}
+    assert Gate.parse("sums>=0.35").judge(None, few)["more"] == 150
 
 
 def test_equal_answers_are_not_certain():
     ones = {"sums": {"metric": "acc", "scores": [1.0] * 100}}
     found = compare(ones, ones)["sums"]
-    # three in a hundred may be wrong and not be seen
-    assert (found["pruned"]["low"], found["pruned"]["high"]) == (0.97, 1.0)
-    assert (found["difference"]["low"], found["difference"]["high"]) == (-0.03, 0.03)
+    # 1 - 0.025^(1 / 100): as many in a hundred may be wrong and not be seen
+    assert (found["pruned"]["low"], found["pruned"]["high"]) == (pytest.approx(0.9638, abs=0.001), 1.0)
+    assert found["difference"]["high"] == pytest.approx(0.0362, abs=0.001)
+    assert found["difference"]["low"] == pytest.approx(-0.0362, abs=0.001)
     assert Gate.parse("sums>=dense-0.02").judge(None, {"sums": found})["verdict"] == "undecided"
 
 
@@ -115,10 +157,11 @@ def test_questions_are_paired():
     scores = np.array([1.0, 0.0] * 50)
     result = {"sums": {"metric": "acc", "scores": list(scores)}}
     same = compare(result, result)["sums"]
-    assert same["difference"] == vars(Estimate(0.0, -0.03, 0.03, 100))
-    assert same["dense"]["low"] < 0.5 < same["dense"]["high"]
-    # a bootstrap interval of a share of one half of 100 is 0.5 -+ 1.96 * 0.05
-    assert same["dense"]["low"] == pytest.approx(0.402, abs=0.011)
+    # no answer differs, however many are wrong
+    assert same["difference"]["low"] == pytest.approx(-0.0362, abs=0.001)
+    # Clopper and Pearson's interval of 50 of 100
+    assert same["dense"]["low"] == pytest.approx(0.398, abs=0.004)
+    assert same["dense"]["high"] == pytest.approx(0.602, abs=0.004)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def evaluate(
     tasks: options.Tasks = None,
     tasks_path: options.TasksPath = None,
     tasks_limit: options.TasksLimit = None,
-    seed: Annotated[int, options.option(options.RARE, "Of the intervals' resampling. Default: 0.")] = 0,
+    seed: Annotated[
+        int, options.option(options.RARE, "Of the random numbers behind the intervals of tasks. Default: 0.")
+    ] = 0,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     trust_remote_code: options.TrustRemoteCode = False,

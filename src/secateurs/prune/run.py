@@ -301,7 +301,7 @@ class Run:
             from safetensors.torch import load_file
 
             windows = load_file(file)["windows"]
-            report.distance, warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
+            report.distance, warnings = texts_apart(source, windows, found.text.windows, found.numbers)
             report.warnings += warnings
         report.seconds["evaluate"] = time.perf_counter() - began
 

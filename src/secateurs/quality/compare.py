@@ -6,6 +6,7 @@ their own dtype; logits are compared in fp32. V vocabulary, S positions.
 
 import dataclasses
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError, OutputError
-from secateurs.base.estimate import RESAMPLES, Estimate
+from secateurs.base.estimate import Estimate, ratio_of
 from secateurs.base.files import write_tensors
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
@@ -50,7 +51,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Quality:
-    """Dense and pruned model on the same windows. ppl_ratio is paired: both perplexities are from the same resamples."""
+    """Dense and pruned model on the same windows. ppl_ratio is paired: it is of each window's difference."""
 
     windows: int
     tokens: int
@@ -182,32 +183,23 @@ def _first_largest(rows_TV: Tensor) -> Any:
     return rows_TV.cpu().numpy().argmax(-1)
 
 
-def summarise(windows: Sequence[Window], seed: int = 0) -> Quality:
-    """Means over tokens, with intervals from 10,000 resamples of whole windows, since tokens of one window are not independent."""
-    n = len(windows)
-    pick = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+def summarise(windows: Sequence[Window]) -> Quality:
+    """Means over tokens, with intervals over whole windows, since tokens of one window are not independent."""
     tokens = np.array([w.tokens for w in windows], dtype=np.float64)
 
-    def mean(name: str) -> tuple[float, Any]:
-        values = np.array([getattr(w, name) for w in windows], dtype=np.float64)
-        return float(values.sum() / tokens.sum()), values[pick].sum(1) / tokens[pick].sum(1)
+    def mean(name: str, less: str | None = None) -> Estimate:
+        values = np.array([getattr(w, name) - (getattr(w, less) if less else 0.0) for w in windows], dtype=np.float64)
+        return ratio_of(values, tokens)
 
-    def estimate(value: float, samples: Any) -> Estimate:
-        low, high = np.quantile(samples, [0.025, 0.975])
-        return Estimate(value, float(low), float(high), n)
-
-    dense, dense_samples = mean("nll_dense")
-    ppl_dense = estimate(float(np.exp(dense)), np.exp(dense_samples))
-    total = int(tokens.sum())
+    n, total, ppl_dense = len(windows), int(tokens.sum()), mean("nll_dense").exp()
     if windows[0].nll is None:
         return Quality(n, total, ppl_dense)
-    nll, samples = mean("nll")
     return Quality(
         n,
         total,
         ppl_dense,
-        estimate(float(np.exp(nll)), np.exp(samples)),
-        estimate(float(np.exp(nll - dense)), np.exp(samples - dense_samples)),
-        estimate(*mean("kl")),
-        estimate(*mean("agree")),
+        mean("nll").exp(),
+        mean("nll", "nll_dense").exp(),
+        mean("kl").within(0.0, math.inf),
+        mean("agree").within(0.0, 1.0),
     )

@@ -87,7 +87,7 @@ def measured(
     found = None
     warnings = [model.note for model in (dense, result) if model and model.note]
     if asked.windows:
-        found = quality(dense, result, asked, seed, progress, work / "windows.json" if work else None)
+        found = quality(dense, result, asked, progress, work / "windows.json" if work else None)
         if found is None:
             if asked.text_gates:
                 raise CalibrationError(f"{dense.folder} predicts no next token, so a gate on it cannot be measured")
@@ -119,7 +119,6 @@ def quality(
     dense: checkpoint.Checkpoint,
     pruned: checkpoint.Checkpoint | None,
     asked: Evaluation,
-    seed: int,
     progress: Progress = silent,
     cache: Path | None = None,
 ) -> tuple[compare.Quality, texts.Text] | None:
@@ -157,7 +156,7 @@ def quality(
         done = compare.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
-    return compare.summarise(done, seed), text
+    return compare.summarise(done), text
 
 
 def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
@@ -188,11 +187,11 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
 
 def texts_apart(
-    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality, seed: int
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality
 ) -> tuple[dict[str, Any], list[str]]:
     """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
     some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
-    seen = compare.summarise(compare.measure((source.skeleton(), source), None, some), seed)
+    seen = compare.summarise(compare.measure((source.skeleton(), source), None, some))
     apart = dataclasses.replace(
         texts.distance(calibration, evaluation),
         ppl_calibration=seen.ppl_dense.value,

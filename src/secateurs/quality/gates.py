@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateurs.base.estimate import Estimate
+from secateurs.base.estimate import Estimate, reach
 
 METRICS = ("ppl", "kl", "agree")
-# with fewer samples than this nothing passes: the interval of so few is too narrow to be trusted
+# with fewer samples than this nothing passes: misses of the interval of fewer were not counted (bench/intervals.py)
 LEAST = {"windows": 8, "questions": 20}
 _FORMS = "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'TASK>=0.35' or 'TASK>=dense-0.02'"
 
@@ -75,9 +75,8 @@ class Gate:
         """The gate's record in a report. quality: as in the report. compared: from tasks.compare().
 
         verdict: 'missed' if even the good end of the interval breaks the limit, 'passed' if the bad end holds it, else 'undecided',
-        which is no pass. With fewer samples than LEAST it is undecided at best. more: how many more windows or questions would
-        settle it if the mean stays, as an interval narrows with the root of their number. missed: the sentence for the user, or
-        None.
+        which is no pass. With fewer samples than LEAST it is undecided at best, and with one always. more: how many more windows
+        or questions would settle it if mean and spread stay. missed: the sentence for the user, or None.
         """
         estimate, unit = self._estimate(quality, compared)
         record: dict[str, Any] = {"gate": self.text, "metric": self.metric, "limit": self.limit}
@@ -94,23 +93,40 @@ class Gate:
         what += " less the dense model's" if self.task and self.against_dense else ""
         measured = f"{what} is {estimate} over {estimate.n} {unit}, the limit is {self.limit:.4g}"
         more = None
-        if not self._holds(good):
+        if not self._holds(good) and estimate.n > 1:
             off = abs(estimate.value - self.limit)
             share = f" ({off / abs(self.limit):.1%})" if self.limit else ""
             verdict, missed = "missed", f"gate {self.text} missed: {measured}, off by {off:.4g}{share}"
-        elif estimate.n < LEAST[unit]:
-            more = LEAST[unit] - estimate.n
-            settle = f"fewer than {LEAST[unit]} {unit} cannot pass it"
-            verdict, missed = "undecided", f"gate {self.text} undecided, so not passed: {measured}; {settle}"
-        elif self._holds(bad):
+        elif estimate.n >= LEAST[unit] and self._holds(bad):
             verdict, missed = "passed", ""
         else:
-            more = _more(estimate, self.limit, bad if self._holds(estimate.value) else good)
-            settle = "no number of samples would settle a mean at the limit" if more is None else (
-                f"about {more} more {unit} would settle it if the mean stays"
-            )  # fmt: skip
+            end = bad if self._holds(estimate.value) else good
+            more, settle = self._more(estimate, end, unit)
             verdict, missed = "undecided", f"gate {self.text} undecided, so not passed: {measured}; {settle}"
         return {**record, "verdict": verdict, "passed": verdict == "passed", "more": more, "missed": missed or None}
+
+    def _more(self, estimate: Estimate, end: float, unit: str) -> tuple[int | None, str]:
+        """How many more samples bring `end`, an end of the interval, to the limit if mean and spread stay; and a sentence on it."""
+        n, least = estimate.n, LEAST[unit]
+        few = f"fewer than {least} {unit} cannot pass it" if n < least else ""
+        # perplexities are compared as logarithms, of which the intervals are
+        scale = math.log if self.metric == "ppl" and min(self.limit, estimate.value, end) > 0 else float
+        gap, off = (abs(scale(x) - scale(estimate.value)) for x in (self.limit, end))
+        if n == 1:
+            return least - n, f"{few}, and one of them shows no spread"
+        if not gap:
+            return (
+                (least - n, few) if few and not off else (None, "no number of samples would settle a mean at the limit")
+            )
+        # an end nears the mean at least as fast as the root of the number of samples
+        low, high = max(n, least) - 1, max(least, math.ceil(n * (off / gap) ** 2 - 1e-9))
+        if unit == "windows":
+            # of fewer windows the interval is wider by more than that
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if off * reach(middle) <= gap * reach(n) else (middle, high)
+        more = max(1, high - n)
+        return more, "; ".join(filter(None, (few, f"about {more} more {unit} would settle it if mean and spread stay")))
 
     def _holds(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit
@@ -131,11 +147,3 @@ def judge(
 ) -> list[dict[str, Any]]:
     """The records of all gates, in order."""
     return [Gate.parse(text).judge(quality, compared or {}) for text in gates]
-
-
-def _more(estimate: Estimate, limit: float, end: float) -> int | None:
-    """How many more samples bring `end`, the end of the interval past the limit, to the limit; None if the mean is at the limit."""
-    gap = abs(estimate.value - limit)
-    if not gap:
-        return None
-    return max(1, math.ceil(estimate.n * (abs(end - estimate.value) / gap) ** 2 - 1e-9) - estimate.n)

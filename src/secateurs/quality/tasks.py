@@ -1,14 +1,13 @@
 """Tasks beside perplexity: lm-eval's, or task files of your own. Two models are compared question by question."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from secateurs.base.errors import CalibrationError
-from secateurs.base.estimate import Estimate, mean_of
+from secateurs.base.estimate import score_of
 from secateurs.base.precision import widened
 from secateurs.base.progress import no_bars
 from secateurs.base.seed import own_numbers
@@ -82,20 +81,15 @@ def compare(dense: dict[str, Any], pruned: dict[str, Any], seed: int = 0) -> dic
         if "scores" not in row or "scores" not in pruned.get(task, {}):
             continue
         a, b = np.array(row["scores"]), np.array(pruned[task]["scores"])
-        estimates = {"dense": (a, 0.0), "pruned": (b, 0.0), "difference": (b - a, -1.0)}
+        # some tasks count in percent
+        top = max(1.0, *a, *b)
         out[task] = {
             "metric": row["metric"],
-            **{name: vars(_certain(mean_of(values, seed), least)) for name, (values, least) in estimates.items()},
+            "dense": vars(score_of(a, 0.0, top, seed)),
+            "pruned": vars(score_of(b, 0.0, top, seed)),
+            "difference": vars(score_of(b - a, -top, top, seed)),
         }
     return out
-
-
-def _certain(found: Estimate, least: float) -> Estimate:
-    """The estimate, with an interval of 3/n if all values are equal and a bootstrap has no spread (Hanley, Lippman-Hand 1983)."""
-    if found.low < found.high:
-        return found
-    rare = 3 / found.n
-    return replace(found, low=max(least, found.low - rare), high=min(1.0, found.high + rare))
 
 
 def without_scores(results: dict[str, Any]) -> dict[str, Any]:

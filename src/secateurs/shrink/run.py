@@ -159,5 +159,5 @@ def _evaluate(
     report |= found.as_dict()
     report["warnings"] += found.warnings
     if found.numbers and found.text:
-        report["distance"], warnings = texts_apart(source, windows, found.text.windows, found.numbers, seed)
+        report["distance"], warnings = texts_apart(source, windows, found.text.windows, found.numbers)
         report["warnings"] += warnings

@@ -286,7 +286,7 @@ class _Run:
             if self.teacher and plan.evaluation.windows:
                 # new checkpoints: these remember what they have loaded into other skeletons
                 pair = checkpoint.Checkpoint(self.teacher.given), checkpoint.Checkpoint(self.source.given)
-                before = quality(*pair, plan.evaluation, seed, self.progress, self.work / "windows-before.json")
+                before = quality(*pair, plan.evaluation, self.progress, self.work / "windows-before.json")
                 # _check() has made sure that both predict a next token
                 assert before is not None
                 report["quality_before"] = before[0].as_dict()
