@@ -53,7 +53,7 @@ def main() -> None:
             "packed, torch.compile": (packed, "packed compiled"),
         }
         variants = [Variant(name, str(folder), how) for name, (folder, how) in ways.items()]
-        result = bench(variants, prompt=64, new=given.new, repeats=given.repeats)
+        result = bench(variants, (64,), new=given.new, repeats=given.repeats)
     for row in result["variants"]:
         speeds = ", ".join(
             f"{stage} {row[stage]['tokens_per_second']:.2f} tokens/s ({row[stage]['speedup']:.2f}x)"

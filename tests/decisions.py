@@ -34,7 +34,7 @@ def profile(file, here=True, speedup=1.6):
 def stated_bench(runs):
     """A bench that states speeds and counts its runs."""
 
-    def bench(variants, prompt, new, repeats, progress, batches=(1,)):
+    def bench(variants, prompts, new, repeats, progress, batches=(1,)):
         runs.append(variants[1].folder)
         rows = []
         for variant in variants:
@@ -60,7 +60,7 @@ def stated_bench(runs):
                     "batches": [{"batch": 1, **stages}],
                 }
             )
-        return {"machine": machine(), "prompt": prompt, "new": new, "repeats": repeats, "variants": rows}
+        return {"machine": machine(), "prompt": prompts[0], "new": new, "repeats": repeats, "variants": rows}
 
     return bench
 
@@ -69,6 +69,6 @@ def plan(llama, words, tmp_path, **more):
     given = {
         "gate": ("ppl<=+900%",), "candidates": ("0.5", "2:4"), "profile": profile(tmp_path / "profile.json"), "effort": "fast",
         "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
-        "prompt": 10, "new": 11, "repeats": 3, "multiple": 8,
+        "prompt": 10, "new": 11, "repeats": 5, "multiple": 8,
     }  # fmt: skip
     return asked(DecidePlan, str(llama), **{**given, **more})

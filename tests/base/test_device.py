@@ -42,7 +42,7 @@ def test_a_shrunk_model_meets_the_same_rivals(monkeypatch, tmp_path, llama):
 
 def test_speedups_are_over_the_fastest_dense_way(llama):
     ways = [Variant("a", str(llama), "dense"), Variant("b", str(llama), "accelerated dense")]
-    rows = bench(ways, prompt=4, new=3, repeats=2)["variants"]
+    rows = bench(ways, (4,), new=3, repeats=2)["variants"]
     seconds = [4 / r["prefill"]["tokens_per_second"] + 2 / r["decode"]["tokens_per_second"] for r in rows]
     assert seconds[0] <= seconds[1]
     assert rows[0]["decode"]["speedup"] == rows[0]["prefill"]["speedup"] == 1

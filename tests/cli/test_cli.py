@@ -372,6 +372,8 @@ def test_a_fleet_is_sized_written_and_shown(tmp_path):
     assert packed["replicas"] < dense["replicas"]
     assert f"{packed['saved_a_year']:,.0f} [" in text
     assert "2 USD a node-hour; 2,000 requests simulated" in " ".join(text.split())
+    # no length and no bandwidth is stated
+    assert "Speed of dense: decoding was measured with 96 tokens a sequence only" in " ".join(text.split())
     assert json.loads(run("fleet", file, *TRAFFIC, "--json")[0]) == found
 
 
@@ -380,6 +382,7 @@ def test_a_fleet_is_sized_written_and_shown(tmp_path):
     (("--rate", "-3"), "traffic of -3 requests a second needs no fleet"),
     (("--rate", "5", "--percentile", "100"), "percentile 100 cannot be kept"),
     (("--rate", "5", "--price", "2"), "price '2' cannot be read; write an amount and its currency"),
+    (("--rate", "5", "--fits", "0"), "fits 0 is no percentage of moments"),
     (("--trace", "{trace}"), "line 2 is no request"),
     ((), "no traffic: give --rate"),
 ])  # fmt: skip

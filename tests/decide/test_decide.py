@@ -185,6 +185,14 @@ def test_a_fault_of_every_candidate_is_no_decision(tmp_path, llama, words, state
     assert not (tmp_path / "again").exists()
 
 
+def test_a_request_that_the_model_cannot_hold_is_refused_before_a_folder_is_made(tmp_path, llama, words, stated):
+    with pytest.raises(
+        PlanError, match="a request of 120 tokens and 9 new ones was asked for, the model has 128 positions"
+    ):
+        decide(plan(llama, words, tmp_path, prompt=120, new=9), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_times_are_of_this_plan_and_of_this_machine(tmp_path, llama, words, stated):
     chosen = plan(llama, words, tmp_path, candidates=("0.5",), profile=None)
     kept = tmp_path / "run" / "profile.json"
@@ -239,6 +247,25 @@ def test_a_gain_that_may_be_none_is_no_gain():
     assert not faster(0.9, 1.01)
     # less than noise
     assert not faster(0.96, 0.97)
+
+
+@pytest.mark.parametrize(("repeats", "reason"), [
+    (5, None), (3, "does not pay: 0.80x the seconds and 0.98x the bytes; 3 runs cannot tell faster from slower, give --repeats 5"),
+])  # fmt: skip
+def test_few_runs_do_not_tell_faster_from_slower(tmp_path, llama, words, repeats, reason):
+    """The slowest of three runs is below the median in one of eight measurements."""
+    decision = module._Decision(
+        plan(llama, words, tmp_path, repeats=repeats), tmp_path, lambda *a: None, lambda rows: None
+    )
+    decision.estimated = False
+    row = {
+        "passed": True,
+        "reason": None,
+        "bytes_ratio": 0.98,
+        "seconds_ratio": {"value": 0.8, "low": 0.7, "high": 0.9},
+    }
+    decision._judge(row)
+    assert row["reason"] == reason
 
 
 def test_the_front_keeps_what_no_other_beats():

@@ -6,25 +6,31 @@ import pytest
 import tiny
 import torch
 
+from secateurs.base.errors import PlanError
 from secateurs.machine.bench import Variant
 
 module = importlib.import_module("secateurs.machine.bench")
 
 
 class Stated:
-    """A worker whose prompt takes 2 s and whose other tokens take 3 s; half of both if it is packed. The machine is slower at times."""
+    """A worker whose prompt of 8 takes 2 s and whose other tokens take 3 s; twice that for prompts of 16, half of it if it is packed.
 
-    def __init__(self, variant, prompt, new):
+    The machine is slower at times.
+    """
+
+    positions = 128
+
+    def __init__(self, variant, new):
         self.share = 0.5 if variant.how == "packed" else 1.0
         # the first run warms up
-        self.slower = iter((50.0, 1.0, 2.0, 1.0))
+        self.slower = {prompt: iter((50.0, 1.0, 2.0, 1.0)) for prompt in (8, 16, 64)}
         self.kv_bytes_per_token, self.process = 8, self
 
     def ready(self):
         pass
 
-    def run(self, batch):
-        seconds = self.share * next(self.slower)
+    def run(self, batch, prompt):
+        seconds = self.share * next(self.slower[prompt]) * prompt / 8
         return {"first": 2 * seconds, "all": 5 * seconds}
 
     def finish(self):
@@ -33,10 +39,14 @@ class Stated:
     kill = wait = ready
 
 
-def test_rates_by_hand(llama, monkeypatch):
+@pytest.fixture
+def ways(llama, monkeypatch):
     monkeypatch.setattr(module, "_Worker", Stated)
-    ways = [Variant("dense", str(llama), "dense"), Variant("packed", str(llama), "packed")]
-    dense, packed = module.bench(ways, prompt=8, new=4, repeats=3, batches=(3,))["variants"]
+    return [Variant("dense", str(llama), "dense"), Variant("packed", str(llama), "packed")]
+
+
+def test_rates_by_hand(ways):
+    dense, packed = module.bench(ways, (8,), new=4, repeats=3, batches=(3,))["variants"]
     # three prompts of 8 tokens in 2 s; three tokens after the first one of each in 3 s
     assert (dense["prefill"]["tokens_per_second"], dense["decode"]["tokens_per_second"]) == (12, 3)
     assert (packed["prefill"]["tokens_per_second"], packed["decode"]["tokens_per_second"]) == (24, 6)
@@ -44,6 +54,37 @@ def test_rates_by_hand(llama, monkeypatch):
     # both were slower at the same moment
     for stage in ("prefill", "decode"):
         assert [packed[stage][name] for name in ("speedup", "speedup_low", "speedup_high")] == [2, 2, 2]
+
+
+def test_longer_prompts_stand_beside_the_first(ways):
+    found = module.bench(ways, (8, 16), new=4, repeats=3, batches=(3,))
+    dense = found["variants"][0]
+    assert found["prompt"] == 8
+    assert [(b["batch"], b["prompt"]) for b in dense["batches"]] == [(3, 8)]
+    assert [(b["batch"], b["prompt"]) for b in dense["longer"]] == [(3, 16)]
+    # three prompts of 16 tokens in 4 s; three tokens of each in 6 s
+    longer = dense["longer"][0]
+    assert (longer["prefill"]["tokens_per_second"], longer["decode"]["tokens_per_second"]) == (12, 1.5)
+    assert (dense["decode"]["tokens_per_second"], dense["positions"]) == (3, 128)
+
+
+def test_a_longer_prompt_is_measured_where_the_model_has_room(ways, monkeypatch):
+    # 128 positions hold no prompt of 512, and one of 124 is not twice the usual 64
+    found = module.bench(ways, None, new=4, repeats=3)
+    assert found["prompt"] == 64
+    assert found["variants"][0]["longer"] == []
+    assert module._within(1024, None, 64) == (64, 512)
+    assert module._within(256, None, 64) == (64, 192)
+    assert module._within(None, None, 64) == (64, 512)
+
+
+def test_prompts_beyond_the_positions_are_refused(ways):
+    with pytest.raises(
+        PlanError, match="a prompt of 125 tokens and 4 new ones were asked for, the model has 128 positions"
+    ):
+        module.bench(ways, (8, 125), new=4)
+    with pytest.raises(PlanError, match="prompt 8, 0, new 4"):
+        module.bench(ways, (8, 0), new=4)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])

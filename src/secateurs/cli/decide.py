@@ -99,7 +99,7 @@ def fleet(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A run directory that `secateurs bench --batch 1,4,16` measured, or its bench.json.",
+            help="A run directory that `secateurs bench --batch 1,4,16` or `decide` measured, or its bench.json.",
             show_default=False,
         ),
     ],
@@ -119,6 +119,9 @@ def fleet(
     headroom: Annotated[
         float, option(SPEED, "Share of every replica that stays free at the peak. Default: 0.2.")
     ] = 0.2,
+    fits: Annotated[
+        float, option(SPEED, "Percent of full replicas' moments in which the cache fits into memory. Default: 99.")
+    ] = 99.0,
     out: Annotated[
         Path | None, option(OUTPUT, "Where the numbers go. Default: fleet.json beside the measurement.")
     ] = None,
@@ -134,11 +137,12 @@ def fleet(
     """
     from secateurs.base.files import write_json
     from secateurs.decide.fleet import fleet as size_all
-    from secateurs.decide.fleet import random_requests, read_speeds, read_trace, service_of
+    from secateurs.decide.fleet import random_requests, read_trace, service_of
+    from secateurs.decide.speed import read_speeds
     from secateurs.report.machine_tables import print_fleet
 
     traced = read_trace(trace) if trace is not None else None
-    service = service_of(traced, rate, peak, ttft, tpot, percentile, price, headroom, memory)
+    service = service_of(traced, rate, peak, ttft, tpot, percentile, price, headroom, memory, fits)
     asked = traced or random_requests(service.peak, requests, prompt, output, seed)
     with progress_bars(not quiet and not as_json) as progress:
         result = size_all(read_speeds(source), service, asked, progress)

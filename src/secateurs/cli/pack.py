@@ -69,7 +69,13 @@ def bench(
         ),
     ],
     against: Annotated[Path | None, option(MODEL, "Another folder to compare with. Default: the dense model.")] = None,
-    prompt: Annotated[int, option(SPEED, "Tokens of the prompt, e.g. 512. Default: 64.")] = 64,
+    prompt: Annotated[
+        str | None,
+        option(
+            SPEED,
+            "Tokens of the prompt; after a comma longer ones, from which `secateurs fleet` learns what they cost. Default: 64,512.",
+        ),
+    ] = None,
     new: Annotated[int, option(SPEED, "New tokens to generate. Default: 64.")] = 64,
     repeats: Annotated[int, option(SPEED, "Runs of each model, in turn. Default: 5.")] = 5,
     batch: Annotated[
@@ -83,7 +89,7 @@ def bench(
 ) -> None:
     """Measure tokens per second of whole models: prefill, decode, peak memory; dense against packed, in turn.
 
-    Example: secateurs bench runs/half --prompt 512
+    Example: secateurs bench runs/half --prompt 512,4096
     """
     from secateurs.base.files import write_json
     from secateurs.base.run_directory import is_run, model_in
@@ -93,13 +99,14 @@ def bench(
     from secateurs.report.machine_tables import print_bench
 
     batches = read_list(batch, int, "batches")
+    prompts = None if prompt is None else read_list(prompt, int, "prompts")
     # of a decision, the run of the candidate to ship
     folder = model_in(model).parent if is_run(model) else model.expanduser()
     variants = variants_of(folder, against)
     if compiled:
         variants.insert(1, Variant("dense, compiled", variants[0].folder, "compiled"))
     with on_cpu(quiet, as_json) as progress:
-        result = measure(variants, prompt, new, repeats, progress, batches)
+        result = measure(variants, prompts, new, repeats, progress, batches)
     file = out or record_of(folder)
     if file is not None:
         write_json(file.expanduser(), result)

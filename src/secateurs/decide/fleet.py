@@ -1,8 +1,9 @@
 """Sizes a fleet: from measured speed, traffic and latency objectives to replicas, latency and cost, for the dense model and others.
 
-A replica runs one model. It holds at most as many sequences as were measured, as fit into memory and as keep the pace. While it
-decodes b sequences, each token also waits for its share of the other sequences' prompts:
-    pace(b) = step(b) + (b - 1) * prompt_seconds * mean prompt / mean output
+A replica runs one model. It holds at most as many sequences as were measured, as fit into memory and as keep the pace; the last two
+at a percentile of the moments at which it is full. While it decodes b sequences that hold T tokens, each token also waits for its
+share of the other sequences' prompts:
+    pace(b, T) = base(b) + each * T + (b - 1) * mean seconds of a prompt / mean output
 The fleet is sized for the peak rate: the fewest replicas that keep the headroom and, simulated (queueing.py), both objectives.
 """
 
@@ -17,44 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from secateurs.base.errors import OutputError, PlanError
+from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress, silent
-from secateurs.decide.queueing import WARM, Lengths, Requests, poisson, simulate
+from secateurs.decide.queueing import WARM, Array, Lengths, Requests, full_moments, poisson, simulate
+from secateurs.decide.speed import Pace, Speed
 
 HOURS_A_YEAR = 8760
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed of one model on one machine; rates are (median, low, high).
-
-    prefill: prompt tokens a second. decode: {batch: tokens a second of all its sequences}. kv_bytes_per_token: of one sequence's
-    cache. memory_bytes: of the machine.
-    """
-
-    name: str
-    prefill: tuple[float, float, float]
-    decode: dict[int, tuple[float, float, float]]
-    weights_bytes: int
-    kv_bytes_per_token: int
-    memory_bytes: int
-
-    @classmethod
-    def of(cls, row: dict[str, Any], machine: dict[str, Any]) -> "Speed":
-        """From a variant of bench.json."""
-
-        def three(found: dict[str, Any]) -> tuple[float, float, float]:
-            return found["tokens_per_second"], found["low"], found["high"]
-
-        return cls(
-            row["name"], three(row["prefill"]), {b["batch"]: three(b["decode"]) for b in row["batches"]},
-            row["weights_bytes"], row["kv_bytes_per_token"], machine["memory_bytes"],
-        )  # fmt: skip
-
-    def step(self, batch: int, which: int = 0) -> float:
-        """Seconds between tokens of `batch` sequences, interpolated between the batches that were measured."""
-        known = sorted(self.decode)
-        return float(np.interp(batch, known, [b / self.decode[b][which] for b in known]))
+# more requests than this share that are longer than the model's positions are refused; fewer are cut
+_CUT = 0.01
+# tokens; no model holds as many
+_LONGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -62,7 +35,8 @@ class Service:
     """The traffic of a fleet and its objectives.
 
     rate, peak: mean and highest requests a second. first_seconds, pace_seconds: to the first token and between tokens, for
-    `percentile` percent of requests. price: of a node-hour. headroom: the share of a replica that stays free at the peak.
+    `percentile` percent of requests. price: of a node-hour. headroom: the share of a replica that stays free at the peak. fits:
+    percent of the moments at which a replica is full in which its cache fits into memory.
     """
 
     rate: float
@@ -74,6 +48,7 @@ class Service:
     currency: str
     headroom: float = 0.2
     memory_bytes: int | None = None
+    fits: float = 99.0
 
     def __post_init__(self) -> None:
         if not (self.rate > 0 and math.isfinite(self.rate)):
@@ -91,6 +66,12 @@ class Service:
                 raise PlanError(f"{name} {value:g} is not above 0")
         if not 0 <= self.headroom < 1:
             raise PlanError(f"headroom {self.headroom:g} is not a share of a replica; give 0 <= headroom < 1")
+        if not 0 < self.fits <= 100:
+            raise PlanError(
+                f"fits {self.fits:g} is no percentage of moments: it is above 0 and at most 100, e.g. 95 or 99"
+            )
+        if self.memory_bytes is not None and not 0 < self.memory_bytes < math.inf:
+            raise PlanError(f"memory of {self.memory_bytes:g} bytes holds nothing; give --memory above 0, in GB")
 
 
 def read_price(text: str) -> tuple[float, str]:
@@ -108,89 +89,114 @@ def read_lengths(text: str, what: str) -> Lengths:
         kind = found[1] or "fixed"
         values = tuple(float(v) for v in found.groups()[1:] if v is not None)
         wanted = 1 if kind == "fixed" else 2
-        if len(values) == wanted and values[0] >= 1 and (kind != "uniform" or values[1] >= values[0]):
+        if (
+            len(values) == wanted
+            and values[0] >= 1
+            and max(values) < _LONGEST
+            and (kind != "uniform" or values[1] >= values[0])
+        ):
             return Lengths(kind, values)
     raise PlanError(f"{what} tokens '{text}' cannot be read; write 512, uniform:16,1024 or lognormal:512,0.8")
 
 
 def read_trace(file: Path) -> Requests:
-    """JSONL, one request a line: {"time": seconds, "prompt": tokens, "output": tokens}. Raises PlanError naming the line."""
+    """JSONL, one request a line, in order of time: {"time": seconds, "prompt": tokens, "output": tokens}. Raises PlanError naming
+    the line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"trace {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    rows = []
+    rows: list[list[float]] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            values = [float(row[name]) for name in ("time", "prompt", "output")]
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise PlanError(
-                f'{file} line {number} is no request ({what}); a line is {{"time": 0.5, "prompt": 512, "output": 128}}'
-            ) from None
-        if not (all(math.isfinite(v) for v in values) and values[1] >= 1 and values[2] >= 1):
-            raise PlanError(f"{file} line {number} has a time that is no number, or less than one token")
-        rows.append(values)
-    if len(rows) < 2 or min(r[0] for r in rows) == max(r[0] for r in rows):
+        if line.strip():
+            rows.append(_request(line, f"{file} line {number}", rows[-1][0] if rows else 0.0))
+    if len(rows) < 2 or rows[0][0] == rows[-1][0]:
         raise PlanError(f"{file} has {len(rows)} requests; a trace has two or more, at different times")
-    table = np.array(sorted(rows))
+    table = np.array(rows)
     return Requests(table[:, 0], table[:, 1], table[:, 2])
 
 
-def read_speeds(source: Path) -> list[Speed]:
-    """The variants of a bench.json, or of the one in a run directory; the first is dense. Raises OutputError."""
-    file = source / "bench.json" if source.is_dir() else source
+def _request(line: str, where: str, since: float) -> list[float]:
+    """Time, prompt and output of a line of a trace. since: the time of the request before it."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        speeds = [Speed.of(row, data["machine"]) for row in data["variants"]]
-        rates = [rate for s in speeds for three in (s.prefill, *s.decode.values()) for rate in three]
-        if (
-            not speeds
-            or not all(s.decode for s in speeds)
-            or not all(rate > 0 and math.isfinite(rate) for rate in rates)
-        ):
-            raise ValueError("a variant has no speed above 0")
-        return speeds
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be read: {error.strerror}; `secateurs bench DIR --batch 1,4,16` measures speed and writes it"
+        row = json.loads(line)
+        values = [row[name] for name in ("time", "prompt", "output")]
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise PlanError(
+            f'{where} is no request ({what}); a line is {{"time": 0.5, "prompt": 512, "output": 128}}'
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{file} is not a measurement of `secateurs bench`: {error}") from None
+    for name, value in zip(("time", "prompt", "output"), values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise PlanError(f"{where} has the {name} {json.dumps(value)}, which is no number from 0 on")
+        if name != "time" and not 1 <= value < _LONGEST:
+            raise PlanError(f"{where} has {value:g} tokens of {name}; give one or more")
+    if values[0] < since:
+        raise PlanError(f"{where} has the time {values[0]:g} after {since:g}; put the requests in order of time")
+    return [float(value) for value in values]
 
 
-def _paces(speed: Speed, service: Service, requests: Requests, which: int) -> tuple[float, list[float], str]:
-    """Seconds of a prompt token, seconds between tokens with 1, 2, ... sequences in a replica, and what limits their number."""
-    prompt, output = float(requests.prompt.mean()), float(requests.output.mean())
-    each = 1 / speed.prefill[which]
-    shared = each * prompt / max(output - 1, 1)
-    measured = max(speed.decode)
-    limits = {"the largest batch that was measured": measured}
+@dataclass(frozen=True)
+class _Replica:
+    """What one replica does: its pace, seconds of each request's prompt, seconds between tokens of 1, 2, ... sequences without what
+    their cache takes, tokens that they hold on average when it is full, and what limits their number.
+    """
+
+    pace: Pace
+    prompts: Array
+    bases: list[float]
+    held: float
+    why: str
+
+
+def _replica(speed: Speed, service: Service, requests: Requests, which: int) -> _Replica:
+    pace, output = speed.pace(which), float(requests.output.mean())
+    prompts = pace.prompt(requests.prompt)
+    shared = float(prompts.mean()) / max(output - 1, 1)
     memory = speed.memory_bytes if service.memory_bytes is None else service.memory_bytes
     end = ("", " at the low end of its measured speed", " at the high end of its measured speed")[which]
-    if speed.kv_bytes_per_token:
-        room = memory - speed.weights_bytes
-        limits["memory for the cache"] = max(0, int(room / (speed.kv_bytes_per_token * (prompt + output))))
-    paces = [speed.step(b, which) + (b - 1) * shared for b in range(1, measured + 1)]
-    limits["the pace that is asked"] = len(list(takewhile(lambda p: p <= service.pace_seconds, paces)))
-    slots, why = min((n, why) for why, n in limits.items())
+    most, why = max(pace.batches), "the largest batch that was measured"
+    bases = [pace.base(b) + (b - 1) * shared for b in range(1, most + 1)]
+    while True:
+        # whom a full moment meets depends on how long tokens take, which depends on how many sequences there are
+        step = bases[most - 1] + pace.each * most * float(requests.held.mean())
+        moments = full_moments(requests, prompts, step, most)
+        # seconds between tokens of 1, 2, ... sequences at the percentile of those moments
+        slow = np.percentile(moments, service.percentile, axis=0)
+        paces = [base + pace.each * float(held) for base, held in zip(bases, slow, strict=False)]
+        fits = (moments * speed.kv_bytes_per_token <= memory - speed.weights_bytes).mean(0) * 100
+        limits = {
+            why: most,
+            "memory for the cache": len(list(takewhile(lambda share: share >= service.fits, fits))),
+            "the pace that is asked": len(list(takewhile(lambda pace: pace <= service.pace_seconds, paces))),
+        }
+        # of equal limits the first one
+        why = min(limits, key=lambda name: limits[name])
+        slots = limits[why]
+        if slots in (0, most):
+            break
+        most = slots
     if slots < 1:
         raise PlanError(
             f"{speed.name} cannot serve this on any number of replicas{end}: {why} leaves no sequence (a token takes "
-            f"{paces[0]:.4g} s alone, {service.pace_seconds:g} s is asked; weights take {speed.weights_bytes / 1e9:.3g} of "
-            f"{memory / 1e9:.3g} GB)"
+            f"{paces[0]:.4g} s alone, at the {service.percentile:g}th percentile, {service.pace_seconds:g} s is asked; weights "
+            f"take {speed.weights_bytes / 1e9:.3g} of {memory / 1e9:.3g} GB)"
         )
-    counted = requests.prompt[int(len(requests) * WARM) :]
-    alone = float(np.percentile(counted, service.percentile)) * each
+    counted = slice(int(len(requests) * WARM), None)
+    lonely = float(np.percentile(bases[0] + pace.each * requests.held[counted], service.percentile))
+    if lonely > service.pace_seconds:
+        raise PlanError(
+            f"{speed.name} cannot serve this on any number of replicas{end}: a token takes {lonely:.4g} s alone, at the "
+            f"{service.percentile:g}th percentile of lengths, and {service.pace_seconds:g} s is asked"
+        )
+    alone = float(np.percentile(prompts[counted], service.percentile))
     if alone > service.first_seconds:
         raise PlanError(
             f"{speed.name} cannot serve this on any number of replicas{end}: the first token takes {alone:.4g} s without a wait, "
             f"at the {service.percentile:g}th percentile of prompts, and {service.first_seconds:g} s is asked"
         )
-    return each, paces[:slots], why
+    return _Replica(pace, prompts, bases[:slots], float(moments[:, -1].mean()), why)
 
 
 @dataclass(frozen=True)
@@ -213,33 +219,37 @@ class Size:
 
 def size(speed: Speed, service: Service, requests: Requests, which: int = 0) -> Size:
     """The fewest replicas for the peak. which: the median (0), low (1) or high (2) end of the speed. Raises PlanError."""
-    each, paces, why = _paces(speed, service, requests, which)
-    slots = len(paces)
+    replica = _replica(speed, service, requests, which)
+    slots, prompts = len(replica.bases), replica.prompts
     peak = requests.at(service.peak)
     # seconds of a sequence in a full replica: the prompts of all its sequences in turn, and its own tokens after the first
-    busy = float((slots * requests.prompt * each + (requests.output - 1) * speed.step(slots, which)).mean())
+    step = replica.pace.step(slots, replica.held)
+    busy = float((slots * prompts + (requests.output - 1) * step).mean())
     # requests a second that one full replica serves
     most = slots / busy
 
     def tried(replicas: int) -> Size:
-        found = simulate(peak, replicas, each, paces)
+        found = simulate(peak, replicas, prompts, replica.bases, replica.pace.each)
         first, pace = (float(np.percentile(v, service.percentile)) for v in (found.first, found.pace))
         load = service.peak / (replicas * most)
-        return Size(replicas, slots, why, load, service.rate / (replicas * most), first, pace, found.held)
+        return Size(replicas, slots, replica.why, load, service.rate / (replicas * most), first, pace, found.held)
+
+    def holds(found: Size) -> bool:
+        return found.first_seconds <= service.first_seconds and found.pace_seconds <= service.pace_seconds
 
     low = max(1, math.ceil(service.peak / (most * (1 - service.headroom)) - 1e-9))
     found = tried(low)
-    if found.first_seconds <= service.first_seconds:
+    if holds(found):
         return found
     # the objectives need more than the headroom does: double the step until they hold, then bisect
     step, high = max(1, low // 16), low
-    while found.first_seconds > service.first_seconds:
+    while not holds(found):
         low, high, step = high, high + step, step * 2
         found = tried(high)
     while high - low > 1:
         middle = (low + high) // 2
         at_middle = tried(middle)
-        if at_middle.first_seconds <= service.first_seconds:
+        if holds(at_middle):
             high, found = middle, at_middle
         else:
             low = middle
@@ -257,6 +267,7 @@ def fleet(
     Intervals come from sizing at the low and at the high end of each speed. A candidate that cannot serve gets a reason instead of
     a size; for the dense model this raises PlanError.
     """
+    requests, cut = _within(requests, min((s.positions for s in speeds if s.positions), default=None))
     rows: list[dict[str, Any]] = []
     for number, speed in enumerate(speeds):
         try:
@@ -267,12 +278,12 @@ def fleet(
         except PlanError as error:
             if not number:
                 raise
-            rows.append({"name": speed.name, "why_not": str(error)})
+            rows.append({"name": speed.name, "why_not": str(error), "speed": speed.told})
             continue
         replicas = [s.replicas for s in sizes]
         tokens = service.rate * 3600 * float((requests.prompt + requests.output).mean())
         row: dict[str, Any] = {
-            "name": speed.name, "why_not": None, **vars(sizes[0]),
+            "name": speed.name, "why_not": None, "speed": speed.told, **vars(sizes[0]),
             # a lower speed needs more replicas
             "replicas_low": min(replicas), "replicas_high": max(replicas),
             "cost_per_hour": sizes[0].replicas * service.price,
@@ -292,14 +303,30 @@ def fleet(
         "service": vars(service),
         "requests": {
             "simulated": len(requests), "prompt_mean": float(requests.prompt.mean()), "output_mean": float(requests.output.mean()),
+            "held_high": float(np.percentile(requests.prompt + requests.output, service.percentile)), "cut": cut,
         },
         "variants": rows,
     }  # fmt: skip
 
 
+def _within(requests: Requests, positions: int | None) -> tuple[Requests, int]:
+    """Requests whose prompt and answer the model's positions hold, and how many were cut to that. Raises PlanError for many."""
+    longer = np.flatnonzero(requests.prompt + requests.output > (positions or math.inf))
+    if positions is None or not len(longer):
+        return requests, 0
+    if len(longer) > _CUT * len(requests):
+        i = longer[0]
+        raise PlanError(
+            f"{len(longer):,} of {len(requests):,} requests are longer than the model's {positions} positions, the first is "
+            f"request {i + 1} with {requests.prompt[i]:g} and {requests.output[i]:g} tokens; give shorter ones"
+        )
+    prompt = np.minimum(requests.prompt, positions - 1)
+    return Requests(requests.arrival, prompt, np.minimum(requests.output, positions - prompt)), len(longer)
+
+
 def service_of(
     traced: Requests | None, rate: float | None, peak: float | None, ttft: float, tpot: float, percentile: float, price: str,
-    headroom: float, memory: float | None,
+    headroom: float, memory: float | None, fits: float = 99.0,
 ) -> Service:  # fmt: skip
     """A Service from the options of `secateurs fleet`. rate: None is that of `traced`. memory: GB. Raises PlanError."""
     amount, currency = read_price(price)
@@ -311,7 +338,7 @@ def service_of(
         raise PlanError(f"memory of {memory:g} GB holds nothing; give --memory above 0, in GB")
     return Service(
         rate, rate if peak is None else peak, ttft, tpot, percentile, amount, currency, headroom,
-        None if memory is None else int(memory * 1e9),
+        None if memory is None else int(memory * 1e9), fits,
     )  # fmt: skip
 
 

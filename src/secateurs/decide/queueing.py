@@ -1,7 +1,8 @@
 """Simulates requests that wait for replicas: one queue, first come first served, and replicas that batch their sequences.
 
 A replica holds up to `slots` sequences and works on one prompt at a time. A request keeps the pace of the batch that it joins until
-its end: requests that come later do not slow it, and ones that leave do not speed it up. Sequences are spread evenly over replicas.
+its end: requests that come later do not slow it, and ones that leave do not speed it up. Sequences, and the tokens they hold, are
+spread evenly over replicas.
 With one slot and exponential work this is M/M/c, whose waiting time has a closed form (erlang_wait).
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from secateurs.base.errors import PlanError
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -22,11 +25,32 @@ WARM = 0.1
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in order of arrival. arrival: seconds. prompt, output: tokens."""
+    """Requests in order of arrival. arrival: seconds, from 0 on. prompt, output: tokens. Raises PlanError for what cannot be."""
 
     arrival: Array
     prompt: Array
     output: Array
+
+    def __post_init__(self) -> None:
+        if not (len(self.arrival) == len(self.prompt) == len(self.output) > 0):
+            raise PlanError(
+                f"{len(self.arrival)} times, {len(self.prompt)} prompts and {len(self.output)} answers are no requests: give one "
+                "of each for every request"
+            )
+        for name, values, least, unit in (
+            ("time", self.arrival, 0, "seconds"), ("prompt", self.prompt, 1, "tokens"), ("output", self.output, 1, "tokens"),
+        ):  # fmt: skip
+            # a comparison with NaN is false
+            wrong = np.flatnonzero(~((values >= least) & (values < np.inf)))
+            if len(wrong):
+                raise PlanError(
+                    f"request {wrong[0] + 1} has the {name} {values[wrong[0]]:g}; give {unit} from {least} on"
+                )
+        early = np.flatnonzero(np.diff(self.arrival) < 0)
+        if len(early):
+            raise PlanError(
+                f"request {early[0] + 2} arrives before the one that it follows; give requests in order of time"
+            )
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -35,6 +59,11 @@ class Requests:
     def rate(self) -> float:
         """Requests a second."""
         return (len(self) - 1) / float(self.arrival[-1] - self.arrival[0])
+
+    @property
+    def held(self) -> Array:
+        """Tokens that each holds while it is answered, on average: its prompt and half of its answer."""
+        return self.prompt + self.output / 2
 
     def at(self, rate: float) -> "Requests":
         """The same requests at another rate."""
@@ -56,36 +85,45 @@ class Waits:
 
 
 def simulate(
-    requests: Requests, replicas: int, prompt_seconds: float, token_seconds: Sequence[float], warm: float = WARM
+    requests: Requests,
+    replicas: int,
+    prompts: Array,
+    token_seconds: Sequence[float],
+    held_seconds: float = 0.0,
+    warm: float = WARM,
 ) -> Waits:
     """Serve requests with that many replicas, and measure their waits.
 
-    prompt_seconds: of one prompt token. token_seconds[b - 1]: seconds between tokens of a sequence when its replica holds b; its
-    length is the number of slots. warm: the share of the first requests that is not counted.
+    prompts: seconds of each request's prompt. token_seconds[b - 1]: seconds between tokens of a sequence when its replica holds b;
+    its length is the number of slots. held_seconds: more for each token that the replica's sequences hold. warm: the share of the
+    first requests that is not counted.
     """
     slots = len(token_seconds)
     capacity = replicas * slots
     # when each replica has finished its prompts; the next prompt goes to the one that is free first
     free = [0.0] * replicas
-    # when each sequence in service ends, a heap; in a full fleet the next request starts at the earliest end
-    ends: list[float] = []
+    # when each sequence in service ends, and the tokens it holds, a heap; in a full fleet the next request starts at the earliest
+    ends: list[tuple[float, float]] = []
     wait, pace = np.empty(len(requests)), np.empty(len(requests))
-    prompts = requests.prompt * prompt_seconds
-    held = 0
+    held, cached = 0, 0.0
     first_counted = int(len(requests) * warm)
-    for i, (now, prompt, tokens) in enumerate(
-        zip(requests.arrival.tolist(), prompts.tolist(), requests.output.tolist(), strict=True)
-    ):
+    columns = (requests.arrival, prompts, requests.output, requests.held)
+    for i, (now, prompt, tokens, own) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         start = now
-        while ends and ends[0] <= now:
-            heappop(ends)
+        while ends and ends[0][0] <= now:
+            cached -= heappop(ends)[1]
         if len(ends) == capacity:
-            start = heappop(ends)
-        each = token_seconds[len(ends) // replicas]
+            start, gone = heappop(ends)
+            cached -= gone
+        beside = len(ends) // replicas
+        each = token_seconds[beside]
+        if held_seconds:
+            each += held_seconds * (own + (cached / len(ends) * beside if beside else 0.0))
         start = max(start, free[0])
         heapreplace(free, start + prompt)
         # the prompt gives the first token
-        heappush(ends, start + prompt + (tokens - 1) * each)
+        heappush(ends, (start + prompt + (tokens - 1) * each, own))
+        cached += own
         wait[i], pace[i] = start - now, each
         if i >= first_counted:
             held += len(ends)
@@ -96,6 +134,23 @@ def simulate(
         pace[counted],
         held / max(1, len(requests) - first_counted) / replicas,
     )
+
+
+def full_moments(requests: Requests, prompts: Array, step: float, most: int, moments: int = 10_000) -> Array:
+    """Tokens held by 1, 2, ... `most` sequences together, at random moments of replicas that hold as many: [moments, most].
+
+    A sequence is met in proportion to the time that it stays, prompts: seconds of its prompt, and `step` seconds for each later
+    token; it then holds its prompt and the tokens that it has got so far.
+    """
+    random = np.random.default_rng(0)
+    stays = prompts + (requests.output - 1) * step
+    # all answers are of one token and prompts take no time
+    share = stays / stays.sum() if stays.sum() else None
+    met = random.choice(len(requests), (moments, most), p=share)
+    since = random.random((moments, most)) * stays[met] - prompts[met]
+    made = np.where(since > 0, np.minimum(requests.output[met], 1 + np.floor(since / step)), 0.0) if step else 0.0
+    held: Array = (requests.prompt[met] + made).cumsum(1)
+    return held
 
 
 def erlang_wait(rate: float, service: float, servers: int) -> float:

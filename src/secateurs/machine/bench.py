@@ -18,11 +18,15 @@ from typing import Any
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import CheckpointError, PlanError
 from secateurs.base.precision import compute_dtype
-from secateurs.base.progress import Progress, silent
+from secateurs.base.progress import Progress, silent, ticker
 from secateurs.base.run_directory import models_of
+from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import trusted
+
+# tokens of the prompts that are measured where nobody says: a short one, and one whose cache is to be seen
+PROMPTS = (64, 512)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _how(folder: Path) -> str:
 
 def bench(
     variants: list[Variant],
-    prompt: int = 64,
+    prompts: Sequence[int] | None = None,
     new: int = 64,
     repeats: int = 5,
     progress: Progress = silent,
@@ -122,47 +126,36 @@ def bench(
     Of several dense variants of the first one's folder, the fastest for one request comes first in the result. An fp32 variant
     for which memory has no room is left out, and `left_out` says so.
 
-    batches: numbers of prompts at once; a variant's own prefill and decode are those of the first. Tokens a second are those of
-    all prompts together.
+    prompts: tokens of a prompt. The first is what `batches` of the result are of; the others are in `longer`, from which `fleet`
+    learns what a long context costs. None: PROMPTS, or what the model's positions allow. batches: numbers of prompts at once; a
+    variant's own prefill and decode are those of the first. Tokens a second are those of all prompts together.
     """
-    if min(prompt, repeats, *batches) < 1 or new < 2 or not batches:
+    if min(repeats, *batches, *(prompts or (1,))) < 1 or new < 2 or not batches:
         raise PlanError(
-            f"prompt {prompt}, new {new}, repeats {repeats}, batches {list(batches)}: give at least 1, 2, 1 and 1"
+            f"prompt {', '.join(map(str, prompts or PROMPTS))}, new {new}, repeats {repeats}, batches {list(batches)}: give at "
+            "least 1, 2, 1 and 1"
         )
     variants, left_out = _that_fit(variants)
     workers: list[_Worker] = []
-    samples: list[dict[tuple[str, int], list[float]]] = [
-        {(stage, batch): [] for batch in batches for stage in ("prefill", "decode")} for _ in variants
-    ]
-    total, done = len(variants) * len(batches) * (repeats + 1), 0
-    progress("runs", 0, total)
     try:
         for variant in variants:
-            workers.append(_Worker(variant, prompt, new))
+            workers.append(_Worker(variant, new))
             workers[-1].ready()
-        for number in range(repeats + 1):
-            for batch in batches:
-                for worker, kept in zip(workers, samples, strict=True):
-                    run = worker.run(batch)
-                    # the first run warms up: allocator, threads, compiler
-                    if number:
-                        kept["prefill", batch].append(batch * prompt / run["first"])
-                        kept["decode", batch].append(batch * (new - 1) / (run["all"] - run["first"]))
-                    done += 1
-                    progress("runs", done, total)
-        peaks = [worker.finish() for worker in workers]
+        positions = min((w.positions for w in workers if w.positions), default=None)
+        prompts = _within(positions, prompts, new)
+        samples, peaks = _timed(workers, prompts, new, repeats, batches, progress)
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
     runs = list(zip(variants, workers, samples, peaks, strict=True))
     ways = [r for r in runs if r[0].folder == variants[0].folder and not r[0].how.startswith("packed")] or runs[:1]
+    first = prompts[0]
 
     def request(run: Any) -> float:
         """Seconds of a prompt and its new tokens at the first batch size."""
-        first = batches[0]
-        prefill, decode = (Timing.of(run[2][stage, first]).seconds for stage in ("prefill", "decode"))
-        return first * (prompt / prefill + (new - 1) / decode)
+        prefill, decode = (Timing.of(run[2][stage, batches[0], first]).seconds for stage in ("prefill", "decode"))
+        return batches[0] * (first / prefill + (new - 1) / decode)
 
     fastest = min(ways, key=request)
     runs = [fastest, *(r for r in runs if r is not fastest)]
@@ -172,8 +165,13 @@ def bench(
         measured = [
             {
                 "batch": batch,
-                **{stage: _rate(kept[stage, batch], base[stage, batch]) for stage in ("prefill", "decode")},
+                "prompt": prompt,
+                **{
+                    stage: _rate(kept[stage, batch, prompt], base[stage, batch, prompt])
+                    for stage in ("prefill", "decode")
+                },
             }
+            for prompt in prompts
             for batch in batches
         ]
         rows.append(
@@ -184,19 +182,63 @@ def bench(
                 "peak_memory_bytes": peak,
                 "weights_bytes": Checkpoint(variant.folder, packed=True).nbytes,
                 "kv_bytes_per_token": worker.kv_bytes_per_token,
+                "positions": worker.positions,
                 "prefill": measured[0]["prefill"],
                 "decode": measured[0]["decode"],
-                "batches": measured,
+                "batches": measured[: len(batches)],
+                "longer": measured[len(batches) :],
             }
         )
     return {
         "machine": machine(),
-        "prompt": prompt,
+        "bytes_per_second": DeviceProfile.bandwidth(),
+        "prompt": first,
         "new": new,
         "repeats": repeats,
         "variants": rows,
         "left_out": left_out,
     }
+
+
+def _within(positions: int | None, prompts: Sequence[int] | None, new: int) -> tuple[int, ...]:
+    """The lengths of prompts to measure. Raises PlanError for a prompt that with its new tokens exceeds the model's positions."""
+    if prompts is None:
+        short, long = PROMPTS
+        long = min(long, (positions or long + new) - new)
+        # lengths that hardly differ would say nothing of what length costs
+        prompts = (short, long) if long >= 2 * short else (short,)
+    if positions and max(prompts) + new > positions:
+        raise PlanError(
+            f"a prompt of {max(prompts)} tokens and {new} new ones were asked for, the model has {positions} positions; lower "
+            "--prompt or --new"
+        )
+    return tuple(dict.fromkeys(prompts))
+
+
+def _timed(
+    workers: Sequence["_Worker"],
+    prompts: Sequence[int],
+    new: int,
+    repeats: int,
+    batches: Sequence[int],
+    progress: Progress,
+) -> tuple[list[dict[tuple[str, int, int], list[float]]], list[int]]:
+    """For each worker: tokens a second by (stage, batch, prompt), and its peak memory."""
+    cells = [(batch, prompt) for prompt in prompts for batch in batches]
+    samples: list[dict[tuple[str, int, int], list[float]]] = [
+        {(stage, *cell): [] for cell in cells for stage in ("prefill", "decode")} for _ in workers
+    ]
+    tick = ticker(progress, "runs", len(workers) * len(cells) * (repeats + 1))
+    for number in range(repeats + 1):
+        for batch, prompt in cells:
+            for worker, kept in zip(workers, samples, strict=True):
+                run = worker.run(batch, prompt)
+                # the first run warms up: allocator, threads, compiler
+                if number:
+                    kept["prefill", batch, prompt].append(batch * prompt / run["first"])
+                    kept["decode", batch, prompt].append(batch * (new - 1) / (run["all"] - run["first"]))
+                tick()
+    return samples, [worker.finish() for worker in workers]
 
 
 def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
@@ -212,9 +254,10 @@ def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
 class _Worker:
     """A process with one model, which runs when told to and sleeps otherwise."""
 
-    def __init__(self, variant: Variant, prompt: int, new: int) -> None:
+    def __init__(self, variant: Variant, new: int) -> None:
         self.variant, self.kv_bytes_per_token = variant, 0
-        request = json.dumps({**variant.__dict__, "prompt": prompt, "new": new})
+        self.positions: int | None = None
+        request = json.dumps({**variant.__dict__, "new": new})
         # a file and no pipe: nobody reads while the model runs, and a full pipe would stop it
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -240,10 +283,11 @@ class _Worker:
         )
 
     def ready(self) -> None:
-        self.kv_bytes_per_token = int(self._ask("")["kv_bytes_per_token"])
+        said = self._ask("")
+        self.kv_bytes_per_token, self.positions = int(said["kv_bytes_per_token"]), said["positions"]
 
-    def run(self, batch: int) -> dict[str, float]:
-        return self._ask(str(batch))
+    def run(self, batch: int, prompt: int) -> dict[str, float]:
+        return self._ask(f"{batch} {prompt}")
 
     def finish(self) -> int:
         return int(self._ask("finish")["peak"])
@@ -289,16 +333,16 @@ def _work(request: dict[str, Any]) -> None:
 
     model = load(request["folder"], request["how"], request["dtype"])
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(0, vocabulary, (1, request["prompt"]), generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if "compiled" in request["how"]:
         settings["cache_implementation"] = "static"
 
     new = request["new"]
 
-    def seconds(batch: int) -> dict[str, float]:
+    def seconds(batch: int, prompt: int) -> dict[str, float]:
         """Seconds until the first new token, and until the last."""
-        prompts = prompt.expand(batch, -1).contiguous()
+        ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+        prompts = ids.expand(batch, -1).contiguous()
         clock = Clock()
         begin = time.perf_counter()
         with torch.no_grad():
@@ -308,12 +352,13 @@ def _work(request: dict[str, Any]) -> None:
             )  # fmt: skip
         return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
 
-    print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model)}), flush=True)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model), "positions": positions}), flush=True)
     for line in sys.stdin:
         if line.strip() == "finish":
             print(json.dumps({"peak": peak_memory()}), flush=True)
             return
-        print(json.dumps(seconds(int(line))), flush=True)
+        print(json.dumps(seconds(*map(int, line.split()))), flush=True)
 
 
 def _kv_bytes_per_token(model: Any) -> int:

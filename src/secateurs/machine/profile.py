@@ -85,6 +85,15 @@ class DeviceProfile:
         profile = cls.read(default_file())
         return profile if profile.of_here else None
 
+    @classmethod
+    def bandwidth(cls) -> float | None:
+        """Bytes a second of this machine's memory, if it was probed as it is now; a profile of another format is none."""
+        try:
+            profile = cls.at_hand()
+        except DeviceError:
+            return None
+        return profile.bytes_per_second if profile else None
+
     @property
     def of_here(self) -> bool:
         """True if it was measured on this processor, with these instruction sets and kernels and as many threads."""

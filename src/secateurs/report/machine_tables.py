@@ -49,13 +49,13 @@ def _short(kernel: str, dtype: str, isa: str) -> str:
 def print_bench(result: dict[str, Any], console: Console) -> None:
     """Print tokens per second of every variant at every batch size."""
     console.print(
-        f"Prompts of {result['prompt']} tokens, {result['new']} new ones, {result['repeats']} runs in turn, "
+        f"{result['new']} new tokens after each prompt, {result['repeats']} runs in turn, "
         f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
     )
-    table = new_table("", "prompts", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
+    table = new_table("", "prompt", "at once", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
     for row in result["variants"]:
         sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
-        for number, measured in enumerate(row["batches"]):
+        for number, measured in enumerate([*row["batches"], *row.get("longer", [])]):
             cells = []
             for stage in ("prefill", "decode"):
                 found = measured[stage]
@@ -64,7 +64,8 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
                     f"{found['speedup']:.2f}x",
                 ]
             name = "" if number else escape(row["name"])
-            table.add_row(name, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
+            tokens = str(measured.get("prompt", result["prompt"]))
+            table.add_row(name, tokens, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
     console.print(table)
     for sentence in result.get("left_out", []):
         console.print(f"[yellow]Warning:[/] {escape(sentence)}.")
@@ -120,3 +121,10 @@ def print_fleet(result: dict[str, Any], console: Console) -> None:
             console.print(f"[yellow]{escape(row['why_not'])}[/]")
     ends = {row["name"]: f"{row['slots']}, {row['slots_end']}" for row in result["variants"] if not row["why_not"]}
     console.print("Sequences a replica: " + "; ".join(f"{escape(n)} {e}" for n, e in ends.items()) + ".")
+    for told in dict.fromkeys(row["speed"] for row in result["variants"]):
+        names = ", ".join(escape(row["name"]) for row in result["variants"] if row["speed"] == told)
+        console.print(
+            f"Speed of {names}: {escape(told)}; {requests['held_high']:,.0f} tokens a sequence at the percentile."
+        )
+    if requests["cut"]:
+        console.print(f"[yellow]Warning:[/] {requests['cut']:,} requests were cut to the model's positions.")
