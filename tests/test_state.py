@@ -203,6 +203,11 @@ def test_the_caller_s_process_is_left_as_it_was(make, layer, llama, words, tmp_p
     assert [what for what in before if before[what] != after[what]] == []
 
 
+def test_no_bars_of_transformers_are_shown(llama, words, tmp_path, capfd):
+    run_of({"llama": llama, "words": words, "tmp_path": tmp_path})()
+    assert "Loading weights" not in capfd.readouterr().err
+
+
 def test_every_public_function_is_called():
     functions = {n for n in sc.__all__ if isinstance(getattr(sc, n), types.FunctionType)}
     # a decision is made of calls of the others, with processes of its own

@@ -215,11 +215,12 @@ GOOD = '{"time": 3, "prompt": 1, "output": 1}'
         (["{}", "{}"], "line 1 is no request (no 'time')"),
         ([GOOD, "oh"], "line 2 is no request"),
         ([GOOD, "[1, 2, 3]"], "line 2 is no request"),
-        ([GOOD, "", '{"time": 4, "prompt": 0, "output": 1}'], "line 3 has 0 tokens of prompt; give one or more"),
-        ([GOOD, '{"time": 4, "prompt": 1, "output": 0.5}'], "line 2 has 0.5 tokens of output; give one or more"),
+        ([GOOD, "", '{"time": 4, "prompt": 0, "output": 1}'], "line 3 has 0 tokens of prompt; give 1 or more"),
+        ([GOOD, '{"time": 4, "prompt": 1, "output": 0.5}'], "line 2 has 0.5 tokens of output; give 1 or more"),
         (['{"time": -1, "prompt": 1, "output": 1}', GOOD], "line 1 has the time -1, which is no number from 0 on"),
         ([GOOD, '{"time": NaN, "prompt": 1, "output": 1}'], "line 2 has the time NaN, which is no number"),
         ([GOOD, '{"time": 4, "prompt": Infinity, "output": 1}'], "line 2 has the prompt Infinity, which is no number"),
+        ([GOOD, f'{{"time": {10**400}, "prompt": 1, "output": 1}}'], "line 2 has the time 10000"),
         ([GOOD, '{"time": 4, "prompt": 1, "output": -7}'], "line 2 has the output -7, which is no number from 0 on"),
         ([GOOD, '{"time": "", "prompt": 1, "output": 1}'], 'line 2 has the time "", which is no number'),
         ([GOOD, '{"time": null, "prompt": 1, "output": 1}'], "line 2 has the time null, which is no number"),
@@ -366,8 +367,11 @@ def test_one_context_leaves_the_cache_to_the_bandwidth_and_says_so(tmp_path):
     assert pace.each == pytest.approx(1e-5)
     assert pace.step(1, 72) == pytest.approx(0.02 + 72e-6)
     assert pace.step(1, 8264) == pytest.approx(0.02 + 72e-6 + 8192e-5)
-    assert "decoding was measured with 72 tokens a sequence only; others by 10,000 bytes of cache a token" in speed.told
-    assert "at the 1 GB/s of memory; prompts in proportion to 64 tokens" in speed.told
+    assert (
+        "decoding was measured with 72 tokens a sequence only; each token more is taken to cost the reading of its 10,000 bytes"
+        in speed.told
+    )
+    assert "at the 1 GB/s of memory, which is the least it can; prompts in proportion to 64 tokens" in speed.told
     # where nobody probed, the rate at which one sequence's tokens read the weights
     speed = read(tmp_path, {**measurement(longer=[]), "bytes_per_second": None})
     assert speed.pace().each == pytest.approx(1e4 * (0.02 + 72e-6) / 1e9)
@@ -478,9 +482,14 @@ def test_tokens_that_are_held_slow_a_replica():
     assert found.pace == pytest.approx([1.0 + 0.115, 2.0 + 0.01 * (11.5 + 101.5)])
     # on a replica of its own it waits for nobody
     assert simulate(asked, 2, np.zeros(2), [1.0, 2.0], 0.01, warm=0).pace == pytest.approx([1.115, 2.015])
-    # who has left holds nothing
-    late = Requests(np.array([0.0, 9.0]), asked.prompt, asked.output)
-    assert simulate(late, 1, np.zeros(2), [1.0, 2.0], 0.01, warm=0).pace == pytest.approx([1.115, 2.015])
+
+
+@pytest.mark.parametrize(("slots", "third"), [(3, 5.0), (2, 0.2)])
+def test_who_has_left_holds_nothing(slots, third):
+    """The first has gone when the third comes, or makes room for it where the replica is full; the second is there, with 125 tokens."""
+    asked = Requests(np.array([0.0, 0.1, third]), np.array([10.0, 100.0, 10.0]), np.array([2.0, 50.0, 2.0]))
+    found = simulate(asked, 1, np.zeros(3), [1.0] * slots, 0.01, warm=0)
+    assert found.pace == pytest.approx([1.11, 1.0 + 0.01 * (11 + 125), 1.0 + 0.01 * (11 + 125)])
 
 
 def test_requests_longer_than_the_model_are_cut_or_refused():

@@ -19,7 +19,8 @@ def own_numbers() -> Iterator[None]:
     """A context for code that seeds or draws from shared generators: those of Python, NumPy and torch are restored after it."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # torch.manual_seed() seeds all cards
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"):
             yield
     finally:
         random.setstate(python)

@@ -128,10 +128,10 @@ def _request(line: str, where: str, since: float) -> list[float]:
             f'{where} is no request ({what}); a line is {{"time": 0.5, "prompt": 512, "output": 128}}'
         ) from None
     for name, value in zip(("time", "prompt", "output"), values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LONGEST**2:
             raise PlanError(f"{where} has the {name} {json.dumps(value)}, which is no number from 0 on")
         if name != "time" and not 1 <= value < _LONGEST:
-            raise PlanError(f"{where} has {value:g} tokens of {name}; give one or more")
+            raise PlanError(f"{where} has {value:g} tokens of {name}; give 1 or more, below {_LONGEST:g}")
     if values[0] < since:
         raise PlanError(f"{where} has the time {values[0]:g} after {since:g}; put the requests in order of time")
     return [float(value) for value in values]

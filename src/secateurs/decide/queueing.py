@@ -102,19 +102,21 @@ def simulate(
     capacity = replicas * slots
     # when each replica has finished its prompts; the next prompt goes to the one that is free first
     free = [0.0] * replicas
-    # when each sequence in service ends, and the tokens it holds, a heap; in a full fleet the next request starts at the earliest
-    ends: list[tuple[float, float]] = []
+    # when each sequence in service ends, a heap; in a full fleet the next request starts at the earliest end
+    ends: list[float] = []
+    # tokens held by what ends then
+    holds: dict[float, float] = {}
     wait, pace = np.empty(len(requests)), np.empty(len(requests))
     held, cached = 0, 0.0
     first_counted = int(len(requests) * warm)
     columns = (requests.arrival, prompts, requests.output, requests.held)
     for i, (now, prompt, tokens, own) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         start = now
-        while ends and ends[0][0] <= now:
-            cached -= heappop(ends)[1]
+        while ends and ends[0] <= now:
+            cached -= holds.pop(heappop(ends), 0.0)
         if len(ends) == capacity:
-            start, gone = heappop(ends)
-            cached -= gone
+            start = heappop(ends)
+            cached -= holds.pop(start, 0.0)
         beside = len(ends) // replicas
         each = token_seconds[beside]
         if held_seconds:
@@ -122,7 +124,9 @@ def simulate(
         start = max(start, free[0])
         heapreplace(free, start + prompt)
         # the prompt gives the first token
-        heappush(ends, (start + prompt + (tokens - 1) * each, own))
+        end = start + prompt + (tokens - 1) * each
+        heappush(ends, end)
+        holds[end] = holds.get(end, 0.0) + own
         cached += own
         wait[i], pace[i] = start - now, each
         if i >= first_counted:

@@ -156,8 +156,8 @@ class Speed:
         else:
             rate, of = (self.bytes_per_second, "memory") if self.bytes_per_second else (self._reading, "its weights")
             tokens = (
-                f"decoding was measured with {contexts[0]} tokens a sequence only; others by {self.kv_bytes_per_token:,} bytes of "
-                f"cache a token at the {rate / 1e9:.3g} GB/s of {of}"
+                f"decoding was measured with {contexts[0]} tokens a sequence only; each token more is taken to cost the reading of "
+                f"its {self.kv_bytes_per_token:,} bytes of cache at the {rate / 1e9:.3g} GB/s of {of}, which is the least it can"
             )
         if len(lengths) > 1:
             return f"{tokens}; prompts by lengths of {' and '.join(lengths)}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_json, write_tensors
+from secateurs.base.progress import no_bars
 from secateurs.model import attention
 from secateurs.model.blocks import blocks_of
 from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
@@ -293,7 +294,8 @@ class Checkpoint:
         settings = LoadStateDictConfig(
             weight_mapping=self._mapping, dtype=any_model.config.dtype, hf_quantizer=self._quantizer
         )
-        info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings)
+        with no_bars():
+            info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings)
         if info.mismatched_keys:
             name, got, want = next(iter(info.mismatched_keys))
             raise CheckpointError(f"{self.folder}: {name} has shape {list(got)}, config.json asks for {list(want)}")
