@@ -34,7 +34,9 @@ def profile(file, here=True, speedup=1.6):
 def stated_bench(runs):
     """A bench that states speeds and counts its runs."""
 
-    def bench(variants, prompts, new, repeats, progress, batches=(1,)):
+    def bench(variants, prompts, new, repeats, progress, batches=(1,), fit=False):
+        # what a long context costs is measured, where the model has room for it
+        assert (len(prompts), prompts[1], fit) == (2, 4 * prompts[0], True)
         runs.append(variants[1].folder)
         rows = []
         for variant in variants:

@@ -332,7 +332,7 @@ def test_shrink_then_recover_from_the_command_line(tmp_path, llama, words, capsy
     error = fails(
         capsys, 3, "recover", small, "--out", tmp_path / "gated", *training, "1", *evaluation, "--gate", "kl<=0"
     )
-    assert "gate kl<=0 missed" in error
+    assert "gate kl<=0 undecided, so not passed" in error
     assert (tmp_path / "gated" / "model" / "config.json").is_file()
 
 
@@ -419,7 +419,7 @@ def test_decide_and_report_end_to_end(tmp_path, llama, words):
     (("decide", "{llama}", "--out", "{out}"), 2, "a decision needs a floor"),
     (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--candidates", "many"), 2, "cannot read candidate 'many'"),
     (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--budget", "2"), 2, "cannot read budget '2'"),
-    (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--profile", "b200"), 1, "no profile 'b200'"),
+    (("decide", "{llama}", "--out", "{out}", "--gate", "kl<=1", "--prompt", "16", "--profile", "b200"), 1, "no profile 'b200'"),
     (("report", "{out}"), 1, "no run directory: it has no plan.json"),
     (("realize", "--profile", "none.json"), 1, "no profile 'none.json'"),
     (("realize", "3:2", "--profile", "a100"), 2, "cannot read candidate '3:2'"),

@@ -174,7 +174,7 @@ def test_a_run_directory_means_its_model_for_every_command_that_takes_one(pruned
 
 
 @pytest.mark.parametrize("command", [
-    ("prune",), ("shrink", "--budget", "params=0.9x", "--multiple", "8"), ("recover", "--teacher", "none"), ("decide", "--gate", "kl<=1"),
+    ("prune",), ("shrink", "--budget", "params=0.9x", "--multiple", "8"), ("recover", "--teacher", "none"), ("decide", "--gate", "kl<=1", "--prompt", "16"),
 ], ids=lambda command: command[0])  # fmt: skip
 def test_a_task_that_is_not_known_is_refused_before_anything_is_made(command, llama, tmp_path):
     (tmp_path / "tasks").mkdir()

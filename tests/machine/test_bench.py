@@ -23,7 +23,7 @@ class Stated:
     def __init__(self, variant, new):
         self.share = 0.5 if variant.how == "packed" else 1.0
         # the first run warms up
-        self.slower = {prompt: iter((50.0, 1.0, 2.0, 1.0)) for prompt in (8, 16, 64)}
+        self.slower = {prompt: iter((50.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0)) for prompt in (8, 16, 64)}
         self.kv_bytes_per_token, self.process = 8, self
 
     def ready(self):
@@ -66,6 +66,17 @@ def test_longer_prompts_stand_beside_the_first(ways):
     longer = dense["longer"][0]
     assert (longer["prefill"]["tokens_per_second"], longer["decode"]["tokens_per_second"]) == (12, 1.5)
     assert (dense["decode"]["tokens_per_second"], dense["positions"]) == (3, 128)
+
+
+def test_a_longer_prompt_has_three_runs_and_gives_way_to_the_positions(ways):
+    ticks = []
+    found = module.bench(ways, (8, 16, 200), 4, 6, lambda *_, done=ticks: done.append(_[1:]), fit=True)
+    dense = found["variants"][0]
+    assert [b["prompt"] for b in dense["longer"]] == [16]
+    assert (len(dense["decode"]["samples"]), len(dense["longer"][0]["decode"]["samples"])) == (6, 3)
+    # of two ways 6 + 3 runs, and one of each to warm up
+    assert ticks[-1] == (22, 22)
+    assert found["repeats"] == 6
 
 
 def test_a_longer_prompt_is_measured_where_the_model_has_room(ways, monkeypatch):

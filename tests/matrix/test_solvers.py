@@ -342,6 +342,8 @@ def test_admm_is_exact_on_a_diagonal_gram(name, pattern):
 def test_admm_projects_by_squares_in_every_step(name, layer, monkeypatch):
     """Weights twice as large have scores four times as large: tiles are compared by the squares that would be lost."""
     weight, stats, _ = layer
+    # weights as they are given
+    monkeypatch.setattr(solvers, "_unit", lambda weight_OI: 1.0)
     scores_of, keep = {1: [], 2: []}, Block.keep
     for factor, seen in scores_of.items():
         monkeypatch.setattr(Block, "keep", lambda self, score, s, seen=seen: seen.append(score) or keep(self, score, s))

@@ -40,6 +40,8 @@ Show = Callable[[list[dict[str, Any]]], None]
 FORMAT = 1
 # of so many runs the slowest is above the median in 1 - 2^-5 of measurements; of ten the second slowest is more often
 _RUNS = 5
+# a second prompt is so many times as long
+_LONGER = 4
 
 
 def decide(
@@ -217,7 +219,9 @@ class _Decision:
         plan, file = self.plan, folder / "timing.json"
         asked = {"prompt": plan.prompt, "new": plan.new, "repeats": plan.repeats}
         if not file.is_file():
-            write_json(file, bench(variants_of(folder), (plan.prompt,), plan.new, plan.repeats, progress))
+            # the longer prompts are for `fleet`: what a token of context costs
+            prompts = (plan.prompt, _LONGER * plan.prompt)
+            write_json(file, bench(variants_of(folder), prompts, plan.new, plan.repeats, progress, fit=True))
         found = json.loads(file.read_text())
         if {name: found[name] for name in asked} != asked:
             raise PlanError(f"{file} was not measured by this plan; delete it, and it is measured again")

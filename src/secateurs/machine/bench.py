@@ -27,6 +27,8 @@ from secateurs.model.source import trusted
 
 # tokens of the prompts that are measured where nobody says: a short one, and one whose cache is to be seen
 PROMPTS = (64, 512)
+# runs of the longer prompts: what a token of context costs is large beside their spread
+_LONGER_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def bench(
     repeats: int = 5,
     progress: Progress = silent,
     batches: Sequence[int] = (1,),
+    fit: bool = False,
 ) -> dict[str, Any]:
     """Time all variants, in turn: what bench.json holds. Speedups are over the fastest dense variant. Raises CheckpointError.
 
@@ -127,7 +130,8 @@ def bench(
     for which memory has no room is left out, and `left_out` says so.
 
     prompts: tokens of a prompt. The first is what `batches` of the result are of; the others are in `longer`, from which `fleet`
-    learns what a long context costs. None: PROMPTS, or what the model's positions allow. batches: numbers of prompts at once; a
+    learns what a long context costs, in three runs at most. None: PROMPTS, or what the model's positions allow. fit: leave out
+    longer prompts that they do not allow. batches: numbers of prompts at once; a
     variant's own prefill and decode are those of the first. Tokens a second are those of all prompts together.
     """
     if min(repeats, *batches, *(prompts or (1,))) < 1 or new < 2 or not batches:
@@ -142,6 +146,8 @@ def bench(
             workers.append(_Worker(variant, new))
             workers[-1].ready()
         positions = min((w.positions for w in workers if w.positions), default=None)
+        if fit and prompts and positions:
+            prompts = [prompts[0], *(p for p in prompts[1:] if p + new <= positions)]
         prompts = _within(positions, prompts, new)
         samples, peaks = _timed(workers, prompts, new, repeats, batches, progress)
     finally:
@@ -228,9 +234,12 @@ def _timed(
     samples: list[dict[tuple[str, int, int], list[float]]] = [
         {(stage, *cell): [] for cell in cells for stage in ("prefill", "decode")} for _ in workers
     ]
-    tick = ticker(progress, "runs", len(workers) * len(cells) * (repeats + 1))
+    runs = {prompt: repeats if prompt == prompts[0] else min(repeats, _LONGER_RUNS) for prompt in prompts}
+    tick = ticker(progress, "runs", len(workers) * len(batches) * sum(n + 1 for n in runs.values()))
     for number in range(repeats + 1):
         for batch, prompt in cells:
+            if number > runs[prompt]:
+                continue
             for worker, kept in zip(workers, samples, strict=True):
                 run = worker.run(batch, prompt)
                 # the first run warms up: allocator, threads, compiler
