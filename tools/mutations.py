@@ -454,7 +454,7 @@ ROWS = (
     _row(PRUNE, "prune/test_record.py::test_the_error_is_that_of_the_weights_that_were_written",
          "return replace(record, kept=kept, error=solvers.relative_error(dense_OI.float(), layer.read().float(), stats))",
          "return replace(record, kept=kept)"),
-    _row(PRUNE, "prune/test_record.py::test_the_error_is_that_of_the_weights_that_were_written",
+    _row(PRUNE, "prune/test_record.py::test_a_layer_of_a_tuned_block_whose_inputs_are_zero_has_the_error_of_its_weights",
          'if record.error_from == "weights" or (stats is not None and not stats.tokens):',
          "if stats is not None and not stats.tokens:"),
     _row(PRUNE, "prune/test_record.py::test_a_layer_whose_inputs_are_zero_is_pruned_by_magnitude_and_says_so",

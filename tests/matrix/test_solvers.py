@@ -196,11 +196,11 @@ def test_a_start_is_compared_on_the_heaviest_rows_and_then_on_all():
     """Row 99 weighs most; the start is better there and worse in all others together."""
     weight = torch.ones(100, 4)
     weight[99] = 3
-    # the start loses 1 in each of 99 rows and nothing in the last, the new weights 0.25 in each and 2.25 in the last
+    # the start loses 0.26 in each of 99 rows and nothing in the last, the new weights 0.25 in each and 2.25 in the last
     start, new = torch.ones(100, 4), weight * 0.5
-    start[:99, 0], start[99] = 0, 3
+    start[:99, 0], start[99] = -0.02, 3
     hessian = torch.eye(4) / 4
-    assert float(solvers.row_loss(start - weight, hessian).sum()) == pytest.approx(99 / 4)
+    assert float(solvers.row_loss(start - weight, hessian).sum()) == pytest.approx(99 * 1.02**2 / 4)
     assert float(solvers.row_loss(new - weight, hessian).sum()) == pytest.approx(99 / 4 + 2.25)
     assert solvers._no_worse(weight, new, start, hessian) is start
     start[:99] = 0
