@@ -84,8 +84,13 @@ def test_a_folder_s_errors_are_those_of_the_tuned_model(pattern, tmp_path, words
         effort="best", pattern=pattern, allocation="uniform", blend=0, sensitivity=0, reconstruct=0, distill=48,
         calibration=str(words), samples=16, seqlen=24, eval_windows=0,
     )  # fmt: skip
-    report = sc.prune(source, plan, out=tmp_path / "run")
+    seen = {}
+    report = sc.prune(
+        source, plan, out=tmp_path / "run", progress=lambda stage, done, of: seen.update({stage: (done, of)})
+    )
     assert report.distillation["after"] < report.distillation["before"]
+    # one batch goes through three blocks, and through two of them once more
+    assert seen["measuring errors"] == (5, 5)
     assert all(0.05 < r.error < 0.95 for r in report.pruned), [r.error for r in report.pruned]
     dense, pruned = (transformers.LlamaForCausalLM.from_pretrained(f) for f in (source, tmp_path / "run" / "model"))
     windows = texts.load(str(words), tiny.tokenizer(), 16, 24, 0).windows

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import LayerError
+from secateurs.base.progress import Progress, ticker
 from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
 from secateurs.matrix.patterns import NM, Pattern, parse
@@ -274,17 +275,20 @@ def take_up(
     batches: Sequence[Batch],
     dense: Callable[[int], Mapping[str, Tensor]],
     store: Activations,
-    tick: Callable[[], None] = lambda: None,
+    progress: Progress,
 ) -> tuple[list[LayerRecord], list[str]]:
     """The records after all blocks were tuned, their errors on the inputs that the tuned blocks give, and the names of the other
-    parameters that moved. dense: Outcome.dense of a block. One tick a batch and block.
+    parameters that moved. dense: Outcome.dense of a block.
     """
     by_name = {record.name: record for record in records}
     vectors: list[str] = []
-    for step in stream(model, batches, store=store):
+    needs = plan.solver.needs
+    # a batch goes through each block, and through all but the last once more
+    passes = (1 if needs == "weights" else 2) * len(blocks_of(model)[0]) - 1
+    tick = ticker(progress, "measuring errors", len(batches) * passes)
+    for step in stream(model, batches, store=store, tick=tick):
         pruned = [layer for layer in step.layers if by_name[layer.name].skipped is None]
         weights = dense(step.index)
-        needs = plan.solver.needs
         stats = step.observe(pruned, gram=needs == "gram") if needs != "weights" else {}
         for layer in pruned:
             by_name[layer.name] = _tuned(layer, by_name[layer.name], weights[layer.name], stats.get(layer.name), plan)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.base.progress import Progress
 from secateurs.model import families
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
@@ -69,13 +70,14 @@ def note_distillation(
     batches: Sequence[Batch],
     dense: Callable[[int], Mapping[str, Tensor]],
     store: Activations,
+    progress: Progress,
 ) -> None:
     if outcome is None:
         report.warnings.append("the whole model was not tuned: it predicts no next token")
         return
     report.distillation = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps}
     if outcome.accepted:
-        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, store)
+        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, store, progress)
         report.tuned = sorted({*report.tuned, *vectors})
 
 

@@ -89,7 +89,7 @@ def prune_live(
             model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick,
         )  # fmt: skip
-        note_distillation(model, plan, report, found_out, batches, dense.__getitem__, InMemory())
+        note_distillation(model, plan, report, found_out, batches, dense.__getitem__, InMemory(), progress)
     report.warnings += emptied(report.layers)
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()

@@ -273,10 +273,10 @@ class Run:
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
-        store = OnDisk(self.work / "tuned")
         note_distillation(
-            model, plan, report, outcome, batches, lambda index: load_file(self._dense_file(index)), store
-        )
+            model, plan, report, outcome, batches,
+            lambda index: load_file(self._dense_file(index)), OnDisk(self.work / "tuned"), self.progress,
+        )  # fmt: skip
         if outcome is None or not outcome.accepted:
             return
         edited = {name for name, _ in model.named_parameters()}
