@@ -1,5 +1,6 @@
 """What belongs to the caller's process stays as it was: the public functions are called, and the state before and after compared."""
 
+import csv
 import gc
 import locale
 import logging
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import secateurs as sc
-from secateurs.quality import tasks
+from secateurs.quality import documents, tasks
 from secateurs.shrink.export import export
 from secateurs.train.lottery import draw
 
@@ -47,6 +48,7 @@ def state():
         "logging": (logging.root.manager.disable, logging.getLoggerClass()),
         "environment": dict(os.environ),
         "folder": os.getcwd(),
+        "cells of csv": csv.field_size_limit(),
         "locale": locale.setlocale(locale.LC_ALL),
         "path": list(sys.path),
         "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
@@ -109,6 +111,12 @@ SUMMARY = [
 # Each makes what it needs and returns what is called. given: layer, llama, words, tmp_path
 def accelerate(given):
     return partial(sc.accelerate, tiny.make("llama", torch.bfloat16))
+
+
+def table(given):
+    file = given["tmp_path"] / "text.csv"
+    file.write_text("text\none\ntwo\n")
+    return partial(documents.read, str(file))
 
 
 def formats(given):
@@ -189,7 +197,7 @@ def lora(given):
 
 
 CALLS = (
-    accelerate, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, exported, iterative,
+    accelerate, table, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, exported, iterative,
     drawn, held, lora,
 )  # fmt: skip
 

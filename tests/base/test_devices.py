@@ -154,13 +154,17 @@ def test_parametrized_layers():
         model = card(nn.Sequential(nn.Linear(8, 4)))
         sc.train.sr_ste(model, "2:4")
         model(x).sum().backward()
+        assert model[0].parametrizations.weight.original.grad.device.type == "card"
         sc.train.finish(model)
+        assert ((model[0].weight != 0).reshape(-1, 4).sum(1) == 2).all()
         # a mask of a file lies on the CPU
         masked = sc.train.MaskedLinear.of(card(nn.Linear(8, 4)), torch.rand(4, 8) > 0.5)
         masked(x).sum().backward()
+        assert next(p.grad.device.type for p in masked.parameters() if p.grad is not None) == "card"
         low = sc.train.lora(model, 2)
         model(x).sum().backward()
         low.merge()
+        assert model[0].weight.device.type == "card"
 
 
 def test_lottery_tickets(tmp_path):

@@ -85,6 +85,16 @@ def test_a_weight_that_is_made_of_others_is_refused_by_name(norm):
         ask(model, ("0.weight",))
 
 
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_convolution_s_weight_that_is_made_of_others_is_refused_by_name(conv):
+    """Every kind of module that is pruned, not those alone that were once."""
+    model = nn.Sequential(conv(2, 4, 3))
+    model[0].weight.data[0] = 0
+    nn.utils.parametrizations.weight_norm(model[0], dim=1)
+    with pytest.raises(PlanError, match="0.weight has zeros and is computed in every pass"):
+        sc.train.hold(model, sgd(model))
+
+
 def test_sparse_gradients_are_refused():
     model = nn.Embedding(8, 4, sparse=True)
     optimizer = sgd(model)

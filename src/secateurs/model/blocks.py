@@ -89,10 +89,20 @@ def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any])
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context with model.eval(); after it each module trains as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """A context without gradients and dropout, with products in compute_dtype(), and experts and attention run step by step."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
     eager = getattr(model, "set_experts_implementation", None)
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if eager and before not in (None, "eager"):
@@ -102,14 +112,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), widened():
+        with evaluating(model), torch.no_grad(), widened():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         if eager and before not in (None, "eager"):
             eager(before)
-        for module in training:
-            module.training = True
 
 
 @dataclass

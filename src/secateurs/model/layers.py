@@ -127,7 +127,7 @@ def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> lis
             known.update((id(y.parameter), len(found)) for y in new)
             found += new
         weight = getattr(module, "weight", None)
-        kind = _kind(module)
+        kind = kind_of(module)
         if kind is None or not isinstance(weight, nn.Parameter):
             continue
         refused = "grouped convolution: its rows see different inputs" if getattr(module, "groups", 1) > 1 else None
@@ -195,7 +195,7 @@ def others_of(block: nn.Module, prefix: str, layers: Iterable[Layer]) -> list[Ot
     return found
 
 
-def computed(block: nn.Module, path: str) -> str | None:
+def why_computed(block: nn.Module, path: str) -> str | None:
     """Why the parameter of that name is not itself what a module multiplies with: its weight is computed from it; or None."""
     owner, _, leaf = path.rpartition(".")
     inside, found, target = owner.rpartition("parametrizations.")
@@ -220,11 +220,11 @@ def computed(block: nn.Module, path: str) -> str | None:
 
 
 def _why_not(block: nn.Module, path: str) -> str:
-    why = computed(block, path)
+    why = why_computed(block, path)
     if why is not None:
         return why
     module = block.get_submodule(path.rpartition(".")[0])
-    if _kind(module) is not None:
+    if kind_of(module) is not None:
         return "outside the blocks, which alone are pruned"
     for types, why in _NOT_PRUNED:
         if isinstance(module, types):
@@ -262,7 +262,8 @@ def survivors(layers: Iterable[Layer]) -> list[tuple[nn.Parameter, Tensor]]:
     return list(found.values())
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
+    """How a module's weight is stored, as in Layer.kind; None for a module that multiplies by no such matrix."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

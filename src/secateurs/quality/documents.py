@@ -259,8 +259,8 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 
 def _csv(file: Path, columns: list[str], delimiter: str = ",") -> Rows:
-    # the longest cell that csv reads is 128 KB otherwise
-    csv.field_size_limit(1 << 30)
+    # the longest cell that csv reads is 128 KB otherwise; the limit is the process's
+    before = csv.field_size_limit(1 << 30)
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -276,6 +276,8 @@ def _csv(file: Path, columns: list[str], delimiter: str = ",") -> Rows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise CalibrationError(f"{file.name} line {line} cannot be read: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _tsv(file: Path, columns: list[str]) -> Rows:

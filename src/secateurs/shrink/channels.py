@@ -19,7 +19,7 @@ from secateurs.base.progress import Progress, silent
 from secateurs.matrix.solvers import DAMPING
 from secateurs.model.batches import placed
 from secateurs.model.blocks import device_of
-from secateurs.model.layers import computed
+from secateurs.model.layers import why_computed
 from secateurs.shrink import columns, graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.consumers import Consumers, Inputs
@@ -60,7 +60,7 @@ def shrink_module(
         raise PlanError("no calibration inputs were given")
     bound = Budget.parse(budget, BUDGETS)
     for name, _ in model.named_parameters():
-        why = computed(model, name)
+        why = why_computed(model, name)
         if why:
             raise PlanError(f"{name} cannot be cut: {why}")
     device = device_of(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import OutputError
+from secateurs.model.blocks import evaluating
 
 # the largest difference between outputs that is accepted, relative to the largest output
 _CLOSE = 1e-3
@@ -29,7 +30,7 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
     # torch.export would take a batch of one for a constant
     shown = tuple(torch.cat([x, x]) if batch and len(x) == 1 else x for x in example)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in shown) if batch else None
-    with _evaluated(model), _only_errors("torch.onnx"):
+    with evaluating(model), _only_errors("torch.onnx"):
         return _export(model, shown, shapes, folder)
 
 
@@ -55,17 +56,6 @@ def _export(model: nn.Module, shown: tuple[Tensor, ...], shapes: Any, folder: Pa
             found = session.run(None, {name: x.numpy() for name, x in zip(names, shown, strict=True)})
             _compare(files[1], torch.from_numpy(found[0]), expected)
     return files
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

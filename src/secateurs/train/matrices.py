@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix import patterns
-from secateurs.model.layers import layers_of
+from secateurs.model.layers import kind_of, layers_of
 
 
 def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -24,7 +24,7 @@ def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every layer's weight that is no parameter but made of others: weight norm, a parametrization."""
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Conv2d) else None
+        weight = getattr(module, "weight", None) if kind_of(module) else None
         if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
             yield f"{path}.weight".strip("."), weight.detach()
 
