@@ -62,7 +62,7 @@ def print_report(report: Report, console: Console, out: str) -> None:
         table.add_row(block, *(row.get(column, "") for column in columns))
     console.print(table)
     console.print(
-        f"Pruned {totals['layers_pruned']} layers to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
+        f"Pruned {_layers(totals['layers_pruned'])} to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
         f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}, "
         f"allocation {plan['allocation']}, effort {plan['effort']}."
     )
@@ -117,6 +117,10 @@ def print_compute(compute: dict[str, Any], console: Console) -> None:
         console.print(f"Matrices were multiplied in {compute['products']}, the dtype of the weights.")
 
 
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
 def _print_skips(report: Report, console: Console) -> None:
     for by, words in (
         ("plan", "left dense, as asked"),
@@ -128,8 +132,9 @@ def _print_skips(report: Report, console: Console) -> None:
         if found:
             # embeddings and heads are no news
             colour = "default" if by == "kind" else "yellow"
-            count = f"{len(found)} layer{'' if len(found) == 1 else 's'}"
-            console.print(f"[{colour}]{count} {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}.")
+            console.print(
+                f"[{colour}]{_layers(len(found))} {words}[/] ({'; '.join(reasons[:3])}), first {found[0].name}."
+            )
 
 
 def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
@@ -248,16 +253,16 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
     totals = result["totals"]
     ratio = totals["packed_layers_nbytes"] / max(1, totals["packed_layers_dense_nbytes"])
     console.print(
-        f"[green]{out}[/]: {totals['layers_packed']} layers packed, {megabytes(totals['packed_layers_nbytes'])} instead of "
+        f"[green]{out}[/]: {_layers(totals['layers_packed'])} packed, {megabytes(totals['packed_layers_nbytes'])} instead of "
         f"{megabytes(totals['packed_layers_dense_nbytes'])} ({ratio:.3f}x); whole folder {megabytes(totals['folder_nbytes'])} "
         f"instead of {megabytes(totals['source_folder_nbytes'])}."
     )
     dense = [r for r in result["layers"] if r["format"] == "dense"]
     if dense:
         reasons = list(dict.fromkeys(r["reason"] for r in dense))
-        console.print(f"[yellow]{len(dense)} layers stay dense[/], first {dense[0]['name']}: {escape(reasons[0])}.")
+        console.print(f"[yellow]Dense: {_layers(len(dense))}[/], first {dense[0]['name']}: {escape(reasons[0])}.")
     if result["left_out"]:
-        console.print(f"{len(result['left_out'])} layers cannot be packed, first {escape(result['left_out'][0])}.")
+        console.print(f"Not packed: {_layers(len(result['left_out']))}, first {escape(result['left_out'][0])}.")
     if totals["negative_zeros"] * 100 > sum(r["shape"][0] * r["shape"][1] for r in result["layers"]):
         console.print(
             f"[yellow]{totals['negative_zeros']} zeros are negative[/] (weight * mask makes such zeros) and are stored as weights: "
