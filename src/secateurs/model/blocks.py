@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs.base.errors import CheckpointError
 from secateurs.base.precision import widened
-from secateurs.model import families
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
+from secateurs.model.discover import layout_of
 
 # logits made at a time: 256 tokens of a vocabulary of 262,144
 _LOGITS = 1 << 26
@@ -45,18 +45,19 @@ class AllLoaded:
 def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
     """Names of the model's blocks in order, and of its fused expert parameters.
 
-    A Hugging Face model needs a row in families.py (ValueError otherwise); any other module is one block, named ''.
+    A module without a config.model_type is one block, named ''. Raises ValueError for a Hugging Face model without
+    a list of blocks.
     """
-    hugging_face: Any = model
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         return [""], ()
-    family = families.find(config.model_type)
-    # a bare base model has no attribute of that name
-    base: nn.Module = getattr(model, hugging_face.base_model_prefix, model)
-    container: Any = base.get_submodule(family.blocks)
-    prefix = next(name for name, module in model.named_modules() if module is container)
-    return [f"{prefix}.{i}" for i in range(len(container))], family.experts
+    layout = layout_of(model)
+    if not layout.lists:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks (an nn.ModuleList of modules that hold matrices)"
+        )
+    names = [f"{path}.{i}" for path in layout.lists for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
+    return names, layout.experts
 
 
 def device_of(model: nn.Module) -> torch.device:
