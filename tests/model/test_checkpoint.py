@@ -163,14 +163,6 @@ def test_a_misshapen_tensor(folder):
     broken(folder, r"has shape \[\d+, \d+\], config.json asks for")
 
 
-def test_an_unknown_family(folder, tmp_path):
-    import transformers
-
-    config = transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2)
-    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    broken(tmp_path / "bloom", "no family for model_type 'bloom'; known: llama, mistral")
-
-
 def test_an_unknown_model_type_and_a_broken_config(folder):
     config = folder / "config.json"
     data = json.loads(config.read_text())

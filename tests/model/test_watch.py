@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from secateurs.model.activations import InMemory
 from secateurs.model.walk import stream
 
 
@@ -255,7 +254,7 @@ def test_a_weight_of_two_blocks_counts_what_both_are_given(shared):
     ]
     with torch.no_grad():
         # with a cache the two uses of a block would see each other's keys
-        whole = model(ids, use_cache=False).logits
+        model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
     (step,) = stream(model, [{"input_ids": ids}])
@@ -263,11 +262,6 @@ def test_a_weight_of_two_blocks_counts_what_both_are_given(shared):
     same(step.observe(step.layers, gram=True)[name], *seen)
     assert [layer.also for layer in step.layers if layer.name == name] == [("model.layers.1.mlp.up_proj",)]
     assert {layer.name.split(".")[0] for layer in step.layers} == {"model"}
-    # a walk that edits nothing goes block by block
-    store = InMemory()
-    assert sum(1 for _ in stream(model, [{"input_ids": ids}], store=store, keep_last=True)) == 3
-    with torch.no_grad():
-        torch.testing.assert_close(model.lm_head(model.model.norm(store.read(3, 0))), whole)
 
 
 def test_a_weight_that_is_also_outside_the_blocks_is_refused():

@@ -753,8 +753,8 @@ def test_activations_live_on_disk_while_a_run_is_under_way(tmp_path, llama, word
     held = []
     write = OnDisk.write
 
-    def watched(self, block, batch, hidden):
-        write(self, block, batch, hidden)
+    def watched(self, block, batch, hidden, more=()):
+        write(self, block, batch, hidden, more)
         held.append(len(list(self.folder.glob("block-*"))))
 
     monkeypatch.setattr(OnDisk, "write", watched)

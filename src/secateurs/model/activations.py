@@ -1,6 +1,7 @@
 """Stores for the hidden states that enter each block, in memory or on disk, and a note of the block that a walk is in."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +11,11 @@ from secateurs.base.files import write_json, writing
 
 
 class Activations(Protocol):
-    """The hidden states that enter each block, batch by batch."""
+    """The hidden states that enter each block, batch by batch, and `more`: what else has to be kept beside them."""
 
     def read(self, block: int, batch: int) -> Tensor: ...
-    def write(self, block: int, batch: int, hidden: Tensor) -> None: ...
+    def more(self, block: int, batch: int) -> list[Any]: ...
+    def write(self, block: int, batch: int, hidden: Tensor, more: Sequence[Any] = ()) -> None: ...
     def drop(self, block: int) -> None: ...
 
 
@@ -21,13 +23,16 @@ class InMemory:
     """Activations of a live model: a dict."""
 
     def __init__(self) -> None:
-        self._held: dict[int, dict[int, Tensor]] = {}
+        self._held: dict[int, dict[int, tuple[Tensor, list[Any]]]] = {}
 
     def read(self, block: int, batch: int) -> Tensor:
-        return self._held[block][batch]
+        return self._held[block][batch][0]
 
-    def write(self, block: int, batch: int, hidden: Tensor) -> None:
-        self._held.setdefault(block, {})[batch] = hidden
+    def more(self, block: int, batch: int) -> list[Any]:
+        return self._held[block][batch][1]
+
+    def write(self, block: int, batch: int, hidden: Tensor, more: Sequence[Any] = ()) -> None:
+        self._held.setdefault(block, {})[batch] = hidden, list(more)
 
     def drop(self, block: int) -> None:
         self._held.pop(block, None)
@@ -48,18 +53,40 @@ class OnDisk:
         hidden: Tensor = load_file(self._file(block, batch))["hidden"]
         return hidden
 
-    def write(self, block: int, batch: int, hidden: Tensor) -> None:
-        from safetensors.torch import save_file
+    def more(self, block: int, batch: int) -> list[Any]:
+        return read_more(self._file(block, batch))
 
+    def write(self, block: int, batch: int, hidden: Tensor, more: Sequence[Any] = ()) -> None:
         file = self._file(block, batch)
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, file)
+            write_state(file, hidden, more)
 
     def drop(self, block: int) -> None:
         import shutil
 
         shutil.rmtree(self.folder / f"block-{block:04d}", ignore_errors=True)
+
+
+def write_state(file: Path, hidden: Tensor, more: Sequence[Any] = ()) -> None:
+    """Hidden states and what is kept beside them, tensors and values that JSON knows, as one safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors = {"hidden": hidden.contiguous()}
+    tensors |= {f"more.{i}": x.clone().contiguous() for i, x in enumerate(more) if isinstance(x, Tensor)}
+    rest = [None if isinstance(x, Tensor) else x for x in more]
+    save_file(tensors, file, {"more": json.dumps(rest)} if more else None)
+
+
+def read_more(file: Path) -> list[Any]:
+    """What write_state() kept beside the hidden states."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        found: list[Any] = json.loads((handle.metadata() or {}).get("more", "[]"))
+        for i in [int(name.removeprefix("more.")) for name in list(handle.keys()) if name.startswith("more.")]:
+            found[i] = handle.get_tensor(f"more.{i}")
+    return found
 
 
 def read_place(file: Path | None) -> int:

@@ -3,8 +3,8 @@
 The model's own forward is used throughout; the arguments of a block are recorded from it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from secateurs.base.errors import CheckpointError
 from secateurs.base.precision import widened
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
-from secateurs.model.discover import layout_of
+from secateurs.model.discover import THROUGH, WHOLE, Layout, layout_of
 
 # logits made at a time: 256 tokens of a vocabulary of 262,144
 _LOGITS = 1 << 26
@@ -24,6 +24,10 @@ _LOGITS = 1 << 26
 
 class Stop(Exception):
     """Raised to leave a forward pass early, once all that is wanted is known."""
+
+
+class HandsOnMore(CheckpointError):
+    """Raised where the inputs of blocks cannot be recorded in one pass, which only a layout STEPPED bears."""
 
 
 class Loader(Protocol):
@@ -43,21 +47,20 @@ class AllLoaded:
 
 
 def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the model's blocks in order, and of its fused expert parameters.
+    """Names of the model's blocks in the order of its lists, and of its fused expert parameters.
 
-    A module without a config.model_type is one block, named ''. Raises ValueError for a Hugging Face model without
-    a list of blocks.
+    A model that is walked as a whole (discover.py) is one block, named ''.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "model_type"):
-        return [""], ()
     layout = layout_of(model)
-    if not layout.lists:
-        raise ValueError(
-            f"{type(model).__name__} has no list of blocks (an nn.ModuleList of modules that hold matrices)"
-        )
-    names = [f"{path}.{i}" for path in layout.lists for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
-    return names, layout.experts
+    if layout.how == WHOLE:
+        return [""], layout.experts
+    return inside(model, layout), layout.experts
+
+
+def inside(model: nn.Module, layout: Layout) -> list[str]:
+    """Names of the blocks of all lists, whether the model is walked block by block or not."""
+    lists: Any = [(path, model.get_submodule(path)) for path in layout.lists]
+    return [f"{path}.{i}" for path, blocks in lists for i in range(len(blocks))]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -74,10 +77,10 @@ def entwined(model: nn.Module, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def _replaced_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     # only the instance's forward is replaced, so that loops over blocks still find the attributes they read
-    before = {module: module.__dict__.get("forward") for module in modules}
-    for module in before:
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
@@ -123,10 +126,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Call:
-    """The arguments of a block besides its hidden states."""
+    """The arguments of a block besides its hidden states, which go to `place`: a position, or a name."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    place: int | str = 0
+
+    @staticmethod
+    def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "Call"]:
+        """The hidden states that a block is called with, its first tensor of numbers, and the other arguments."""
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return x, Call((*args[:i], *args[i + 1 :]), kwargs, i)
+        named = "hidden_states" if isinstance(kwargs.get("hidden_states"), Tensor) else None
+        for name in [named] if named else kwargs:
+            x = kwargs[name]
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return x, Call(args, {n: y for n, y in kwargs.items() if n != name}, name)
+        raise CheckpointError("a block is called with no tensor of numbers")
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+        """What a block returns for hidden states and these arguments."""
+        if isinstance(self.place, str):
+            return block(*self.args, **{self.place: hidden, **self.kwargs})
+        return block(*self.args[: self.place], hidden, *self.args[self.place :], **self.kwargs)
 
     def of(self, part: slice | None, whole: int) -> "Call":
         """The arguments for some windows of a batch of `whole`: tensors with one entry for each window are cut."""
@@ -134,7 +157,8 @@ class Call:
             return self
         leaves, spec = tree_flatten((self.args, self.kwargs))
         cut = [x[part] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == whole else x for x in leaves]
-        return Call(*tree_unflatten(cut, spec))
+        args, kwargs = tree_unflatten(cut, spec)
+        return Call(args, kwargs, self.place)
 
     def same(self, other: "Call") -> bool:
         """True if both have the same arguments. Objects that are neither tensors nor numbers count by their type."""
@@ -151,68 +175,130 @@ def _same(x: object, y: object) -> bool:
     return type(x) is type(y) and (x == y or not isinstance(x, int | float | str))
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
 def run(model: nn.Module, batch: Batch) -> Any:
     hugging_face = hasattr(getattr(model, "config", None), "model_type")
     return model(**batch, use_cache=False) if hugging_face else model(**batch)
 
 
-def _enter(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> tuple[Tensor, list[Call]]:
-    """Run what comes before the blocks: the hidden states that enter block 0, and the other arguments of each block."""
-    entered: list[Tensor] = []
-    calls: list[Call] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, rest, named = _hidden(args, kwargs)
-        entered.append(hidden)
-        calls.append(Call(rest, named))
-        if len(calls) == len(blocks):
-            raise Stop
-        return hidden
-
-    with _replaced_forward(blocks, forward):
-        try:
-            run(model, batch)
-        except Stop:
-            return entered[0], calls
-    raise CheckpointError(f"the last block of {type(model).__name__} was never called; is its family row right?")
+Outputs = Mapping[str, Any]
+"""What the last block of each list returned for a batch, by the list's path."""
 
 
-def leave(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None = None) -> Any:
+def enter_list(
+    model: nn.Module, layout: Layout, path: str, batch: Batch, ends: Outputs
+) -> dict[int, tuple[Tensor, Call]]:
+    """What each block of a list is called with, by its place, if blocks gave on the hidden states that they get.
+
+    ends: of the lists before it. Blocks that are not called are not in it. Raises HandsOnMore where more happens between two blocks
+    than handing on, as it does in some models of many blocks only.
+    """
+    found: dict[int, tuple[Tensor, Call]] = {}
+    blocks: Any = model.get_submodule(path)
+
+    def recorder(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = Call.split(args, kwargs)
+            if found and hidden is not next(reversed(found.values()))[0]:
+                raise HandsOnMore(f"{path}.{index} is not called with what the block before it returns")
+            found[index] = hidden, call
+            if index == len(blocks) - 1:
+                raise Stop
+            return layout.forms[path].around(hidden)
+
+        return forward
+
+    _until_stopped(model, layout, path, batch, ends, {block: recorder(i) for i, block in enumerate(blocks)})
+    return found
+
+
+def enter_block(
+    model: nn.Module, layout: Layout, path: str, index: int, batch: Batch, before: Any, ends: Outputs
+) -> tuple[Tensor, Call] | None:
+    """What block `index` of a list is called with, or None if it is not. before: what the last block called returned."""
+    found: list[tuple[Tensor, Call]] = []
+    blocks: Any = model.get_submodule(path)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found.append(Call.split(args, kwargs))
+        raise Stop
+
+    forwards = {
+        block: forward if i == index else _given(before) if i < index else _stop for i, block in enumerate(blocks)
+    }
+    _until_stopped(model, layout, path, batch, ends, forwards)
+    return found[0] if found else None
+
+
+def _until_stopped(
+    model: nn.Module,
+    layout: Layout,
+    path: str,
+    batch: Batch,
+    ends: Outputs,
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+) -> None:
+    """Run a model whose blocks are replaced: in the list at `path` by `forwards`, in those before it by their ends."""
+    every = dict(forwards)
+    for other in layout.lists:
+        if other != path:
+            every |= {b: _given(ends[other]) if other in ends else _stop for b in model.get_submodule(other).children()}
+    with _replaced_forward(every), suppress(Stop):
+        run(model, batch)
+
+
+def _given(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+def _stop(*_: Any, **__: Any) -> Any:
+    raise Stop
+
+
+def leave(
+    model: nn.Module,
+    loader: Loader,
+    hidden: Tensor,
+    batch: Batch,
+    at: slice | None = None,
+    more: Sequence[Any] = (),
+) -> Any:
     """Run what comes after the blocks (norms, head) on hidden states that left the last one: the model's output.
 
-    at: the positions of the batch to which `hidden` belongs, since norms and heads treat each position alone; None for all.
-    Gradients flow to `hidden` if it requires them.
+    at: the positions of the batch to which `hidden` belongs, where layout.in_pieces; None for all. more: of a model that is not
+    layout.simple, all that its lists returned, as walk.stream() stores it. Gradients flow to `hidden` if it requires them.
     """
     if at is not None:
         length = shape_of(batch)[1]
         batch = {n: x[:, at] if x.dim() > 1 and x.shape[1] == length else x for n, x in batch.items()}
-    names, _ = blocks_of(model)
-    blocks = [model.get_submodule(name) for name in names]
+    layout = layout_of(model)
+    ends = {layout.lists[0]: layout.forms[layout.lists[0]].around(hidden)} if not more else ends_from(layout, more)
+    forwards = {b: _given(ends[path]) for path in layout.lists for b in model.get_submodule(path).children()}
 
     loader.load_outside(model)
-    with (
-        evaluation_mode(model),
-        _replaced_forward(blocks, lambda *_, **__: hidden),
-        torch.set_grad_enabled(hidden.requires_grad),
-    ):
+    with evaluation_mode(model), _replaced_forward(forwards), torch.set_grad_enabled(hidden.requires_grad):
         return run(model, batch)
 
 
-def pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
-    """Slices of the positions of hidden states [N, S, D], so short that the logits of one are at most _LOGITS numbers.
+def ends_from(layout: Layout, more: Sequence[Any]) -> dict[str, Any]:
+    """What the lists returned: from all their leaves in order, or from the hidden states alone."""
+    if layout.how == THROUGH:
+        return {path: layout.forms[path].around(hidden) for path, hidden in zip(layout.lists, more, strict=True)}
+    found, rest = {}, list(more)
+    for path in layout.lists:
+        spec = layout.forms[path].spec
+        found[path], rest = tree_unflatten(rest[: spec.num_leaves], spec), rest[spec.num_leaves :]
+    return found
 
-    All logits of a large vocabulary at once would take more memory than all else.
+
+def pieces(model: nn.Module, batch: Batch) -> list[slice]:
+    """Slices of the positions of a batch, so short that the logits of one are at most _LOGITS numbers.
+
+    All logits of a large vocabulary at once would take more memory than all else. One slice where not layout.in_pieces.
     """
+    windows, length = shape_of(batch)[:2]
     words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    each = max(1, _LOGITS // (words * hidden.shape[0]))
-    return [slice(start, start + each) for start in range(0, hidden.shape[1], each)]
+    each = max(1, _LOGITS // (words * windows)) if layout_of(model).in_pieces else length
+    return [slice(start, start + each) for start in range(0, length, each)]
 
 
 def whole(model: nn.Module, batch: Batch) -> Any:
@@ -226,26 +312,32 @@ def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
     """A function (index, hidden, batch, block=None, part=None) that runs block `index` of a live model, or `block` in its place.
 
     hidden: hidden states of the batch's windows, or of `part` of them. The other arguments are those that the model gives to
-    that place now, so it also works after blocks were removed.
+    that place now, so it also works after blocks were removed. Raises CheckpointError for a model that is not layout.simple.
     """
-    names, _ = blocks_of(model)
-    blocks = [model.get_submodule(name) for name in names]
-    calls = enter_all(model, blocks, batches, AllLoaded(), [])
+    layout = layout_of(model)
+    if not layout.simple:
+        raise CheckpointError(
+            f"blocks of {type(model).__name__} cannot be called apart: {layout.why or 'it has several lists'}"
+        )
+    blocks = list(model.get_submodule(layout.lists[0]).children())
+    calls = enter_all(model, layout.lists[0], batches, [{}] * len(batches), [])
 
     def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None, part: slice | None = None) -> Any:
-        return called(blocks[index] if block is None else block, calls[batch][index], hidden, batches[batch], part)
+        return first(
+            called(blocks[index] if block is None else block, calls[batch][index], hidden, batches[batch], part)
+        )
 
     return call
 
 
 def called(block: nn.Module, call: Call, hidden: Tensor, batch: Batch, part: slice | None = None) -> Any:
-    """Run a block on hidden states of a batch, with recorded arguments. part: the windows they are of; None for all."""
-    arguments = call.of(part, shape_of(batch)[0])
-    return first(block(hidden, *arguments.args, **arguments.kwargs))
+    """What a block returns for hidden states of a batch and recorded arguments. part: the windows they are of; None for all."""
+    return call.of(part, shape_of(batch)[0]).run(block, hidden)
 
 
 def first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    """The first tensor of what a block or a model returns."""
+    return output if isinstance(output, Tensor) else next(x for x in tree_flatten(output)[0] if isinstance(x, Tensor))
 
 
 def shape_of(batch: Batch) -> tuple[int, ...]:
@@ -253,24 +345,35 @@ def shape_of(batch: Batch) -> tuple[int, ...]:
 
 
 def enter_all(
-    model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
-) -> list[list[Call]]:
-    """The arguments of all blocks besides hidden states, by batch; the inputs of block 0 go to the stores.
+    model: nn.Module,
+    path: str,
+    batches: Sequence[Batch],
+    ends: Sequence[Outputs],
+    stores: Sequence[tuple[Activations, int]],
+) -> list[dict[int, Call]]:
+    """The arguments of all blocks of a list besides hidden states, by batch and place; the list's inputs go to the stores.
 
-    Batches whose arguments are the same share them, so masks and rotary tables are held once unless they go by the tokens.
+    ends: of the lists before it, by batch. stores: and the block under which a store keeps them. Batches whose arguments are the
+    same share them, so masks and rotary tables are held once unless they go by the tokens. What lies outside the blocks must be
+    loaded.
     """
-    found: list[list[Call]] = []
-    if not batches:
-        return found
-    first_of: dict[tuple[int, ...], list[Call]] = {}
-    loader.load_outside(model)
+    found: list[dict[int, Call]] = []
+    layout = layout_of(model)
+    first_of: dict[tuple[int, ...], dict[int, Call]] = {}
     with evaluation_mode(model):
         for i, batch in enumerate(batches):
-            hidden, calls = _enter(model, blocks, batch)
-            known = first_of.setdefault(shape_of(batch), calls)
-            alike = all(mine.same(other) for mine, other in zip(calls, known, strict=True))
-            found.append(known if alike else calls)
-            for store in stores:
-                store.write(0, i, hidden)
-    loader.release(model)
+            entered = enter_list(model, layout, path, batch, ends[i])
+            if not entered:
+                raise CheckpointError(f"no block of {path} in {type(model).__name__} was called")
+            calls = {index: call for index, (_, call) in entered.items()}
+            found.append(shared(calls, first_of.setdefault(shape_of(batch), calls)))
+            hidden, _ = entered[min(entered)]
+            for store, block in stores:
+                store.write(block, i, hidden)
     return found
+
+
+def shared(calls: dict[int, Call], known: dict[int, Call]) -> dict[int, Call]:
+    """`known` where it holds the same arguments, so that they are in memory once, else `calls`."""
+    alike = calls.keys() == known.keys() and all(call.same(known[i]) for i, call in calls.items())
+    return known if alike else calls

@@ -221,24 +221,31 @@ class Checkpoint:
     # ------------------------------------------------------------------------------------- the Loader of parts.py
 
     def keys_under(self, prefix: str) -> list[str]:
-        """Stored names whose parameters lie under a module, in natural order."""
-        return sorted((k for k, t in self.target_of.items() if t.startswith(prefix + ".")), key=_natural)
+        """Stored names whose parameters lie under a module, in natural order; '' is the whole model."""
+        return sorted((k for k, t in self.target_of.items() if _is_under(t, prefix)), key=_natural)
 
     def load(self, model: nn.Module, prefix: str) -> None:
-        """Fill the parameters under a module. Raises CheckpointError for a missing, misshapen or non-finite tensor."""
+        """Fill the parameters under a module; '' is the whole model.
+
+        Raises CheckpointError for a missing, misshapen or non-finite tensor.
+        """
         self._fill(model, self.keys_under(prefix))
-        self._check(model, lambda name: name.startswith(prefix + "."))
+        if not prefix:
+            any_model: Any = model
+            any_model.tie_weights()
+            self._outside_loaded = True
+        self._check(model, lambda name: _is_under(name, prefix))
 
     def load_outside(self, model: nn.Module) -> None:
         """Fill all parameters that lie in no block: embeddings, final norm, head."""
         if self._outside_loaded:
             return
-        inside = tuple(f"{prefix}." for prefix in self.block_names(model))
+        names = self.block_names(model)
         for keys in self.outside_groups(model):
             self._fill(model, keys)
         tie: Any = model
         tie.tie_weights()
-        self._check(model, lambda name: not name.startswith(inside))
+        self._check(model, lambda name: not any(_is_under(name, prefix) for prefix in names))
         self._outside_loaded = True
 
     def load_whole(self, model: nn.Module) -> None:
@@ -248,8 +255,8 @@ class Checkpoint:
             self.load(model, name)
 
     def outside_keys(self, model: nn.Module) -> list[str]:
-        inside = tuple(f"{prefix}." for prefix in self.block_names(model))
-        return [key for key, target in self.target_of.items() if not target.startswith(inside)]
+        names = self.block_names(model)
+        return [key for key, target in self.target_of.items() if not any(_is_under(target, prefix) for prefix in names)]
 
     def outside_groups(self, model: nn.Module) -> list[list[str]]:
         """outside_keys() in groups, one for each shard; a large embedding has its own, so that two are never in memory at once."""
@@ -274,14 +281,11 @@ class Checkpoint:
         self._outside_loaded = False
 
     def block_names(self, model: nn.Module) -> list[str]:
-        """The names of the model's blocks. Raises CheckpointError for a model without a family row."""
-        try:
-            return blocks_of(model)[0]
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+        """The names of the model's blocks, [''] for a model that is walked as a whole."""
+        return blocks_of(model)[0]
 
     def experts(self, model: nn.Module) -> tuple[str, ...]:
-        """The names of the family's fused expert parameters."""
+        """The names of the model's fused expert parameters."""
         return blocks_of(model)[1]
 
     def _fill(self, model: nn.Module, keys: list[str]) -> None:
@@ -424,6 +428,10 @@ def _not_finite(tensor: Tensor) -> int:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad += wide.numel() - int(torch.isfinite(wide).sum())
     return bad
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name.startswith(f"{prefix}.") if prefix else True
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -1,43 +1,119 @@
-"""Finds a model's blocks by its structure: lists of modules that hold matrices, and matrices of experts that are fused.
+"""Finds a model's blocks by its structure, and holds what was found out about how they run.
 
-A list of blocks is an outermost nn.ModuleList whose members all hold a layer that can be pruned.
+A list of blocks is an outermost nn.ModuleList whose members all hold layers that can be pruned. How blocks run (in which order,
+what they return, what they hand on) is found out and checked by proof.py, on a small random instance where the model is a skeleton.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from secateurs.model.layers import kind_of
+
+# how a model is walked: all arguments of its blocks are recorded in one pass; before each block anew; not in blocks at all
+THROUGH, STEPPED, WHOLE = "through", "stepped", "whole"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block returns: a pytree, of which `hidden` is the place of its first tensor among the leaves; others: those leaves
+    that are no tensors, by place.
+    """
+
+    spec: TreeSpec
+    hidden: int = 0
+    others: Mapping[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: Any) -> "Form":
+        """The form of an output. Raises ValueError if there is no tensor in it."""
+        leaves, spec = tree_flatten(output)
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise ValueError("a block returns no tensor")
+        return cls(spec, tensors[0], {i: leaf for i, leaf in enumerate(leaves) if i not in tensors})
+
+    def around(self, hidden: Tensor) -> Any:
+        """An output of this form with these hidden states; None in the place of other tensors."""
+        leaves = [self.others.get(i) for i in range(self.spec.num_leaves)]
+        leaves[self.hidden] = hidden
+        return tree_unflatten(leaves, self.spec)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's blocks are. lists: the paths of the lists of blocks. experts: the names of fused 3-D parameters in them."""
+    """How a model's blocks are walked.
 
-    lists: tuple[str, ...]
+    lists: the paths of its lists of blocks in the order in which they are called; forms: what their blocks return. experts: the
+    names of fused 3-D parameters. how: THROUGH, STEPPED or WHOLE; why: the reason if it is not THROUGH. in_pieces: whether what
+    comes after the blocks treats every position alone.
+    """
+
+    lists: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    how: str = THROUGH
+    why: str | None = None
+    in_pieces: bool = False
+
+    @property
+    def simple(self) -> bool:
+        """True if hidden states alone go from block to block, from the first to the last."""
+        return self.how == THROUGH and len(self.lists) == 1
+
+
+_KNOWN: "WeakKeyDictionary[nn.Module, Layout]" = WeakKeyDictionary()
 
 
 def layout_of(model: nn.Module) -> Layout:
-    lists: list[str] = []
+    """The layout of a model, found out once. A module without a config.model_type is WHOLE."""
+    found = _KNOWN.get(model)
+    if found is None:
+        from secateurs.model.proof import prove
+
+        config = getattr(model, "config", None)
+        if hasattr(config, "model_type"):
+            found = prove(model)
+        else:
+            found = Layout(how=WHOLE, why="only a Hugging Face model's blocks and loss are known")
+        _KNOWN[model] = found
+    return found
+
+
+def assume(model: nn.Module, layout: Layout) -> None:
+    """Let a model have this layout."""
+    _KNOWN[model] = layout
+
+
+def lists_of(model: nn.Module) -> list[str]:
+    """The paths of the outermost lists whose members all hold layers and are none, in module order."""
+    found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_holds_layers, module)):
-            lists.append(name)
-    # text is read by the list that holds the most
-    lists.sort(key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
-    lists = lists[-1:]
-    fused = (
+        outermost = not any(name.startswith(f"{path}.") for path in found)
+        if not (isinstance(module, nn.ModuleList) and len(module) and outermost):
+            continue
+        if all(kind_of(block) is None and holds_layers(block) for block in module):
+            found.append(name)
+    return found
+
+
+def experts_of(model: nn.Module, lists: list[str]) -> tuple[str, ...]:
+    """The names of fused 3-D parameters in lists of blocks."""
+    names = (
         name
         for path in lists
         for module in model.get_submodule(path).modules()
         for name, parameter in module._parameters.items()
         if _fused(module, parameter)
     )
-    return Layout(tuple(lists), tuple(dict.fromkeys(fused)))
+    return tuple(dict.fromkeys(names))
 
 
-def _holds_layers(block: nn.Module) -> bool:
+def holds_layers(block: nn.Module) -> bool:
     return any(
         kind_of(module) is not None or any(_fused(module, p) for p in module._parameters.values())
         for module in block.modules()

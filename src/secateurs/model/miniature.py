@@ -39,7 +39,7 @@ _NARROW: dict[int, tuple[str, ...]] = {
         "linear_value_head_dim", "index_head_dim", "global_head_dim", "patch_size",
     ),
     4: (
-        "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads", 
+        "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads",
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "time_step_rank", "mamba_dt_rank", "rotary_dim",
         "linear_num_value_heads", "linear_num_key_heads", "index_n_heads",
     ),

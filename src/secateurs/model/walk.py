@@ -14,7 +14,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs.base.errors import CheckpointError
 from secateurs.matrix.stats import Stats
@@ -22,17 +24,24 @@ from secateurs.model.activations import Activations, InMemory
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import (
     AllLoaded,
+    Call,
+    HandsOnMore,
     Loader,
+    Outputs,
     Stop,
     blocks_of,
     called,
     enter_all,
-    entwined,
+    enter_block,
+    enter_list,
     evaluation_mode,
     first,
+    inside,
     run,
     shape_of,
+    shared,
 )
+from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Layout, assume, layout_of
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.watch import Unlike, Watch
 
@@ -48,10 +57,10 @@ class Step:
     layers: list[Layer]
     windows: list[int]
     _model: nn.Module = field(repr=False)
-    _forward: Callable[[int], Tensor] = field(repr=False)
-    _keep_output: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
+    _forward: Callable[[int], Any] = field(repr=False)
+    _keep_output: Callable[[int, Any], None] | None = field(default=None, repr=False)
     _tick: Callable[[], None] = field(default=lambda: None, repr=False)
-    _call: Callable[..., Tensor] | None = field(default=None, repr=False)
+    _call: Callable[..., Any] | None = field(default=None, repr=False)
     _teacher: Activations | None = field(default=None, repr=False)
     _store: Activations | None = field(default=None, repr=False)
     _targets: Activations | None = field(default=None, repr=False)
@@ -78,7 +87,8 @@ class Step:
     def call(self, hidden: Tensor, batch: int, part: slice | None = None) -> Tensor:
         """Run the block, as it now is, on the hidden states of a batch's windows, or of `part` of them: what leaves it."""
         assert self._call
-        return self._call(hidden, batch, part)
+        found: Tensor = first(self._call(hidden, batch, part))
+        return found
 
     def inputs(self, batch: int) -> Tensor:
         """The hidden states that enter the block, made by the blocks before it as they were left."""
@@ -91,7 +101,7 @@ class Step:
         with self.evaluating():
             for batch in range(self.batches):
                 if batch not in self._seen:
-                    self._targets.write(self.index, batch, self._forward(batch))
+                    self._targets.write(self.index, batch, first(self._forward(batch)))
                     self._seen.add(batch)
 
     def targets(self, batch: int) -> Tensor:
@@ -109,6 +119,8 @@ class Step:
 
         Raises LayerError if an input is not finite or a layer was never called.
         """
+        if not layers and self._keep_output is None and self._targets is None:
+            return {}
         apart: frozenset[str] = frozenset()
         # a whole model may call a layer as often as its tokens say
         may_stop = self._keep_output is None and self._targets is None and self._call is not None
@@ -134,7 +146,7 @@ class Step:
                     if self._keep_output:
                         self._keep_output(batch, output)
                     if self._targets:
-                        self._targets.write(self.index, batch, output)
+                        self._targets.write(self.index, batch, first(output))
                         self._seen.add(batch)
                 except Stop:
                     pass
@@ -165,48 +177,51 @@ def stream(
     block can always return to it. keep_last also stores what leaves the last block, for leave(). tick is called after every batch
     of every pass. teacher: a second store, for the inputs that the dense blocks would have; observe(drift=True) of every block
     fills it. targets: a store for a block's dense outputs, kept until the next block. keep_all drops no block's inputs; backwards
-    then goes through the same blocks from the last to the first. Blocks that share a weight are walked as one, the whole model,
-    but with keep_last or backwards, which edit nothing.
-    Raises CheckpointError for a model without a family row.
+    then goes through the same blocks from the last to the first. A model that cannot be walked in blocks (layout.how is WHOLE) is
+    one block, and has no keep_last. teacher and backwards need layout.simple. Raises CheckpointError otherwise.
     """
     loader = loader or AllLoaded()
     store = store or InMemory()
-    try:
-        names, experts = blocks_of(model)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    inside = names
-    if entwined(model, names) and not keep_last and not backwards:
-        names = [""]
+    layout = layout_of(model)
+    names, experts = blocks_of(model)
+    whole = layout.how == WHOLE
+    if (whole and keep_last) or ((backwards or teacher is not None) and not layout.simple):
+        why = layout.why or "it has several lists of blocks"
+        raise CheckpointError(f"{type(model).__name__} cannot be walked in this way: {why}")
     blocks = [model.get_submodule(name) for name in names]
-    whole = names == [""]
-    stores = [] if start or backwards else [store] if teacher is None else [store, teacher]
-    calls = [] if whole else enter_all(model, blocks, batches, loader, stores)
+    lists = _Lists(
+        model, layout, batches, loader, [] if backwards else [store] if teacher is None else [store, teacher]
+    )
 
     indices = range(start, len(names))
     for index in reversed(indices) if backwards else indices:
         block = blocks[index]
+        if batches and not whole:
+            lists.enter(index, store)
         loader.load(model, names[index])
+        is_called = whole or not batches or lists.is_called(index)
 
         def call(
             hidden: Tensor, batch: int, part: slice | None = None, index: int = index, block: nn.Module = block
         ) -> Any:
-            return called(block, calls[batch][index], hidden, batches[batch], part)
+            return called(block, lists.calls[batch][index], hidden, batches[batch], part)
 
         def forward(batch: int, index: int = index, call: Callable[..., Any] = call) -> Any:
-            return first(run(model, batches[batch])) if whole else call(store.read(index, batch), batch)
+            return run(model, batches[batch]) if whole else call(store.read(index, batch), batch)
 
-        def keep_output(batch: int, hidden: Tensor, index: int = index) -> None:
-            store.write(index + 1, batch, hidden)
+        def keep_output(batch: int, output: Any, index: int = index) -> None:
+            lists.keep(index, batch, output, store)
 
         wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
-        early = keep_output if wanted and propagate == "dense" else None
+        early = keep_output if wanted and is_called and propagate == "dense" else None
         layers = layers_of(block, names[index], experts)
-        if inside != [""]:
-            layers = _within(model, inside, layers)
+        if whole and layout.lists:
+            layers = _within(model, inside(model, layout), layers)
+        if not is_called:
+            layers = [replace(y, refused=f"{names[index]} is not called on calibration inputs") for y in layers]
         yield Step(
             index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], model, forward, early, tick,
-            None if whole else call, teacher, store, targets,
+            call if is_called and not whole else None, teacher, store, targets if is_called else None,
         )  # fmt: skip
         if not keep_all and not backwards:
             store.drop(index - 1)
@@ -217,9 +232,117 @@ def stream(
         if wanted and not early:
             with evaluation_mode(model):
                 for batch in range(len(batches)):
-                    keep_output(batch, forward(batch))
+                    keep_output(batch, forward(batch) if is_called else None)
                     tick()
         loader.release(model)
+
+
+def settle(model: nn.Module, batches: Sequence[Batch], loader: Loader | None = None) -> Layout:
+    """The layout of a model after a look at the real one: some do more between blocks only where they have many.
+
+    batches: one is enough.
+    """
+    layout = layout_of(model)
+    if layout.how == THROUGH and batches:
+        loader = loader or AllLoaded()
+        loader.load_outside(model)
+        try:
+            with evaluation_mode(model):
+                enter_list(model, layout, layout.lists[0], batches[0], {})
+        except HandsOnMore as error:
+            layout = replace(layout, how=STEPPED, why=str(error), in_pieces=False)
+            assume(model, layout)
+        loader.release(model)
+    return layout
+
+
+class _Lists:
+    """The arguments of the blocks that a walk is at, and what leaves blocks, in slots of its store.
+
+    Slot i holds what enters block i, the slot after the last block what leave() needs, those after it what left each list. stores:
+    those that get the inputs of a list.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
+    ) -> None:
+        self.model, self.layout, self.batches, self.loader, self.stores = model, layout, batches, loader, stores
+        sizes = [(path, len(list(model.get_submodule(path).children()))) for path in layout.lists]
+        # {index of a block: its list, and its place there}
+        self.at = [(path, i) for path, size in sizes for i in range(size)]
+        self.calls: list[dict[int, Call]] = [{} for _ in batches]
+        self.entered = ""
+
+    def is_called(self, index: int) -> bool:
+        return any(index in calls for calls in self.calls)
+
+    def enter(self, index: int, store: Activations) -> None:
+        """Find what block `index` is called with: of a whole list at once, or of this block from what the one before returned."""
+        path, place = self.at[index]
+        if self.layout.how == THROUGH and path == self.entered:
+            return
+        self.loader.load_outside(self.model)
+        ends = [self._ends(path, batch, store) for batch in range(len(self.batches))]
+        if self.layout.how == THROUGH:
+            first_block = index - place
+            # of a walk that goes on, the store has what enters the block where it goes on
+            stores = [(s, index) for s in self.stores] if place == 0 else []
+            found = enter_all(self.model, path, self.batches, ends, stores)
+            self.calls = [{first_block + i: call for i, call in calls.items()} for calls in found]
+            self.entered = path
+        else:
+            self._enter_block(index, ends, store)
+        self.loader.release(self.model)
+
+    def _enter_block(self, index: int, ends: Sequence[Outputs], store: Activations) -> None:
+        path, place = self.at[index]
+        spec = self.layout.forms[path].spec
+        first_of: dict[tuple[int, ...], dict[int, Call]] = {}
+        with evaluation_mode(self.model):
+            for i, batch in enumerate(self.batches):
+                more = store.more(index, i) if place else []
+                before = tree_unflatten(more, spec) if more else None
+                found = enter_block(self.model, self.layout, path, place, batch, before, ends[i])
+                calls = {} if found is None else {index: found[1]}
+                self.calls[i] = shared(calls, first_of.setdefault(shape_of(batch), calls))
+                hidden = found[0] if found else store.read(index, i) if place else torch.empty(shape_of(batch)[0], 0)
+                store.write(index, i, hidden, more)
+
+    def keep(self, index: int, batch: int, output: Any, store: Activations) -> None:
+        """Store what a block returned for a batch; None of a block that is not called, behind which nothing has changed."""
+        path, _ = self.at[index]
+        if output is None:
+            hidden, more = store.read(index, batch), store.more(index, batch)
+        else:
+            hidden, more = first(output), tree_flatten(output)[0] if self.layout.how == STEPPED else []
+        if index < len(self.at) - 1 and self.at[index + 1][0] == path:
+            store.write(index + 1, batch, hidden, more)
+            return
+        if self.layout.simple:
+            store.write(index + 1, batch, hidden)
+            return
+        store.write(self._slot(path), batch, hidden, more)
+        if index == len(self.at) - 1:
+            every: list[Any] = []
+            for other in self.layout.lists:
+                slot = self._slot(other)
+                every += store.more(slot, batch) if self.layout.how == STEPPED else [store.read(slot, batch)]
+            store.write(index + 1, batch, hidden, every)
+
+    def _slot(self, path: str) -> int:
+        """The slot of what left a list."""
+        return len(self.at) + 1 + self.layout.lists.index(path)
+
+    def _ends(self, path: str, batch: int, store: Activations) -> dict[str, Any]:
+        """What the lists before one returned for a batch."""
+        found = {}
+        for other in self.layout.lists[: self.layout.lists.index(path)]:
+            form, slot = self.layout.forms[other], self._slot(other)
+            if self.layout.how == STEPPED:
+                found[other] = tree_unflatten(store.more(slot, batch), form.spec)
+            else:
+                found[other] = form.around(store.read(slot, batch))
+        return found
 
 
 def _within(model: nn.Module, names: Sequence[str], layers: Sequence[Layer]) -> list[Layer]:

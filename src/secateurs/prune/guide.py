@@ -1,5 +1,6 @@
 """What the folder and the live run share: the guide of a model's layers, warnings of what was left out, the record of tuning."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from secateurs.base.progress import Progress
 from secateurs.model import families
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import blocks_of, entwined
+from secateurs.model.discover import WHOLE, Layout, layout_of
 from secateurs.prune.assign import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
@@ -17,21 +18,28 @@ from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.tuning import Outcome
 
 
-def left_out(plan: Plan, found: dict[str, Tensor], whole: str = "") -> list[str]:
-    """Warnings: what the plan asks for and this model cannot have. whole: why it is pruned as a whole, '' if in blocks."""
-    if whole:
-        asked = {
-            "sensitivities": plan.sensitivity,
-            "reordering": plan.permute and any(p.fixed_sparsity is not None for p in plan.layer_patterns),
-            "tuning of blocks": plan.reconstruct,
-            "tuning of the whole": plan.distill,
-        }
-        names = [name for name, value in asked.items() if value]
-        return [f"left out: {', '.join(names)}; {whole}"] if names else []
-    if plan.sensitivity and not found:
-        return ["sensitivities were not measured: the model predicts no next token"]
-    return []
+def within(plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
+    """The plan without what a model of this layout cannot have, and warnings that name what was left out and why."""
+    asked = {
+        "sensitivity": ("sensitivities", bool(plan.sensitivity), layout.simple),
+        "blend": ("blend", bool(plan.blend), layout.simple),
+        "permute": ("reordering", plan.permute, layout.how != WHOLE),
+        "reconstruct": ("tuning of blocks", bool(plan.reconstruct), layout.how != WHOLE),
+        "distill": ("tuning of the whole", bool(plan.distill), layout.simple),
+    }
+    gone = [name for name, (_, wanted, possible) in asked.items() if wanted and not possible]
+    warnings = [f"the model is walked as a whole: {layout.why}"] if layout.how == WHOLE and layout.lists else []
+    # where nothing can be reordered, nothing is missed
+    named = [
+        asked[n][0] for n in gone if n != "permute" or any(p.fixed_sparsity is not None for p in plan.layer_patterns)
+    ]
+    if named:
+        why = layout.why or f"blocks lie in {len(layout.lists)} lists, {', '.join(layout.lists)}"
+        warnings.append(f"left out: {', '.join(named)}; {why}")
+    return dataclasses.replace(plan, **{name: type(getattr(plan, name))(0) for name in gone}), warnings
 
+
+UNMEASURED = "sensitivities were not measured: the model predicts no next token"
 
 # layers named in a warning
 _NAMED = 5
@@ -83,6 +91,7 @@ def note_distillation(
 
 def guide_of(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[str, Tensor]) -> Guide:
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type") or entwined(model, blocks_of(model)[0]):
+    if layout_of(model).how == WHOLE:
         return Guide(shares, found)
-    return Guide(shares, found, families.find(config.model_type), config)
+    known = (row for row in families.FAMILIES.values() if config.model_type in row.types)
+    return Guide(shares, found, next(known, None), config)

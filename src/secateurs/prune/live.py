@@ -14,12 +14,12 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows, placed
-from secateurs.model.blocks import AllLoaded, blocks_of, device_of, entwined
-from secateurs.model.walk import stream
+from secateurs.model.blocks import AllLoaded, device_of
+from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
 from secateurs.prune.cost import cost_of
-from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
+from secateurs.prune.guide import UNMEASURED, emptied, guide_of, note_distillation, within
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
@@ -53,20 +53,18 @@ def prune_live(
     report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
-    names, _ = blocks_of(model)
-    whole = "only a Hugging Face model's blocks and loss are known" if names == [""] else ""
-    if entwined(model, names):
-        whole = "the model's blocks share weights, so they are pruned as one"
-    if plan.sensitivity and not whole:
+    plan, report.warnings = within(plan, settle(model, batches[:1]))
+    if plan.sensitivity:
         found, norms = sensitivity(
             model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.calibration.seed
         )
-    report.warnings += left_out(plan, found, whole)
+    if plan.sensitivity and not found:
+        report.warnings.append(UNMEASURED)
     guide = guide_of(model, plan, assign(model, None, batches, plan, found, norms, cost), found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
     ends = None
-    if plan.distill and not whole:
+    if plan.distill:
         ends = dense_ends(model, batches, AllLoaded(), InMemory(), lambda: None)
     dense: list[dict[str, Tensor]] = []
     for step in stream(model, batches, propagate=plan.propagate, teacher=teacher, targets=targets):

@@ -27,11 +27,12 @@ from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
 from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows
-from secateurs.model.walk import stream
+from secateurs.model.discover import THROUGH, WHOLE, layout_of
+from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
-from secateurs.prune.guide import emptied, guide_of, left_out, note_distillation
+from secateurs.prune.guide import UNMEASURED, emptied, guide_of, note_distillation, within
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -80,17 +81,22 @@ class Run:
         plan, state = self.plan, self._state()
         model = source.skeleton()
         # what cannot be is said before anything is measured
-        self._check_memory(source, model)
+        plan, warnings = within(plan, layout_of(model))
+        self._check_memory(plan, source, model)
         cost = cost_of(plan)
         compute = described(model.config.dtype)
         report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
-        batches = self._calibration(source, model, report)
+        batches = self._calibration(plan, source, model, report)
+        if batches and layout_of(model).how == THROUGH:
+            plan, warnings = within(plan, settle(model, batches[:1], source))
+        report.warnings += warnings
         self.clock.spend("calibration")
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
-        guide = self._guide(source, model, batches, cost)
-        report.warnings += left_out(plan, guide.sensitivity)
+        guide = self._guide(plan, source, model, batches, cost)
+        if plan.sensitivity and not guide.sensitivity:
+            report.warnings.append(UNMEASURED)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
         teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
         targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None
@@ -141,7 +147,7 @@ class Run:
         source.release(model)
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
-            self._distill(source, model, batches, report, count)
+            self._distill(plan, source, model, batches, report, count)
             self.clock.spend("distill")
         report.warnings += emptied(report.layers)
         for i in range(count):
@@ -156,18 +162,23 @@ class Run:
         report.peak_memory_bytes = peak_memory()
         return report
 
-    def _check_memory(self, source: checkpoint.Checkpoint, model: nn.Module) -> None:
-        """Raise PlanError now if tuning the whole model, which comes last, will not fit into memory."""
-        if not self.plan.distill:
+    def _check_memory(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module) -> None:
+        """Raise PlanError now if what needs the whole model will not fit into memory."""
+        layout, there = layout_of(model), machine()["memory_bytes"]
+        if layout.how == WHOLE and source.nbytes > there / 2:
+            raise PlanError(
+                f"{source.folder} can only be pruned as a whole, which takes more than {2 * source.nbytes / 1e9:.1f} GB of memory, "
+                f"this machine has {there / 1e9:.1f}: {layout.why}"
+            )
+        if not plan.distill:
             return
         blocks = (model.get_submodule(name) for name in source.block_names(model))
         weights = sum(p.numel() for block in blocks for p in block.parameters())
         # fp32 copies, gradients and two moments
         needed = source.nbytes + 16 * weights
-        there = machine()["memory_bytes"]
         if needed > there:
             raise PlanError(
-                f"tuning all blocks together (distill {self.plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
+                f"tuning all blocks together (distill {plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
                 f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
             )
 
@@ -188,8 +199,7 @@ class Run:
         }  # fmt: skip
         write_json(self.work / "state.json", saved)
 
-    def _calibration(self, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
-        plan = self.plan
+    def _calibration(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
         if not plan.calibrated:
             return []
         asked, seqlen = plan.calibration, plan.calibration.length(model)
@@ -213,11 +223,12 @@ class Run:
         check_vocabulary(windows, model)
         return batched(windows)
 
-    def _guide(self, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost) -> Guide:
+    def _guide(
+        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost
+    ) -> Guide:
         """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
         from safetensors.torch import load_file
 
-        plan = self.plan
         file = self.work / "sensitivity.safetensors"
         found: dict[str, Tensor] = {}
         norms: dict[str, Stats] = {}
@@ -254,12 +265,13 @@ class Run:
         return guide_of(model, plan, shares, found)
 
     def _distill(
-        self, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report, count: int
-    ) -> None:
+        self, plan: Plan, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report,
+        count: int,
+    ) -> None:  # fmt: skip
         """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
         from safetensors.torch import load_file
 
-        plan, memory = self.plan, Noted(self.work / "distill.safetensors")
+        memory = Noted(self.work / "distill.safetensors")
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
         tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))

@@ -49,7 +49,7 @@ def sensitivity(
         hidden = store.read(last, i)
         uniform_NS = torch.rand(hidden.shape[:2], generator=generator)
         gradients[i] = torch.empty_like(hidden)
-        for at in pieces(model, hidden):
+        for at in pieces(model, batch):
             piece = hidden[:, at].detach().requires_grad_(True)
             logits = getattr(leave(model, loader, piece, batch, at), "logits", None)
             if logits is None:

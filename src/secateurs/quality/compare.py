@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError, OutputError
 from secateurs.base.estimate import Estimate, ratio_of
-from secateurs.base.files import write_tensors
-from secateurs.model.activations import InMemory
+from secateurs.base.files import writing
+from secateurs.model.activations import InMemory, read_more, write_state
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import Loader, blocks_of, device_of, leave, pieces
+from secateurs.model.blocks import Loader, blocks_of, device_of, leave, pieces, whole
+from secateurs.model.discover import WHOLE, layout_of
 from secateurs.model.walk import stream
 
 # logits compared at a time, in fp32: few enough to stay in a cache, and enough to be worth waking threads
@@ -89,10 +90,9 @@ def measure(
         kept.append(_kept(pruned, todo, first, tick))
     results = list(done)
     for i, batch in enumerate(todo):
-        hidden = [read(i) for read in kept]
         found = []
-        for at in pieces(dense[0], hidden[0]):
-            logits = [predicted(*m, h[:, at], batch, at)[0] for m, h in zip(models, hidden, strict=True)]
+        for at in pieces(dense[0], batch):
+            logits = [read(i, at)[0] for read in kept]
             found.append(compare(_next(batch, at)[0], logits))
         results.append(functools.reduce(operator.add, found))
         tick()
@@ -101,9 +101,16 @@ def measure(
     return results
 
 
-def predicted(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice) -> Tensor:
-    """Logits [N, S, V] of positions `at` of a batch. Raises CalibrationError if the model gives none."""
-    output = leave(model, loader, hidden, batch, at)
+def predicted(
+    model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice, more: Sequence[Any] = ()
+) -> Tensor:
+    """Logits [N, S, V] of positions `at` of a batch, from what left the last block. Raises CalibrationError if there are none."""
+    in_pieces = layout_of(model).in_pieces
+    output = leave(model, loader, hidden[:, at] if in_pieces else hidden, batch, at if in_pieces else None, more)
+    return _logits(model, output)
+
+
+def _logits(model: nn.Module, output: Any) -> Tensor:
     if getattr(output, "logits", None) is None:
         raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
     logits: Tensor = output.logits
@@ -113,8 +120,8 @@ def predicted(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at
 def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> float:
     """Mean negative log-likelihood in nats a token, from the hidden states that left the last block [N, S, D]."""
     found = []
-    for at in pieces(model, hidden):
-        logits = predicted(model, loader, hidden[:, at], batch, at)
+    for at in pieces(model, batch):
+        logits = predicted(model, loader, hidden, batch, at)
         found += [compare(labels, [row]) for labels, row in zip(_next(batch, at), logits, strict=True)]
     total = functools.reduce(operator.add, found)
     return total.nll_dense / total.tokens
@@ -131,9 +138,12 @@ def _kept(
     first: int,
     tick: Callable[[], None],
     ends: Path | None = None,
-) -> Callable[[int], Tensor]:
-    """A function from a window's number to the hidden states that leave the model's last block."""
+) -> Callable[[int, slice], Tensor]:
+    """A function from a window's number and some positions to the model's logits there."""
     model, loader = given
+    if layout_of(model).how == WHOLE:
+        loader.load(model, "")
+        return lambda i, at: _logits(model, whole(model, todo[i]))[:, at]
     # models may have different numbers of blocks
     count = len(blocks_of(model)[0])
     files = [ends / f"{first + i:05d}.safetensors" for i in range(len(todo))] if ends else []
@@ -144,15 +154,15 @@ def _kept(
         for i, file in enumerate(files):
             # another process may write the same files; where there is no room, the next run computes them again
             own = file.with_name(f"{os.getpid()}-{file.name}")
-            with suppress(OutputError, OSError):
-                write_tensors(own, {"hidden": held.read(count, i)})
+            with suppress(OutputError, OSError), writing(own):
+                write_state(own, held.read(count, i), held.more(count, i))
                 own.replace(file)
-        return lambda i: held.read(count, i)
+        return lambda i, at: predicted(model, loader, held.read(count, i), todo[i], at, held.more(count, i))
     from safetensors.torch import load_file
 
     for _ in range(count * len(todo)):
         tick()
-    return lambda i: load_file(files[i])["hidden"]
+    return lambda i, at: predicted(model, loader, load_file(files[i])["hidden"], todo[i], at, read_more(files[i]))
 
 
 def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:

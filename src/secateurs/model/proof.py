@@ -1,0 +1,212 @@
+"""Finds out how a model's blocks run, and proves it: streamed block by block, the model gives what it gives as a whole.
+
+This is done on a small random instance of the same class and config (miniature.py), or on a model that is in memory itself, with
+made-up inputs of two lengths, padded and not. Ways of walking are tried from the cheapest on; the first that gives equal outputs is
+taken.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path
+
+from secateurs.model.activations import InMemory
+from secateurs.model.batches import Batch
+from secateurs.model.blocks import AllLoaded, Call, device_of, entwined, evaluation_mode, inside, leave, run, whole
+from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Form, Layout, assume, experts_of, lists_of
+from secateurs.model.miniature import inputs, miniature
+from secateurs.model.walk import stream
+
+# outputs may differ by so many units of rounding of the largest
+_ROUNDING = 64
+
+
+def prove(model: Any) -> Layout:
+    """The cheapest layout by which a Hugging Face model is walked and gives the outputs of the whole model.
+
+    Of a model that can be walked in no way but as a whole, `why` says what differs.
+    """
+    name = type(model).__name__
+    lists = lists_of(model)
+    experts = experts_of(model, lists)
+    if not lists:
+        return Layout((), experts, how=WHOLE, why=f"{name} has no list of blocks")
+    # what is right for a weight is not known before all its uses have run
+    if entwined(model, inside(model, Layout(tuple(lists)))):
+        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}'s blocks share weights")
+    try:
+        small = model if not any(p.is_meta for p in model.parameters()) else miniature(model)
+        batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small)]
+        seen = [_watched(small, lists, batch) for batch in batches]
+    # a model that is given odd inputs may raise anything
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name} was not run on made-up inputs: {first}")
+    try:
+        found = _order(seen[0], lists)
+    except ValueError as error:
+        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}: {error}")
+    unequal: list[str] = []
+    for how in (THROUGH, STEPPED):
+        layout = Layout(found, experts_of(small, list(found)), _forms(seen[0], found), how)
+        why = _hands_on_more(seen[0], found) if how == THROUGH else None
+        why = why or _first_difference(small, layout, batches)
+        if why is None:
+            layout = replace(layout, why=unequal[0] if unequal else None)
+            return replace(layout, in_pieces=layout.simple and _same_in_pieces(small, layout, batches[0]))
+        unequal.append(why)
+    return Layout(tuple(lists), experts, how=WHOLE, why=f"{name} streamed block by block differs: {unequal[-1]}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a block: its name, its hidden states, the tensors of its other arguments, and what it returned."""
+
+    name: str
+    hidden: Tensor
+    others: list[Tensor]
+    output: Any
+
+
+def _watched(model: nn.Module, lists: Sequence[str], batch: Batch) -> list[_Run]:
+    """All calls of blocks in one pass of the whole model, in order."""
+    found: list[_Run] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden, call = Call.split(args, kwargs)
+            others = [x for x in tree_flatten((call.args, call.kwargs))[0] if isinstance(x, Tensor)]
+            found.append(_Run(name, hidden, others, output))
+
+        return see
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+        for name in inside(model, Layout(tuple(lists)))
+    ]
+    try:
+        with evaluation_mode(model):
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _list_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _order(seen: Sequence[_Run], lists: Sequence[str]) -> tuple[str, ...]:
+    """The lists that were called, in order. Raises ValueError if blocks are called more than once, or out of order."""
+    names = [call.name for call in seen]
+    if not names:
+        raise ValueError("no block is called")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{twice} is called {names.count(twice)} times in a pass")
+    order = tuple(dict.fromkeys(map(_list_of, names)))
+    places = [(order.index(_list_of(n)), int(n.rpartition(".")[2])) for n in names]
+    late = next((name for name, at, before in zip(names[1:], places[1:], places, strict=False) if at < before), None)
+    if late:
+        raise ValueError(f"{late} is called after blocks that come later")
+    return order
+
+
+def _forms(seen: Sequence[_Run], lists: Sequence[str]) -> dict[str, Form]:
+    return {path: next(Form.of(c.output) for c in seen if _list_of(c.name) == path) for path in lists}
+
+
+def _hands_on_more(seen: Sequence[_Run], lists: Sequence[str]) -> str | None:
+    """Why hidden states alone do not make the next block's arguments, or None."""
+    for before, after in pairwise(seen):
+        if _list_of(before.name) != _list_of(after.name):
+            continue
+        first, *others = [x for x in tree_flatten(before.output)[0] if isinstance(x, Tensor)]
+        if tree_flatten(before.output)[1] != tree_flatten(after.output)[1]:
+            return f"{after.name} returns something else than {before.name}"
+        if after.hidden is not first:
+            return f"{after.name} is not called with the first tensor that {before.name} returns"
+        if any(x is y for x in others for y in after.others):
+            return f"{after.name} is called with more of what {before.name} returns than hidden states"
+    return None
+
+
+def _first_difference(model: Any, layout: Layout, batches: Sequence[Batch]) -> str | None:
+    """The first block and the first tensor that are not equal to the whole model's, or None. The model is walked by `layout`."""
+    assume(model, layout)
+    names = inside(model, layout)
+    for batch in batches:
+        try:
+            store = InMemory()
+            for _ in stream(model, [batch], AllLoaded(), store, keep_last=True, keep_all=True):
+                pass
+            end = store.read(len(names), 0)
+            got, want = leave(model, AllLoaded(), end, batch, None, store.more(len(names), 0)), whole(model, batch)
+        # what a model raises where a block gets other things than it returns
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        path = _unequal(got, want, getattr(model.config, "keys_to_ignore_at_inference", ()))
+        if path is None:
+            continue
+        kind = ", ".join(f"{n} {list(x.shape)}" for n, x in batch.items())
+        for call in _watched(model, layout.lists, batch):
+            index = names.index(call.name)
+            if _unequal(store.read(index, 0), call.hidden) is not None:
+                return f"hidden states that enter {call.name} ({kind})"
+        return f"output {path} ({kind})"
+    return None
+
+
+def _same_in_pieces(model: nn.Module, layout: Layout, batch: Batch) -> bool:
+    """Whether what comes after the blocks gives the same for the positions in two pieces."""
+    store, count = InMemory(), len(inside(model, layout))
+    for _ in stream(model, [batch], AllLoaded(), store, keep_last=True):
+        pass
+    hidden = store.read(count, 0)
+    if hidden.dim() != 3 or "input_ids" not in batch or hidden.shape[:2] != batch["input_ids"].shape:
+        return False
+    half = hidden.shape[1] // 2
+    parts = [slice(0, half), slice(half, hidden.shape[1])]
+    try:
+        pieces = [_floats(leave(model, AllLoaded(), hidden[:, at], batch, at)) for at in parts]
+        wanted = _floats(whole(model, batch))
+    except Exception:
+        return False
+    return all(
+        _unequal(torch.cat([piece[path] for piece in pieces], 1), x) is None
+        for path, x in wanted.items()
+        if all(path in piece for piece in pieces)
+    )
+
+
+def _floats(output: Any) -> dict[str, Tensor]:
+    leaves = tree_flatten_with_path(output)[0]
+    return {
+        "".join(map(str, path)): x
+        for path, x in leaves
+        if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
+    }
+
+
+def _unequal(got: Any, want: Any, ignored: Sequence[str] = ()) -> str | None:
+    """The path of the first tensor of numbers that differs by more than rounding, or None. ignored: names of what is left out."""
+    mine, its = _floats(got), _floats(want)
+    for path, x in its.items():
+        if any(path.startswith(f"['{name}']") for name in ignored):
+            continue
+        y = mine.get(path)
+        if y is None or y.shape != x.shape:
+            return path or "it"
+        finite = torch.isfinite(x)
+        bound = _ROUNDING * torch.finfo(x.dtype).eps * float(x[finite].abs().max() if finite.any() else 0)
+        if not (
+            torch.equal(finite, torch.isfinite(y))
+            and float((x - y)[finite].abs().max() if finite.any() else 0) <= bound
+        ):
+            return path or "it"
+    return None
