@@ -25,6 +25,7 @@ from secateurs.model.walk import stream
 _ROUNDING = 64
 
 
+@torch.no_grad()
 def prove(model: Any) -> Layout:
     """The cheapest layout by which a Hugging Face model is walked and gives the outputs of the whole model.
 
@@ -202,11 +203,10 @@ def _unequal(got: Any, want: Any, ignored: Sequence[str] = ()) -> str | None:
         y = mine.get(path)
         if y is None or y.shape != x.shape:
             return path or "it"
-        finite = torch.isfinite(x)
-        bound = _ROUNDING * torch.finfo(x.dtype).eps * float(x[finite].abs().max() if finite.any() else 0)
-        if not (
-            torch.equal(finite, torch.isfinite(y))
-            and float((x - y)[finite].abs().max() if finite.any() else 0) <= bound
-        ):
+        # what is not finite must be alike, and counts as 0
+        alike = torch.equal(torch.isfinite(x), torch.isfinite(y))
+        x, y = (z.nan_to_num(0, 0, 0) for z in (x, y))
+        bound = _ROUNDING * torch.finfo(x.dtype).eps * float(x.abs().max())
+        if not (alike and float((x - y).abs().max()) <= bound):
             return path or "it"
     return None
