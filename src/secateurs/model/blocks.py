@@ -46,8 +46,8 @@ class AllLoaded:
     def release(self, model: nn.Module) -> None: ...
 
 
-def blocks_of(model: nn.Module) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the model's blocks in the order of its lists, and of its fused expert parameters.
+def blocks_of(model: nn.Module) -> tuple[list[str], Mapping[str, str]]:
+    """Names of the model's blocks in the order of its lists, and {name of a fused expert parameter: kind of its layers}.
 
     A model that is walked as a whole (discover.py) is one block, named ''.
     """

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -284,8 +284,8 @@ class Checkpoint:
         """The names of the model's blocks, [''] for a model that is walked as a whole."""
         return blocks_of(model)[0]
 
-    def experts(self, model: nn.Module) -> tuple[str, ...]:
-        """The names of the model's fused expert parameters."""
+    def experts(self, model: nn.Module) -> Mapping[str, str]:
+        """{name of a fused expert parameter: kind of its layers}."""
         return blocks_of(model)[1]
 
     def _fill(self, model: nn.Module, keys: list[str]) -> None:

@@ -48,13 +48,13 @@ class Form:
 class Layout:
     """How a model's blocks are walked.
 
-    lists: the paths of its lists of blocks in the order in which they are called; forms: what their blocks return. experts: the
-    names of fused 3-D parameters. how: THROUGH, STEPPED or WHOLE; why: the reason if it is not THROUGH. in_pieces: whether what
-    comes after the blocks treats every position alone.
+    lists: the paths of its lists of blocks in the order in which they are called. forms: what their blocks return. experts: {name
+    of fused 3-D parameters: kind of their layers}. how: THROUGH, STEPPED or WHOLE; why: the reason if it is not THROUGH. in_pieces:
+    whether what comes after the blocks treats every position alone.
     """
 
     lists: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     how: str = THROUGH
     why: str | None = None
@@ -101,16 +101,14 @@ def lists_of(model: nn.Module) -> list[str]:
     return found
 
 
-def experts_of(model: nn.Module, lists: list[str]) -> tuple[str, ...]:
-    """The names of fused 3-D parameters in lists of blocks."""
-    names = (
-        name
-        for path in lists
-        for module in model.get_submodule(path).modules()
+def fused_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{path: 3-D parameter that no known module holds}: fused experts, and others."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
         for name, parameter in module._parameters.items()
-        if _fused(module, parameter)
-    )
-    return tuple(dict.fromkeys(names))
+        if parameter is not None and _fused(module, parameter)
+    }
 
 
 def holds_layers(block: nn.Module) -> bool:

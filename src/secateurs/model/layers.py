@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # kinds whose layers are parts of a larger parameter
-_PARTS = ("expert", "attention")
+EXPERTS = ("expert", "expert1d")
+_PARTS = (*EXPERTS, "attention")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Layer:
 
     kind: 'linear' [O, I]; 'conv1d' [I, O] (GPT-2); 'conv' [O, C, kernel], a convolution over one to three axes, read as
     O x (kernel C) so that neighbours are input channels, as hardware reads N:M; 'expert', slice `index` of a fused
-    [E, O, I] parameter; 'attention', third `index` (query, key, value) of the in_proj_weight [3 O, I] of
-    nn.MultiheadAttention, and 'projection', where that has three parameters instead.
+    [E, O, I] parameter, and 'expert1d', of an [E, I, O] one; 'attention', third `index` (query, key, value) of the
+    in_proj_weight [3 O, I] of nn.MultiheadAttention, and 'projection', where that has three parameters instead.
     refused: why the layer cannot be pruned at all, or None. places: the modules that are called with what it multiplies,
     `module` first; none where that happens within a larger function. also: the other names of the parameter.
     """
@@ -55,8 +56,8 @@ class Layer:
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
         shape = self.parameter.shape
-        if self.kind == "expert":
-            return shape[1], shape[2]
+        if self.kind in EXPERTS:
+            return (shape[1], shape[2]) if self.kind == "expert" else (shape[2], shape[1])
         if self.kind == "attention":
             return shape[0] // 3, shape[1]
         if self.kind == "conv1d":
@@ -72,7 +73,7 @@ class Layer:
         """weight_OI in its own dtype; may share memory with the parameter."""
         weight = self.parameter.detach()
         if self.kind in _PARTS:
-            return weight[self.part]
+            return weight[self.part].T if self.kind == "expert1d" else weight[self.part]
         if self.kind == "conv1d":
             return weight.T
         return weight.movedim(1, -1).flatten(1) if self.kind == "conv" else weight
@@ -81,7 +82,7 @@ class Layer:
         """Write weight_OI into the parameter, in the parameter's dtype. Weights too small for the dtype become 0."""
         weight = self.parameter.detach()
         if self.kind in _PARTS:
-            weight[self.part].copy_(weight_OI)
+            weight[self.part].copy_(weight_OI.T if self.kind == "expert1d" else weight_OI)
         elif self.kind == "conv1d":
             weight.copy_(weight_OI.T)
         elif self.kind == "conv":
@@ -107,7 +108,7 @@ class Layer:
         return x.movedim(1, -1).flatten(axes + 1).flatten(0, axes)
 
 
-def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> list[Layer]:
+def layers_of(block: nn.Module, prefix: str, experts: Mapping[str, str] | None = None) -> list[Layer]:
     """Every matrix of a block that may be pruned, in module order; a shared parameter once, under its first name.
 
     Norms, biases, embeddings, routers and whatever else is not multiplied by one of the modules below are in others_of().
@@ -118,25 +119,25 @@ def layers_of(block: nn.Module, prefix: str, experts: Sequence[str] = ()) -> lis
     names = _names(block, prefix)
     for path, module in block.named_modules():
         name = f"{prefix}.{path}".strip(".")
-        for parameter_name in experts:
+        for parameter_name, kind in (experts or {}).items():
             fused = module._parameters.get(parameter_name)
             if fused is not None and fused.dim() == 3:
-                found += [Layer(f"{name}.{parameter_name}.{i}", module, fused, "expert", i) for i in range(len(fused))]
+                found += [Layer(f"{name}.{parameter_name}.{i}", module, fused, kind, i) for i in range(len(fused))]
         if isinstance(module, nn.MultiheadAttention):
             new = [y for y in _projections(module, name) if id(y.parameter) not in known]
             known.update((id(y.parameter), len(found)) for y in new)
             found += new
         weight = getattr(module, "weight", None)
-        kind = kind_of(module)
-        if kind is None or not isinstance(weight, nn.Parameter):
+        stored = kind_of(module)
+        if stored is None or not isinstance(weight, nn.Parameter):
             continue
         refused = "grouped convolution: its rows see different inputs" if getattr(module, "groups", 1) > 1 else None
         if id(weight) not in known:
             known[id(weight)] = len(found)
-            found.append(Layer(name, module, weight, kind, refused=refused, places=(module,)))
+            found.append(Layer(name, module, weight, stored, refused=refused, places=(module,)))
             continue
         first = found[known[id(weight)]]
-        if first.kind != kind and "conv1d" in (first.kind, kind):
+        if first.kind != stored and "conv1d" in (first.kind, stored):
             refused = f"{name} multiplies the same weight transposed"
         places, refused = (*first.places, module), first.refused or refused
         found[known[id(weight)]] = replace(first, places=places, refused=refused)

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import AllLoaded, Call, device_of, entwined, evaluation_mode, inside, leave, run, whole
-from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Form, Layout, assume, experts_of, lists_of
+from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Form, Layout, assume, fused_in, lists_of
 from secateurs.model.miniature import inputs, miniature
+from secateurs.model.products import products
 from secateurs.model.walk import stream
 
 # outputs may differ by so many units of rounding of the largest
@@ -33,28 +35,30 @@ def prove(model: Any) -> Layout:
     """
     name = type(model).__name__
     lists = lists_of(model)
-    experts = experts_of(model, lists)
     if not lists:
-        return Layout((), experts, how=WHOLE, why=f"{name} has no list of blocks")
+        return Layout(how=WHOLE, why=f"{name} has no list of blocks")
+    experts: dict[str, str] = {}
     # what is right for a weight is not known before all its uses have run
     if entwined(model, inside(model, Layout(tuple(lists)))):
         return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}'s blocks share weights")
     try:
         small = model if not any(p.is_meta for p in model.parameters()) else miniature(model)
         batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small)]
-        seen = [_watched(small, lists, batch) for batch in batches]
+        with _Fused(small) as fused:
+            seen = _watched(small, lists, batches[0])
     # a model that is given odd inputs may raise anything
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return Layout(tuple(lists), experts, how=WHOLE, why=f"{name} was not run on made-up inputs: {first}")
+    experts = fused.kinds
     try:
-        found = _order(seen[0], lists)
+        found = _order(seen, lists)
     except ValueError as error:
         return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}: {error}")
     unequal: list[str] = []
     for how in (THROUGH, STEPPED):
-        layout = Layout(found, experts_of(small, list(found)), _forms(seen[0], found), how)
-        why = _hands_on_more(seen[0], found) if how == THROUGH else None
+        layout = Layout(found, experts, _forms(seen, found), how)
+        why = _hands_on_more(seen, found) if how == THROUGH else None
         why = why or _first_difference(small, layout, batches)
         if why is None:
             layout = replace(layout, why=unequal[0] if unequal else None)
@@ -96,6 +100,27 @@ def _watched(model: nn.Module, lists: Sequence[str], batch: Batch) -> list[_Run]
         for handle in handles:
             handle.remove()
     return found
+
+
+class _Fused(TorchFunctionMode):
+    """Sees which fused parameters are multiplied matrix by matrix, and how these lie in memory: {name: kind of layer}."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.kinds: dict[str, str] = {}
+        self.at = {
+            part.data_ptr(): (path.rpartition(".")[2], tuple(part.shape))
+            for path, parameter in fused_in(model).items()
+            for part in parameter.detach()
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for product in products(func, args, kwargs or {}) if self.at else ():
+            name, shape = self.at.get(product.place, ("", None))
+            stored = product.shape if product.outputs_first else product.shape[::-1]
+            if stored == shape:
+                self.kinds[name] = "expert" if product.outputs_first else "expert1d"
+        return func(*args, **(kwargs or {}))
 
 
 def _list_of(name: str) -> str:

@@ -43,7 +43,7 @@ from secateurs.model.blocks import (
 )
 from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Layout, assume, layout_of
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.watch import Unlike, Watch
+from secateurs.model.watch import Uncalled, Unlike, Watch
 
 
 @dataclass
@@ -117,20 +117,24 @@ class Step:
         stream(teacher=...), leaves experts out.
         The block's outputs are stored for targets() if stream() was given a store for them.
 
-        Raises LayerError if an input is not finite or a layer was never called.
+        A layer that is never called, nor its weight multiplied by a function, has none. Raises LayerError if an input is not
+        finite.
         """
         if not layers and self._keep_output is None and self._targets is None:
             return {}
         apart: frozenset[str] = frozenset()
+        uncalled: frozenset[str] = frozenset()
         # a whole model may call a layer as often as its tokens say
         may_stop = self._keep_output is None and self._targets is None and self._call is not None
         while True:
-            watch = Watch(layers, gram, may_stop, apart)
+            watch = Watch(layers, gram, may_stop, apart, uncalled)
             try:
                 self._look(watch, drift)
                 return watch.finish()
             except Unlike as found:
                 apart |= {found.name}
+            except Uncalled as found:
+                uncalled = frozenset(found.names)
 
     def _look(self, watch: Watch, drift: bool) -> None:
         with evaluation_mode(self._model), watch.hooks():

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from secateurs.base.errors import LayerError
 from secateurs.matrix.stats import Stats
 from secateurs.model.blocks import Stop
-from secateurs.model.layers import Layer
+from secateurs.model.layers import EXPERTS, Layer
+from secateurs.model.products import products
 
 
 class Unlike(Exception):
@@ -21,6 +22,14 @@ class Unlike(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class Uncalled(Exception):
+    """Raised where no module of some layers was called: their weights may be multiplied by a function."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names[0])
+        self.names = names
 
 
 class _Call(NamedTuple):
@@ -47,18 +56,21 @@ class Watch:
     """The Stats of some layers of one block. Use hooks() around the passes, next_batch() after each batch, finish() at the end.
 
     A layer may be called any number of times in a batch; all calls count. Layers whose every call has the same tensor share one
-    Stats, but for those named in `apart`: where calls turn out to differ, Unlike names the layer to set apart in a new Watch.
+    Stats, but for those named in `apart`: where calls turn out to differ, Unlike names the layer to set apart in a new Watch. Where
+    the modules of some layers are not called, Uncalled names these: a new Watch looks for functions that multiply by their weights.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], gram: bool, may_stop: bool, apart: frozenset[str] = frozenset()
-    ) -> None:
-        self.layers = [layer for layer in layers if layer.kind != "expert"]
-        self.experts = [layer for layer in layers if layer.kind == "expert"]
+        self, layers: Sequence[Layer], gram: bool, may_stop: bool, apart: frozenset[str] = frozenset(),
+        uncalled: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.layers = [layer for layer in layers if layer.kind not in EXPERTS]
+        self.experts = [layer for layer in layers if layer.kind in EXPERTS]
+        self.uncalled = uncalled
         self.gram = gram
         self.apart = apart
         # a pass may end at the last call; which call of an expert is the last one is not known
-        self.may_stop = may_stop and not self.experts
+        self.may_stop = may_stop and not self.experts and not uncalled
         self.leader: dict[str, str] = {}
         # leaders of others
         self.followed: set[str] = set()
@@ -84,7 +96,8 @@ class Watch:
         places = [(layer, module) for layer in self.layers for module in layer.places]
         handles = [module.register_forward_pre_hook(self._hook(layer), with_kwargs=True) for layer, module in places]
         try:
-            with _Products(self) if self.experts or any(_attends(y.module) for y in self.layers) else nullcontext():
+            inside = self.experts or self.uncalled or any(_attends(y.module) for y in self.layers)
+            with _Products(self) if inside else nullcontext():
                 yield
         finally:
             for handle in handles:
@@ -143,10 +156,8 @@ class Watch:
 
     def next_batch(self) -> None:
         missing = [layer.name for layer in self.layers if layer.name not in self.leader]
-        if missing:
-            raise LayerError(
-                f"{missing[0]} was never called on calibration inputs; leave it out with --skip '{missing[0]}'"
-            )
+        if not self.uncalled and missing:
+            raise Uncalled(missing)
         for name, leader in self.leader.items():
             if len(self.calls.get(name, ())) != len(self.calls.get(leader, ())):
                 raise Unlike(name)
@@ -165,7 +176,7 @@ class Watch:
                 raise LayerError(
                     f"{name}: {bad} of {len(stats.sqnorm_I)} inputs were NaN or infinite on calibration text"
                 )
-        found = {layer.name: self.sums[self.leader[layer.name]] for layer in self.layers}
+        found = {y.name: self.sums[self.leader[y.name]] for y in self.layers if y.name in self.leader}
         for layer in self.experts:
             found[layer.name] = self.sums.get(layer.name) or Stats.zeros(
                 layer.shape[1], self.gram, layer.parameter.device
@@ -180,23 +191,31 @@ def _attends(module: nn.Module) -> bool:
 class _Products(TorchFunctionMode):
     """Watches functions that multiply by a layer's weight without calling a module that could be hooked.
 
-    F.linear on a slice of a fused expert parameter, and F.multi_head_attention_forward.
+    Matrix products with a slice of a fused expert parameter, or with the weight of a module that is not called, and
+    F.multi_head_attention_forward.
     """
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
-        self.at = {layer.read().data_ptr(): layer for layer in watch.experts}
+        functional = [layer for layer in watch.layers if layer.name in watch.uncalled]
+        self.at = {layer.read().data_ptr(): layer for layer in [*watch.experts, *functional]}
         self.by_parameter = {(id(layer.parameter), layer.index): layer for layer in watch.layers}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.multi_head_attention_forward:
             return self._attention(func, inspect.signature(func).bind(*args, **kwargs).arguments)
-        if self.at and func is nn.functional.linear and not self.watch.at_dense:
-            layer = self.at.get(args[1].data_ptr())
-            if layer is not None and tuple(args[1].shape) == layer.shape:
-                self.watch.add(layer, args[0].reshape(-1, layer.shape[1]))
+        for product in products(func, args, kwargs) if self.at else ():
+            layer = self.at.get(product.place)
+            if layer is None or product.shape != layer.shape:
+                continue
+            if layer.kind not in EXPERTS:
+                self.watch.see(layer, product.x_TI)
+            elif not self.watch.at_dense and product.outputs_first == (layer.kind == "expert"):
+                # experts that run on every token get zeros for those that are not theirs
+                mine_T = product.x_TI.any(1) if product.whole else slice(None)
+                self.watch.add(layer, product.x_TI[mine_T])
         return func(*args, **kwargs)
 
     def _attention(self, func: Any, given: dict[str, Any]) -> Any:

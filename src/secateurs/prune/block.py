@@ -21,7 +21,7 @@ from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
-from secateurs.model.layers import Layer, Other, layers_of, matches, others_of, survivors
+from secateurs.model.layers import EXPERTS, Layer, Other, layers_of, matches, others_of, survivors
 from secateurs.model.walk import Step, stream
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
@@ -83,6 +83,11 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     if needs != "weights" or plan.permute:
         drift = bool(plan.blend) and step.can_drift
         stats = step.observe(todo, gram=needs == "gram", drift=drift) if step.batches else {}
+        unseen = [layer for layer in todo if step.batches and layer.name not in stats]
+        records |= {
+            y.name: _dense(y, "it is not multiplied with anything on calibration inputs", "kind") for y in unseen
+        }
+        todo = [layer for layer in todo if layer.name not in records]
     if step.can_tune:
         step.see_targets()
     notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
@@ -122,6 +127,10 @@ def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
     if glob is None and refused is None:
         return None
     reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
+    return _dense(layer, reason, by)
+
+
+def _dense(layer: Layer, reason: str | None, by: str) -> LayerRecord:
     kept = int((layer.read() != 0).sum())
     return LayerRecord(layer.name, layer.shape, 0.0, kept, skipped=reason, skipped_by=by, note=_shared(layer))
 
@@ -145,7 +154,7 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
         solver, stats = solvers.find("magnitude"), None
     elif stats is not None and solver.needs == "gram" and stats.tokens < layer.shape[1]:
         notes.append(f"only {stats.tokens} tokens for {layer.shape[1]} inputs")
-    if plan.blend and layer.kind == "expert":
+    if plan.blend and layer.kind in EXPERTS:
         notes.append("an expert aims at its own outputs, blend or not")
     if shared := _shared(layer):
         notes.append(shared)

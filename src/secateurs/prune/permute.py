@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateurs.matrix.patterns import NM
 from secateurs.model.families import Family
-from secateurs.model.layers import Layer
+from secateurs.model.layers import EXPERTS, Layer
 
 # inputs that are reordered among themselves; an assignment of q groups takes time q^3
 _MOST = 4096
@@ -156,7 +156,7 @@ def apply(coupling: Coupling, order_I: Tensor) -> list[str]:
     for producer in coupling.producers:
         producer.write(producer.read()[row_order].clone())
         bias = producer.module._parameters.get("bias")
-        if bias is not None and producer.kind != "expert":
+        if bias is not None and producer.kind not in EXPERTS:
             bias.detach().copy_(bias.detach()[row_order].clone())
             moved.append(f"{producer.name}.bias")
     return moved

@@ -9,6 +9,7 @@ The pass goes forward block by block and then back block by block, each run agai
 block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader, leave, pieces
-from secateurs.model.layers import Layer
+from secateurs.model.layers import EXPERTS, Layer
+from secateurs.model.products import Product, products
 from secateurs.model.walk import stream
 
 Tick = Callable[[], None]
@@ -132,13 +134,13 @@ class _Sums:
 
 
 class _Outputs(TorchFunctionMode):
-    """Hooks the gradient of every product with a layer's matrix: modules by hook, slices of fused experts by F.linear."""
+    """Hooks the gradient of every product with a layer's matrix: modules by hook, slices of fused experts by a mode."""
 
     def __init__(self, sums: _Sums, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.sums = sums
         self.places = [(layer, module) for layer in layers for module in layer.places]
-        self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind == "expert"}
+        self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind in EXPERTS}
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_Outputs":
@@ -162,8 +164,12 @@ class _Outputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.experts and func is nn.functional.linear and isinstance(args[1], Tensor):
-            layer = self.experts.get(args[1].data_ptr())
-            if layer is not None and tuple(args[1].shape) == layer.shape and out.requires_grad:
-                self._hook(layer)(layer.module, args, out)
+        for product in products(func, args, kwargs or {}) if self.experts else ():
+            layer = self.experts.get(product.place)
+            if layer is not None and product.shape == layer.shape and out.requires_grad:
+                self.sums.see(layer, product.x_TI)
+                out.register_hook(functools.partial(self._add, layer, product))
         return out
+
+    def _add(self, layer: Layer, product: Product, gradient: Tensor) -> None:
+        self.sums.add(layer.name, product.of(gradient))

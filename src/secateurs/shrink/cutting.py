@@ -24,7 +24,7 @@ from secateurs.matrix.solvers import relative_error
 from secateurs.matrix.stats import Stats
 from secateurs.model.batches import batched
 from secateurs.model.blocks import blocks_of, caller
-from secateurs.model.layers import layers_of
+from secateurs.model.layers import EXPERTS, layers_of
 from secateurs.model.walk import Step, stream
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving
@@ -155,7 +155,13 @@ class _Blocks:
 
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:
         # step.layers holds the parameters from before the last cut
-        return units.units_of(kind, step.name, layers_of(step.block, step.name, self.family.experts), self.family, now)
+        return units.units_of(
+            kind,
+            step.name,
+            layers_of(step.block, step.name, dict.fromkeys(self.family.experts, "expert")),
+            self.family,
+            now,
+        )
 
     def _remove(self, block: nn.Module, found: units.Units, stats: Stats, name: str) -> "_Removed":
         """Cut units out of a block, in place. name: the consumer's in the dense model."""
@@ -181,9 +187,12 @@ class _Blocks:
     def _bridge(self, step: Step, gone: Sequence[Block]) -> float | None:
         """Fit the block's last matrix to what the removed blocks did: bridge() of it, or None if there is no such matrix."""
         assert self.family.mlp
-        layers = {layer.name: layer for layer in layers_of(step.block, step.name, self.family.experts)}
+        layers = {
+            layer.name: layer
+            for layer in layers_of(step.block, step.name, dict.fromkeys(self.family.experts, "expert"))
+        }
         layer = layers.get(f"{step.name}.{self.family.mlp[1]}")
-        if layer is None or layer.kind == "expert":
+        if layer is None or layer.kind in EXPERTS:
             return None
         try:
             return bridge(step, layer, gone, self.plan.damping)

@@ -84,7 +84,7 @@ def sizes_of(model: nn.Module, family: families.Family, config: Any) -> Sizes:
     dense = Shape.of(config, family)
     names, _ = blocks_of(model)
     block = model.get_submodule(names[0])
-    layers = layers_of(block, names[0], family.experts)
+    layers = layers_of(block, names[0], dict.fromkeys(family.experts, "expert"))
 
     def each(kind: str) -> int:
         if units.refuses(kind, family, config):
@@ -118,7 +118,7 @@ def consumers_of(model: nn.Module, family: families.Family, kinds: Sequence[str]
     dense = Shape.of(config, family)
     found = {}
     for name in names:
-        layers = layers_of(model.get_submodule(name), name, family.experts)
+        layers = layers_of(model.get_submodule(name), name, dict.fromkeys(family.experts, "expert"))
         for kind in kinds:
             layer = units.units_of(kind, name, layers, family, dense).consumer
             found[layer.name] = layer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix import patterns
+from secateurs.model.discover import fused_in, layout_of
 from secateurs.model.layers import kind_of, layers_of
 
 
@@ -94,7 +95,6 @@ def largest(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
 
 def _kinds(model: nn.Module) -> dict[int, str]:
     """{id of parameter: kind of layer}."""
-    from secateurs.model.families import FAMILIES
-
-    experts = {name for family in FAMILIES.values() for name in family.experts}
-    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", sorted(experts))}
+    # which fused parameters are experts is known from a look at how they are used
+    experts = layout_of(model).experts if fused_in(model) else {}
+    return {id(layer.parameter): layer.kind for layer in layers_of(model, "", experts)}
