@@ -29,7 +29,7 @@ _MOST = 30_000_000
 
 # the value that a number of a config gets at most, by the first pattern that is found in its name; None leaves it
 _SIZES: tuple[tuple[str, int | None], ...] = (
-    (r"kernel|stride|ratio|factor|padd|type_vocab|num_channels|^in_chan|conv_pos|mel|loss|coef|seed|expand|d_conv|merge", None),
+    (r"kernel|stride|ratio|factor|padd|type_vocab|num_channels|conv_pos|mel|loss|coef|seed|expand|d_conv|merge", None),
     (r"(num_mem|_frames|sample|feature_size|input_feat|feat_extract|num_labels|_id$|_index$|spatial)", None),
     (r"vocab", VOCABULARY),
     (r"experts_per_tok|selected_experts|moe_top_?k|moe_k$|top_?k_experts|experts_top_?k|^top_k$", 2),
@@ -216,7 +216,11 @@ class _Sizes:
     def _shallow(self, had: Mapping[str, Any], depth_name: str, depth: int) -> dict[str, Any]:
         """Fewer blocks, and what lists say of those that are left."""
         listed = {k: v for k, v in had.items() if isinstance(v, list | tuple) and len(v) == depth}
-        chosen = {k: v for k, v in had.items() if k not in listed and _CHOSEN.search(k) and _numbers(v, depth)}
+        # stages are counted from 1, where 0 is what comes before the blocks
+        stages = {k: [_stage(x) for x in had.get(k) or []] for k in ("out_indices", "out_features")}
+        chosen = {k: v for k, v in had.items() if k not in listed and _CHOSEN.search(k) and _numbers(v, depth)} | {
+            k: v for k, v in stages.items() if _numbers(v, depth)
+        }
         apart: dict[str, Any] = {}
         for k, v in (had.get("per_layer_config") or {}).items():
             apart[str(int(k))] = v
@@ -234,6 +238,9 @@ class _Sizes:
         new: dict[str, Any] = {depth_name: len(kept)}
         new |= {k: [v[i] for i in kept] for k, v in listed.items()}
         new |= {k: [n for n, i in enumerate(kept) if i in v] or [len(kept) - 1] for k, v in chosen.items()}
+        for k in stages:
+            if k in new:
+                new[k] = [f"stage{n + 1}" if k == "out_features" else n + 1 for n in new[k]]
         new |= {k: sum(i < v for i in kept) for k, v in first.items()}
         new |= {k: sum(i >= depth - v for i in kept) for k, v in last.items()}
         if apart:
@@ -289,7 +296,7 @@ class _Sizes:
             return values
         if len(set(values)) == 1 or "image_size" in name or "patch_size" in name:
             return [min(v, most) for v in values]
-        scale = most // 2 / min(values)
+        scale = max(1, most // 4) / min(values)
         return values if scale >= 1 else [max(1, round(v * scale)) for v in values]
 
     def _token(self, value: Any) -> Any:
@@ -306,7 +313,7 @@ _PAIRS = (
     ("encoder_num_attention_heads", "encoder_num_key_value_heads"), ("decoder_num_attention_heads", "decoder_num_key_value_heads"),
 )  # fmt: skip
 # a sum of others, and a multiple of another, where it was so before
-_SUMS = (("qk_head_dim", ("qk_nope_head_dim", "qk_rope_head_dim")),)
+_SUMS = tuple((total, ("qk_nope_head_dim", "qk_rope_head_dim")) for total in ("qk_head_dim", "head_dim"))
 _MULTIPLES = (("attention_hidden_size", "hidden_size"),)
 # heads x width of one = width of all, times a factor, where that was so before
 _PRODUCTS = (
@@ -330,6 +337,12 @@ def _whole_number(fields: Mapping[str, Any], *names: str) -> bool:
 def _shared(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that hold for all blocks."""
     return {k: v for k, v in fields.items() if k != "per_layer_config"}
+
+
+def _stage(value: Any) -> int:
+    """The block that ends a stage, given as a number or as 'stage12'; -1 for anything else."""
+    text = str(value).removeprefix("stage")
+    return int(text) - 1 if text.isdigit() else -1
 
 
 def _numbers(value: Any, depth: int) -> bool:
