@@ -57,7 +57,12 @@ def tried(kind: str, model_type: str, checks: Iterable[str]) -> dict[str, Any]:
         case = zoo_checks.case_of(model, work / "dense", calibration, text, work)
         found = {name: zoo_checks.check(name, case) for name in checks}
         parameters = sum(p.numel() for p in model.parameters())
-        return {"class": type(model).__name__, "parameters": parameters, "checks": found, "seconds": time.perf_counter() - began}
+        return {
+            "class": type(model).__name__,
+            "parameters": parameters,
+            "checks": found,
+            "seconds": time.perf_counter() - began,
+        }
     # a class may raise anything for a config that is not to its liking
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]

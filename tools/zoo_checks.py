@@ -126,7 +126,9 @@ def counts(case: Case, report: sc.Report, loaded: Any) -> str:
             continue
         zeros, want = int((weight == 0).sum()), round(record.sparsity * weight.numel())
         if abs(zeros - want) > 0 or record.kept != weight.numel() - zeros:
-            raise Wrong(f"{record.name} has {zeros} zeros, {want} were asked, the report says {weight.numel() - record.kept}")
+            raise Wrong(
+                f"{record.name} has {zeros} zeros, {want} were asked, the report says {weight.numel() - record.kept}"
+            )
     for record in report.layers:
         named.add(weight_of(tensors, record.name).untyped_storage().data_ptr())
     left = [n for n, p in tensors.items() if p.dim() > 1 and p.numel() and p.untyped_storage().data_ptr() not in named]
@@ -236,7 +238,9 @@ def solved_in_memory(case: Case) -> str:
     note = counts(case, report, live)
     names, _ = blocks_of(case.model)
     pruned = [r.name for r in report.pruned]
-    owner = {name: max((b for b in names if b == "" or name.startswith(f"{b}.")), key=len, default=None) for name in pruned}
+    owner = {
+        name: max((b for b in names if b == "" or name.startswith(f"{b}.")), key=len, default=None) for name in pruned
+    }
     order = list(dict.fromkeys(owner[name] for name in pruned))
     after = parameters(live)
     for block in {order[0], order[-1]}:
@@ -404,14 +408,20 @@ def check(name: str, case: Case) -> dict[str, str]:
     except NotHere as error:
         return {"result": "not here", "note": str(error)}
     except SecateursError as error:
-        return {"result": "refused", "note": str(error).replace(str(case.folder), "MODEL").replace(str(case.work), "DIR")}
+        return {
+            "result": "refused",
+            "note": str(error).replace(str(case.folder), "MODEL").replace(str(case.work), "DIR"),
+        }
     except Exception as error:
         import traceback
 
         where = traceback.extract_tb(error.__traceback__)
         ours = next((f for f in reversed(where) if "secateurs/" in f.filename), where[-1])
         line = (str(error).strip().splitlines() or [""])[0]
-        return {"result": "crash", "note": f"{type(error).__name__}: {line[:200]} ({Path(ours.filename).name}:{ours.lineno})"}
+        return {
+            "result": "crash",
+            "note": f"{type(error).__name__}: {line[:200]} ({Path(ours.filename).name}:{ours.lineno})",
+        }
 
 
 def case_of(model: Any, folder: Path, calibration: str, text: str, work: Path) -> Case:

@@ -26,9 +26,15 @@ _LLAMA_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 HINTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
-    "cohere_compass_text": {"rope_parameters": {k: _LLAMA_ROPE for k in ("full_attention", "sliding_attention")}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _LLAMA_ROPE)},
     "deepseek_v2": {"num_experts_per_tok": 6},
-    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": 128,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -39,8 +45,12 @@ HINTS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [16, 24, 24]}},
     "qwen2_5_vl": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [16, 24, 24]}},
     "paddleocr_vl": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [16, 24, 24]}},
-    "glm4v": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}},
-    "glm46v": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}},
+    "glm4v": {
+        "text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+    },
+    "glm46v": {
+        "text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+    },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},

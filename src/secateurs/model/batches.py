@@ -30,7 +30,9 @@ def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         step = max(1, _TOKENS_BACK // each)
         for start in range(0, wanted, step):
             part = slice(start, min(start + step, wanted))
-            taken.append({key: value[part] for key, value in batch.items()})
+            # what has no entry for each window goes with all of them
+            cut = {key: value[part] if value.shape[0] == windows else value for key, value in batch.items()}
+            taken.append(cut)
         if tokens <= 0:
             break
     return taken
@@ -50,7 +52,7 @@ def batched(windows: Tensor) -> list[Batch]:
 def window_length(asked: int | None, model: nn.Module, usual: int, flag: str) -> int:
     """Tokens of a window: as asked by `flag`, else `usual` or what the model's positions allow. Raises PlanError for too many."""
     config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", None) or 2048
+    positions = getattr(text_config(config), "max_position_embeddings", None) or 2048
     if asked is not None and asked > positions:
         raise PlanError(f"windows of {asked} tokens were asked for, the model has {positions} positions; lower {flag}")
     return asked or min(usual, positions)
@@ -59,7 +61,13 @@ def window_length(asked: int | None, model: nn.Module, usual: int, flag: str) ->
 def check_vocabulary(windows: Tensor, model: nn.Module) -> None:
     """Raises CalibrationError if the windows hold a token that the model does not know."""
     config: Any = model.config
-    if int(windows.max()) >= config.vocab_size:
+    words = getattr(text_config(config), "vocab_size", None)
+    if words is not None and int(windows.max()) >= words:
         raise CalibrationError(
-            f"the tokenizer gives token {int(windows.max())}, the model knows {config.vocab_size}; they do not belong together"
+            f"the tokenizer gives token {int(windows.max())}, the model knows {words}; they do not belong together"
         )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about text; the config itself where it has no parts."""
+    return getattr(config, "text_config", None) or config

@@ -22,6 +22,7 @@ from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import no_bars
 from secateurs.model import attention
 from secateurs.model.blocks import blocks_of
+from secateurs.model.sentences import Sentences, sentences_of
 from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
 
 # weights outside the blocks that are written together
@@ -35,8 +36,10 @@ class Checkpoint:
     """One Hugging Face folder: its config, where each tensor lies, and a loader for walk.stream().
 
     given: where the model is; folder: where it is read, which is another place for one that is stored in another way. note: what a
-    reader of its numbers should know of that, or None.
+    reader of its numbers should know of that, or None. sentences: what else there is of a sentence-transformers folder, or None.
     """
+
+    sentences: Sentences | None = None
 
     def __init__(self, model: str | Path, packed: bool = False) -> None:
         """packed: the folder may be one of `secateurs pack`, whose skeleton is that of the dense model."""
@@ -44,7 +47,8 @@ class Checkpoint:
         from secateurs.model.plain import plain
 
         self.given = resolve(model)
-        self._copy = plain(self.given)
+        self.sentences = sentences_of(self.given)
+        self._copy = plain(self.sentences.transformer if self.sentences else self.given)
         self.note = self._copy.note
         self._open(self._copy.folder, packed)
 
@@ -351,7 +355,10 @@ class Checkpoint:
         return stored
 
     def copy_small_files(self, to: Path, but: tuple[str, ...] = ()) -> None:
-        """Config, tokenizer, templates: everything but weights, the old model card and what `but` names."""
+        """Config, tokenizer, templates: everything but weights, the old model card and what `but` names.
+
+        Of a sentence-transformers folder the other modules too; its transformer is at the root of the new one.
+        """
         to.mkdir(parents=True, exist_ok=True)
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ("README.md", *but):
@@ -360,6 +367,8 @@ class Checkpoint:
         if "transformers_weights" in self.raw_config and "config.json" not in but:
             kept = {key: value for key, value in self.raw_config.items() if key != "transformers_weights"}
             write_json(to / "config.json", kept)
+        if self.sentences is not None:
+            self.sentences.copy_to(to)
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:

@@ -39,7 +39,7 @@ def within(plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
     return dataclasses.replace(plan, **{name: type(getattr(plan, name))(0) for name in gone}), warnings
 
 
-UNMEASURED = "sensitivities were not measured: the model predicts no next token"
+UNMEASURED = "sensitivities were not measured: the model gives no logits of its inputs or their tokens"
 
 # layers named in a warning
 _NAMED = 5
@@ -81,7 +81,7 @@ def note_distillation(
     progress: Progress,
 ) -> None:
     if outcome is None:
-        report.warnings.append("the whole model was not tuned: it predicts no next token")
+        report.warnings.append("the whole model was not tuned: it gives no logits")
         return
     report.distillation = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps}
     if outcome.accepted:

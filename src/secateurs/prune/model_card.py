@@ -1,10 +1,11 @@
 """The model card of a pruned folder: README.md with what a reader on a hub needs to know."""
 
 from secateurs.prune.record import Report
+from secateurs.quality.compare import named
 
 
-def model_card(report: Report) -> str:
-    """Markdown with front matter. Everything in it is in report.json, too."""
+def model_card(report: Report, loader: str = "AutoModelForCausalLM") -> str:
+    """Markdown with front matter. Everything in it is in report.json, too. loader: the class that loads the folder."""
     plan, totals = report.plan, report.totals
     lines = [
         "---",
@@ -33,22 +34,19 @@ def model_card(report: Report) -> str:
             f"{plan['distill']} of the whole against the dense model's predictions |"
         )
     if report.calibration:
-        lines.append(f"| calibration | {report.calibration['source']}, {report.calibration['tokens']:,} tokens |")
+        tokens = report.calibration.get("tokens")
+        lines.append(f"| calibration | {report.calibration['source']}{f', {tokens:,} tokens' if tokens else ''} |")
     if report.quality and report.evaluation:
-        q = report.quality
-        lines += [
-            f"| evaluation text | {report.evaluation['source']}, {q['windows']} windows of "
-            f"{report.evaluation['seqlen']} tokens |",
-            f"| perplexity, dense | {_interval(q['ppl_dense'])} |",
-            f"| perplexity, pruned | {_interval(q['ppl'])} |",
-            f"| KL to dense, nats a token | {_interval(q['kl'])} |",
-            f"| same top token as dense | {_interval(q['agree'])} |",
-        ]
+        q, unit = report.quality, report.quality.get("unit", "windows")
+        kind, of = ("text", f" of {report.evaluation['seqlen']} tokens") if unit == "windows" else ("inputs", "")
+        lines.append(f"| evaluation {kind} | {report.evaluation['source']}, {q['windows']} {unit}{of} |")
+        shown = (key for key in named(q) if key != "ppl_ratio" and q.get(key))
+        lines += [f"| {named(q)[key]} | {_interval(q[key])} |" for key in shown]
     lines += [
         "",
         "The zeros are stored as zeros: this folder is as large as the dense one and a dense kernel runs it no faster. "
         "`secateurs pack` stores it without them.",
-        "It loads with `AutoModelForCausalLM.from_pretrained` and needs no code of secateurs.",
+        f"It loads with `{loader}.from_pretrained` and needs no code of secateurs.",
         "",
     ]
     return "\n".join(line for line in lines if line is not None)

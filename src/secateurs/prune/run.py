@@ -26,7 +26,7 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
 from secateurs.model.activations import Activations, OnDisk
-from secateurs.model.batches import Batch, batched, check_vocabulary, first_windows
+from secateurs.model.batches import Batch, check_vocabulary, first_windows
 from secateurs.model.discover import THROUGH, WHOLE, layout_of
 from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import Shares, assign
@@ -39,8 +39,9 @@ from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
-from secateurs.quality import evaluation, texts
+from secateurs.quality import evaluation, inputs
 from secateurs.quality.evaluation import measured, texts_apart
+from secateurs.quality.kinds import kind_of
 
 
 class Run:
@@ -60,7 +61,7 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        evaluation.check(self.plan.evaluation)
+        evaluation.check(self.plan.evaluation, source, self.plan.calibration if self.plan.calibrated else None)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report = Report.read(self.report_file) if self.report_file.is_file() else None
@@ -202,26 +203,22 @@ class Run:
     def _calibration(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
         if not plan.calibrated:
             return []
-        asked, seqlen = plan.calibration, plan.calibration.length(model)
-        file = self.work / "calibration.safetensors"
+        asked, file = plan.calibration, self.work / "calibration.safetensors"
         facts_file = self.work / "calibration.json"
         if facts_file.is_file():
-            from safetensors.torch import load_file
-
-            windows, report.calibration = load_file(file)["windows"], json.loads(facts_file.read_text())
+            kept = json.loads(facts_file.read_text())
+            found = inputs.Inputs(inputs.read_rows(file), asked.count, **kept)
         else:
-            text = texts.read(asked, source, model, asked.count, self.progress)
-            windows, report.calibration = text.windows, text.facts()
-            write_tensors(file, {"windows": windows})
-            write_json(facts_file, report.calibration)
-        assert report.calibration is not None
-        if len(windows) < asked.count:
-            report.warnings.append(
-                f"calibration: {report.calibration['source']} has text for {len(windows)} windows of {seqlen} tokens, "
-                f"{asked.count} were asked for"
-            )
-        check_vocabulary(windows, model)
-        return batched(windows)
+            found = inputs.read(asked, source, model, self.progress)
+            found.write(file)
+            write_json(facts_file, {name: getattr(found, name) for name in ("reads", "facts", "unread", "given")})
+        report.calibration = found.facts
+        report.warnings += found.warnings("calibration")
+        for row in found.rows:
+            for name, ids in row.items():
+                if name.endswith("input_ids"):
+                    check_vocabulary(ids, model)
+        return found.batches()
 
     def _guide(
         self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost
@@ -304,17 +301,19 @@ class Run:
     def _evaluate(self, source: checkpoint.Checkpoint, report: Report) -> None:
         began = time.perf_counter()
         result, seed = checkpoint.Checkpoint(self.model_folder), self.plan.calibration.seed
-        found = measured(source, result, self.plan.evaluation, seed, self.progress, self.work, self.beside)
+        asked, looked_at = self.plan.evaluation, self.plan.calibration.source if self.plan.calibrated else None
+        found = measured(source, result, asked, seed, self.progress, self.work, self.beside, looked_at)
         for name, value in found.as_dict().items():
             setattr(report, name, value)
         report.warnings += found.warnings
         file = self.work / "calibration.safetensors"
-        if found.numbers and found.text and file.is_file():
+        if found.numbers and found.windows is not None and file.is_file():
             from safetensors.torch import load_file
 
-            windows = load_file(file)["windows"]
-            report.distance, warnings = texts_apart(source, windows, found.text.windows, found.numbers)
-            report.warnings += warnings
+            windows = load_file(file).get("windows")
+            if windows is not None:
+                report.distance, warnings = texts_apart(source, windows, found.windows, found.numbers)
+                report.warnings += warnings
         report.seconds["evaluate"] = time.perf_counter() - began
 
     def _finish(self, report: Report) -> None:
@@ -322,9 +321,11 @@ class Run:
 
         for warning in check_run(self.out, report, self.progress):
             report.warnings.append(warning)
+        kind = kind_of(checkpoint.Checkpoint(self.model_folder))
+        loader = "AutoModelForCausalLM" if kind.causal else kind.name
         report.status = "complete"
         report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
-        write_text(self.model_folder / "README.md", model_card(report))
+        write_text(self.model_folder / "README.md", model_card(report, loader))
         report.write(self.report_file)
 
 

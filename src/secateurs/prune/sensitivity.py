@@ -39,8 +39,9 @@ def sensitivity(
     """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
     that of what leaves them.
 
-    Both empty for a model that gives no logits. store: an empty one, left with the inputs of block 0. tick: called once for each
-    batch and block forward, once a batch for the head, once for each batch and block backward.
+    Both empty for a model that gives no logits, or others than of each position or each input. store: an empty one, left with the
+    inputs of block 0. tick: called once for each batch and block forward, once a batch for the head, once
+    for each batch and block backward.
     """
     last = 0
     for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
@@ -54,10 +55,13 @@ def sensitivity(
         for at in pieces(model, batch):
             piece = hidden[:, at].detach().requires_grad_(True)
             logits = getattr(leave(model, loader, piece, batch, at), "logits", None)
-            if logits is None:
+            # distributions over the last axis: one of each position, or one of each input
+            drawn = {piece.shape[:2]: uniform_NS[:, at], piece.shape[:1]: uniform_NS[:, 0]}
+            uniform = None if logits is None else drawn.get(logits.shape[:-1])
+            if logits is None or uniform is None:
                 loader.release(model)
                 return {}, {}
-            gradients[i][:, at] = _head(piece, logits, uniform_NS[:, at])
+            gradients[i][:, at] = _head(piece, logits, uniform)
         tick()
     loader.release(model)
     found: dict[str, Tensor] = {}
@@ -77,11 +81,11 @@ def sensitivity(
     return found, norms
 
 
-def _head(hidden: Tensor, logits: Tensor, uniform_NS: Tensor) -> Tensor:
+def _head(hidden: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
     """The gradient by the hidden states of the summed -log p(y) of drawn tokens y; its gradient by a logit is p - 1[y]."""
     with torch.no_grad():
         rows_TV = logits.detach().reshape(-1, logits.shape[-1])
-        uniform_T = uniform_NS.reshape(-1).to(rows_TV.device)
+        uniform_T = uniform.reshape(-1).to(rows_TV.device)
         by_logits_TV = torch.empty_like(rows_TV)
         each = max(1, _LOGITS // rows_TV.shape[-1])
         for start in range(0, len(rows_TV), each):

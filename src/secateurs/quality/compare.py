@@ -52,18 +52,46 @@ class Window:
 
 @dataclass(frozen=True)
 class Quality:
-    """Dense and pruned model on the same windows. ppl_ratio is paired: it is of each window's difference."""
+    """Dense and pruned model on the same inputs. ppl_ratio is paired: it is of each window's difference.
+
+    windows: how many inputs, of the kind that `unit` says. tokens: predictions in all; 0 where there are none. What a model of this
+    kind does not have is None: cosine, neighbours and error are outputs.py's.
+    """
 
     windows: int
     tokens: int
-    ppl_dense: Estimate
+    ppl_dense: Estimate | None = None
     ppl: Estimate | None = None
     ppl_ratio: Estimate | None = None
     kl: Estimate | None = None
     agree: Estimate | None = None
+    cosine: Estimate | None = None
+    neighbours: Estimate | None = None
+    error: Estimate | None = None
+    unit: str = "windows"
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def named(quality: dict[str, Any]) -> dict[str, str]:
+    """The numbers of Quality.as_dict() in words, in the order in which they are shown."""
+    # one prediction an input; or one for each token; or for each pixel, or token that is written about it
+    of, what = "a token", "token"
+    if quality["tokens"] == quality["windows"]:
+        of, what = "an input", "class"
+    elif quality.get("unit", "windows") != "windows":
+        of, what = "a prediction", "prediction"
+    return {
+        "ppl_dense": "perplexity, dense",
+        "ppl": "perplexity, pruned",
+        "ppl_ratio": "perplexity, pruned / dense",
+        "kl": f"KL to dense, nats {of}",
+        "agree": f"same top {what} as dense",
+        "cosine": "cosine with the dense model's embedding",
+        "neighbours": "same nearest neighbour as dense",
+        "error": "relative error of the outputs",
+    }
 
 
 def measure(
@@ -85,14 +113,14 @@ def measure(
     windows = windows.to(device_of(dense[0]))
     todo = [{"input_ids": ids[None]} for ids in windows[first:]]
     models = [dense] if pruned is None else [dense, pruned]
-    kept = [_kept(dense, todo, first, tick, ends)]
+    kept = [outputs_of(dense, todo, first, tick, ends)]
     if pruned is not None:
-        kept.append(_kept(pruned, todo, first, tick))
+        kept.append(outputs_of(pruned, todo, first, tick))
     results = list(done)
     for i, batch in enumerate(todo):
         found = []
         for at in pieces(dense[0], batch):
-            logits = [read(i, at)[0] for read in kept]
+            logits = [predicted(read(i, at))[0] for read in kept]
             found.append(compare(_next(batch, at)[0], logits))
         results.append(functools.reduce(operator.add, found))
         tick()
@@ -101,18 +129,10 @@ def measure(
     return results
 
 
-def predicted(
-    model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice, more: Sequence[Any] = ()
-) -> Tensor:
-    """Logits [N, S, V] of positions `at` of a batch, from what left the last block. Raises CalibrationError if there are none."""
-    in_pieces = layout_of(model).in_pieces
-    output = leave(model, loader, hidden[:, at] if in_pieces else hidden, batch, at if in_pieces else None, more)
-    return _logits(model, output)
-
-
-def _logits(model: nn.Module, output: Any) -> Tensor:
+def predicted(output: Any) -> Tensor:
+    """The logits of a model's output. Raises CalibrationError if there are none."""
     if getattr(output, "logits", None) is None:
-        raise CalibrationError(f"{type(model).__name__} predicts no next token, so it has no perplexity")
+        raise CalibrationError(f"{type(output).__name__} has no logits, so there is no perplexity")
     logits: Tensor = output.logits
     return logits
 
@@ -121,7 +141,7 @@ def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> 
     """Mean negative log-likelihood in nats a token, from the hidden states that left the last block [N, S, D]."""
     found = []
     for at in pieces(model, batch):
-        logits = predicted(model, loader, hidden, batch, at)
+        logits = predicted(_left(model, loader, hidden, batch, at))
         found += [compare(labels, [row]) for labels, row in zip(_next(batch, at), logits, strict=True)]
     total = functools.reduce(operator.add, found)
     return total.nll_dense / total.tokens
@@ -132,18 +152,20 @@ def _next(batch: Batch, at: slice) -> Tensor:
     return batch["input_ids"][:, at.start + 1 : at.stop + 1]
 
 
-def _kept(
+def outputs_of(
     given: tuple[nn.Module, Loader],
     todo: Sequence[Batch],
     first: int,
     tick: Callable[[], None],
     ends: Path | None = None,
-) -> Callable[[int, slice], Tensor]:
-    """A function from a window's number and some positions to the model's logits there."""
+) -> Callable[..., Any]:
+    """A function (number of a batch, at=None) that gives the model's output, of positions `at` where pieces() says so. Walked by
+    its layout. first, ends: as for measure().
+    """
     model, loader = given
     if layout_of(model).how == WHOLE:
         loader.load(model, "")
-        return lambda i, at: _logits(model, whole(model, todo[i]))[:, at]
+        return lambda i, at=None: _run(model, todo[i], tick)
     # models may have different numbers of blocks
     count = len(blocks_of(model)[0])
     files = [ends / f"{first + i:05d}.safetensors" for i in range(len(todo))] if ends else []
@@ -157,12 +179,28 @@ def _kept(
             with suppress(OutputError, OSError), writing(own):
                 write_state(own, held.read(count, i), held.more(count, i))
                 own.replace(file)
-        return lambda i, at: predicted(model, loader, held.read(count, i), todo[i], at, held.more(count, i))
+        return lambda i, at=None: _left(model, loader, held.read(count, i), todo[i], at, held.more(count, i))
     from safetensors.torch import load_file
 
     for _ in range(count * len(todo)):
         tick()
-    return lambda i, at: predicted(model, loader, load_file(files[i])["hidden"], todo[i], at, read_more(files[i]))
+    return lambda i, at=None: _left(model, loader, load_file(files[i])["hidden"], todo[i], at, read_more(files[i]))
+
+
+def _run(model: nn.Module, batch: Batch, tick: Callable[[], None]) -> Any:
+    with torch.no_grad():
+        output = whole(model, batch)
+    tick()
+    return output
+
+
+def _left(
+    model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None, more: Sequence[Any] = ()
+) -> Any:
+    """The output of what comes after the blocks, for positions `at` where that can be."""
+    if at is None or not layout_of(model).in_pieces:
+        return leave(model, loader, hidden, batch, None, more)
+    return leave(model, loader, hidden[:, at], batch, at, more)
 
 
 def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
@@ -193,7 +231,7 @@ def _first_largest(rows_TV: Tensor) -> Any:
     return rows_TV.cpu().numpy().argmax(-1)
 
 
-def summarise(windows: Sequence[Window]) -> Quality:
+def summarise(windows: Sequence[Window], unit: str = "windows") -> Quality:
     """Means over tokens, with intervals over whole windows, since tokens of one window are not independent."""
     tokens = np.array([w.tokens for w in windows], dtype=np.float64)
 
@@ -203,7 +241,7 @@ def summarise(windows: Sequence[Window]) -> Quality:
 
     n, total, ppl_dense = len(windows), int(tokens.sum()), mean("nll_dense").exp()
     if windows[0].nll is None:
-        return Quality(n, total, ppl_dense)
+        return Quality(n, total, ppl_dense, unit=unit)
     return Quality(
         n,
         total,
@@ -212,4 +250,5 @@ def summarise(windows: Sequence[Window]) -> Quality:
         mean("nll", "nll_dense").exp(),
         mean("kl").within(0.0, math.inf),
         mean("agree").within(0.0, 1.0),
+        unit=unit,
     )

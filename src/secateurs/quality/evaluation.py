@@ -1,4 +1,4 @@
-"""Quality of model folders on held-out text: the dense and the pruned model, walked side by side."""
+"""Quality of model folders on held-out inputs: the dense and the pruned model, walked side by side."""
 
 import dataclasses
 import hashlib
@@ -20,11 +20,13 @@ from secateurs.base.files import (
     write_json,
 )
 from secateurs.base.precision import compute_dtype
-from secateurs.base.progress import Progress, silent
+from secateurs.base.progress import Progress, silent, ticker
 from secateurs.model import checkpoint
 from secateurs.model.batches import check_vocabulary
-from secateurs.quality import compare, gates, tasks, texts
-from secateurs.quality.settings import Evaluation
+from secateurs.quality import compare, gates, inputs, outputs, tasks, texts
+from secateurs.quality.inputs import Inputs
+from secateurs.quality.kinds import Kind, kind_of
+from secateurs.quality.settings import Calibration, Evaluation
 
 # tokens of calibration text on which the dense model's perplexity is measured, to be shown beside the evaluation text's
 _TOKENS_TOLD = 4096
@@ -38,9 +40,9 @@ _ENDS_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """What a report says of a result's worth: quality and evaluation (its text), tasks and compared, gate, warnings.
+    """What a report says of a result's worth: quality and evaluation (its inputs), tasks and compared, gate, warnings.
 
-    numbers, text: what quality and evaluation are made of; None where nothing was measured on text.
+    numbers, inputs: what quality and evaluation are made of; None where nothing was measured on inputs.
     """
 
     gate: list[dict[str, Any]]
@@ -48,7 +50,12 @@ class Measured:
     tasks: dict[str, Any] | None = None
     compared: dict[str, Any] = field(default_factory=dict)
     numbers: compare.Quality | None = None
-    text: texts.Text | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def windows(self) -> Tensor | None:
+        """The token windows of the evaluation, where its inputs are nothing else."""
+        return self.inputs.windows if self.inputs else None
 
     @property
     def quality(self) -> dict[str, Any] | None:
@@ -56,7 +63,7 @@ class Measured:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        return self.text.facts() if self.text else None
+        return self.inputs.facts if self.inputs else None
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of a report."""
@@ -64,10 +71,34 @@ class Measured:
         return {name: getattr(self, name) for name in names}
 
 
-def check(asked: Evaluation) -> None:
-    """Raise CalibrationError before a run is begun for tasks that could not be run at its end."""
+def check(
+    asked: Evaluation, source: checkpoint.Checkpoint | None = None, calibration: Calibration | None = None
+) -> None:
+    """Raise CalibrationError before a run is begun for what could not be measured at its end.
+
+    source, calibration: the model, and what it is calibrated on, where that may be other than a causal language model and text.
+    """
     if asked.tasks:
         tasks.check(asked.tasks, asked.tasks_path)
+    if source is None:
+        return
+    kind = kind_of(source)
+    if asked.tasks and not kind.causal:
+        raise CalibrationError(f"{kind.name} is no causal language model, which lm-eval tasks need; leave out --tasks")
+    if calibration is not None:
+        inputs.check(kind, calibration.source, "--calibration")
+    if asked.windows:
+        reads = inputs.check(kind, asked.text, "--eval-text")
+        _check_gates(asked, kind, inputs.numbers_of(kind, asked.text, reads))
+
+
+def _check_gates(asked: Evaluation, kind: Kind, numbers: Sequence[str]) -> None:
+    for gate in map(gates.Gate.parse, asked.text_gates):
+        if gate.metric not in numbers:
+            raise CalibrationError(
+                f"gate {gate.text} asks about {gate.metric}, which {kind.name} does not have on {asked.text}; it has "
+                f"{', '.join(numbers)}"
+            )
 
 
 def measured(
@@ -78,20 +109,19 @@ def measured(
     progress: Progress = silent,
     work: Path | None = None,
     beside: Path | None = None,
+    calibration: str | None = None,
 ) -> Measured:
     """Measure a folder against its dense model, or the dense one alone, and hold it to its gates.
 
     work: where finished windows and tasks are kept, for a run that goes on. beside: where the dense model's tasks are kept for
-    other runs on it. Raises CalibrationError where a gate asks for what the model cannot tell.
+    other runs on it. calibration: the source that the result was calibrated on; of the same folder, the files are taken that
+    calibration leaves alone. Raises CalibrationError where a gate asks for what the model cannot tell.
     """
     found = None
     warnings = [model.note for model in (dense, result) if model and model.note]
     if asked.windows:
-        found = quality(dense, result, asked, progress, work / "windows.json" if work else None)
-        if found is None:
-            if asked.text_gates:
-                raise CalibrationError(f"{dense.folder} predicts no next token, so a gate on it cannot be measured")
-            warnings.append("quality was not measured: the model predicts no next token")
+        cache = work / "windows.json" if work else None
+        found = quality(dense, result, asked, progress, cache, calibration, warnings)
     told, compared = None, {}
     if asked.tasks:
         models = {"dense": (dense, beside or work)} | ({"pruned": (result, work)} if result else {})
@@ -99,9 +129,9 @@ def measured(
         told = {name: tasks.without_scores(one) for name, one in results.items()}
         if result is not None:
             compared = tasks.compare(results["dense"], results["pruned"], seed)
-    numbers, text = found or (None, None)
+    numbers, on = found or (None, None)
     gate = gates.judge(asked.gates, numbers.as_dict() if numbers else None, compared)
-    return Measured(gate, warnings, told, compared, numbers, text)
+    return Measured(gate, warnings, told, compared, numbers, on)
 
 
 def _tasks(name: str, model: checkpoint.Checkpoint, asked: Evaluation, kept: Path | None) -> dict[str, Any]:
@@ -121,14 +151,20 @@ def quality(
     asked: Evaluation,
     progress: Progress = silent,
     cache: Path | None = None,
-) -> tuple[compare.Quality, texts.Text] | None:
-    """Measure one or two model folders on held-out text; None if the model predicts no next token.
+    calibration: str | None = None,
+    warnings: list[str] | None = None,
+) -> tuple[compare.Quality, Inputs] | None:
+    """Measure one or two model folders on held-out inputs; None if there is nothing to measure of a dense model alone.
 
     cache: a file that keeps finished windows of the same models and text across a kill. The hidden states that leave the dense
-    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later.
+    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later; both of causal
+    language models only. calibration: as for measured(). warnings: what is added to.
     """
-    if not predicts_next_token(dense):
-        return None
+    kind = kind_of(dense)
+    reads = inputs.check(kind, asked.text, "--eval-text")
+    _check_gates(asked, kind, inputs.numbers_of(kind, asked.text, reads))
+    if not kind.causal or reads != "text":
+        return _of_outputs(dense, pruned, asked, kind, reads, progress, calibration, warnings)
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
     length = asked.length(models[0][0])
     text = texts.load(asked.text, dense.tokenizer(), asked.windows, length, None, "held-out")
@@ -156,7 +192,49 @@ def quality(
         done = compare.measure(models[0], second, group, done, tick, ends)
         if cache is not None:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
-    return compare.summarise(done), text
+    return compare.summarise(done), inputs.of_text(text)
+
+
+def _of_outputs(
+    dense: checkpoint.Checkpoint,
+    pruned: checkpoint.Checkpoint | None,
+    asked: Evaluation,
+    kind: Kind,
+    reads: str,
+    progress: Progress,
+    calibration: str | None,
+    warnings: list[str] | None,
+) -> tuple[compare.Quality, Inputs] | None:
+    """The quality of a model that is no causal language model, or of one on images."""
+    if pruned is None and kind.predicts != "next token":
+        return None
+    models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
+    config = models[0][0].config
+    part = "held-out" if calibration is not None and _same(calibration, asked.text) else "all"
+    on = inputs.load(asked.text, asked.windows, asked.seqlen, dense, models[0][0], kind, part, progress)
+    sentences = dense.sentences
+    pictured = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    subject = outputs.Subject(kind, sentences.pooling if sentences else (), pictured, on.unit)
+    said = on.warnings("evaluation")
+    if sentences and sentences.left:
+        said.append(f"embeddings were compared before the modules {', '.join(sentences.left)} of {dense.given}")
+    batches = on.batches(subject.alone)
+    total = len(batches) * (sum(len(c.block_names(m)) for m, c in models) + 1)
+    found = outputs.measure(
+        models[0], models[1] if pruned is not None else None, batches, subject, ticker(progress, "evaluating", total)
+    )
+    if warnings is not None:
+        warnings += said
+    numbers = outputs.summarise(found, subject)
+    if not on.given:
+        numbers = dataclasses.replace(numbers, ppl_dense=None, ppl=None, ppl_ratio=None)
+    return numbers, on
+
+
+def _same(one: str, other: str) -> bool:
+    """True if two sources are one folder, or one lies in the other."""
+    a, b = (Path(text).expanduser().resolve() for text in (one, other))
+    return a == b or a in b.parents or b in a.parents
 
 
 def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
@@ -178,25 +256,20 @@ def _ends_of(model: Any, of: Sequence[str]) -> Path | None:
 
 
 def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
-    """True if the model's class is one of transformers' causal language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = source.raw_config.get("architectures") or [""]
-    own = str((source.raw_config.get("auto_map") or {}).get("AutoModelForCausalLM"))
-    return names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or own.rpartition(".")[2] == names[0]
+    """True for a causal language model, which plain text can train."""
+    return kind_of(source).causal
 
 
 def texts_apart(
     source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality
 ) -> tuple[dict[str, Any], list[str]]:
     """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
-    some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
-    seen = compare.summarise(compare.measure((source.skeleton(), source), None, some))
-    apart = dataclasses.replace(
-        texts.distance(calibration, evaluation),
-        ppl_calibration=seen.ppl_dense.value,
-        ppl_evaluation=found.ppl_dense.value,
-    )
+    apart = texts.distance(calibration, evaluation)
+    if found.ppl_dense is not None:
+        some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
+        seen = compare.summarise(compare.measure((source.skeleton(), source), None, some)).ppl_dense
+        assert seen is not None
+        apart = dataclasses.replace(apart, ppl_calibration=seen.value, ppl_evaluation=found.ppl_dense.value)
     mismatch = [apart.mismatch] if apart.mismatch else []
     return dataclasses.asdict(apart), overlap_warning(calibration, evaluation) + mismatch
 

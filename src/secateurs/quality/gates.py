@@ -2,7 +2,10 @@
 
 ppl<=+5%          perplexity at most 5% above the dense model's, paired
 ppl<=12, kl<=0.1  perplexity; mean KL to the dense model in nats a token
-agree>=0.9        positions where both put the same token first
+agree>=0.9        positions, or inputs, where both put the same token or class first; also agree>=90%
+cosine>=0.98      mean cosine of an input's embedding with the dense model's
+neighbours>=0.9   inputs whose nearest neighbour among the others is the same
+error<=0.1        relative error of the outputs of a model that has none of these
 TASK>=0.35        accuracy of a task of --tasks
 TASK>=dense-0.02  its accuracy at most 0.02 below the dense model's, paired by question
 """
@@ -15,10 +18,15 @@ from typing import Any
 
 from secateurs.base.estimate import Estimate, reach
 
-METRICS = ("ppl", "kl", "agree")
+METRICS = ("ppl", "kl", "agree", "cosine", "neighbours", "error")
+_LOWER = ("ppl", "kl", "error")
+_SHARES = ("agree", "neighbours")
 # with fewer samples than this nothing passes: misses of the interval of fewer were not counted (bench/intervals.py)
-LEAST = {"windows": 8, "questions": 20}
-_FORMS = "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'TASK>=0.35' or 'TASK>=dense-0.02'"
+LEAST = {"windows": 8, "images": 8, "recordings": 8, "questions": 20}
+_FORMS = (
+    "'ppl<=+5%', 'ppl<=12.0', 'kl<=0.1', 'agree>=0.9', 'cosine>=0.98', 'neighbours>=0.9', 'error<=0.1', 'TASK>=0.35' or "
+    "'TASK>=dense-0.02'"
+)
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,17 @@ class Gate:
         if found:
             metric, sign, prefix, number, percent = found.groups()
             limit, plain = float(number), not prefix and not percent
-            if metric in ("ppl", "kl") and sign == "<=":
+            if metric in _SHARES and percent and not prefix:
+                limit, plain = limit / 100, True
+            if metric in _LOWER and sign == "<=":
                 if plain:
                     return cls(text.strip(), metric, limit, False)
                 if metric == "ppl" and prefix == "+" and percent:
                     return cls(text.strip(), metric, 1 + limit / 100, True)
-            elif metric not in ("ppl", "kl") and sign == ">=" and limit <= 1:
+            elif metric not in _LOWER and sign == ">=" and limit <= 1:
                 if plain:
                     return cls(text.strip(), metric, limit, False)
-                if metric != "agree" and prefix and prefix != "+" and not percent:
+                if metric not in METRICS and prefix and prefix != "+" and not percent:
                     return cls(text.strip(), metric, -limit, True)
         raise ValueError(f"cannot read gate '{text}'; write {_FORMS}")
 
@@ -60,16 +70,17 @@ class Gate:
     @property
     def at_least(self) -> bool:
         """True if higher is better."""
-        return self.metric not in ("ppl", "kl")
+        return self.metric not in _LOWER
 
     def _estimate(self, quality: dict[str, Any] | None, compared: dict[str, Any]) -> tuple[Estimate | None, str]:
-        """The estimate that is compared with the limit, or None, and what its samples are: 'windows' or 'questions'."""
+        """The estimate that is compared with the limit, or None, and what its samples are: the keys of LEAST."""
         if self.task is not None:
             found = compared.get(self.metric)
             return (Estimate(**found["difference" if self.against_dense else "pruned"]) if found else None), "questions"
         name = "ppl_ratio" if self.against_dense else self.metric
-        value = quality[name] if quality else None
-        return (Estimate(**value) if value else None), "windows"
+        value = quality.get(name) if quality else None
+        unit = quality.get("unit", "windows") if quality else "windows"
+        return (Estimate(**value) if value else None), unit
 
     def judge(self, quality: dict[str, Any] | None, compared: dict[str, Any]) -> dict[str, Any]:
         """The gate's record in a report. quality: as in the report. compared: from tasks.compare().
@@ -120,7 +131,7 @@ class Gate:
             )
         # an end nears the mean at least as fast as the root of the number of samples
         low, high = max(n, least) - 1, max(least, math.ceil(n * (off / gap) ** 2 - 1e-9))
-        if unit == "windows":
+        if unit != "questions":
             # of fewer windows the interval is wider by more than that
             while high - low > 1:
                 middle = (low + high) // 2

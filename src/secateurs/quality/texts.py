@@ -63,20 +63,22 @@ def load(
     seed: int | None,
     part: str = "calibration",
     answers: bool = False,
+    bare: bool = False,
 ) -> Text:
     """Up to `windows` windows of `seqlen` tokens, fewer where the text ends (Text.asked tells).
 
     seed: documents are shuffled by random.Random(seed) and joined by blank lines (of a single text, windows are drawn at
     random); None takes the text in order. Conversations are written by the model's chat template and follow each other as they
     are. part: 'calibration' or 'held-out', parts of one source that share no text; only 'pydoc' is split, other sources are used
-    whole. If the tokenizer begins a text with a special token, every window begins with it. answers: find which tokens an
+    whole. If the tokenizer begins a text with a special token, every window begins with it; bare: none
+    does. answers: find which tokens an
     assistant wrote. Raises CalibrationError if not one window is found, or if there are no conversations to find answers in.
     """
     found, name = documents.read(source, part)
     draw = seed is not None and len(found) == 1
     if seed is not None and not draw:
         Random(seed).shuffle(found)
-    start = _start_token(tokenizer)
+    start = [] if bare else _start_token(tokenizer)
     body = seqlen - len(start)
     wanted = None if draw else windows * body
     talks = [d for d in found if isinstance(d, documents.Chat)]

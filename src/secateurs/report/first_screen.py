@@ -5,13 +5,14 @@ key (cited.py). Only positions in the chart are computed here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
 from secateurs.base.errors import PlanError
 from secateurs.decide.realize import Candidate
+from secateurs.quality.compare import named
 from secateurs.quality.gates import Gate
 from secateurs.report.cited import Cited
 
@@ -82,26 +83,44 @@ def pattern_words(pattern: str, sparsity: float) -> str:
     return f"{zeros}, in {pattern} blocks" if "x" in pattern else f"{zeros}, unstructured"
 
 
+def _measures(quality: dict[str, Any] | None) -> dict[str, Measure]:
+    """What the chart can show, by the key of a report's quality; the first that was measured, where no floor says."""
+    of, share = "a token", "tokens"
+    if quality and not quality["ppl_dense"]:
+        of = named(quality)["kl"].partition("nats ")[2]
+        share = of.removeprefix("an ").removeprefix("a ") + "s"
+    return {
+        "ppl_ratio": Measure("perplexity (dense = 1)", "quality/ppl_ratio", 1.0),
+        "cosine": Measure("cosine with dense embeddings", "quality/cosine", 1.0, lower_is_better=False),
+        "kl": Measure(f"KL to dense (nats {of})", "quality/kl", 0.0),
+        "agree": Measure(f"agreement with dense (share of {share})", "quality/agree", 1.0, lower_is_better=False),
+        "neighbours": Measure(
+            "same nearest neighbour (share of inputs)", "quality/neighbours", 1.0, lower_is_better=False
+        ),
+        "error": Measure("relative error of outputs", "quality/error", 0.0),
+    }
+
+
 def measure_of(gates: Sequence[str], found: dict[str, Any] | None) -> Measure:
-    """The quality that the first floor asks about; perplexity where there is none. found: a row or report with measurements."""
-    plain = Measure("perplexity (dense = 1)", "quality/ppl_ratio", 1.0)
+    """The quality that the first floor asks about; without one the first of MEASURES that was measured, or perplexity.
+
+    found: a row or report with measurements.
+    """
+    quality, compared = (found or {}).get("quality"), (found or {}).get("compared") or {}
+    measures = _measures(quality)
+    plain = next((m for name, m in measures.items() if (quality or {}).get(name)), measures["ppl_ratio"])
     if not gates:
         return plain
     gate = Gate.parse(gates[0])
     limit, text = gate.limit, gate.text
-    quality, compared = (found or {}).get("quality"), (found or {}).get("compared") or {}
     if gate.metric == "ppl":
         if not gate.against_dense:
             if not quality or not quality["ppl_dense"]:
                 return plain
             limit /= quality["ppl_dense"]["value"]
-        return Measure(plain.title, plain.path, 1.0, limit, text)
-    if gate.metric == "kl":
-        return Measure("KL to dense (nats a token)", "quality/kl", 0.0, limit, text)
-    if gate.metric == "agree":
-        return Measure(
-            "agreement with dense (share of tokens)", "quality/agree", 1.0, limit, text, lower_is_better=False
-        )
+        return replace(measures["ppl_ratio"], floor=limit, gate=text)
+    if gate.metric in measures:
+        return replace(measures[gate.metric], floor=limit, gate=text)
     task = gate.metric
     if gate.against_dense:
         title = f"{task} accuracy less dense"
@@ -301,6 +320,15 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
                 reported.show(f"{path}/high", "{:.3f}x"),
             )
         )  # fmt: skip
+    elif found := _estimate(reported, measure.path):
+        columns[0] = measure.title[0].upper() + measure.title[1:]
+        dense[0] = Markup("{:g}").format(measure.dense)
+        ours[0] = reported.estimate(measure.path)
+        said.append(
+            Markup("{} of {} (95% interval {} to {})").format(
+                measure.title, *(reported.show(f"{measure.path}/{end}") for end in ("value", "low", "high"))
+            )
+        )
     else:
         said.append(Markup("quality not measured"))
     seconds = None

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from secateurs.prune.record import LayerRecord, Report
+from secateurs.quality.compare import named
 from secateurs.report.terminal import megabytes, new_table
 
 
@@ -138,21 +139,15 @@ def _print_skips(report: Report, console: Console) -> None:
 
 
 def print_quality(quality: dict[str, Any], evaluation: dict[str, Any], console: Console) -> None:
-    """Print perplexity, KL and agreement with the dense model, with intervals."""
-    console.print(
-        f"[bold]Quality[/] on {evaluation['source']}: {quality['windows']} windows of {evaluation['seqlen']} tokens, "
-        "not overlapping; 95% intervals over windows"
-    )
+    """Print what was measured against the dense model, with intervals."""
+    unit = quality.get("unit", "windows")
+    inputs = f"{quality['windows']} {unit}"
+    if unit == "windows":
+        inputs += f" of {evaluation['seqlen']} tokens, not overlapping"
+    console.print(f"[bold]Quality[/] on {escape(evaluation['source'])}: {inputs}; 95% intervals over {unit}")
     table = new_table("", "value", "interval", "n")
-    rows = (
-        ("perplexity, dense", "ppl_dense"),
-        ("perplexity, pruned", "ppl"),
-        ("perplexity, pruned / dense", "ppl_ratio"),
-        ("KL to dense, nats a token", "kl"),
-        ("same top token as dense", "agree"),
-    )
-    for words, key in rows:
-        if estimate := quality[key]:
+    for key, words in named(quality).items():
+        if estimate := quality.get(key):
             interval = f"{estimate['low']:.4g} to {estimate['high']:.4g}"
             table.add_row(words, f"{estimate['value']:.4g}", interval, str(estimate["n"]))
     console.print(table)

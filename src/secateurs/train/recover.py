@@ -295,10 +295,10 @@ class _Run:
             found = measured(dense, result, plan.evaluation, seed, self.progress, self.work)
             report |= found.as_dict()
             report["warnings"] += found.warnings
-            if found.text:
+            if found.windows is not None:
                 report["recovered"] = _recovered(report)
                 trained_on = self._text(self.source.skeleton())
-                report["warnings"] += overlap_warning(trained_on.windows, found.text.windows)
+                report["warnings"] += overlap_warning(trained_on.windows, found.windows)
             report["seconds"]["evaluate"] = time.perf_counter() - began
             report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
             write_json(self.out / "report.json", report)
