@@ -70,6 +70,15 @@ def models_of(run: Path) -> tuple[str, Path]:
     return dense, run / "model"
 
 
+def calibrated_on(run: Path) -> str | None:
+    """The calibration source of a run directory, or None if its plan has none."""
+    try:
+        source = json.loads((run / "plan.json").read_text(encoding="utf-8"))["calibration"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None
+
+
 def shrunk_before(model: str) -> dict[str, Any] | None:
     """Budget, parameters, quality and latency of a model folder that `secateurs shrink` made; None for other folders."""
     try:

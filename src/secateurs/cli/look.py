@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from secateurs.cli import options
 from secateurs.cli.output import check_gate, console, note, on_cpu, print_json, progress_bars
@@ -38,30 +39,37 @@ def evaluate(
     """
     from secateurs.base.errors import CalibrationError, PlanError
     from secateurs.base.precision import described
-    from secateurs.base.run_directory import is_run, model_in, models_of
+    from secateurs.base.run_directory import calibrated_on, is_run, model_in, models_of
     from secateurs.model.checkpoint import Checkpoint
-    from secateurs.quality.evaluation import measured
+    from secateurs.quality.evaluation import check, measured
     from secateurs.report.run_tables import print_compute, print_quality, print_tasks
 
     asked = options.evaluation_of(eval_text, eval_windows, eval_seqlen, gate, tasks, tasks_path, tasks_limit)
     if not asked.windows:
         raise PlanError("eval-windows 0 is too small; give 1 or more")
-    dense, left = Checkpoint(model), None
+    dense, left, looked_at = Checkpoint(model), None, None
     if is_run(model):
         # of a decision, the run of the candidate to ship
         before, after = models_of(model_in(model).parent)
         dense, left = Checkpoint(before), Checkpoint(after)
+        looked_at = calibrated_on(model_in(model).parent)
     note(dense.note, quiet)
+    check(asked, dense)
     with on_cpu(quiet, as_json) as progress:
-        found = measured(dense, left, asked, seed, progress)
+        found = measured(dense, left, asked, seed, progress, calibration=looked_at)
     if found.numbers is None:
-        raise CalibrationError(f"{model} predicts no next token, so it has no perplexity")
+        raise CalibrationError(
+            f"{model} predicts no next token, so it has no perplexity, and nothing to compare it with: give a run directory, "
+            "which is measured against its dense model"
+        )
     result = {"compute": described(dense.dtype), **found.as_dict(), "warnings": found.warnings}
     if as_json:
         print_json(result)
     elif not quiet:
         screen = console()
         print_quality(result["quality"], result["evaluation"], screen)
+        for warning in found.warnings:
+            screen.print(f"[yellow]Warning:[/] {escape(warning)}.")
         if result["tasks"]:
             print_tasks(result["tasks"], screen)
         print_compute(result["compute"], screen)

@@ -62,6 +62,11 @@ class _Decision:
 
     def complete(self) -> dict[str, Any]:
         source = checkpoint.Checkpoint(self.plan.model)
+        if not evaluation.predicts_next_token(source):
+            raise PlanError(
+                f"{self.plan.model} is no causal language model, and a decision compares seconds of a prompt and of new "
+                "tokens; prune it, and compare by `secateurs eval`"
+            )
         skeleton = source.skeleton()
         _fits(skeleton.config, self.plan)
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")

@@ -69,7 +69,8 @@ def sensitivity(
     for step in stream(model, batches, loader, store, backwards=True):
         sums = _Sums()
         for i in range(len(batches)):
-            sums.add(step.name, gradients[i])
+            if gradients[i].dim() == 3:
+                sums.add(step.name, gradients[i])
             hidden = step.inputs(i).detach().requires_grad_(True)
             with step.evaluating(), torch.enable_grad(), sums.watch(step.layers):
                 out = step.call(hidden, i)
@@ -143,7 +144,7 @@ class _Outputs(TorchFunctionMode):
     def __init__(self, sums: _Sums, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.sums = sums
-        self.places = [(layer, module) for layer in layers for module in layer.places]
+        self.places = [(layer, module) for layer in layers if layer.refused is None for module in layer.places]
         self.experts = {layer.read().data_ptr(): layer for layer in layers if layer.kind in EXPERTS}
         self.handles: list[Any] = []
 
@@ -158,11 +159,13 @@ class _Outputs(TorchFunctionMode):
             handle.remove()
 
     def _hook(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        def hook(module: Any, args: Any, out: Tensor) -> None:
             self.sums.see(layer, args[0])
             if out.requires_grad:
                 hooked: Any = out
-                hooked.register_hook(lambda gradient: self.sums.add(layer.name, gradient))
+                # a convolution's outputs are not its last axis
+                last = -1 - len(module.kernel_size) if layer.kind == "conv" else -1
+                hooked.register_hook(lambda gradient: self.sums.add(layer.name, gradient.movedim(last, -1)))
 
         return hook
 

@@ -3,11 +3,12 @@
     an encoder-decoder's next tokens   perplexity, KL, top-1 agreement, as compare.py has them
     classes                            KL and top-1 agreement of the distributions: of an input, its tokens or its pixels
     embeddings                         cosine with the dense model's, and whether an input's nearest neighbour is the same
-    other outputs                      relative error, |pruned - dense| / |dense|, mean over an output's tensors
+    other outputs                      relative error: the root of |pruned - dense|^2 / |dense|^2, mean over an output's tensors
 
 Each is an Estimate over inputs. N inputs of a batch, S positions, C classes, D width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError
-from secateurs.base.estimate import ratio_of, score_of
+from secateurs.base.estimate import Estimate, ratio_of, score_of
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import Loader, leave
+from secateurs.model.blocks import Loader
 from secateurs.quality import compare
 from secateurs.quality.compare import Quality, Window
 from secateurs.quality.kinds import Kind
@@ -188,18 +189,17 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """sentence-transformers' ways to make an embedding of hidden states and their mask."""
 
 
-def _other(outputs: Sequence[Any], batch: Batch, subject: Subject) -> list[float]:
-    """The relative error of the tensors that an output holds; hidden states count where there is nothing else."""
+Squares = dict[str, tuple[float, float]]
+"""Of each tensor of an output |pruned - dense|^2 and |dense|^2."""
+
+
+def _other(outputs: Sequence[Any], batch: Batch, subject: Subject) -> list[Squares]:
+    """The tensors that an output holds; hidden states count where there is nothing else."""
     dense, pruned = (_leaves(output) for output in outputs)
     wanted = [name for name in dense if "hidden" not in name] or list(dense)
-    errors = []
-    for name in wanted:
-        size = float(dense[name].norm())
-        if size:
-            errors.append(float((pruned[name] - dense[name]).norm()) / size)
-    if not errors:
+    if not wanted:
         raise CalibrationError(f"{subject.kind.name} gives no numbers to compare")
-    return [sum(errors) / len(errors)]
+    return [{n: (float((pruned[n] - dense[n]).square().sum()), float(dense[n].square().sum())) for n in wanted}]
 
 
 def _leaves(output: Any) -> dict[str, Tensor]:
@@ -244,7 +244,12 @@ def summarise(found: Sequence[Any], subject: Subject, seed: int = 0) -> Quality:
         same = None if n < 3 else score_of((_nearest(dense) == _nearest(pruned)).double().numpy(), 0.0, 1.0, seed)
         return Quality(n, 0, unit=unit, cosine=ratio_of(cosines, ones).within(-1.0, 1.0), neighbours=same)
     if subject.kind.predicts == "outputs":
-        return Quality(n, 0, unit=unit, error=ratio_of(np.array(found), ones).within(0.0, float("inf")))
+        # errors of each tensor in units of its mean square over the inputs, so that large ones do not hide small ones
+        sizes = {name: sum(squares[name][1] for squares in found) / n for name in found[0]}
+        errors = [np.mean([s[name][0] / sizes[name] for name in sizes if sizes[name]]) for s in found]
+        square = ratio_of(np.array(errors), ones).within(0.0, float("inf"))
+        value, low, high = (math.sqrt(end) for end in (square.value, square.low, square.high))
+        return Quality(n, 0, unit=unit, error=Estimate(value, low, high, n))
     if subject.kind.predicts == "next token":
         return compare.summarise(found, unit)
     tokens = np.array([w.tokens for w in found], dtype=np.float64)
