@@ -36,6 +36,10 @@ def compared(difference, pruned=(0.4, 0.35, 0.45)):
         ("agree>=0.9", {"agree": 0.9}, {"agree": 0.89}),
         (" agree >= 0.9 ", {"agree": 0.95}, {"agree": 0.1}),
         ("kl<=0", {"kl": 0.0}, {"kl": 0.01}),
+        ("agree>=90%", {"agree": 0.9}, {"agree": 0.89}),
+        ("cosine>=0.98", {"cosine": 0.98}, {"cosine": 0.97}),
+        ("neighbours>=85%", {"neighbours": 0.85}, {"neighbours": 0.84}),
+        ("error<=0.1", {"error": 0.1}, {"error": 0.11}),
     ],
 )
 def test_gates_hold_and_miss(gate, holds, misses):
@@ -49,6 +53,16 @@ def test_a_missed_gate_says_by_how_much():
     assert missed == (
         "gate ppl<=+5% missed: ppl over the dense model's is 2.1 [2.1, 2.1] over 30 windows, the limit is 1.05, off by 1.05 (100.0%)"
     )
+
+
+def test_a_gate_says_what_its_samples_are():
+    found = {**quality(cosine=(0.95, 0.9, 0.97)), "unit": "images"}
+    missed = Gate.parse("cosine>=0.93").judge(found, {})["missed"]
+    assert "cosine is 0.95 [0.9, 0.97] over 30 images" in missed
+    # 0.05 to the end, 0.02 to the limit
+    assert "more images would settle it" in missed
+    few = {"cosine": vars(Estimate(0.99, 0.99, 0.99, 7)), "unit": "recordings"}
+    assert "fewer than 8 recordings cannot pass it" in Gate.parse("cosine>=0.93").judge(few, {})["missed"]
 
 
 @pytest.mark.parametrize("gate", ["kl<=0.2", "agree>=0.85"])
@@ -167,7 +181,8 @@ def test_questions_are_paired():
 @pytest.mark.parametrize(
     "text",
     ["ppl", "ppl>=3", "agree<=0.5", "ppl<=5%", "kl<=+5%", "ppl<=+5", "bleu<=1", "ppl<=-1", "ppl<=nan", "sums>=2", "agree>=dense-0.1",
-     "sums>=+0.1", "sums>=30%"],
+     "sums>=+0.1", "sums>=30%", "cosine<=0.9", "error>=0.1", "error<=+5%", "agree>=+5%", "agree>=101%", "cosine>=98%",
+     "neighbours>=dense-0.1"],
 )  # fmt: skip
 def test_unreadable_gates_are_refused(text):
     with pytest.raises(ValueError, match="cannot read gate"):

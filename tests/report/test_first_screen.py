@@ -4,7 +4,7 @@ import pytest
 
 from secateurs.report import charts
 from secateurs.report.cited import Cited
-from secateurs.report.first_screen import measure_of, of_decision, words_of
+from secateurs.report.first_screen import measure_of, of_decision, of_run, words_of
 
 QUALITY = {"ppl_dense": {"value": 8.0, "low": 7.0, "high": 9.0, "n": 8}}
 FOUND = {"quality": QUALITY, "compared": {"arc": {"dense": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 30}}}}
@@ -55,6 +55,22 @@ def test_without_a_floor_quality_is_perplexity():
     # nothing was measured that an absolute floor could be held against
     assert measure_of(["ppl<=12"], None).floor is None
     assert measure_of(["arc>=0.35"], {"quality": QUALITY}).path == "quality/ppl_ratio"
+
+
+def test_without_a_floor_what_was_measured_is_shown_and_named():
+    one = {"value": 0.9, "low": 0.8, "high": 1.0, "n": 20}
+    none = {"windows": 20, "tokens": 20, "unit": "images", "ppl_dense": None}
+    found = {name: measure_of([], {"quality": {**none, name: one}}) for name in ("cosine", "kl", "error")}
+    assert [m.path for m in found.values()] == ["quality/cosine", "quality/kl", "quality/error"]
+    assert found["kl"].title == "KL to dense (nats an input)"
+    agree = measure_of(["agree>=0.9"], {"quality": {**none, "agree": one}})
+    assert (agree.title, agree.floor) == ("agreement with dense (share of inputs)", 0.9)
+    report = {"gate": [], "machine": {"processor": "p", "isa": "i", "threads": 1}, "plan": {"pattern": "2:4"},
+        "totals": {"sparsity": 0.5}, "quality": {**none, "cosine": one}}  # fmt: skip
+    screen = of_run("run", Cited("report.json", report), None)
+    assert screen.columns[0] == "Cosine with dense embeddings"
+    assert "erplexity" not in str(screen.verdict)
+    assert "0.9" in str(screen.rows[1].cells[0])
 
 
 def test_candidates_in_words():

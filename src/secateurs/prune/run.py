@@ -61,7 +61,9 @@ class Run:
         """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
         # before the folder is made, so that a wrong model name leaves nothing behind
         source = checkpoint.Checkpoint(self.plan.model)
-        evaluation.check(self.plan.evaluation, source, self.plan.calibration if self.plan.calibrated else None)
+        # what was stored is not read again
+        stored = not self.plan.calibrated or (self.work / "calibration.json").is_file()
+        evaluation.check(self.plan.evaluation, source, None if stored else self.plan.calibration)
         claim(self.out, self.plan.as_dict())
         with locked(self.out):
             report = Report.read(self.report_file) if self.report_file.is_file() else None

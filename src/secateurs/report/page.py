@@ -17,6 +17,7 @@ from secateurs.base.device import machine
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_text
 from secateurs.machine.profile import DeviceProfile
+from secateurs.quality.compare import named
 from secateurs.quality.settings import FLAGS
 from secateurs.report import charts
 from secateurs.report.cited import Cited
@@ -48,6 +49,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         title=_title(found),
         runs=found,
         models=models,
+        named=named,
         # a closing tag inside would end the script
         specs=json.dumps(specs).replace("</", "<\\/"),
         charts={name: spec["description"] for name, spec in specs.items()},
