@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from secateurs.base.errors import CheckpointError
 from secateurs.base.precision import widened
 from secateurs.model.activations import Activations
-from secateurs.model.batches import Batch
+from secateurs.model.batches import Batch, text_config
 from secateurs.model.discover import THROUGH, WHOLE, Layout, layout_of
 
 # logits made at a time: 256 tokens of a vocabulary of 262,144
@@ -293,11 +293,13 @@ def ends_from(layout: Layout, more: Sequence[Any]) -> dict[str, Any]:
 def pieces(model: nn.Module, batch: Batch) -> list[slice]:
     """Slices of the positions of a batch, so short that the logits of one are at most _LOGITS numbers.
 
-    All logits of a large vocabulary at once would take more memory than all else. One slice where not layout.in_pieces.
+    All logits of a large vocabulary at once would take more memory than all else. All positions where not layout.in_pieces.
     """
+    if not layout_of(model).in_pieces:
+        return [slice(0, None)]
     windows, length = shape_of(batch)[:2]
-    words = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    each = max(1, _LOGITS // (words * windows)) if layout_of(model).in_pieces else length
+    words = getattr(text_config(getattr(model, "config", None)), "vocab_size", None) or 1
+    each = max(1, _LOGITS // (words * windows))
     return [slice(start, start + each) for start in range(0, length, each)]
 
 

@@ -231,7 +231,7 @@ class Run:
         file = self.work / "sensitivity.safetensors"
         found: dict[str, Tensor] = {}
         norms: dict[str, Stats] = {}
-        if plan.sensitivity and batches and kind_of(source).by_last_block:
+        if plan.sensitivity and batches:
             if not file.is_file():
                 part = first_windows(batches, plan.sensitivity)
                 blocks = len(source.block_names(model))

@@ -149,7 +149,7 @@ def surprise(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> 
 
 def _next(batch: Batch, at: slice) -> Tensor:
     """The tokens that positions `at` should predict, [N, S]; the last position of a window predicts none."""
-    return batch["input_ids"][:, at.start + 1 : at.stop + 1]
+    return batch["input_ids"][:, at.start + 1 : None if at.stop is None else at.stop + 1]
 
 
 def outputs_of(
@@ -197,10 +197,8 @@ def _run(model: nn.Module, batch: Batch, tick: Callable[[], None]) -> Any:
 def _left(
     model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch, at: slice | None, more: Sequence[Any] = ()
 ) -> Any:
-    """The output of what comes after the blocks, for positions `at` where that can be."""
-    if at is None or not layout_of(model).in_pieces:
-        return leave(model, loader, hidden, batch, None, more)
-    return leave(model, loader, hidden[:, at], batch, at, more)
+    """The output of what comes after the blocks, for positions `at` of the batch; None for all."""
+    return leave(model, loader, hidden if at is None else hidden[:, at], batch, at, more)
 
 
 def compare(labels_T: Tensor, logits: list[Tensor]) -> Window:
