@@ -67,6 +67,8 @@ class Layout:
 
 
 _KNOWN: "WeakKeyDictionary[nn.Module, Layout]" = WeakKeyDictionary()
+# of skeletons, whose layout follows from class and config
+_OF_CONFIGS: dict[Any, Layout] = {}
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -75,9 +77,12 @@ def layout_of(model: nn.Module) -> Layout:
     if found is None:
         from secateurs.model.proof import prove
 
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "model_type"):
-            found = prove(model)
+            key = (type(model), config.to_json_string(use_diff=False)) if _is_skeleton(model) else None
+            found = _OF_CONFIGS.get(key) or prove(model)
+            if key:
+                _OF_CONFIGS[key] = found
         else:
             found = Layout(how=WHOLE, why="only a Hugging Face model's blocks and loss are known")
         _KNOWN[model] = found
@@ -87,6 +92,10 @@ def layout_of(model: nn.Module) -> Layout:
 def assume(model: nn.Module, layout: Layout) -> None:
     """Let a model have this layout."""
     _KNOWN[model] = layout
+
+
+def _is_skeleton(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
 
 
 def lists_of(model: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.base.errors import CheckpointError
 from secateurs.model.layers import kind_of
 from secateurs.model.made_up import inputs as inputs
 
@@ -60,26 +61,43 @@ _LAST = re.compile(r"kv_shared_layers|num_last")
 _CHOSEN = re.compile(r"(index|indices|indexes|idxs|ids|layers|blocks)$")
 
 
-def miniature(model: Any) -> nn.Module:
+def miniature(model: Any, blocks: int = 0) -> nn.Module:
     """small_instance() of a Hugging Face model's class and config."""
-    return small_instance(type(model), model.config)
+    return small_instance(type(model), model.config, blocks)
 
 
-def small_instance(cls: Any, config: Any) -> nn.Module:
+def small_instance(cls: Any, config: Any, blocks: int = 0) -> nn.Module:
     """A small random model of a Hugging Face class, in fp32 and in evaluation mode, that runs on made-up inputs.
 
+    blocks: at least so many where the config has as many; 0 for as few as hold every kind.
     Raises ValueError with the reason if the class makes none that runs.
     """
     reasons = []
     for make, scale in ((_whole, 1), (_anew, 1), (_one_by_one, 1), (_whole, 4), (_fewer, 1)):
         try:
-            small = _instance(cls, config, make, scale)
-            inputs(small)
+            small = _instance(cls, config, make, scale, blocks)
+            with unchanged(small):
+                inputs(small)
             return small
+        except CheckpointError:
+            raise
         # a class may raise anything for a config that is not to its liking
         except Exception as error:
             reasons.append(_sentence(error))
     raise ValueError(f"no small instance of {cls.__name__} runs ({reasons[0]})")
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """A context in which no weight may change. Raises CheckpointError."""
+    before = {name: p._version for name, p in model.named_parameters() if not p.is_inference()}
+    yield
+    changed = [name for name, p in model.named_parameters() if name in before and p._version != before[name]]
+    if changed:
+        raise CheckpointError(
+            f"{type(model).__name__} changes its weights when it runs ({changed[0]}), so it does not multiply with those that are "
+            "stored, which would be pruned"
+        )
 
 
 def _sentence(error: Exception) -> str:
@@ -90,9 +108,9 @@ def _sentence(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
-def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], scale: int) -> nn.Module:
+def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], scale: int, least: int) -> nn.Module:
     narrow = make(config, _Sizes(scale))
-    blocks = _blocks_needed(cls, make(config, _Sizes(scale, depth=False)), _skeleton(cls, narrow))
+    blocks = max(least, _blocks_needed(cls, make(config, _Sizes(scale, depth=False)), _skeleton(cls, narrow)))
     if blocks > _BLOCKS:
         narrow = make(config, _Sizes(scale, blocks))
     count = sum(p.numel() for p in _skeleton(cls, narrow).parameters())

@@ -15,11 +15,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
+from secateurs.base.errors import CheckpointError
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import AllLoaded, Call, device_of, entwined, evaluation_mode, inside, leave, run, whole
+from secateurs.model.blocks import (
+    AllLoaded,
+    Call,
+    Loader,
+    device_of,
+    entwined,
+    evaluation_mode,
+    inside,
+    leave,
+    run,
+    whole,
+)
 from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Form, Layout, assume, fused_in, lists_of
-from secateurs.model.miniature import inputs, miniature
+from secateurs.model.miniature import inputs, miniature, unchanged
 from secateurs.model.products import products
 from secateurs.model.walk import stream
 
@@ -28,43 +40,84 @@ _ROUNDING = 64
 
 
 @torch.no_grad()
-def prove(model: Any) -> Layout:
+def prove(model: Any, blocks: int = 0) -> Layout:
     """The cheapest layout by which a Hugging Face model is walked and gives the outputs of the whole model.
 
-    Of a model that can be walked in no way but as a whole, `why` says what differs.
+    Of a model that can be walked in no way but as a whole, `why` says what differs. blocks: of the small instance, at least.
+    Raises CheckpointError for a model that changes its weights when it runs.
     """
     name = type(model).__name__
     lists = lists_of(model)
-    if not lists:
-        return Layout(how=WHOLE, why=f"{name} has no list of blocks")
     experts: dict[str, str] = {}
-    # what is right for a weight is not known before all its uses have run
-    if entwined(model, inside(model, Layout(tuple(lists)))):
-        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}'s blocks share weights")
+
+    def as_whole(why: str) -> Layout:
+        return Layout(tuple(lists), experts, how=WHOLE, why=why)
+
+    if not lists:
+        return as_whole(f"{name} has no list of blocks")
+    is_skeleton = any(p.is_meta for p in model.parameters())
     try:
-        small = model if not any(p.is_meta for p in model.parameters()) else miniature(model)
+        small = miniature(model, blocks) if is_skeleton else model
         batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small)]
-        with _Fused(small) as fused:
+        with _Fused(small) as fused, unchanged(small):
             seen = _watched(small, lists, batches[0])
+    except CheckpointError:
+        raise
     # a model that is given odd inputs may raise anything
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name} was not run on made-up inputs: {first}")
+        return as_whole(f"{name} was not run on made-up inputs: {_sentence(error)}")
     experts = fused.kinds
+    # what is right for a weight is not known before all its uses have run
+    if entwined(model, inside(model, Layout(tuple(lists)))):
+        return as_whole(f"{name}'s blocks share weights")
     try:
         found = _order(seen, lists)
+        forms = _forms(seen, found)
     except ValueError as error:
-        return Layout(tuple(lists), experts, how=WHOLE, why=f"{name}: {error}")
+        return as_whole(f"{name}: {error}")
     unequal: list[str] = []
     for how in (THROUGH, STEPPED):
-        layout = Layout(found, experts, _forms(seen, found), how)
+        layout = Layout(found, experts, forms, how)
         why = _hands_on_more(seen, found) if how == THROUGH else None
-        why = why or _first_difference(small, layout, batches)
+        why = why or _first_difference(small, layout, batches, is_skeleton)
         if why is None:
             layout = replace(layout, why=unequal[0] if unequal else None)
             return replace(layout, in_pieces=layout.simple and _same_in_pieces(small, layout, batches[0]))
         unequal.append(why)
-    return Layout(tuple(lists), experts, how=WHOLE, why=f"{name} streamed block by block differs: {unequal[-1]}")
+    return as_whole(f"{name} streamed block by block differs: {unequal[-1]}")
+
+
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class _Lent:
+    """A loader that lends a model its own parameters, so that a small instance is walked as a skeleton is."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self.blocks = blocks
+        self.held = [
+            (path, module, name, parameter)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    def _lend(self, wanted: Callable[[str], bool]) -> None:
+        for path, module, name, parameter in self.held:
+            if wanted(path):
+                module._parameters[name] = parameter
+
+    def load(self, model: nn.Module, prefix: str) -> None:
+        self._lend(lambda path: f"{path}.".startswith(f"{prefix}.") or not prefix)
+
+    def load_outside(self, model: nn.Module) -> None:
+        self._lend(lambda path: not any(f"{path}.".startswith(f"{block}.") for block in self.blocks))
+
+    def release(self, model: nn.Module) -> None:
+        for _, module, name, parameter in self.held:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -162,20 +215,26 @@ def _hands_on_more(seen: Sequence[_Run], lists: Sequence[str]) -> str | None:
     return None
 
 
-def _first_difference(model: Any, layout: Layout, batches: Sequence[Batch]) -> str | None:
-    """The first block and the first tensor that are not equal to the whole model's, or None. The model is walked by `layout`."""
+def _first_difference(model: Any, layout: Layout, batches: Sequence[Batch], lent: bool) -> str | None:
+    """The first block and the first tensor that are not equal to the whole model's, or None. The model is walked by `layout`.
+
+    lent: walk it as a skeleton whose blocks are loaded one by one.
+    """
     assume(model, layout)
     names = inside(model, layout)
     for batch in batches:
+        want, store = whole(model, batch), InMemory()
+        loader: Loader = _Lent(model, names) if lent else AllLoaded()
         try:
-            store = InMemory()
-            for _ in stream(model, [batch], AllLoaded(), store, keep_last=True, keep_all=True):
+            loader.release(model)
+            for _ in stream(model, [batch], loader, store, keep_last=True, keep_all=True):
                 pass
-            end = store.read(len(names), 0)
-            got, want = leave(model, AllLoaded(), end, batch, None, store.more(len(names), 0)), whole(model, batch)
+            got = leave(model, loader, store.read(len(names), 0), batch, None, store.more(len(names), 0))
         # what a model raises where a block gets other things than it returns
         except Exception as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            return _sentence(error)
+        finally:
+            loader.load(model, "")
         path = _unequal(got, want, getattr(model.config, "keys_to_ignore_at_inference", ()))
         if path is None:
             continue

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CheckpointError, LayerError
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations, InMemory
 from secateurs.model.batches import Batch
@@ -137,6 +137,8 @@ class Step:
                 uncalled = frozenset(found.names)
 
     def _look(self, watch: Watch, drift: bool) -> None:
+        weights = {layer.tensor_name: layer.parameter for layer in watch.layers if not layer.parameter.is_inference()}
+        before = {name: parameter._version for name, parameter in weights.items()}
         with evaluation_mode(self._model), watch.hooks():
             for batch in range(self.batches):
                 if drift:
@@ -156,6 +158,9 @@ class Step:
                     pass
                 watch.next_batch()
                 self._tick()
+        changed = [name for name, parameter in weights.items() if parameter._version != before[name]]
+        if changed:
+            raise LayerError(f"{changed[0]} changes while the model runs, so what is stored is not what is multiplied")
 
 
 def stream(
@@ -254,7 +259,11 @@ def settle(model: nn.Module, batches: Sequence[Batch], loader: Loader | None = N
             with evaluation_mode(model):
                 enter_list(model, layout, layout.lists[0], batches[0], {})
         except HandsOnMore as error:
-            layout = replace(layout, how=STEPPED, why=str(error), in_pieces=False)
+            from secateurs.model.proof import prove
+
+            found = prove(model, blocks=len(inside(model, layout)))
+            # a small instance of all blocks may still hide it
+            layout = found if found.how != THROUGH else replace(found, how=STEPPED, why=str(error), in_pieces=False)
             assume(model, layout)
         loader.release(model)
     return layout
