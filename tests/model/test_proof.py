@@ -252,7 +252,10 @@ def test_transposed_experts_are_pruned_by_their_own_inputs():
     class Watching(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             for e in range(len(dense_EIO)):
-                if func in (torch.matmul, torch.Tensor.matmul, plain) and args[1].data_ptr() == experts.down_proj[e].data_ptr():
+                if (
+                    func in (torch.matmul, torch.Tensor.matmul, plain)
+                    and args[1].data_ptr() == experts.down_proj[e].data_ptr()
+                ):
                     seen.setdefault(e, []).append(args[0].detach().clone())
             return func(*args, **(kwargs or {}))
 

@@ -110,6 +110,14 @@ def prune(
     skip: Annotated[
         list[str] | None, option(RARE, "Layers to leave dense, e.g. '*.down_proj'. Repeat it for more.")
     ] = None,
+    part: Annotated[
+        str | None,
+        option(
+            RARE,
+            "Lists of blocks to prune: all, text, or a word in their paths, e.g. encoder, vision. Default: all that calibration "
+            "reaches; of a model for text and images, its text part.",
+        ),
+    ] = None,
     allow_skips: Annotated[
         bool | None, option(RARE, "Layers that cannot take the pattern are no failure.", "--allow-skips")
     ] = None,
@@ -132,7 +140,7 @@ def prune(
         "allocation": allocation, "budget": budget, "scope": scope, "min_sparsity": min_sparsity,
         "max_sparsity": max_sparsity, "sensitivity": sensitivity, "blend": blend, "permute": permute,
         "reconstruct": reconstruct, "distill": distill, "propagate": propagate, "damping": damping, "skip": skip,
-        "allow_skips": allow_skips,
+        "part": part, "allow_skips": allow_skips,
     }  # fmt: skip
     given = {name: value for name, value in values.items() if value is not None}
     base: dict[str, Any] = {"calibration": Calibration(), "evaluation": Evaluation()}

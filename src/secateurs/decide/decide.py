@@ -7,7 +7,7 @@ timing.json) and decide.json. After a kill, what was measured is read and not me
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from secateurs.machine.probe import Question, probe, shapes_of
 from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model import checkpoint, families
+from secateurs.model.blocks import prefixes_of
 from secateurs.pack.folder import pack_run
 from secateurs.prune.run import Run
 from secateurs.quality import evaluation
@@ -70,7 +71,7 @@ class _Decision:
         skeleton = source.skeleton()
         _fits(skeleton.config, self.plan)
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
-        self.share = _share(skeleton, source.block_names(skeleton))
+        self.share = _share(skeleton)
         self.units = _units(skeleton.config)
         evaluation.check(self.plan.evaluation)
         given = self._given_profile()
@@ -313,9 +314,9 @@ def _chosen(row: dict[str, Any]) -> bool:
     return row["status"] == "measured" and row["reason"] is None
 
 
-def _share(skeleton: Any, blocks: Sequence[str]) -> float:
+def _share(skeleton: Any) -> float:
     """The share of a model's parameters that lies in the linear layers of its blocks."""
-    inside = tuple(f"{block}." for block in blocks)
+    inside = prefixes_of(skeleton)
     weights: list[Any] = [module.weight for name, module, _ in linears(skeleton) if name.startswith(inside)]
     return float(sum(w.numel() for w in weights) / sum(p.numel() for p in skeleton.parameters()))
 

@@ -93,12 +93,13 @@ def read_list(text: str, kind: type, what: str) -> tuple[Any, ...]:
 def shapes_of(model: str, most: int = 3) -> tuple[tuple[int, int], ...]:
     """The Linear shapes that hold most weights of a model's blocks. Raises CheckpointError."""
     from secateurs.kernels.packed_linear import linears
+    from secateurs.model.blocks import prefixes_of
     from secateurs.model.checkpoint import Checkpoint
 
     weights: dict[tuple[int, int], int] = {}
     checkpoint = Checkpoint(model, packed=True)
     skeleton = checkpoint.skeleton()
-    inside = tuple(f"{name}." for name in checkpoint.block_names(skeleton))
+    inside = prefixes_of(skeleton)
     for name, module, transposed in linears(skeleton):
         if not name.startswith(inside):
             continue

@@ -63,6 +63,11 @@ def inside(model: nn.Module, layout: Layout) -> list[str]:
     return [f"{path}.{i}" for path, blocks in lists for i in range(len(blocks))]
 
 
+def prefixes_of(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all that lies in the model's blocks begin with, however it is walked; '' if it has no lists of blocks."""
+    return tuple(f"{name}." for name in inside(model, layout_of(model))) or ("",)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a live model's parameters are; the CPU for a skeleton, which is loaded there."""
     found = (p.device for p in model.parameters() if p.device.type != "meta")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -287,10 +287,6 @@ class Checkpoint:
     def block_names(self, model: nn.Module) -> list[str]:
         """The names of the model's blocks, [''] for a model that is walked as a whole."""
         return blocks_of(model)[0]
-
-    def experts(self, model: nn.Module) -> Mapping[str, str]:
-        """{name of a fused expert parameter: kind of its layers}."""
-        return blocks_of(model)[1]
 
     def _fill(self, model: nn.Module, keys: list[str]) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model

@@ -6,7 +6,7 @@ from pathlib import Path
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.patterns import NM
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.layers import layers_of
+from secateurs.model.walk import layers_at
 
 # tightest first
 KNOWN_NM = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32))
@@ -39,11 +39,11 @@ def inspect(folder: str | Path, progress: Progress = silent) -> ModelFacts:
     """The facts about a model folder, a run directory's model or a hub id. Raises CheckpointError if it cannot be read."""
     checkpoint = Checkpoint(folder)
     model = checkpoint.skeleton()
-    names, experts = checkpoint.block_names(model), checkpoint.experts(model)
+    names = checkpoint.block_names(model)
     facts: list[LayerFacts] = []
     for i, name in enumerate(names):
         checkpoint.load(model, name)
-        for layer in layers_of(model.get_submodule(name), name, experts):
+        for layer in layers_at(model, name):
             weight_OI = layer.read()
             mask_OI = weight_OI != 0
             zeros = weight_OI.numel() - int(mask_OI.sum())

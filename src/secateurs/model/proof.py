@@ -40,10 +40,11 @@ _ROUNDING = 64
 
 
 @torch.no_grad()
-def prove(model: Any, blocks: int = 0) -> Layout:
+def prove(model: Any, blocks: int = 0, kind: str | None = None) -> Layout:
     """The cheapest layout by which a Hugging Face model is walked and gives the outputs of the whole model.
 
     Of a model that can be walked in no way but as a whole, `why` says what differs. blocks: of the small instance, at least.
+    kind: of made-up inputs; None for the first that the model runs on.
     Raises CheckpointError for a model that changes its weights when it runs.
     """
     name = type(model).__name__
@@ -58,7 +59,7 @@ def prove(model: Any, blocks: int = 0) -> Layout:
     is_skeleton = any(p.is_meta for p in model.parameters())
     try:
         small = miniature(model, blocks) if is_skeleton else model
-        batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small)]
+        batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small, kind)]
         with _Fused(small) as fused, unchanged(small):
             seen = _watched(small, lists, batches[0])
     except CheckpointError:

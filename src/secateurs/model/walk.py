@@ -192,7 +192,7 @@ def stream(
     loader = loader or AllLoaded()
     store = store or InMemory()
     layout = layout_of(model)
-    names, experts = blocks_of(model)
+    names, _ = blocks_of(model)
     whole = layout.how == WHOLE
     if (whole and keep_last) or ((backwards or teacher is not None) and not layout.simple):
         why = layout.why or "it has several lists of blocks"
@@ -223,9 +223,7 @@ def stream(
 
         wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
         early = keep_output if wanted and is_called and propagate == "dense" else None
-        layers = layers_of(block, names[index], experts)
-        if whole and layout.lists:
-            layers = _within(model, inside(model, layout), layers)
+        layers = layers_at(model, names[index])
         if not is_called:
             layers = [replace(y, refused=f"{names[index]} is not called on calibration inputs") for y in layers]
         yield Step(
@@ -356,6 +354,13 @@ class _Lists:
             else:
                 found[other] = form.around(store.read(slot, batch))
         return found
+
+
+def layers_at(model: nn.Module, name: str) -> list[Layer]:
+    """The layers of a block of a model, of those that blocks_of() names."""
+    layout = layout_of(model)
+    layers = layers_of(model.get_submodule(name), name, layout.experts)
+    return layers if name or not layout.lists else _within(model, inside(model, layout), layers)
 
 
 def _within(model: nn.Module, names: Sequence[str], layers: Sequence[Layer]) -> list[Layer]:

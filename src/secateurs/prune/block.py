@@ -21,8 +21,8 @@ from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import blocks_of
 from secateurs.model.families import Family
-from secateurs.model.layers import EXPERTS, Layer, Other, layers_of, matches, others_of, survivors
-from secateurs.model.walk import Step, stream
+from secateurs.model.layers import EXPERTS, Layer, Other, matches, others_of, survivors
+from secateurs.model.walk import Step, layers_at, stream
 from secateurs.prune import permute
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord
@@ -268,12 +268,12 @@ def _reorder(
 
 def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Moving]:
     """The parameters that tuning all blocks may move: the survivors of pruned layers, and vectors (norms, biases)."""
-    names, experts = blocks_of(model)
+    names, _ = blocks_of(model)
     pruned = {record.name for record in records if record.skipped is None}
     found: list[Moving] = []
     for name in names:
         block = model.get_submodule(name)
-        found += movable(block, survivors(y for y in layers_of(block, name, experts) if y.name in pruned))
+        found += movable(block, survivors(y for y in layers_at(model, name) if y.name in pruned))
     return found
 
 

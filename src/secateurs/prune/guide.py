@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress
 from secateurs.model import families
 from secateurs.model.activations import Activations
-from secateurs.model.batches import Batch
-from secateurs.model.discover import WHOLE, Layout, layout_of
+from secateurs.model.batches import Batch, text_config
+from secateurs.model.discover import WHOLE, Layout, assume, layout_of, lists_of
+from secateurs.model.proof import prove
 from secateurs.prune.assign import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
@@ -37,6 +39,51 @@ def within(plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
         why = layout.why or f"blocks lie in {len(layout.lists)} lists, {', '.join(layout.lists)}"
         warnings.append(f"left out: {', '.join(named)}; {why}")
     return dataclasses.replace(plan, **{name: type(getattr(plan, name))(0) for name in gone}), warnings
+
+
+def chosen(model: nn.Module, plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
+    """The plan with all blocks but those of its part left dense, and a warning that names what is left out.
+
+    Raises PlanError for a part that the model does not have, or that calibration does not reach.
+    """
+    lists, text = lists_of(model), _text_lists(model)
+    if plan.part in (None, "all"):
+        wanted = layout.lists if plan.part == "all" or not text else text
+    else:
+        wanted = tuple(path for path in lists if (path in text if plan.part == "text" else str(plan.part) in path))
+    if not wanted and lists:
+        raise PlanError(
+            f"no part '{plan.part}': the model's lists of blocks are {', '.join(lists)}; or write all, or text"
+        )
+    away = next((path for path in wanted if path not in layout.lists), None)
+    if away is not None:
+        raise PlanError(
+            f"{away} is not called on such inputs, so it cannot be pruned; calibrate on inputs that reach it"
+        )
+    left = [path for path in layout.lists if path not in wanted]
+    if not left:
+        return plan, []
+    skips = (*plan.skip, *(f"{path}.*" for path in left))
+    return dataclasses.replace(plan, skip=skips), [f"left dense: {', '.join(left)}; --part says which lists are pruned"]
+
+
+def reach(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> None:
+    """Let the layout of a model be that of its passes over more than text, if the plan's part is not reached by text."""
+    asked = [path for path in lists_of(model) if plan.part and (plan.part == "all" or plan.part in path)]
+    if batches and {*batches[0]} - {"input_ids", "attention_mask"} and not {*asked} <= {*layout_of(model).lists}:
+        found = prove(model, kind="images and text")
+        if found.how != WHOLE:
+            assume(model, found)
+
+
+def _text_lists(model: Any) -> tuple[str, ...]:
+    """The lists of the text part of a model that reads text and more; none of other models."""
+    config = getattr(model, "config", None)
+    if text_config(config) is config or not hasattr(model, "get_decoder"):
+        return ()
+    text = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is text), "")
+    return tuple(name for name in lists_of(model) if path and name.startswith(f"{path}."))
 
 
 UNMEASURED = "sensitivities were not measured: the model gives no logits of its inputs or their tokens"

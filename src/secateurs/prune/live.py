@@ -19,7 +19,7 @@ from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
 from secateurs.prune.cost import cost_of
-from secateurs.prune.guide import UNMEASURED, emptied, guide_of, note_distillation, within
+from secateurs.prune.guide import UNMEASURED, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
@@ -53,7 +53,11 @@ def prune_live(
     report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
-    plan, report.warnings = within(plan, settle(model, batches[:1]))
+    reach(model, plan, batches)
+    layout = settle(model, batches[:1])
+    plan, report.warnings = within(plan, layout)
+    plan, left = chosen(model, plan, layout)
+    report.warnings += left
     if plan.sensitivity:
         found, norms = sensitivity(
             model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.calibration.seed

@@ -45,7 +45,10 @@ class Plan:
     calibration: the text that is looked at. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
-    skip: globs of layer names to leave dense. allow_skips: layers that cannot take the pattern are no failure.
+    skip: globs of layer names to leave dense. part: which lists of blocks are pruned: 'all', 'text', or a word in their paths, such
+    as 'encoder', 'vision', 'audio'; None for all that calibration reaches, and of a model that reads text and more for its text
+    part.
+    allow_skips: layers that cannot take the pattern are no failure.
     evaluation: how quality is measured, and the floors it must hold.
     """
 
@@ -68,6 +71,7 @@ class Plan:
     propagate: str = "pruned"
     damping: float | None = None
     skip: tuple[str, ...] = ()
+    part: str | None = None
     allow_skips: bool = False
     evaluation: Evaluation = Evaluation()
 

@@ -81,6 +81,7 @@ class Report:
     packed: dict[str, Any] | None = None
     shrunk: dict[str, Any] | None = None
     compute: dict[str, Any] | None = None
+    lists: list[str] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[LayerRecord]:

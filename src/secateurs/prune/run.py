@@ -27,12 +27,12 @@ from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint
 from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, check_vocabulary, first_windows
-from secateurs.model.discover import THROUGH, WHOLE, layout_of
+from secateurs.model.discover import WHOLE, layout_of
 from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
-from secateurs.prune.guide import UNMEASURED, emptied, guide_of, note_distillation, within
+from secateurs.prune.guide import UNMEASURED, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -84,15 +84,18 @@ class Run:
         plan, state = self.plan, self._state()
         model = source.skeleton()
         # what cannot be is said before anything is measured
-        plan, warnings = within(plan, layout_of(model))
+        plan, _ = within(plan, layout_of(model))
         self._check_memory(plan, source, model)
         cost = cost_of(plan)
         compute = described(model.config.dtype)
-        report = Report(plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
+        report = Report(self.plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(plan, source, model, report)
-        if batches and layout_of(model).how == THROUGH:
-            plan, warnings = within(plan, settle(model, batches[:1], source))
-        report.warnings += warnings
+        reach(model, plan, batches)
+        layout = settle(model, batches[:1], source)
+        plan, warnings = within(self.plan, layout)
+        plan, left = chosen(model, plan, layout)
+        report.warnings += warnings + left
+        report.lists = list(layout.lists) if layout.how != WHOLE else []
         self.clock.spend("calibration")
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from secateurs.base.errors import CheckpointError, VerifyError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint, checksum
-from secateurs.model.layers import Layer, layers_of
+from secateurs.model.discover import STEPPED, assume, layout_of
+from secateurs.model.layers import Layer
 from secateurs.model.unpacked import plain_reader
+from secateurs.model.walk import layers_at
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
 
@@ -58,12 +61,15 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
     result = Checkpoint(model_folder)
     model = result.skeleton()
     records = {record.name: record for record in report.layers}
-    names, experts = result.block_names(model), result.experts(model)
+    if report.lists:
+        # the run's own, where another kind of input shows other lists
+        assume(model, replace(layout_of(model), lists=tuple(report.lists), how=STEPPED))
+    names = result.block_names(model)
     seen: set[str] = set()
     pruned: set[str] = set()
     for i, name in enumerate(names):
         result.load(model, name)
-        for layer in layers_of(model.get_submodule(name), name, experts):
+        for layer in layers_at(model, name):
             if layer.name not in records:
                 raise VerifyError(f"{layer.name} is in the model and not in report.json")
             _check_layer(layer, records[layer.name], plan.scope)

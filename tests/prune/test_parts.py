@@ -1,0 +1,85 @@
+"""Which lists of blocks are pruned: encoder, decoder, the text or the vision part."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+import secateurs as sc
+from secateurs.base.errors import PlanError
+from secateurs.model.made_up import inputs
+from secateurs.model.miniature import small_instance
+
+LAYERS = {"encoder": "encoder.block.", "decoder": "decoder.block."}
+
+
+def t5():
+    return small_instance(transformers.T5ForConditionalGeneration, transformers.AutoConfig.for_model("t5"))
+
+
+def plan(**asked):
+    return sc.Plan("model", method="wanda", sparsity=0.5, evaluation=sc.Evaluation(windows=0), **asked)
+
+
+@pytest.mark.parametrize("part", [None, "encoder", "decoder", "all"])
+def test_a_part_is_pruned_and_the_rest_stays_dense(part):
+    model = t5()
+    dense = {name: p.clone() for name, p in model.named_parameters()}
+    report = sc.prune(model, plan(part=part), calibration=inputs(model))
+    pruned = {r.name for r in report.layers if r.skipped is None}
+    for name, prefix in LAYERS.items():
+        here = {r for r in pruned if r.startswith(prefix)}
+        assert bool(here) == (part in (None, "all", name))
+        for parameter, weight in model.named_parameters():
+            if parameter.startswith(prefix) and not here:
+                assert torch.equal(weight, dense[parameter])
+    left = [w for w in report.warnings if w.startswith("left dense: ")]
+    assert left == {"encoder": ["left dense: decoder.block; --part says which lists are pruned"],
+                    "decoder": ["left dense: encoder.block; --part says which lists are pruned"]}.get(part, [])  # fmt: skip
+
+
+def test_a_part_that_is_not_there_is_named():
+    with pytest.raises(
+        PlanError, match=r"no part 'vision': the model's lists of blocks are encoder\.block, decoder\.block; or"
+    ):
+        sc.prune(t5(), plan(part="vision"), calibration=inputs(t5()))
+
+
+def test_a_model_of_text_and_images_is_pruned_in_its_text_part_unless_another_one_is_asked_for():
+    def llava():
+        return small_instance(transformers.LlavaForConditionalGeneration, transformers.AutoConfig.for_model("llava"))
+
+    def pruned(report):
+        return {r.name.split(".layers.")[0] for r in report.layers if r.skipped is None}
+
+    text, seen = inputs(llava(), "text"), inputs(llava(), "images and text")
+    language, vision = "model.language_model", "model.vision_tower.encoder"
+    for batches in (text, seen):
+        assert pruned(sc.prune(llava(), plan(), calibration=batches)) == {language}
+    assert pruned(sc.prune(llava(), plan(part="vision"), calibration=seen)) == {vision}
+    assert pruned(sc.prune(llava(), plan(part="all"), calibration=seen)) == {language, vision}
+    with pytest.raises(PlanError, match=r"model\.vision_tower\.encoder\.layers is not called on such inputs"):
+        sc.prune(llava(), plan(part="vision"), calibration=text)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "albert"])
+def test_folders_of_several_lists_and_of_shared_blocks_are_pruned_and_verified(model_type, tmp_path):
+    classes = {"t5": "T5ForConditionalGeneration", "albert": "AlbertForMaskedLM"}
+    cls = getattr(transformers, classes[model_type])
+    source, words = tmp_path / "dense", tiny.text(tmp_path)
+    small_instance(cls, transformers.AutoConfig.for_model(model_type)).save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    asked = sc.Plan(
+        str(source), method="sparsegpt", sparsity=0.5, calibration=sc.Calibration(str(words), 4, 32),
+        evaluation=sc.Evaluation(str(words), 2, 32),
+    )  # fmt: skip
+    report = sc.prune(source, asked, out=tmp_path / "run")
+    assert report.status == "complete"
+    assert report.quality["kl"]["value"] > 0
+    layers = [r for r in report.layers if r.skipped is None]
+    assert len(layers) >= 6
+    result = cls.from_pretrained(tmp_path / "run" / "model")
+    weights = dict(result.named_parameters())
+    for layer in layers:
+        assert int((weights[f"{layer.name}.weight"] != 0).sum()) == layer.kept
+        assert 2 * layer.kept == layer.shape[0] * layer.shape[1]
