@@ -4,9 +4,8 @@ A check returns a note, raises SecateursError where the product refuses, and Wro
 """
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,9 @@ class NotHere(Exception):
 
 @dataclass
 class Case:
-    """A small model as a folder, as a whole in memory, inputs for it, and what calibrates it. runs: run directories by name."""
+    """A small model as a folder, as a whole in memory, inputs for it, and what calibrates it. runs: reports by name. more: inputs
+    with images in a text, where it takes those.
+    """
 
     model: Any
     folder: Path
@@ -47,6 +48,7 @@ class Case:
     text: str
     work: Path
     runs: dict[str, Any] = field(default_factory=dict)
+    more: list[dict[str, Tensor]] = field(default_factory=list)
 
     def plan(self, **options: Any) -> sc.Plan:
         asked = sc.Calibration(self.calibration, samples=8, seqlen=32)
@@ -92,7 +94,7 @@ def same(got: list[Tensor], want: list[Tensor], what: str) -> None:
 
 
 def same_model(got: Any, want: Any, case: Case, what: str) -> None:
-    for batch in case.batches:
+    for batch in (*case.batches, *case.more):
         same(outputs(got, batch), outputs(want, batch), what)
 
 
@@ -159,7 +161,7 @@ def streamed(case: Case) -> str:
     names, _ = blocks_of(case.model)
     if names == [""]:
         return "as a whole"
-    for batch in case.batches:
+    for batch in (*case.batches, *case.more):
         entered: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def see(name: str) -> Callable[..., None]:
@@ -338,7 +340,7 @@ def shrunk(case: Case, unit: str, budget: str) -> str:
     """The smaller model gives what the dense one gives without those units."""
     asked = sc.Calibration(case.calibration, samples=8, seqlen=32)
     plan = sc.ShrinkPlan(
-        str(case.folder), budget, (unit,), "wanda" if unit != "layers" else "obs", refit=False, multiple=4, prompt=8, new=2,
+        str(case.folder), budget, (unit,), "magnitude", refit=False, multiple=4, prompt=8, new=2,
         calibration=asked, evaluation=sc.Evaluation(case.text, windows=0),
     )  # fmt: skip
     report = sc.shrink(plan, case.work / f"shrunk {unit}")
@@ -425,8 +427,8 @@ def check(name: str, case: Case) -> dict[str, str]:
 
 
 def case_of(model: Any, folder: Path, calibration: str, text: str, work: Path) -> Case:
-    return Case(model, folder, inputs(model), calibration, text, work)
-
-
-def clean(case: Case) -> None:
-    shutil.rmtree(case.work, ignore_errors=True)
+    """A case with every kind of made-up input that the model runs on; the first kind alone calibrates it in memory."""
+    batches, more = inputs(model), []
+    with suppress(ValueError):
+        more = inputs(model, "images and text")
+    return Case(model, folder, batches, calibration, text, work, more=more)

@@ -27,10 +27,26 @@ HINTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _LLAMA_ROPE)},
-    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dbrx": {"attn_config.rope_theta": 5e5, "attn_config.kv_n_heads": 8, "num_key_value_heads": 8},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 128,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+    },
+    "step3p7": {"text_config.sliding_window": 512},
+    "hunyuan_vl": {"text_config.head_dim": 128},
+    "glm_ocr": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12]}},
+    "glm4v_moe": {
+        "text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+    },
+    "qwen2_5_omni_thinker": {"text_config.rope_parameters": {**_LLAMA_ROPE, "mrope_section": [16, 24, 24]}},
     "dots1": {
         "n_routed_experts": 128,
         "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,

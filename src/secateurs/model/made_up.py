@@ -121,8 +121,12 @@ def _images_and_text(model: Any) -> Iterator[Callable[[], list[Batch]]]:
 
 def _pictures(model: Any) -> Batch:
     """One image as the model takes it: pixels, or rows of patches with the grid that they come from."""
-    if "image_grid_thw" not in _takes(model):
-        return {"pixel_values": _image(model.config, 1)}
+    takes = _takes(model)
+    if "image_grid_thw" not in takes:
+        image = _image(model.config, 1)
+        sizes = {"image_sizes": torch.tensor([image.shape[-2:]])} if "image_sizes" in takes else {}
+        # some take a list of images for each text
+        return {"pixel_values": image[:, None] if "pixel_attention_mask" in takes else image, **sizes}
     vision = _vision(model.config)
     side = int(vision.patch_size)
     channels = int(getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3)

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _BLOCKS, _MOST_BLOCKS = 4, 16
 # values of _SIZES that are widths
 _WIDTHS = (8, 32, 64)
 # most parameters of an instance
-_MOST = 30_000_000
+_MOST = 60_000_000
 
 # the value that a number of a config gets at most, by the first pattern that is found in its name; None leaves it
 _SIZES: tuple[tuple[str, int | None], ...] = (
@@ -73,9 +74,9 @@ def small_instance(cls: Any, config: Any, blocks: int = 0) -> nn.Module:
     Raises ValueError with the reason if the class makes none that runs.
     """
     reasons = []
-    for make, scale in ((_whole, 1), (_anew, 1), (_one_by_one, 1), (_whole, 4), (_fewer, 1)):
+    for make in (_whole, _anew, _one_by_one, _wider, _stages, _fewer):
         try:
-            small = _instance(cls, config, make, scale, blocks)
+            small = _instance(cls, config, make, blocks)
             with unchanged(small):
                 inputs(small)
             return small
@@ -108,11 +109,11 @@ def _sentence(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
-def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], scale: int, least: int) -> nn.Module:
-    narrow = make(config, _Sizes(scale))
-    blocks = max(least, _blocks_needed(cls, make(config, _Sizes(scale, depth=False)), _skeleton(cls, narrow)))
+def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least: int) -> nn.Module:
+    narrow = make(config, _Sizes())
+    blocks = max(least, _blocks_needed(cls, make(config, _Sizes(depth=False)), _skeleton(cls, narrow)))
     if blocks > _BLOCKS:
-        narrow = make(config, _Sizes(scale, blocks))
+        narrow = make(config, _Sizes(blocks))
     count = sum(p.numel() for p in _skeleton(cls, narrow).parameters())
     if count > _MOST:
         raise ValueError(f"it would have {count} parameters")
@@ -204,20 +205,20 @@ def _kind(block: nn.Module) -> str:
 # ----------------------------------------------------------------------------------------------------------------- config
 
 
+@dataclass(frozen=True)
 class _Sizes:
     """What the fields of a config and of its parts become. blocks: how many, the first ones; None for four, of every kind.
 
-    scale: what the widths of _SIZES are multiplied with. depth: False leaves the number of blocks; widths: False all else.
+    scale: what the widths of _SIZES are multiplied with. depth, widths, stages: False leaves the number of blocks, all else, and lists
+    of the sizes of stages.
     """
 
-    def __init__(self, scale: int = 1, blocks: int | None = None, depth: bool = True) -> None:
-        self.scale, self.blocks, self.depth, self.widths = scale, blocks, depth, True
-        self._tokens: dict[int, int] = {}
-
-    def without_widths(self) -> "_Sizes":
-        found = copy.copy(self)
-        found.widths = False
-        return found
+    blocks: int | None = None
+    depth: bool = True
+    scale: int = 1
+    widths: bool = True
+    stages: bool = True
+    _tokens: dict[int, int] = field(default_factory=dict)
 
     def of(self, config: Any) -> dict[str, Any]:
         """The fields that change, with their new values; those of parts are not among them."""
@@ -309,7 +310,7 @@ class _Sizes:
         """A list of sizes, of stages one after the other, keeps its ratios."""
         if re.search(r"^depths?$|repeats|blocks_per_stage|num_blocks", name):
             return [min(v, 2) for v in values]
-        most = self._most(name)
+        most = self._most(name) if self.stages else None
         if most is None or _CHOSEN.search(name) or min(values) <= 0:
             return values
         if len(set(values)) == 1 or "image_size" in name or "patch_size" in name:
@@ -332,7 +333,7 @@ _PAIRS = (
 )  # fmt: skip
 # a sum of others, and a multiple of another, where it was so before
 _SUMS = tuple((total, ("qk_nope_head_dim", "qk_rope_head_dim")) for total in ("qk_head_dim", "head_dim"))
-_MULTIPLES = (("attention_hidden_size", "hidden_size"),)
+_MULTIPLES = (("attention_hidden_size", "hidden_size"), ("window_size", "patch_size"))
 # heads x width of one = width of all, times a factor, where that was so before
 _PRODUCTS = (
     ("num_attention_heads", "head_dim", "hidden_size", None), ("num_attention_heads", "attention_head_dim", "hidden_size", None),
@@ -412,9 +413,19 @@ def _anew(config: Any, sizes: _Sizes) -> Any:
     return type(config).from_dict(_fields(config, sizes, config.to_diff_dict()))
 
 
+def _wider(config: Any, sizes: _Sizes) -> Any:
+    """The config with widths that are less narrow, for classes that round them up."""
+    return _whole(config, replace(sizes, scale=4))
+
+
+def _stages(config: Any, sizes: _Sizes) -> Any:
+    """The config with the sizes of stages as they are, for classes that take them from several fields."""
+    return _whole(config, replace(sizes, stages=False))
+
+
 def _fewer(config: Any, sizes: _Sizes) -> Any:
     """The config with fewer blocks and all widths as they are."""
-    return _whole(config, sizes.without_widths())
+    return _whole(config, replace(sizes, widths=False))
 
 
 def _fields(config: Any, sizes: _Sizes, given: Mapping[str, Any]) -> dict[str, Any]:
