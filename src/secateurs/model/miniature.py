@@ -74,7 +74,7 @@ def small_instance(cls: Any, config: Any, blocks: int = 0) -> nn.Module:
     Raises ValueError with the reason if the class makes none that runs.
     """
     reasons = []
-    for make in (_whole, _anew, _one_by_one, _wider, _stages, _fewer):
+    for make in (_whole, _anew, _one_by_one, _wider, _as_wide, _fewer):
         try:
             small = _instance(cls, config, make, blocks)
             with unchanged(small):
@@ -209,15 +209,14 @@ def _kind(block: nn.Module) -> str:
 class _Sizes:
     """What the fields of a config and of its parts become. blocks: how many, the first ones; None for four, of every kind.
 
-    scale: what the widths of _SIZES are multiplied with. depth, widths, stages: False leaves the number of blocks, all else, and lists
-    of the sizes of stages.
+    scale: what the widths of _SIZES are multiplied with; 0 leaves them as they are. depth, rest: False leaves the number of blocks,
+    and all else.
     """
 
     blocks: int | None = None
     depth: bool = True
     scale: int = 1
-    widths: bool = True
-    stages: bool = True
+    rest: bool = True
     _tokens: dict[int, int] = field(default_factory=dict)
 
     def of(self, config: Any) -> dict[str, Any]:
@@ -228,7 +227,7 @@ class _Sizes:
             for name, depth in had.items():
                 if isinstance(depth, int) and depth > _BLOCKS and _DEPTH.search(name):
                     new |= self._shallow(had, name, depth)
-        if self.widths:
+        if self.rest:
             new |= self._narrow({**had, **new})
         return new
 
@@ -304,13 +303,15 @@ class _Sizes:
 
     def _most(self, name: str) -> int | None:
         most = next((most for pattern, most in _SIZES if re.search(pattern, name)), None)
-        return most * self.scale if most in _WIDTHS else most
+        if most not in _WIDTHS:
+            return most
+        return most * self.scale if self.scale else None
 
     def _sizes(self, name: str, values: list[int]) -> list[int]:
         """A list of sizes, of stages one after the other, keeps its ratios."""
         if re.search(r"^depths?$|repeats|blocks_per_stage|num_blocks", name):
             return [min(v, 2) for v in values]
-        most = self._most(name) if self.stages else None
+        most = self._most(name)
         if most is None or _CHOSEN.search(name) or min(values) <= 0:
             return values
         if len(set(values)) == 1 or "image_size" in name or "patch_size" in name:
@@ -418,14 +419,14 @@ def _wider(config: Any, sizes: _Sizes) -> Any:
     return _whole(config, replace(sizes, scale=4))
 
 
-def _stages(config: Any, sizes: _Sizes) -> Any:
-    """The config with the sizes of stages as they are, for classes that take them from several fields."""
-    return _whole(config, replace(sizes, stages=False))
+def _as_wide(config: Any, sizes: _Sizes) -> Any:
+    """The config with widths as they are, for classes of stages that take them from several fields."""
+    return _whole(config, replace(sizes, scale=0))
 
 
 def _fewer(config: Any, sizes: _Sizes) -> Any:
     """The config with fewer blocks and all widths as they are."""
-    return _whole(config, replace(sizes, widths=False))
+    return _whole(config, replace(sizes, rest=False))
 
 
 def _fields(config: Any, sizes: _Sizes, given: Mapping[str, Any]) -> dict[str, Any]:
