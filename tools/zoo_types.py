@@ -27,11 +27,16 @@ HINTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _LLAMA_ROPE)},
-    "dbrx": {"attn_config.rope_theta": 5e5, "attn_config.kv_n_heads": 8, "num_key_value_heads": 8},
+    "dbrx": {
+        "attn_config.rope_theta": 5e5,
+        "attn_config.clip_qkv": 8,
+        "attn_config.kv_n_heads": 8,
+        "num_key_value_heads": 8,
+    },
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 128,
         "indexer_budget": 2048,
         "indexer_compress_ratio": 4,
@@ -122,7 +127,22 @@ def small(kind: str, model_type: str) -> nn.Module:
         for part in parts:
             owner = getattr(owner, part)
         setattr(owner, field, value)
-    return small_instance(cls, config)
+    model = small_instance(cls, config)
+    for parameter in model.parameters():
+        _apart(parameter)
+    return model
+
+
+def _apart(parameter: torch.Tensor) -> None:
+    """Make equal weights of a matrix differ a little, so that a value says which weight it is."""
+    if parameter.dim() < 2 or not parameter.is_floating_point():
+        return
+    for _ in range(9):
+        _, which, counts = parameter.unique(return_inverse=True, return_counts=True)
+        twice = counts[which] > 1
+        if not twice.any():
+            return
+        parameter[twice] *= 1 + 1e-4 * torch.rand(int(twice.sum()))
 
 
 def save(model: Any, folder: Path, kind: str, tokenizer: Any) -> None:
