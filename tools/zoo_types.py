@@ -170,8 +170,10 @@ def _extractor(config: Any) -> Any:
 
     bins = getattr(config, "num_mel_bins", None)
     if config.model_type == "whisper":
-        seconds = 2 * config.max_source_positions * 160 / 16000
-        return WhisperFeatureExtractor(feature_size=bins, chunk_length=seconds)
+        # so many frames in a second as two windows of the encoder hold
+        return WhisperFeatureExtractor(
+            feature_size=bins, chunk_length=1, hop_length=16000 // (2 * config.max_source_positions)
+        )
     return Wav2Vec2FeatureExtractor()
 
 

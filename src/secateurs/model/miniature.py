@@ -111,10 +111,12 @@ def _sentence(error: Exception) -> str:
 
 def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least: int) -> nn.Module:
     narrow = make(config, _Sizes())
-    blocks = max(least, _blocks_needed(cls, make(config, _Sizes(depth=False)), _skeleton(cls, narrow)))
+    skeleton = _skeleton(cls, narrow)
+    blocks = max(least, _blocks_needed(cls, make(config, _Sizes(depth=False)), skeleton))
     if blocks > _BLOCKS:
         narrow = make(config, _Sizes(blocks))
-    count = sum(p.numel() for p in _skeleton(cls, narrow).parameters())
+        skeleton = _skeleton(cls, narrow)
+    count = sum(p.numel() for p in skeleton.parameters())
     if count > _MOST:
         raise ValueError(f"it would have {count} parameters")
     with seeded():
@@ -129,9 +131,10 @@ def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least
 
 def _skeleton(cls: Any, config: Any) -> nn.Module:
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     config.dtype = torch.float32
-    with init_empty_weights():
+    with init_empty_weights(), no_init_weights():
         found: nn.Module = cls._from_config(copy.deepcopy(config))
     return found
 
