@@ -27,6 +27,12 @@ OTHERS = {
         },
         "images",
     ),
+    # its blocks are convolutions
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "num_labels": 5, "image_size": 16},
+        "images",
+    ),
     "bert": ("BertForSequenceClassification", {**_TEXT, "num_labels": 3}, "text"),
     "bart": ("BartForConditionalGeneration", {**_PAIR, "max_position_embeddings": 128}, "text"),
     "whisper": (
@@ -92,3 +98,46 @@ def recordings(folder: Path, count: int = 9, rate: int = 16000) -> Path:
     for i in range(count):
         wavfile.write(folder / f"{i}.wav", rate, (random.normal(size=rate // 2) * 8000).astype(np.int16))
     return folder
+
+
+def image_processor():
+    """CLIP's, without torchvision, for images of 16 x 16."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def save_contrastive(folder: Path) -> Path:
+    """A CLIP, which compares images and text."""
+    import transformers
+
+    text = {**_TEXT, "vocab_size": tiny.VOCABULARY + 1, "bos_token_id": 256, "eos_token_id": 257}
+    config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    transformers.CLIPProcessor(image_processor(), _with_places()).save_pretrained(folder)
+    return folder
+
+
+def save_vision_language(folder: Path) -> Path:
+    """A LLaVA, whose language part reads text, or images among text; token 258 is an image's place."""
+    import transformers
+
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**_VISION),
+        text_config=transformers.LlamaConfig(**{**_TEXT, "vocab_size": tiny.VOCABULARY + 2, "num_key_value_heads": 2}),
+        image_token_id=258,
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        image_processor(), _with_places(), patch_size=4, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _with_places():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<eos>"})
+    return tokenizer

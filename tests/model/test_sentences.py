@@ -9,7 +9,7 @@ import torch
 from plans import asked
 
 import secateurs as sc
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CalibrationError, CheckpointError
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.sentences import sentences_of
 
@@ -89,6 +89,14 @@ def test_such_a_folder_prunes_to_such_a_folder(inside, tmp_path, words):
 def test_pooling_is_read_as_versions_write_it(config, ways, tmp_path):
     folder = sentence_folder(tmp_path, pooling={"embedding_dimension": 32, **config})
     assert sentences_of(folder).pooling == ways
+
+
+def test_a_way_of_pooling_that_is_not_known_is_refused_before_the_run(tmp_path, words):
+    folder = sentence_folder(tmp_path / "dense", pooling={"pooling_mode": "attention"})
+    with pytest.raises(
+        CalibrationError, match="pools embeddings by attention, which is not known here; known: cls, mean"
+    ):
+        sc.prune(folder, asked(sc.Plan, calibration=str(words), **FAST), out=tmp_path / "run")
 
 
 def test_what_is_no_such_folder(tmp_path):

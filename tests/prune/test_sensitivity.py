@@ -73,6 +73,59 @@ def test_the_walk_back_equals_one_backward_pass(pieces, monkeypatch):
             assert norms[name].tokens == stats.tokens
 
 
+def test_of_embeddings_it_is_the_gradient_along_a_drawn_direction():
+    model, generator = tiny.make("bert base"), torch.Generator().manual_seed(3)
+
+    def embed(output, batch):
+        return torch.nn.functional.normalize(output.last_hidden_state.mean(1), dim=-1)
+
+    got, norms = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3, embed=embed)
+    outputs, want, tokens = {}, {}, 0
+    for batch in BATCHES:
+        layers = {
+            n: m for n, m in model.named_modules() if n.startswith("encoder.layer") and isinstance(m, torch.nn.Linear)
+        }
+        handles = [m.register_forward_hook(lambda _, __, out, n=n: outputs.update({n: out})) for n, m in layers.items()]
+        vector = embed(model(**batch), batch)
+        direction = torch.randn(vector.shape, generator=generator)
+        for name, gradient in zip(
+            layers, torch.autograd.grad(vector, [outputs[n] for n in layers], direction), strict=True
+        ):
+            want[name] = want.get(name, 0) + gradient.reshape(-1, gradient.shape[-1]).square().sum(0)
+        tokens += batch["input_ids"].numel()
+        for handle in handles:
+            handle.remove()
+    assert len(want) == 18
+    assert set(norms) == set(want)
+    for name in want:
+        assert_close(got[name], want[name] / tokens, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext"])
+def test_of_a_classifier_it_is_of_a_drawn_class_of_each_input(name):
+    import others
+
+    model = others.make(name)
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    got, _ = sensitivity(model, [batch], AllLoaded(), InMemory(), seed=3)
+    convolution = torch.nn.Conv2d
+    layers = {n: m for n, m in model.named_modules() if n in got and isinstance(m, torch.nn.Linear | convolution)}
+    outputs = {}
+    handles = [m.register_forward_hook(lambda _, __, out, n=n: outputs.update({n: out})) for n, m in layers.items()]
+    logits = model(**batch).logits
+    for handle in handles:
+        handle.remove()
+    # the numbers are drawn for all positions of what leaves the last block, and the first of an input counts
+    left = {"vit": (3, 17), "convnext": (3, 32)}[name]
+    uniform = torch.rand(left, generator=torch.Generator().manual_seed(3))[:, :1]
+    drawn = (logits.detach().double().softmax(-1).cumsum(-1) <= uniform).sum(-1, keepdim=True)
+    loss = -logits.log_softmax(-1).gather(1, drawn).sum()
+    assert len(layers) == {"vit": 18, "convnext": 7}[name]
+    for (n, m), gradient in zip(layers.items(), torch.autograd.grad(loss, [outputs[n] for n in layers]), strict=True):
+        rows = gradient.movedim(1, -1) if isinstance(m, convolution) else gradient
+        assert_close(got[n], rows.reshape(-1, rows.shape[-1]).square().mean(0), rtol=1e-3, atol=1e-9)
+
+
 def test_words_are_drawn_by_their_chances():
     chance = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(6, -1)
     uniform = torch.tensor([0.0, 0.1, 0.249, 0.25, 0.9, 1 - 2**-24])

@@ -310,6 +310,10 @@ def test_what_else_cannot_be_read_is_said(tmp_path, folders):
         read(folders["vit"], one)
     with pytest.raises(CalibrationError, match="BertForSequenceClassification writes no text of its own"):
         read(folders["bert"], "self")
+    import transformers
+
+    with pytest.raises(CalibrationError, match="ClapModel reads recordings together with text, and nothing here makes"):
+        inputs.check(kind_of_class(transformers.ClapModel, SimpleNamespace()), "pydoc", "--x")
     with pytest.raises(CalibrationError, match="windows of 3 tokens leave 1 beside"):
         model = shutil.copytree(folders["bert"], tmp_path / "short")
         bracketed().save_pretrained(model)
@@ -326,12 +330,42 @@ def test_models_of_every_kind_prune_and_are_measured(name, folders, tmp_path):
     source = str(folders[others.OTHERS[name][2]])
     plan = asked(sc.Plan, calibration=source, eval_text=source, pattern="2:4", **FAST)
     report = sc.prune(folders[name], plan, out=tmp_path / "run")
-    numbers = {"vit": {"kl", "agree"}, "bert": {"kl", "agree"}, "vit base": {"cosine", "neighbours"}, "dpt": {"error"},
+    numbers = {"vit": {"kl", "agree"}, "convnext": {"kl", "agree"}, "bert": {"kl", "agree"}, "vit base": {"cosine", "neighbours"}, "dpt": {"error"},
         "bart": {"ppl_dense", "ppl", "ppl_ratio", "kl", "agree"}, "whisper": {"kl", "agree"}}  # fmt: skip
     assert {key for key, value in report.quality.items() if isinstance(value, dict)} == numbers[name]
     assert report.totals["sparsity"] == 0.5
     assert sc.verify(tmp_path / "run").status == "complete"
     assert report.quality["windows"] == {"audio": 3}.get(others.OTHERS[name][2], 4)
+
+
+def test_images_go_with_text_where_a_model_compares_both(folders, tmp_path):
+    model = others.save_contrastive(tmp_path / "clip")
+    source = str(folders["images"])
+    report = sc.prune(model, asked(sc.Plan, calibration=source, eval_text=source, **FAST), out=tmp_path / "run")
+    assert {key for key, value in report.quality.items() if isinstance(value, dict)} == {"cosine", "neighbours"}
+    assert report.calibration["text"] == "a photo"
+    pictures = others.images(tmp_path / "pictures", 3)
+    for file in pictures.rglob("*.png"):
+        file.with_suffix(".txt").write_text("xy" * (1 + int(file.stem)))
+    found = load(model, pictures, 3, "all")
+    assert sorted(row["input_ids"].shape[1] for row in found.rows) == [2, 4, 6]
+    assert found.facts["text"] == "what lies beside each file"
+
+
+def test_a_vision_language_model_reads_text_or_images_among_text(folders, tmp_path):
+    model = others.save_vision_language(tmp_path / "llava")
+    text, pictures = str(folders["text"]), str(folders["images"])
+    plain = sc.prune(model, asked(sc.Plan, calibration=text, eval_text=text, **FAST), out=tmp_path / "text")
+    assert plain.quality["ppl_ratio"]["value"] > 0
+    assert plain.quality["tokens"] == 4 * 23
+    seen = sc.prune(model, asked(sc.Plan, calibration=pictures, eval_text=pictures, **FAST), out=tmp_path / "images")
+    assert seen.quality["ppl_dense"] is None
+    # of an image's 16 places and the 20 letters of the question the letters are counted
+    assert seen.calibration["text"] == "Describe this image."
+    assert seen.quality["tokens"] == 4 * 20
+    with pytest.raises(CalibrationError, match="does not have on .*; it has kl, agree"):
+        asked_for = asked(sc.Plan, calibration=text, eval_text=pictures, gate=("ppl<=9",), **FAST)
+        sc.prune(model, asked_for, out=tmp_path / "gate")
 
 
 def test_a_run_on_images_goes_on_after_a_kill_without_them(folders, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ from secateurs.prune.tuning import Noted
 from secateurs.quality import evaluation, inputs
 from secateurs.quality.evaluation import measured, texts_apart
 from secateurs.quality.kinds import kind_of
+from secateurs.quality.outputs import embedder
 
 
 class Run:
@@ -231,6 +232,7 @@ class Run:
         """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
         from safetensors.torch import load_file
 
+        kind = kind_of(source)
         file = self.work / "sensitivity.safetensors"
         found: dict[str, Tensor] = {}
         norms: dict[str, Stats] = {}
@@ -240,7 +242,8 @@ class Run:
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
-                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick)
+                embed = embedder(kind, source) if kind.predicts == "embeddings" else None
+                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
                 write_tensors(file, {**found, **squares, "tokens": tokens})

@@ -5,6 +5,9 @@ then costs about g_o^2 d^2 / 2 nats (Fisher information as the Hessian of the KL
 K-FAC, Martens and Grosse 2015, arXiv 1503.05671). Layer errors in these units can be compared: between the rows of a
 layer, and between layers.
 
+Of a model that gives embeddings of length 1, g is the gradient of the embedding along a random normal direction, so d costs about
+g_o^2 d^2 / 2 of its cosine with the dense embedding, 1 - cos being half the squared distance.
+
 The pass goes forward block by block and then back block by block, each run again with gradients, so memory holds one
 block, one batch and one batch's logits; hidden states lie in the store. T tokens, O outputs, V vocabulary.
 """
@@ -26,6 +29,7 @@ from secateurs.model.products import Product, products
 from secateurs.model.walk import stream
 
 Tick = Callable[[], None]
+Embed = Callable[[Any, Batch], Tensor]
 
 
 def sensitivity(
@@ -35,13 +39,14 @@ def sensitivity(
     store: Activations,
     seed: int = 0,
     tick: Tick = lambda: None,
+    embed: Embed | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Stats]]:
     """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
     that of what leaves them.
 
     Both empty for a model that gives no logits, or others than of each position or each input. store: an empty one, left with the
     inputs of block 0. tick: called once for each batch and block forward, once a batch for the head, once
-    for each batch and block backward.
+    for each batch and block backward. embed: makes embeddings [N, D] of the model's output for a batch, in place of logits.
     """
     last = 0
     for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
@@ -50,6 +55,12 @@ def sensitivity(
     gradients: dict[int, Tensor] = {}
     for i, batch in enumerate(batches):
         hidden = store.read(last, i)
+        if embed is not None:
+            gradients[i] = _along(
+                hidden, lambda x, batch=batch: embed(leave(model, loader, x, batch), batch), generator
+            )
+            tick()
+            continue
         uniform_NS = torch.rand(hidden.shape[:2], generator=generator)
         gradients[i] = torch.empty_like(hidden)
         for at in pieces(model, batch):
@@ -80,6 +91,15 @@ def sensitivity(
         norms.update(sums.norms)
         store.drop(step.index + 1)
     return found, norms
+
+
+def _along(hidden: Tensor, embed: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """The gradient by the hidden states of their embeddings [N, D], each along a normal direction of its own."""
+    hidden = hidden.detach().requires_grad_(True)
+    found_ND = embed(hidden)
+    direction_ND = torch.randn(found_ND.shape, generator=generator, dtype=found_ND.dtype)
+    (gradient,) = torch.autograd.grad(found_ND, hidden, direction_ND.to(found_ND.device))
+    return gradient
 
 
 def _head(hidden: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ def check(
     if source is None:
         return
     kind = kind_of(source)
+    ways = [way for way in (source.sentences.pooling if source.sentences else ()) if way not in outputs.POOLINGS]
+    if ways and asked.windows:
+        known = ", ".join(outputs.POOLINGS)
+        raise CalibrationError(f"{source.given} pools embeddings by {ways[0]}, which is not known here; known: {known}")
     if asked.tasks and not kind.causal:
         raise CalibrationError(f"{kind.name} is no causal language model, which lm-eval tasks need; leave out --tasks")
     if calibration is not None:

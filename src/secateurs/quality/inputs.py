@@ -129,6 +129,8 @@ def _shapes(row: Batch) -> list[tuple[str, tuple[int, ...]]]:
 
 def check(kind: Kind, source: str, flag: str) -> str:
     """What of kind.reads a source holds. Raises CalibrationError if the model reads nothing of the kind."""
+    if not kind.reads:
+        raise CalibrationError(f"{kind.name} reads recordings together with text, and nothing here makes such inputs")
     reads = next((what for what in kind.reads if what != "text" and media.files_of(source, what)), None)
     if reads is not None:
         return reads
@@ -333,6 +335,8 @@ def _of_files(
     }
     if how:
         facts["decoder"] = how
+    if kind.prompted:
+        facts["text"] = "what lies beside each file" if _texts_beside(files) else media.prompt_of(kind)
     given = "ppl" in numbers_of(kind, text, reads)
     return Inputs([_ordered(row) for row in rows], count, reads, facts, unread, given)
 

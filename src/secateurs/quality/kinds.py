@@ -29,7 +29,7 @@ _AUDIO = ("input_features", "input_values")
 
 @dataclass(frozen=True)
 class Kind:
-    """name: of the class. reads: what its inputs can be made of: 'text', 'images' or 'audio'. predicts: a row of NUMBERS.
+    """name: of the class. reads: what inputs can be made of for it: 'text', 'images' or 'audio'. predicts: a row of NUMBERS.
 
     pairs: it has a decoder that reads tokens, beside an encoder. prompted: images go with text. accepts: what its forward takes.
     """
@@ -70,7 +70,10 @@ def kind_of_class(cls: Any, config: Any) -> Kind:
         return Kind(name, ("audio",), predicts, pairs, False, accepts)
     reads: tuple[str, ...] = ("text",)
     prompted = "pixel_values" in accepts and "input_ids" in accepts
-    if main == "pixel_values":
+    if main == "input_ids" and accepts.intersection(_AUDIO) and predicts != "next token":
+        # it compares recordings and text, and needs both
+        reads = ()
+    elif main == "pixel_values":
         reads = ("images",)
     elif prompted:
         # a model that compares images and text needs both

@@ -28,8 +28,6 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 _HELD_OUT = 3
 # the longest recording that is read, in seconds
 _SECONDS = 30
-# what is asked about an image without a text of its own
-PROMPT = "Describe this image."
 
 
 def files_of(source: str, reads: str) -> list[Path]:
@@ -150,9 +148,14 @@ def text_beside(file: Path) -> str | None:
     return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
 
 
+def prompt_of(kind: Kind) -> str:
+    """The text that goes with an image without one of its own: a question, or what a model that compares them is given."""
+    return "Describe this image." if kind.predicts == "next token" else "a photo"
+
+
 def _prompted(processor: Any, picture: Any, text: str | None, kind: Kind, source: Checkpoint) -> Any:
     """An image with its text: by the chat template where there is one, else after the processor's token for an image."""
-    words = text or (PROMPT if kind.predicts == "next token" else "a photo")
+    words = text or prompt_of(kind)
     try:
         if getattr(processor, "chat_template", None):
             content = [{"type": "image", "image": picture}, {"type": "text", "text": words}]

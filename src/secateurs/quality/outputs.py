@@ -22,6 +22,7 @@ from secateurs.base.errors import CalibrationError
 from secateurs.base.estimate import Estimate, ratio_of, score_of
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.quality import compare
 from secateurs.quality.compare import Quality, Window
 from secateurs.quality.kinds import Kind
@@ -135,6 +136,12 @@ def _embeddings(outputs: Sequence[Any], batch: Batch, subject: Subject) -> list[
     """The embedding of every input by each model, of length 1."""
     found = [embedding(output, batch.get("attention_mask"), subject) for output in outputs]
     return list(zip(*found, strict=True))
+
+
+def embedder(kind: Kind, source: Checkpoint) -> Callable[[Any, Batch], Tensor]:
+    """A function from a model's output for a batch to its embeddings, as embedding() makes them."""
+    subject = Subject(kind, source.sentences.pooling if source.sentences else ())
+    return lambda output, batch: embedding(output, batch.get("attention_mask"), subject)
 
 
 def embedding(output: Any, mask_NS: Tensor | None, subject: Subject) -> Tensor:
