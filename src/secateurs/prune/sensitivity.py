@@ -56,9 +56,8 @@ def sensitivity(
     for i, batch in enumerate(batches):
         hidden = store.read(last, i)
         if embed is not None:
-            gradients[i] = _along(
-                hidden, lambda x, batch=batch: embed(leave(model, loader, x, batch), batch), generator
-            )
+            hidden = hidden.detach().requires_grad_(True)
+            gradients[i] = _along(hidden, embed(leave(model, loader, hidden, batch), batch), generator)
             tick()
             continue
         uniform_NS = torch.rand(hidden.shape[:2], generator=generator)
@@ -93,10 +92,8 @@ def sensitivity(
     return found, norms
 
 
-def _along(hidden: Tensor, embed: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
-    """The gradient by the hidden states of their embeddings [N, D], each along a normal direction of its own."""
-    hidden = hidden.detach().requires_grad_(True)
-    found_ND = embed(hidden)
+def _along(hidden: Tensor, found_ND: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient by hidden states of the embeddings that are made of them, each along a normal direction of its own."""
     direction_ND = torch.randn(found_ND.shape, generator=generator, dtype=found_ND.dtype)
     (gradient,) = torch.autograd.grad(found_ND, hidden, direction_ND.to(found_ND.device))
     return gradient
