@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_read_is_named_and_counted(tmp_path, folders):
     found = load(folders["vit"], pictures, 12, "all")
     assert (found.facts["images"], found.facts["left_out"]) == (10, 2)
     assert {sentence[:22] for sentence in found.unread} == {"02.png cannot be read:", "03.png cannot be read:"}
-    assert f"2 files of {found.facts['source']} were left out, first 0" in found.warnings("evaluation")[1]
+    assert f"of {found.facts['source']} 2 files were left out, first 0" in found.warnings("evaluation")[1]
     for file in pictures.rglob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(CalibrationError, match=r"none of 12 images of .* can be read; first .*\.png cannot be read"):

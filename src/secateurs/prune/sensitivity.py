@@ -44,9 +44,9 @@ def sensitivity(
     """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
     that of what leaves them.
 
-    Both empty for a model that gives no logits, or others than of each position or each input. store: an empty one, left with the
-    inputs of block 0. tick: called once for each batch and block forward, once a batch for the head, once
-    for each batch and block backward. embed: makes embeddings [N, D] of the model's output for a batch, in place of logits.
+    Both empty for a model that gives no logits, or others than of each position or each input, or one number. store: an empty one,
+    left with the inputs of block 0. tick: called once for each batch and block forward, once a batch for the head, once for each
+    batch and block backward. embed: makes embeddings [N, D] of the model's output for a batch, in place of logits.
     """
     last = 0
     for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
@@ -68,7 +68,8 @@ def sensitivity(
             # distributions over the last axis: one of each position, or one of each input
             drawn = {piece.shape[:2]: uniform_NS[:, at], piece.shape[:1]: uniform_NS[:, 0]}
             uniform = None if logits is None else drawn.get(logits.shape[:-1])
-            if logits is None or uniform is None:
+            # a softmax over one number is 1 whatever it is
+            if logits is None or uniform is None or logits.shape[-1] == 1:
                 loader.release(model)
                 return {}, {}
             gradients[i][:, at] = _head(piece, logits, uniform)

@@ -83,9 +83,9 @@ class Inputs:
                 has = f"has text for {len(self.rows)} windows of {self.facts['seqlen']} tokens"
             found.append(f"{what}: {self.facts['source']} {has}, {self.asked} were asked for")
         if self.unread:
-            found.append(
-                f"{what}: {len(self.unread)} files of {self.facts['source']} were left out, first {self.unread[0]}"
-            )
+            one = len(self.unread) == 1
+            left = "1 file was left out" if one else f"{len(self.unread)} files were left out, first"
+            found.append(f"{what}: of {self.facts['source']} {left}{': ' if one else ' '}{self.unread[0]}")
         return found
 
     def write(self, file: Path) -> None:
