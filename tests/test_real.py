@@ -325,3 +325,64 @@ def test_real_text_is_the_same_in_every_format(ending, tmp_path):
     want, _ = documents.read(f"{source}:prefix+gold_completion")
     assert found == want
     assert len(found) == 1480
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import subprocess
+
+    import minilm
+
+    try:
+        return minilm.fetch()
+    except (subprocess.CalledProcessError, OSError) as error:
+        pytest.skip(f"all-MiniLM-L6-v2 cannot be fetched: {error}")
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        # uniform, every layer alike
+        ({"method": "sparsegpt"}, 0.88),
+        ({"method": "sparsegpt", "pattern": "2:4"}, 0.80),
+        # zeros where the embedding takes them, by its own sensitivities
+        ({}, 0.92),
+    ],
+)
+def test_a_sentence_embedder_keeps_its_angles(options, least, minilm, tmp_path):
+    plan = asked(
+        sc.Plan, calibration=f"{data('c4_sample.jsonl')}:prefix+gold_completion", samples=256, seqlen=128,
+        eval_text=str(data("wikitext-2-raw.test.txt")), eval_windows=200, eval_seqlen=128, gate=(f"cosine>={least}",), **options,
+    )  # fmt: skip
+    report = sc.prune(minilm, plan, out=tmp_path / "run")
+    print({name: report.quality[name] for name in ("cosine", "neighbours")})
+    assert report.totals["sparsity"] == 0.5
+    assert report.gate[0]["passed"]
+    assert (tmp_path / "run" / "model" / "1_Pooling" / "config.json").is_file()
+
+
+def test_a_pruned_image_classifier_is_as_accurate_as_its_agreement_says(tmp_path):
+    sys.path.insert(0, str(ROOT / "tools"))
+    import vit
+
+    try:
+        place = vit.fetch()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    dense = vit.accuracy(place / "model")
+    found = {}
+    for name, options in {"sparsegpt": {"method": "sparsegpt"}, "balanced": {}, "2:4": {"pattern": "2:4"}}.items():
+        plan = asked(
+            sc.Plan, calibration=str(place / "train"), samples=256, eval_text=str(place / "test"), eval_windows=600,
+            gate=("agree>=95%",), **options,
+        )  # fmt: skip
+        report = sc.prune(place / "model", plan, out=tmp_path / name)
+        kl, agree = (report.quality[key]["value"] for key in ("kl", "agree"))
+        found[name] = kl, agree, vit.accuracy(tmp_path / name / "model")
+        assert report.gate[0]["passed"]
+        # who gives another class may lose an answer, and no more
+        assert abs(found[name][2] - dense) <= 1.5 * (1 - report.quality["agree"]["low"])
+    print(f"dense {dense:.4f}; KL, agreement, accuracy: {found}")
+    # sensitivities of a drawn class tell the layers apart
+    assert found["balanced"][0] < 0.2 * found["sparsegpt"][0]

@@ -107,7 +107,7 @@ def test_every_family_takes_the_best_effort(model_type, pattern, tmp_path, words
             not_known = r.note.startswith("inputs not reordered: they are not known")
             assert not_known == (r.name not in consumers(model_type)), r
         assert any(r.note.startswith("inputs reordered") for r in report.pruned)
-    elif model_type != "bert base":
+    else:
         assert len({r.sparsity for r in report.pruned}) > 3
     cls = getattr(transformers, tiny.TINY[model_type][0])
     loaded, info = cls.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
@@ -411,7 +411,9 @@ def test_what_an_effort_cannot_do_for_a_model_is_a_warning(tmp_path, words):
     report = sc.prune(
         source, asked(sc.Plan, calibration=str(words), **{**FAST, "eval_windows": 0}), out=tmp_path / "run"
     )
-    assert "sensitivities were not measured: the model gives no logits of its inputs or their tokens" in report.warnings
+    # of its embeddings
+    assert not any("sensitivities" in warning for warning in report.warnings)
+    assert len({record.sparsity for record in report.pruned}) > 3
 
 
 def test_weights_that_the_dtype_cannot_hold_are_an_error(monkeypatch):

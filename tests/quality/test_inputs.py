@@ -338,6 +338,20 @@ def test_models_of_every_kind_prune_and_are_measured(name, folders, tmp_path):
     assert report.quality["windows"] == {"audio": 3}.get(others.OTHERS[name][2], 4)
 
 
+def test_without_sensitivities_every_layer_gets_the_same_sparsity(folders, tmp_path):
+    source = str(folders["images"])
+    settings = {key: value for key, value in FAST.items() if key != "method"}
+    report = sc.prune(
+        folders["dpt"], asked(sc.Plan, calibration=source, eval_text=source, **settings), out=tmp_path / "run"
+    )
+    assert {record.sparsity for record in report.pruned} == {0.5}
+    assert report.plan["allocation"] == "uniform"
+    assert sum("every layer gets the same sparsity" in warning for warning in report.warnings) == 1
+    # who asks for one threshold without them gets it
+    plan = asked(sc.Plan, calibration=source, eval_text=source, sensitivity=0, allocation="global", **settings)
+    assert len({record.sparsity for record in sc.prune(folders["dpt"], plan, out=tmp_path / "own").pruned}) > 3
+
+
 def test_images_go_with_text_where_a_model_compares_both(folders, tmp_path):
     model = others.save_contrastive(tmp_path / "clip")
     source = str(folders["images"])

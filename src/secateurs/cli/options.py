@@ -51,23 +51,26 @@ Source = Annotated[
     str | None,
     option(
         CALIBRATION,
-        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self. Default: "
-        "pydoc, Python's own documentation.",
+        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self; or a "
+        "folder of images or .wav files, where the model reads those. Default: pydoc, Python's own documentation.",
         "--calibration",
     ),
 ]
-Samples = Annotated[int | None, option(CALIBRATION, "Windows of text, e.g. 128. Default: 64.")]
+Samples = Annotated[int | None, option(CALIBRATION, "Windows of text, images or recordings, e.g. 128. Default: 64.")]
 Seqlen = Annotated[int | None, option(CALIBRATION, "Tokens a window, e.g. 2048. Default: 512, or the model's limit.")]
 Seed = Annotated[int | None, option(CALIBRATION, "Orders the text, and seeds what is drawn. Default: 0.")]
 
 EvalText = Annotated[str | None, option(EVALUATION, "Like --calibration. Default: pydoc, its held-out part.")]
-EvalWindows = Annotated[int | None, option(EVALUATION, "Windows of text, 0 for none, e.g. 12. Default: 24.")]
+EvalWindows = Annotated[
+    int | None, option(EVALUATION, "Windows of text, images or recordings, 0 for none, e.g. 12. Default: 24.")
+]
 EvalSeqlen = Annotated[int | None, option(EVALUATION, "Tokens a window. Default: 2048, or the model's limit.")]
 Gates = Annotated[
     list[str] | None,
     option(
         EVALUATION,
-        "A floor, e.g. 'ppl<=+5%'; also ppl<=12, kl<=0.1, agree>=0.9, TASK>=0.3, TASK>=dense-0.02. Repeat it for more.",
+        "A floor, e.g. 'ppl<=+5%'; also ppl<=12, kl<=0.1, agree>=90%, cosine>=0.98, neighbours>=0.9, error<=0.1, TASK>=0.3, "
+        "TASK>=dense-0.02. Repeat it for more.",
         "--gate",
     ),
 ]

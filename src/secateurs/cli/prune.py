@@ -125,7 +125,7 @@ def prune(
     tasks_limit: options.TasksLimit = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Prune a language model in one shot, check it, measure it against the dense one.
+    """Prune a model in one shot, check it, measure it against the dense one.
 
     Example: secateurs prune MODEL --out runs/half --sparsity 0.5
     """

@@ -72,7 +72,8 @@ def assign(
         found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
         if looks:
             norms.update(step.observe(todo, gram=False))
-    loaded = ""
+    # of a model that is walked as a whole the block's name is empty
+    loaded: str | None = None
 
     def weight(name: str) -> Tensor:
         nonlocal loaded

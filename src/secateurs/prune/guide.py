@@ -88,6 +88,14 @@ def _text_lists(model: Any) -> tuple[str, ...]:
 
 UNMEASURED = "sensitivities were not measured: the model gives no logits of its inputs or their tokens"
 
+ALIKE = "every layer gets the same sparsity: without sensitivities the scores of different layers do not compare"
+
+
+def alike(plan: Plan, wanted: int | None, found: Mapping[str, Tensor]) -> bool:
+    """True if all layers get one sparsity, since sensitivities were wanted to tell them apart and were not found."""
+    return bool(wanted) and not found and plan.allocation == "global"
+
+
 # layers named in a warning
 _NAMED = 5
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
 from secateurs.prune.cost import cost_of
-from secateurs.prune.guide import UNMEASURED, chosen, emptied, guide_of, note_distillation, reach, within
+from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
+from secateurs.quality.kinds import kind_of_class
+from secateurs.quality.outputs import embedder
 
 
 def prune_live(
@@ -53,18 +56,27 @@ def prune_live(
     report = Report(plan.as_dict(), machine(device), status="complete", compute=described(dtype, device))
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
+    wanted = plan.sensitivity
     reach(model, plan, batches)
     layout = settle(model, batches[:1])
     plan, report.warnings = within(plan, layout)
     plan, left = chosen(model, plan, layout)
     report.warnings += left
+    config: Any = getattr(model, "config", None)
+    kind = kind_of_class(type(model), config) if hasattr(config, "model_type") else None
     if plan.sensitivity:
-        found, norms = sensitivity(
-            model, first_windows(batches, plan.sensitivity), AllLoaded(), InMemory(), plan.calibration.seed
-        )
+        embed = embedder(kind) if kind and kind.predicts == "embeddings" else None
+        part = first_windows(batches, plan.sensitivity)
+        found, norms = sensitivity(model, part, AllLoaded(), InMemory(), plan.calibration.seed, embed=embed)
     if plan.sensitivity and not found:
         report.warnings.append(UNMEASURED)
-    guide = guide_of(model, plan, assign(model, None, batches, plan, found, norms, cost), found)
+    if kind and alike(plan, wanted, found):
+        report.plan["allocation"] = "uniform"
+        report.warnings.append(ALIKE)
+        shares = None
+    else:
+        shares = assign(model, None, batches, plan, found, norms, cost)
+    guide = guide_of(model, plan, shares, found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
     ends = None

@@ -32,7 +32,7 @@ from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import Shares, assign
 from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
-from secateurs.prune.guide import UNMEASURED, chosen, emptied, guide_of, note_distillation, reach, within
+from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.model_card import model_card
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -104,6 +104,9 @@ class Run:
         guide = self._guide(plan, source, model, batches, cost)
         if plan.sensitivity and not guide.sensitivity:
             report.warnings.append(UNMEASURED)
+        if alike(plan, self.plan.sensitivity, guide.sensitivity):
+            report.plan["allocation"] = "uniform"
+            report.warnings.append(ALIKE)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
         teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
         targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None
@@ -255,6 +258,8 @@ class Run:
             tokens = stored.pop("tokens").tolist()
             norms = {n: Stats(t, stored.pop(f"inputs {n}")) for n, t in zip(names, tokens, strict=True)}
             found = stored
+        if alike(plan, self.plan.sensitivity, found):
+            return guide_of(model, plan, None, found)
         shares_file = self.work / "shares.json"
         if shares_file.is_file():
             shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}

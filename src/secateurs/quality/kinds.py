@@ -60,8 +60,12 @@ def kind_of(source: Checkpoint) -> Kind:
 
 
 def kind_of_class(cls: Any, config: Any) -> Kind:
-    """The kind of a model class with this config; for one that is no causal language model."""
+    """The kind of a model class with this config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     name = cls.__name__
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return Kind(name)
     accepts = frozenset(inspect.signature(cls.forward).parameters)
     predicts = _predicts(name, config)
     main = getattr(cls, "main_input_name", "input_ids")

@@ -138,9 +138,9 @@ def _embeddings(outputs: Sequence[Any], batch: Batch, subject: Subject) -> list[
     return list(zip(*found, strict=True))
 
 
-def embedder(kind: Kind, source: Checkpoint) -> Callable[[Any, Batch], Tensor]:
-    """A function from a model's output for a batch to its embeddings, as embedding() makes them."""
-    subject = Subject(kind, source.sentences.pooling if source.sentences else ())
+def embedder(kind: Kind, source: Checkpoint | None = None) -> Callable[[Any, Batch], Tensor]:
+    """A function from a model's output for a batch to its embeddings, as embedding() makes them. source: its folder, if any."""
+    subject = Subject(kind, source.sentences.pooling if source and source.sentences else ())
     return lambda output, batch: embedding(output, batch.get("attention_mask"), subject)
 
 
