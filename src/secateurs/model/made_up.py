@@ -56,7 +56,7 @@ def uncached(model: nn.Module) -> dict[str, bool]:
 
 
 def _takes(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+    return set(inspect.signature(type(model).forward).parameters)
 
 
 # ------------------------------------------------------------------------------------------------------------------- text

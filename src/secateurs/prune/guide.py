@@ -51,7 +51,7 @@ def chosen(model: nn.Module, plan: Plan, layout: Layout) -> tuple[Plan, list[str
         wanted = layout.lists if plan.part == "all" or not text else text
     else:
         wanted = tuple(path for path in lists if (path in text if plan.part == "text" else str(plan.part) in path))
-    if not wanted and lists:
+    if not wanted and plan.part not in (None, "all"):
         raise PlanError(
             f"no part '{plan.part}': the model's lists of blocks are {', '.join(lists)}; or write all, or text"
         )
