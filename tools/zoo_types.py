@@ -74,6 +74,7 @@ HINTS: dict[str, dict[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
 }
 

@@ -36,7 +36,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"vocab", VOCABULARY),
     (r"experts_per_tok|selected_experts|moe_top_?k|moe_k$|top_?k_experts|experts_top_?k|^top_k$", 2),
     (r"n_group$|topk_group|expert_group", 1),
-    (r"n_groups$|ngroups$", 2),
+    (r"n_groups$|ngroups$|num_groups$", 2),
     (r"experts$", 4),
     (r"(key_value|kv)_(attention_)?heads|query_groups|multi_query_group", 2),
     (r"(heads|n_head)$", 4),
@@ -74,7 +74,7 @@ def small_instance(cls: Any, config: Any, blocks: int = 0) -> nn.Module:
     Raises ValueError with the reason if the class makes none that runs.
     """
     reasons = []
-    for make in (_whole, _anew, _one_by_one, _wider, _as_wide, _fewer):
+    for make in (_whole, _anew, _one_by_one, _as_large, _wider, _as_wide, _fewer):
         try:
             small = _instance(cls, config, make, blocks)
             with unchanged(small):
@@ -212,13 +212,14 @@ def _kind(block: nn.Module) -> str:
 class _Sizes:
     """What the fields of a config and of its parts become. blocks: how many, the first ones; None for four, of every kind.
 
-    scale: what the widths of _SIZES are multiplied with; 0 leaves them as they are. depth, rest: False leaves the number of blocks,
-    and all else.
+    scale: what the widths of _SIZES are multiplied with; 0 leaves them as they are. depth, images, rest: False leaves the number of
+    blocks, the sizes of images and of their parts, and all else.
     """
 
     blocks: int | None = None
     depth: bool = True
     scale: int = 1
+    images: bool = True
     rest: bool = True
     _tokens: dict[int, int] = field(default_factory=dict)
 
@@ -306,6 +307,8 @@ class _Sizes:
 
     def _most(self, name: str) -> int | None:
         most = next((most for pattern, most in _SIZES if re.search(pattern, name)), None)
+        if re.search(r"image|img|patch|window", name) and not self.images:
+            return None
         if most not in _WIDTHS:
             return most
         return most * self.scale if self.scale else None
@@ -415,6 +418,11 @@ def _whole(config: Any, sizes: _Sizes) -> Any:
 def _anew(config: Any, sizes: _Sizes) -> Any:
     """The config made from the fields that differ from its class's own, so that the class works out what follows from them."""
     return type(config).from_dict(_fields(config, sizes, config.to_diff_dict()))
+
+
+def _as_large(config: Any, sizes: _Sizes) -> Any:
+    """The config with images, patches and windows as they are, for stages that would have less than a window."""
+    return _whole(config, replace(sizes, images=False))
 
 
 def _wider(config: Any, sizes: _Sizes) -> Any:
