@@ -116,6 +116,9 @@ def _images_and_text(model: Any) -> Iterator[Callable[[], list[Batch]]]:
     if not {"input_ids", "pixel_values"} <= _takes(model):
         return
     yield lambda: [_in_text(model, _pictures(model), length) for length in _LENGTHS]
+    if "image_sizes" in _takes(model):
+        sizes = torch.tensor([_image(model.config, 1).shape[-2:]])
+        yield lambda: [_in_text(model, {**_pictures(model), "image_sizes": sizes}, length) for length in _LENGTHS]
     yield lambda: [{"input_ids": words(n), "pixel_values": _image(model.config, 2)} for n in _LENGTHS]
 
 
@@ -124,9 +127,8 @@ def _pictures(model: Any) -> Batch:
     takes = _takes(model)
     if "image_grid_thw" not in takes:
         image = _image(model.config, 1)
-        sizes = {"image_sizes": torch.tensor([image.shape[-2:]])} if "image_sizes" in takes else {}
         # some take a list of images for each text
-        return {"pixel_values": image[:, None] if "pixel_attention_mask" in takes else image, **sizes}
+        return {"pixel_values": image[:, None] if "pixel_attention_mask" in takes else image}
     vision = _vision(model.config)
     side = int(vision.patch_size)
     channels = int(getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3)
