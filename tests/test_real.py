@@ -386,3 +386,12 @@ def test_a_pruned_image_classifier_is_as_accurate_as_its_agreement_says(tmp_path
     print(f"dense {dense:.4f}; KL, agreement, accuracy: {found}")
     # sensitivities of a drawn class tell the layers apart
     assert found["balanced"][0] < 0.2 * found["sparsegpt"][0]
+
+
+@pytest.mark.timeout(4 * 3600)
+def test_no_type_of_transformers_is_silently_wrong():
+    """All of tools/zoo.py; goes on where an earlier run was stopped, and writes docs/models.md."""
+    import subprocess
+
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "zoo.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -2,8 +2,8 @@
 
     python tools/zoo.py [--types llama,bert] [--kinds causal,vision] [--again] [--check]
 
-A run that was killed goes on where it was: results are in build/zoo.json, for one version of transformers. Each type has a process
-of its own and --seconds of time. Exits 1 if a result is silently wrong. --check runs a dozen that differ most and writes no page.
+A run that was killed goes on where it was: results are in build/zoo.json, for one version of transformers, and the page has all of
+them. Each type has a process of its own and --seconds of time. Exits 1 if a result is silently wrong. --check runs a dozen that differ most and writes no page.
 """
 
 import argparse
@@ -154,10 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     for text in (*wrong, *crashes):
         print(text)
     print(f"{len(results)} types, {len(wrong)} silent errors, {len(crashes)} crashes")
-    if not (asked.check or asked.types or asked.kinds or asked.checks):
+    if not (asked.check or asked.checks):
         from zoo_page import page
 
-        PAGE.write_text(page(results, transformers.__version__, date.today().isoformat()))
+        every = [f"{kind} {model_type}" for kind, model_type in zoo_types.rows()]
+        tried_so_far = {row: known[row] for row in every if row in known}
+        PAGE.write_text(page(tried_so_far, transformers.__version__, date.today().isoformat(), len(every)))
     return 1 if wrong else 0
 
 

@@ -11,8 +11,7 @@ import zoo_types
 EXACT = ("saved", "streamed", "magnitude", "sparsegpt")
 _HEAD = """# Model types
 
-Every type that transformers {version} lists and that a small random model could be made of, pruned, shrunk and packed by
-`tools/zoo.py` on {day}, each result held against the same worked out on the whole model in memory. To make this page again, for
+Types that transformers {version} lists, each as a small random model, pruned, shrunk and packed by `tools/zoo.py` on {day}; each result held against the same worked out on the whole model in memory. To make this page again, for
 this or another version of transformers:
 
     python tools/zoo.py
@@ -42,10 +41,15 @@ The small model has the class and the config of its type, few narrow blocks of e
 """
 
 
-def page(results: Mapping[str, Any], version: str, day: str) -> str:
+def page(results: Mapping[str, Any], version: str, day: str, listed: int) -> str:
+    """listed: how many types transformers lists."""
     kinds = {kind: {r: x for r, x in results.items() if r.startswith(f"{kind} ")} for kind in zoo_types.KINDS}
     rows = [_counts(f"**{kind}**", found) for kind, found in kinds.items() if found]
     parts = [_HEAD.format(version=version, day=day, counts="\n".join([*rows, _counts("**all**", results)]))]
+    if listed > len(results):
+        parts.append(
+            f"**{listed - len(results)} of {listed} types have not been tried yet**; the command goes on with them.\n"
+        )
     parts += [_table(kind, found) for kind, found in kinds.items() if found]
     return "\n".join(parts)
 

@@ -7,8 +7,10 @@ import transformers
 
 import secateurs as sc
 from secateurs.base.errors import PlanError
+from secateurs.model.discover import assume
 from secateurs.model.made_up import inputs
 from secateurs.model.miniature import small_instance
+from secateurs.model.proof import prove
 
 LAYERS = {"encoder": "encoder.block.", "decoder": "decoder.block."}
 
@@ -56,6 +58,10 @@ def test_a_model_of_text_and_images_is_pruned_in_its_text_part_unless_another_on
     language, vision = "model.language_model", "model.vision_tower.encoder"
     for batches in (text, seen):
         assert pruned(sc.prune(llava(), plan(), calibration=batches)) == {language}
+    # the same of a model that was only ever seen with images
+    model = llava()
+    assume(model, prove(model, kind="images and text"))
+    assert pruned(sc.prune(model, plan(), calibration=seen)) == {language}
     assert pruned(sc.prune(llava(), plan(part="vision"), calibration=seen)) == {vision}
     assert pruned(sc.prune(llava(), plan(part="all"), calibration=seen)) == {language, vision}
     with pytest.raises(PlanError, match=r"model\.vision_tower\.encoder\.layers is not called on such inputs"):

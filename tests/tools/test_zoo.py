@@ -128,7 +128,8 @@ def test_a_silent_error_ends_with_1_and_is_on_the_page(zoo, monkeypatch, capsys)
     assert "causal llama, magnitude: off by 2" in capsys.readouterr().out
     from zoo_page import page
 
-    said = page({"causal llama": found}, "5", "today")
+    said = page({"causal llama": found}, "5", "today", 3)
+    assert "2 of 3 types have not been tried yet" in said
     assert "**WRONG** 1" in said
     assert "1. off by 2" in said
     assert "| **all** | 1 | 0 (0%) | 0 | 0 | 1 |" in said
