@@ -2,12 +2,14 @@
 
     python tools/zoo.py [--types llama,bert] [--kinds causal,vision] [--again] [--check]
 
-A run that was killed goes on where it was: results are in build/zoo.json, for one version of transformers, and the page has all of
-them. Each type has a process of its own and --seconds of time. Exits 1 if a result is silently wrong. --check runs a dozen that differ most and writes no page.
+A run that was killed goes on where it was: results are in build/zoo.json, for one version of transformers and one state of the
+code, and the page has all of them. Each type has a process of its own and --seconds of time. Exits 1 if a result is silently wrong.
+--check runs a dozen that differ most and writes no page.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
@@ -97,6 +99,17 @@ def apart(kind: str, model_type: str, checks: tuple[str, ...], seconds: float) -
         child.join()
 
 
+def made_of() -> list[str]:
+    """What results depend on: the version of transformers, and a hash of the code of secateurs and of these tools."""
+    import transformers
+
+    files = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "tools").glob("zoo*.py"), Path(tiny.__file__)])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return [transformers.__version__, digest.hexdigest()]
+
+
 def silent(results: dict[str, Any]) -> list[str]:
     """The results that are wrong without a word."""
     return [
@@ -135,9 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [row for row in rows if row[1] in asked.types.split(",")]
     checks = tuple(asked.checks.split(",")) if asked.checks else QUICK if asked.check else tuple(zoo_checks.CHECKS)
     known: dict[str, Any] = {}
+    # as it was imported: code that changes during a run makes its results those of no tree
+    of = made_of()
     if RESULTS.is_file() and not asked.check:
         stored = json.loads(RESULTS.read_text())
-        known = stored["results"] if stored["transformers"] == transformers.__version__ else {}
+        known = stored["results"] if stored["of"] == of else {}
     results: dict[str, Any] = {}
     for kind, model_type in rows:
         row = f"{kind} {model_type}"
@@ -146,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not asked.check:
                 RESULTS.parent.mkdir(exist_ok=True)
                 part = RESULTS.with_suffix(".part")
-                part.write_text(json.dumps({"transformers": transformers.__version__, "results": known}, indent=1))
+                part.write_text(json.dumps({"of": of, "results": known}, indent=1))
                 part.replace(RESULTS)
             print(row, line(known[row]), flush=True)
         results[row] = known[row]

@@ -23,8 +23,8 @@ from secateurs.pack.folder import pack
 
 # floats may differ by so much of the largest: sums in another order, through a few layers
 CLOSE = 2e-5
-# the share of masks that rounding may decide otherwise where two Gram matrices are summed in another order
-ALIKE = 0.97
+# the least share of a mask that is alike where two Gram matrices are summed in another order; all of it in the types looked at
+ALIKE = 0.995
 
 
 class Wrong(Exception):
@@ -267,7 +267,9 @@ def _solve_by_hand(model: Any, names: list[str], batches: list[dict[str, Tensor]
             x = args[0] if args else next(iter(kwargs.values()))
             seen[name].append(x.reshape(-1, x.shape[-1]).clone())
 
-        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+        # a weight is met wherever a module holds it
+        places = [m for m in model.modules() if getattr(m, "weight", None) is module.weight]
+        handles += [place.register_forward_pre_hook(look, with_kwargs=True) for place in places]
     try:
         for batch in batches:
             outputs(model, batch)

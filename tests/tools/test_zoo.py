@@ -133,3 +133,24 @@ def test_a_silent_error_ends_with_1_and_is_on_the_page(zoo, monkeypatch, capsys)
     assert "**WRONG** 1" in said
     assert "1. off by 2" in said
     assert "| **all** | 1 | 0 (0%) | 0 | 0 | 1 |" in said
+
+
+def test_a_silent_error_in_any_column_is_counted(zoo):
+    from zoo_page import page
+
+    good = {name: {"result": "yes", "note": ""} for name in zoo.zoo_checks.CHECKS}
+    found = {"class": "X", "seconds": 1.0, "checks": {**good, "in memory": {"result": "wrong", "note": "96%"}}}
+    assert "| **all** | 1 | 1 (100%) | 0 | 0 | 1 |" in page({"causal llama": found}, "5", "today", 1)
+
+
+def test_results_of_other_code_are_forgotten(zoo, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(zoo, "RESULTS", tmp_path / "zoo.json")
+    monkeypatch.setattr(zoo, "PAGE", tmp_path / "models.md")
+    monkeypatch.setattr(zoo, "apart", lambda kind, name, *_: asked.append(name) or {"refused": "no", "seconds": 0.0})
+    for _ in range(2):
+        zoo.main(["--kinds", "causal", "--types", "llama"])
+    assert asked == ["llama"]
+    monkeypatch.setattr(zoo, "made_of", lambda: ["5.23.0", "another"])
+    zoo.main(["--kinds", "causal", "--types", "llama"])
+    assert asked == ["llama", "llama"]
