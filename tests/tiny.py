@@ -4,6 +4,11 @@ from pathlib import Path
 
 import torch
 
+from secateurs.model.blocks import inside
+from secateurs.model.couplings import couplings_of
+from secateurs.model.discover import layout_of
+from secateurs.model.layers import layers_of
+
 VOCABULARY = 260
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257}
 _LLAMA = {
@@ -77,6 +82,14 @@ def make(model_type: str, dtype: torch.dtype = torch.float32):
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.to(dtype).eval()
+
+
+def couplings(model):
+    """The couplings of all blocks."""
+    layout, found = layout_of(model), couplings_of(model)
+    blocks = ((name, model.get_submodule(name)) for name in inside(model, layout))
+    each = (found.of(name, block, layers_of(block, name, layout.experts), model.config) for name, block in blocks)
+    return [coupling for couplings in each for coupling in couplings]
 
 
 def tokenizer():

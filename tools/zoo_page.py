@@ -11,7 +11,8 @@ import zoo_types
 EXACT = ("saved", "streamed", "magnitude", "sparsegpt")
 _HEAD = """# Model types
 
-Types that transformers {version} lists, each as a small random model, pruned, shrunk and packed by `tools/zoo.py` on {day}; each result held against the same worked out on the whole model in memory. To make this page again, for
+Types that transformers {version} lists, each as a small random model, pruned, shrunk and packed by `tools/zoo.py` on {day}; each
+result held against the same worked out on the whole model in memory. To make this page again, for
 this or another version of transformers:
 
     python tools/zoo.py

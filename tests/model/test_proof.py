@@ -40,7 +40,6 @@ KINDS = {
 
 WHY = {
     "t5": "encoder.block.1 is called with more of what encoder.block.0 returns than hidden states",
-    "swinv2": "swinv2.encoder.layers.1 is called with more of what swinv2.encoder.layers.0 returns than hidden states",
     "zaya": "model.layers.1 is called with more of what model.layers.0 returns than hidden states",
     "albert": "albert.encoder.albert_layer_groups.0 is called 4 times in a pass",
     "xlm": "transformer.attentions.1 is called after blocks that come later",
@@ -71,6 +70,9 @@ def test_a_model_is_walked_in_the_cheapest_way_that_gives_its_outputs(model_type
             list(stream(model, proof.inputs(model), keep_last=True))
         return
     count = len(blocks_of(model)[0])
+    if model_type == "zaya":
+        # a walk uses the eager experts, whose sums are in another order than the fused kernel's
+        model.set_experts_implementation("eager")
     torch.manual_seed(1)
     for batch in proof.inputs(model):
         # other inputs than those of the proof

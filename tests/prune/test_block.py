@@ -11,7 +11,7 @@ import secateurs as sc
 from secateurs import Plan, Stats
 from secateurs.base.errors import LayerError
 from secateurs.matrix import solvers
-from secateurs.model import families
+from secateurs.model.couplings import couplings_of
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.walk import stream
 from secateurs.prune.assign import _levels, _losses, assign
@@ -187,7 +187,7 @@ def test_norms_and_sensitivities_are_reordered_with_what_they_are_of(monkeypatch
     # a row's own size stands for what the loss depends on it
     sizes = {layer.name: layer.read().square().sum(1) for layer in step.layers}
     plan = asked(Plan, pattern="2:4", method="wanda", permute=True)
-    prune_block(step, plan, Guide(None, sizes, families.find("llama"), model.config))
+    prune_block(step, plan, Guide(None, sizes, couplings_of(model), model.config))
     assert [n.rpartition(".")[2] for n, (*_, note) in given.items() if note == "inputs reordered"] == [
         "o_proj",
         "down_proj",

@@ -7,9 +7,6 @@ from torch.testing import assert_close
 
 from secateurs import Stats
 from secateurs.matrix.patterns import NM
-from secateurs.model import families
-from secateurs.model.blocks import blocks_of
-from secateurs.model.layers import layers_of
 from secateurs.prune import permute
 
 TWO_FOUR = NM(2, 4)
@@ -88,35 +85,30 @@ def test_reordering_leaves_every_family_s_function_alone(model_type):
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
         before = model(ids)[0]
-    family = families.find(model.config.model_type)
-    names, experts = blocks_of(model)
     reordered, moved = set(), []
-    for name in names:
-        found = permute.couplings(name, layers_of(model.get_submodule(name), name, experts), family, model.config)
-        assert found, "every family has at least one"
-        for coupling in found:
-            assert permute.refuses(coupling, TWO_FOUR) is None
-            sqnorm = torch.rand(coupling.consumer.shape[1]) * 10
-            order = permute.choose(coupling, sqnorm, TWO_FOUR)
-            assert order is not None
-            weight = coupling.consumer.read().clone()
-            kept = permute.kept_score(weight.square() * sqnorm, TWO_FOUR)
-            moved += permute.apply(coupling, order)
-            assert torch.equal(coupling.consumer.read(), weight[:, order])
-            assert permute.kept_score(coupling.consumer.read().square() * sqnorm[order], TWO_FOUR) > kept
-            reordered.add(coupling.consumer.name)
+    for coupling in tiny.couplings(model):
+        assert permute.refuses(coupling, TWO_FOUR) is None
+        sqnorm = torch.rand(coupling.consumer.shape[1]) * 10
+        order = permute.choose(coupling, sqnorm, TWO_FOUR)
+        # the order of a head of 8 may be the best already
+        if order is None and coupling.width == 8:
+            continue
+        weight = coupling.consumer.read().clone()
+        kept = permute.kept_score(weight.square() * sqnorm, TWO_FOUR)
+        moved += coupling.reorder(order)
+        assert torch.equal(coupling.consumer.read(), weight[:, order])
+        assert permute.kept_score(coupling.consumer.read().square() * sqnorm[order], TWO_FOUR) > kept
+        reordered.add(coupling.consumer.name)
     with torch.no_grad():
         after = model(ids)[0]
-    assert len(reordered) >= len(names)
+    assert len(reordered) >= 5, "of three blocks attention's output and the MLP's"
     assert_close(after, before, rtol=1e-4, atol=1e-5)
     parameters = dict(model.named_parameters())
     assert all(name in parameters for name in moved)
 
 
 def test_a_head_that_is_no_whole_number_of_groups_is_refused():
-    model = tiny.make("llama")
-    layers = layers_of(model.model.layers[0], "model.layers.0")
-    by_heads = permute.couplings("model.layers.0", layers, families.find("llama"), model.config)[-1]
+    by_heads = next(c for c in tiny.couplings(tiny.make("llama")) if c.consumer.name.endswith("o_proj"))
     assert by_heads.heads == (4, 2)
     assert permute.refuses(by_heads, NM(8, 16)) == "a head of 8 inputs is not a multiple of 16"
 

@@ -22,12 +22,10 @@ from secateurs.base import precision, progress
 from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
 from secateurs.base.files import fingerprint_of, trim
-from secateurs.model import families
 from secateurs.model.activations import OnDisk
 from secateurs.model.blocks import blocks_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.layers import layers_of
-from secateurs.prune import permute
 from secateurs.prune import run as prune_run
 from secateurs.prune.run import failure
 from secateurs.quality import compare, evaluation, texts
@@ -73,11 +71,7 @@ def test_every_family_prunes_verifies_and_reloads_to_the_same_logits(model_type,
 @functools.cache
 def consumers(model_type):
     """Layers whose inputs can be reordered."""
-    model = tiny.make(model_type)
-    names, experts = blocks_of(model)
-    family = families.find(model.config.model_type)
-    found = (permute.couplings(n, layers_of(model.get_submodule(n), n, experts), family, model.config) for n in names)
-    return {coupling.consumer.name for couplings in found for coupling in couplings}
+    return {coupling.consumer.name for coupling in tiny.couplings(tiny.make(model_type))}
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -152,9 +152,14 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
         """What a block returns for hidden states and these arguments."""
+        args, kwargs = self.around(hidden)
+        return block(*args, **kwargs)
+
+    def around(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All arguments, with these hidden states among them."""
         if isinstance(self.place, str):
-            return block(*self.args, **{self.place: hidden, **self.kwargs})
-        return block(*self.args[: self.place], hidden, *self.args[self.place :], **self.kwargs)
+            return self.args, {self.place: hidden, **self.kwargs}
+        return (*self.args[: self.place], hidden, *self.args[self.place :]), self.kwargs
 
     def of(self, part: slice | None, whole: int) -> "Call":
         """The arguments for some windows of a batch of `whole`: tensors with one entry for each window are cut."""

@@ -76,16 +76,16 @@ def prove(model: Any, blocks: int = 0, kind: str | None = None) -> Layout:
         forms = _forms(seen, found)
     except ValueError as error:
         return as_whole(f"{name}: {error}")
-    unequal: list[str] = []
+    differs: list[str] = []
     for how in (THROUGH, STEPPED):
         layout = Layout(found, experts, forms, how)
         why = _hands_on_more(seen, found) if how == THROUGH else None
         why = why or _first_difference(small, layout, batches, is_skeleton)
         if why is None:
-            layout = replace(layout, why=unequal[0] if unequal else None)
+            layout = replace(layout, why=differs[0] if differs else None)
             return replace(layout, in_pieces=layout.simple and _same_in_pieces(small, layout, batches[0]))
-        unequal.append(why)
-    return as_whole(f"{name} streamed block by block differs: {unequal[-1]}")
+        differs.append(why)
+    return as_whole(f"{name} streamed block by block differs: {differs[-1]}")
 
 
 def _sentence(error: Exception) -> str:
@@ -236,13 +236,13 @@ def _first_difference(model: Any, layout: Layout, batches: Sequence[Batch], lent
             return _sentence(error)
         finally:
             loader.load(model, "")
-        path = _unequal(got, want, getattr(model.config, "keys_to_ignore_at_inference", ()))
+        path = unequal(got, want, getattr(model.config, "keys_to_ignore_at_inference", ()))
         if path is None:
             continue
         kind = ", ".join(f"{n} {list(x.shape)}" for n, x in batch.items())
         for call in _watched(model, layout.lists, batch):
             index = names.index(call.name)
-            if _unequal(store.read(index, 0), call.hidden) is not None:
+            if unequal(store.read(index, 0), call.hidden) is not None:
                 return f"hidden states that enter {call.name} ({kind})"
         return f"output {path} ({kind})"
     return None
@@ -264,7 +264,7 @@ def _same_in_pieces(model: nn.Module, layout: Layout, batch: Batch) -> bool:
     except Exception:
         return False
     return all(
-        _unequal(torch.cat([piece[path] for piece in pieces], 1), x) is None
+        unequal(torch.cat([piece[path] for piece in pieces], 1), x) is None
         for path, x in wanted.items()
         if all(path in piece for piece in pieces)
     )
@@ -279,7 +279,7 @@ def _floats(output: Any) -> dict[str, Tensor]:
     }
 
 
-def _unequal(got: Any, want: Any, ignored: Sequence[str] = ()) -> str | None:
+def unequal(got: Any, want: Any, ignored: Sequence[str] = ()) -> str | None:
     """The path of the first tensor of numbers that differs by more than rounding, or None. ignored: names of what is left out."""
     mine, its = _floats(got), _floats(want)
     for path, x in its.items():

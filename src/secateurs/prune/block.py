@@ -20,7 +20,7 @@ from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import blocks_of
-from secateurs.model.families import Family
+from secateurs.model.couplings import Couplings
 from secateurs.model.layers import EXPERTS, Layer, Other, matches, others_of, survivors
 from secateurs.model.walk import Step, layers_at, stream
 from secateurs.prune import permute
@@ -39,12 +39,12 @@ class Guide:
     """What is known about the dense model before its first layer is pruned.
 
     shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
-    family, config: of a Hugging Face model, for what can be reordered.
+    couplings, config: of a Hugging Face model, for what can be reordered.
     """
 
     shares: dict[str, tuple[str, float]] | None = None
     sensitivity: dict[str, Tensor] = field(default_factory=dict)
-    family: Family | None = None
+    couplings: Couplings = field(default_factory=Couplings)
     config: Any = None
 
     def share(self, plan: Plan, layer: str) -> tuple[Pattern, float]:
@@ -239,8 +239,7 @@ def _reorder(
     notes = dict.fromkeys(wanting, "inputs not reordered: they are not known to come from layers of this block alone")
     tuned: list[str] = []
     sensitivity = dict(guide.sensitivity)
-    found = permute.couplings(step.name, step.layers, guide.family, guide.config) if guide.family else []
-    for coupling in found:
+    for coupling in guide.couplings.of(step.name, step.block, step.layers, guide.config):
         name = coupling.consumer.name
         pattern = patterns.get(name)
         if name not in wanting or not isinstance(pattern, NM) or stats[name].tokens == 0:
@@ -253,12 +252,11 @@ def _reorder(
         if order_I is None:
             notes[name] = "inputs already in the best order found"
             continue
-        tuned += permute.apply(coupling, order_I)
+        tuned += coupling.reorder(order_I)
         stats[name] = stats[name].reordered(order_I)
-        rows = permute.rows_of(coupling, order_I)
-        for producer in coupling.producers:
+        for i, producer in enumerate(coupling.producers):
             if producer.name in sensitivity:
-                sensitivity[producer.name] = sensitivity[producer.name][rows]
+                sensitivity[producer.name] = sensitivity[producer.name][coupling.row_order(i, order_I)]
             # a producer that is left dense has moved rows all the same
             if producer.name not in patterns:
                 tuned.append(producer.tensor_name)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress
-from secateurs.model import families
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch, text_config
+from secateurs.model.couplings import couplings_of
 from secateurs.model.discover import WHOLE, Layout, assume, layout_of, lists_of
 from secateurs.model.proof import prove
 from secateurs.prune.assign import Shares
@@ -148,5 +148,5 @@ def guide_of(model: nn.Module, plan: Plan, shares: Shares | None, found: dict[st
     config: Any = getattr(model, "config", None)
     if layout_of(model).how == WHOLE:
         return Guide(shares, found)
-    known = (row for row in families.FAMILIES.values() if config.model_type in row.types)
-    return Guide(shares, found, next(known, None), config)
+    wanted = plan.permute and any(p.fixed_sparsity is not None for p in plan.layer_patterns)
+    return Guide(shares, found, couplings_of(model), config) if wanted else Guide(shares, found)

@@ -10,15 +10,11 @@ The order: deal the inputs, best first, over the groups, back and forth; then, s
 that slot at once by an exact linear assignment. Zhang et al. 2024, RIA, sec. 4. O outputs, I inputs, Q groups of M.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from secateurs.matrix.patterns import NM
-from secateurs.model.families import Family
-from secateurs.model.layers import EXPERTS, Layer
+from secateurs.model.coupling import Coupling
 
 # inputs that are reordered among themselves; an assignment of q groups takes time q^3
 _MOST = 4096
@@ -80,53 +76,12 @@ def kept_score(score_OI: Tensor, pattern: NM) -> float:
     return float(score_OI.reshape(-1, pattern.m).topk(pattern.n, dim=1).values.sum(dtype=torch.float64))
 
 
-@dataclass(frozen=True)
-class Coupling:
-    """One reordering: `consumer` reads what the producers' rows give. copies: how often the inputs occur in the rows of a
-    producer (2 where gate and up are stacked). heads: (query heads, KV heads) for attention, None for an MLP.
-    """
-
-    producers: tuple[Layer, ...]
-    consumer: Layer
-    copies: int = 1
-    heads: tuple[int, int] | None = None
-
-
-def couplings(prefix: str, layers: Sequence[Layer], family: Family, config: object) -> list[Coupling]:
-    """What can be reordered inside a block whose layers are given."""
-    named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
-    found = []
-    if family.mlp and family.mlp[1] in named:
-        names, consumer = family.mlp
-        found.append(_mlp(tuple(named[n] for n in names), named[consumer]))
-    if family.experts:
-        up, down = family.experts
-        for name, layer in named.items():
-            stem, _, index = name.rpartition(".")
-            if stem.endswith(f".{down}"):
-                found.append(_mlp((named[f"{stem.removesuffix(down)}{up}.{index}"],), layer))
-    if family.attention and family.attention[1] in named:
-        value, out = (named[n] for n in family.attention)
-        heads = int(config.num_attention_heads)  # type: ignore[attr-defined]
-        found.append(Coupling((value,), out, heads=(heads, int(getattr(config, "num_key_value_heads", None) or heads))))
-    return found
-
-
-def _mlp(producers: tuple[Layer, ...], consumer: Layer) -> Coupling:
-    return Coupling(producers, consumer, producers[0].shape[0] // consumer.shape[1])
-
-
 def refuses(coupling: Coupling, pattern: NM) -> str | None:
     """Why a coupling cannot be reordered for a pattern, or None."""
+    if coupling.width is not None and coupling.width % pattern.m:
+        return f"a head of {coupling.width} inputs is not a multiple of {pattern.m}"
     inputs = coupling.consumer.shape[1]
-    width = inputs if coupling.heads is None else inputs // coupling.heads[0]
-    if width % pattern.m:
-        return f"a head of {width} inputs is not a multiple of {pattern.m}"
-    rows = coupling.copies * inputs if coupling.heads is None else width * coupling.heads[1]
-    for producer in coupling.producers:
-        if producer.shape[0] != rows:
-            return f"{producer.name} has {producer.shape[0]} outputs, {rows} were expected"
-    return None
+    return f"{inputs} inputs are not a multiple of {pattern.m}" if inputs % pattern.m else None
 
 
 def choose(coupling: Coupling, sqnorm_I: Tensor, pattern: NM) -> Tensor | None:
@@ -136,38 +91,14 @@ def choose(coupling: Coupling, sqnorm_I: Tensor, pattern: NM) -> Tensor | None:
     """
     score_OI = coupling.consumer.read().float().square() * sqnorm_I
     inputs = score_OI.shape[1]
-    if coupling.heads is None:
+    shared = coupling.heads
+    if shared is None:
         order_I = order_of(score_OI, pattern)
     else:
-        heads, groups = coupling.heads
+        heads, groups = shared
         width, each = inputs // heads, heads // groups
         # the heads of a group stand below each other: one order for all of them
         by_group = score_OI.reshape(-1, groups, each, width).permute(1, 0, 2, 3).reshape(groups, -1, width)
         starts = torch.arange(heads).reshape(groups, each, 1) * width
         order_I = (torch.stack([order_of(s, pattern) for s in by_group])[:, None] + starts).reshape(-1)
     return None if torch.equal(order_I, torch.arange(inputs)) else order_I
-
-
-def apply(coupling: Coupling, order_I: Tensor) -> list[str]:
-    """Reorder the consumer's columns and the producers' rows and biases in place; names of the biases that moved."""
-    coupling.consumer.write(coupling.consumer.read()[:, order_I].clone())
-    row_order = rows_of(coupling, order_I)
-    moved = []
-    for producer in coupling.producers:
-        producer.write(producer.read()[row_order].clone())
-        bias = producer.module._parameters.get("bias")
-        if bias is not None and producer.kind not in EXPERTS:
-            bias.detach().copy_(bias.detach()[row_order].clone())
-            moved.append(f"{producer.name}.bias")
-    return moved
-
-
-def rows_of(coupling: Coupling, order_I: Tensor) -> Tensor:
-    """The order of a producer's rows that belongs to an order of the consumer's inputs."""
-    inputs = len(order_I)
-    if coupling.heads is None:
-        return torch.cat([order_I + i * inputs for i in range(coupling.copies)])
-    heads, groups = coupling.heads
-    width, each = inputs // heads, heads // groups
-    first_head = order_I.reshape(groups, each, width)[:, 0] % width
-    return (first_head + torch.arange(groups)[:, None] * width).reshape(-1)

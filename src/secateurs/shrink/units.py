@@ -13,15 +13,14 @@ O outputs, I inputs, G units of C columns or R rows each.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateurs.model.coupling import Coupling
 from secateurs.model.families import Family
 from secateurs.model.layers import Layer
-from secateurs.prune.permute import couplings, rows_of
 
 KINDS = ("mlp", "heads", "queries", "experts", "hidden", "layers")
 # units that are columns of one matrix; units inside a block; units whose number is a field of Shape
@@ -107,12 +106,10 @@ def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, sh
     named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
     if kind == "mlp":
         assert family.mlp
-        now = SimpleNamespace(num_attention_heads=shape.heads * shape.queries, num_key_value_heads=shape.heads)
-        coupling = next(c for c in couplings(prefix, layers, family, now) if c.consumer is named[family.mlp[1]])
-        inputs = coupling.consumer.shape[1]
-        groups_GC = torch.arange(inputs)[:, None]
-        rows_GR = rows_of(coupling, torch.arange(inputs)).reshape(coupling.copies, inputs).T.contiguous()
-        return Units(kind, coupling.consumer, groups_GC, tuple((layer, rows_GR) for layer in coupling.producers))
+        producers, consumer = tuple(named[n] for n in family.mlp[0]), named[family.mlp[1]]
+        rows_GR = Coupling(producers, consumer, ("stacked",) * len(producers)).rows(0).T.contiguous()
+        groups_GC = torch.arange(consumer.shape[1])[:, None]
+        return Units(kind, consumer, groups_GC, tuple((layer, rows_GR) for layer in producers))
     assert family.projections is not None
     query, key, value, output = (named[name] for name in family.projections)
     inputs = output.shape[1]
