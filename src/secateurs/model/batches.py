@@ -52,10 +52,12 @@ def batched(windows: Tensor) -> list[Batch]:
 def window_length(asked: int | None, model: nn.Module, usual: int, flag: str) -> int:
     """Tokens of a window: as asked by `flag`, else `usual` or what the model's positions allow. Raises PlanError for too many."""
     config: Any = model.config
-    positions = getattr(text_config(config), "max_position_embeddings", None) or 2048
-    if asked is not None and asked > positions:
+    stated = getattr(text_config(config), "max_position_embeddings", None)
+    # XLNet says -1 for no limit
+    positions = stated if stated and stated > 0 else None
+    if asked is not None and positions is not None and asked > positions:
         raise PlanError(f"windows of {asked} tokens were asked for, the model has {positions} positions; lower {flag}")
-    return asked or min(usual, positions)
+    return asked or min(usual, positions or 2048)
 
 
 def check_vocabulary(windows: Tensor, model: nn.Module) -> None:

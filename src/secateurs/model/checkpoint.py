@@ -347,6 +347,11 @@ class Checkpoint:
         if unknown:
             raise CheckpointError(f"{self.folder}: {unknown[0]} would be written and was never read")
         for key, tensor in out.items():
+            if tensor.numel() != stored[key].numel():
+                raise CheckpointError(
+                    f"{self.folder}: {key} is stored as {list(stored[key].shape)} and holds several parameters of the model; load "
+                    "it in transformers, save it again, and prune that"
+                )
             stored[key] = tensor.detach().to(stored[key].dtype).reshape(stored[key].shape)
         return stored
 
@@ -426,6 +431,8 @@ def _not_finite(tensor: Tensor) -> int:
     """How many values are NaN or infinite. Counted in pieces, because a mask of a whole embedding would take much memory."""
     bad = 0
     for piece in torch.split(tensor.detach().flatten(), 1 << 24):
+        if not piece.numel():
+            continue
         # torch compares no float8
         wide = piece.float() if piece.itemsize == 1 else piece
         # one pass is enough where all are finite: with a NaN both are NaN
