@@ -79,9 +79,10 @@ class Couplings:
 
 def _fits(coupling: Coupling) -> bool:
     try:
-        return all(len(coupling.rows(i)) for i in range(len(coupling.producers)))
+        copies = [len(coupling.rows(i)) for i in range(len(coupling.producers))]
     except ValueError:
         return False
+    return coupling.width is None or set(copies) == {1}
 
 
 def _pattern(name: str) -> str:
@@ -347,6 +348,7 @@ def _itself(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- check
 
 
+@torch.no_grad()
 def _wrong(small: Any, rule: Rule, blocks: Mapping[str, tuple[nn.Module, Sequence[Layer]]], batch: Batch) -> str | None:
     """Why a rule does not hold: the small model, reordered by it, does not give what it gave before. None if it does.
 
