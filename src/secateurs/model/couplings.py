@@ -70,7 +70,10 @@ class Couplings:
                     if width is None:
                         continue
                 numbers = _numbers(name)
-                producers = tuple(named[_numbered(p, numbers)] for p, _ in rule.producers)
+                names = [_numbered(p, numbers) for p, _ in rule.producers]
+                if not all(n in named for n in names):
+                    continue
+                producers = tuple(named[n] for n in names)
                 coupling = Coupling(producers, consumer, tuple(form for _, form in rule.producers), width)
                 if _fits(coupling):
                     found.append(coupling)
@@ -101,20 +104,22 @@ def _numbered(pattern: str, numbers: Sequence[str]) -> str:
 def _stated(block: nn.Module, name: str, config: Any, inputs: int) -> dict[str, int]:
     """{where: width of a head}, as the modules that hold a layer and the config's text part state it, if it divides the inputs."""
     found: dict[str, int] = {}
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        module = block.get_submodule(path)
+    inside = [(path, module) for path, module in block.named_modules() if not path or name.startswith(f"{path}.")]
+    for path, module in reversed(inside):
         found |= {f"{_pattern(path)}:{n}": getattr(module, n) for n in _WIDTHS if _is_size(module, n)}
-    for part in {"": config, "text": config.get_text_config()}.items():
-        found |= {f"{part[0]} config:{n}": getattr(part[1], n) for n in _WIDTHS if _is_size(part[1], n)}
-        heads = {n: getattr(part[1], n) for n in _HEADS if _is_size(part[1], n)}
-        found |= {f"{part[0]} config:{n}": inputs // h for n, h in heads.items() if inputs % h == 0}
+    for label, part in ("config", config), ("text config", config.get_text_config()):
+        found |= {f"{label}:{n}": getattr(part, n) for n in _WIDTHS if _is_size(part, n)}
+        heads = {n: getattr(part, n) for n in _HEADS if _is_size(part, n)}
+        found |= {f"{label}:{n}": inputs // h for n, h in heads.items() if inputs % h == 0}
     return {where: width for where, width in found.items() if inputs % width == 0}
 
 
 def _is_size(thing: Any, name: str) -> bool:
-    value = getattr(thing, name, None)
+    try:
+        value = getattr(thing, name, None)
+    # transformers raises an error of its own for a number that is not the same in all blocks
+    except Exception:
+        return False
     return type(value) is int and value > 0
 
 
@@ -136,10 +141,10 @@ def _find(model: Any) -> Couplings:
         return Couplings()
     try:
         small = miniature(model)
-        batch = inputs(small)[0]
-    except ValueError as error:
+        return find(small, layout, inputs(small)[0])
+    # it makes no small instance, or changes in place what gradients need
+    except (ValueError, RuntimeError) as error:
         return Couplings(refused={"": str(error)})
-    return find(small, layout, batch)
 
 
 def find(small: nn.Module, layout: Layout, batch: Batch) -> Couplings:
@@ -294,7 +299,7 @@ def _rules(name: str, feeds: Mapping[str, Tensor], prefix: str, widths: Iterable
         for layer, feed_IO in feeds.items():
             producer = layer.removeprefix(f"{prefix}.")
             form = next((form for form in FORMS if _matches(form, feed_IO, width)), None)
-            if form and _numbered(_pattern(producer), _numbers(name)[: _pattern(producer).count("*")]) == producer:
+            if form and _numbers(producer) == _numbers(name)[: len(_numbers(producer))]:
                 producers.append((_pattern(producer), form))
             elif width is None:
                 return []
