@@ -305,8 +305,10 @@ def _fits(config: Any, plan: DecidePlan) -> None:
 
 
 def _units(config: Any) -> tuple[str, ...]:
-    """The default units of shrink that the model's family has."""
-    family = families.find(config.model_type)
+    """The default units of shrink that the model's family has; all, of a type that shrink does not know and will refuse."""
+    family = next((f for f in families.FAMILIES.values() if config.model_type in f.types), None)
+    if family is None:
+        return ShrinkPlan.units
     return tuple(u for u in ShrinkPlan.units if not units.refuses(u, family, config))
 
 

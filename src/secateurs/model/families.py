@@ -85,4 +85,7 @@ def find(model_type: str) -> Family:
         if model_type in family.types:
             return family
     known = ", ".join(t for family in _ROWS for t in family.types)
-    raise ValueError(f"no family for model_type '{model_type}'; known: {known}. Add a row to families.py")
+    raise ValueError(
+        f"shrink does not know where model_type '{model_type}' keeps its units and how its config.json states them; it knows: "
+        f"{known}; pruning takes any type"
+    )

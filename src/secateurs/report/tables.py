@@ -82,7 +82,7 @@ def print_methods(console: Console) -> None:
         "Methods (--method)": methods,
         "Patterns (--pattern)": patterns,
         "Allocations (--allocation)": allocations,
-        "Families": families,
+        "Model types that shrink can cut (pruning takes any)": families,
     }
     for title, table in titled.items():
         console.print(f"[bold]{title}[/]")
