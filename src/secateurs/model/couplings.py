@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import Call, inside, whole
+from secateurs.model.blocks import Call, evaluation_mode, inside, whole
 from secateurs.model.coupling import FORMS, Coupling
 from secateurs.model.discover import Layout, layout_of
 from secateurs.model.layers import EXPERTS, Layer, layers_of
@@ -141,7 +141,9 @@ def _find(model: Any) -> Couplings:
         return Couplings()
     try:
         small = miniature(model)
-        return find(small, layout, inputs(small)[0])
+        with evaluation_mode(small):
+            batch = inputs(small)[0]
+        return find(small, layout, batch)
     # it makes no small instance, or changes in place what gradients need
     except (ValueError, RuntimeError) as error:
         return Couplings(refused={"": str(error)})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.model.batches import Batch
+from secateurs.model.batches import Batch, placed
 
 # words are drawn from these, which are no special tokens
 _WORDS = (3, 200)
@@ -29,7 +29,7 @@ def inputs(model: Any, kind: str | None = None) -> list[Batch]:
     for name in (kind,) if kind else KINDS:
         for make in KINDS[name](model):
             try:
-                batches = make()
+                batches = [{n: placed(x, _device(model)) for n, x in batch.items()} for batch in make()]
                 for batch in batches:
                     _run(model, batch)
                 return batches
@@ -39,6 +39,10 @@ def inputs(model: Any, kind: str | None = None) -> list[Batch]:
                 reasons.append(f"{type(error).__name__}: {lines[0]}")
     reason = reasons[0] if reasons else f"it takes no {kind or 'input that is known'}"
     raise ValueError(f"{type(model).__name__} runs on no made-up input ({reason})")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _run(model: nn.Module, batch: Batch) -> None:

@@ -22,7 +22,6 @@ from secateurs.model.blocks import (
     AllLoaded,
     Call,
     Loader,
-    device_of,
     entwined,
     evaluation_mode,
     inside,
@@ -59,7 +58,8 @@ def prove(model: Any, blocks: int = 0, kind: str | None = None) -> Layout:
     is_skeleton = any(p.is_meta for p in model.parameters())
     try:
         small = miniature(model, blocks) if is_skeleton else model
-        batches = [{n: x.to(device_of(small)) for n, x in batch.items()} for batch in inputs(small, kind)]
+        with evaluation_mode(small):
+            batches = inputs(small, kind)
         with _Fused(small) as fused, unchanged(small):
             seen = _watched(small, lists, batches[0])
     except CheckpointError:
