@@ -274,7 +274,7 @@ ROWS = (
     _row(MODEL, "model/test_proof.py::test_a_model_that_changes_its_weights_when_it_runs_is_refused",
          "changed = [name for name, p in model.named_parameters() if name in before and p._version != before[name]]",
          "changed: list[str] = []"),
-    _row(MODEL, "model/test_proof.py::test_a_walk_sees_what_hooks_on_the_whole_model_see[bart]",
+    _row(MODEL, "model/test_proof.py::test_a_model_is_walked_in_the_cheapest_way_that_gives_its_outputs[bart]",
          "found[other] = form.around(store.read(slot, batch))",
          "found[other] = form.around(torch.zeros_like(store.read(slot, batch)))"),
     _row(PRUNE, "prune/test_parts.py::test_a_part_is_pruned_and_the_rest_stays_dense[encoder]",
