@@ -11,7 +11,7 @@ import secateurs as sc
 from secateurs.base.errors import CheckpointError
 from secateurs.model import proof
 from secateurs.model.activations import InMemory, OnDisk
-from secateurs.model.blocks import AllLoaded, blocks_of, leave
+from secateurs.model.blocks import AllLoaded, blocks_of, enter_list, leave
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Form, assume, layout_of
 from secateurs.model.miniature import small_instance
@@ -144,9 +144,18 @@ def test_what_only_many_blocks_show_is_found_on_the_real_model():
     assume(model, lucky)
     batch = {"input_ids": torch.arange(24).reshape(2, 12)}
     with pytest.raises(CheckpointError, match=r"layers\.3 is not called with what the block before it returns"):
-        list(stream(model, [batch], keep_last=True))
+        enter_list(model, lucky, "layers", batch, {})
     assert settle(model, [batch]).how == STEPPED
     assert layout_of(model).how == STEPPED
+    # a walk that was not settled before finds it out as well
+    assume(model, lucky)
+    store = InMemory()
+    assert sum(1 for _ in stream(model, [batch], AllLoaded(), store, keep_last=True)) == 5
+    with torch.no_grad():
+        want = model(**batch).last_hidden_state
+    assert torch.equal(
+        leave(model, AllLoaded(), store.read(5, 0), batch, None, store.more(5, 0)).last_hidden_state, want
+    )
 
 
 class Forgetful(transformers.LlamaModel):

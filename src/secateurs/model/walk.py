@@ -201,6 +201,15 @@ def stream(
     lists = _Lists(
         model, layout, batches, loader, [] if backwards else [store] if teacher is None else [store, teacher]
     )
+    if batches and layout.how == THROUGH and not backwards:
+        try:
+            lists.enter(start, store)
+        except HandsOnMore as error:
+            _walk_otherwise(model, error)
+            yield from stream(
+                model, batches, loader, store, start, propagate, keep_last, tick, teacher, targets, keep_all
+            )
+            return
 
     indices = range(start, len(names))
     for index in reversed(indices) if backwards else indices:
@@ -257,14 +266,18 @@ def settle(model: nn.Module, batches: Sequence[Batch], loader: Loader | None = N
             with evaluation_mode(model):
                 enter_list(model, layout, layout.lists[0], batches[0], {})
         except HandsOnMore as error:
-            from secateurs.model.proof import prove
-
-            found = prove(model, blocks=len(inside(model, layout)))
-            # a small instance of all blocks may still hide it
-            layout = found if found.how != THROUGH else replace(found, how=STEPPED, why=str(error), in_pieces=False)
-            assume(model, layout)
+            _walk_otherwise(model, error)
         loader.release(model)
-    return layout
+    return layout_of(model)
+
+
+def _walk_otherwise(model: nn.Module, error: HandsOnMore) -> None:
+    """Let a model have another layout than THROUGH, proved on a small instance of as many blocks."""
+    from secateurs.model.proof import prove
+
+    found = prove(model, blocks=len(inside(model, layout_of(model))))
+    # a small instance of all blocks may still hide it
+    assume(model, found if found.how != THROUGH else replace(found, how=STEPPED, why=str(error), in_pieces=False))
 
 
 class _Lists:
