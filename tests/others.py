@@ -48,17 +48,8 @@ OTHERS = {
 
 def make(name: str, **changes):
     """A model with weights large enough that layers matter."""
-    import transformers
-
     architecture, arguments, _ = OTHERS[name]
-    config = transformers.AutoConfig.for_model(name.split()[0], **{**arguments, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, architecture)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.eval()
+    return tiny.random(architecture, name.split()[0], {**arguments, **changes}).eval()
 
 
 def save(folder: Path, name: str, **changes) -> Path:

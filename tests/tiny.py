@@ -71,17 +71,22 @@ TINY = {
 
 def make(model_type: str, dtype: torch.dtype = torch.float32):
     """A model with weights large enough that layers matter."""
+    architecture, arguments = TINY[model_type]
+    return random(architecture, model_type.split()[0], arguments).to(dtype).eval()
+
+
+def random(architecture: str, model_type: str, arguments: dict):
+    """A model of that class with large random weights."""
     import transformers
 
-    architecture, arguments = TINY[model_type]
-    config = transformers.AutoConfig.for_model(model_type.split()[0], **arguments)
+    config = transformers.AutoConfig.for_model(model_type, **arguments)
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.to(dtype).eval()
+    return model
 
 
 def couplings(model):

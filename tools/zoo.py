@@ -110,24 +110,21 @@ def made_of() -> list[str]:
     return [transformers.__version__, digest.hexdigest()]
 
 
-def silent(results: dict[str, Any]) -> list[str]:
-    """The results that are wrong without a word."""
+def noted(results: dict[str, Any], kind: str) -> list[str]:
+    """The notes of all checks that ended as `kind` says; 'wrong' is wrong without a word."""
     return [
         f"{row}, {name}: {found['note']}"
         for row, result in results.items()
         for name, found in result.get("checks", {}).items()
-        if found["result"] == "wrong"
+        if found["result"] == kind
     ]
 
 
 def crashed(results: dict[str, Any]) -> list[str]:
     """The results that are an exception and no sentence."""
-    return [
-        f"{row}, {name}: {found['note']}"
-        for row, result in results.items()
-        for name, found in result.get("checks", {}).items()
-        if found["result"] == "crash"
-    ] + [f"{row}: {result['refused']}" for row, result in results.items() if result.get("hung")]
+    return noted(results, "crash") + [
+        f"{row}: {result['refused']}" for row, result in results.items() if result.get("hung")
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
                 part.replace(RESULTS)
             print(row, line(known[row]), flush=True)
         results[row] = known[row]
-    wrong, crashes = silent(results), crashed(results)
+    wrong, crashes = noted(results, "wrong"), crashed(results)
     for text in (*wrong, *crashes):
         print(text)
     print(f"{len(results)} types, {len(wrong)} silent errors, {len(crashes)} crashes")

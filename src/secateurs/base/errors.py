@@ -82,3 +82,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' if a known word is near, else ''."""
     found = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def said(error: Exception, lines: int = 1) -> str:
+    """The first lines of what another library's exception says; the name of its class if it says nothing."""
+    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(found[:lines]) or type(error).__name__

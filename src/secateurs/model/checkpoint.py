@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CheckpointError, said
 from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import no_bars
 from secateurs.model import attention
@@ -154,8 +154,7 @@ class Checkpoint:
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise CheckpointError(untrusted(self.folder)) from None
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{self.folder} has no tokenizer that loads: {first}") from None
+            raise CheckpointError(f"{self.folder} has no tokenizer that loads: {said(error)}") from None
 
     def skeleton(self) -> Any:
         """The model's own class with every parameter on the meta device; buffers are real."""
@@ -169,8 +168,7 @@ class Checkpoint:
         except Exception as error:
             if self._own_code() and not trusted():
                 raise CheckpointError(untrusted(self.folder)) from None
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{self.folder}/config.json: {first}") from None
+            raise CheckpointError(f"{self.folder}/config.json: {said(error)}") from None
         names = getattr(config, "architectures", None) or []
         cls = self._class(names[0]) if names else None
         if cls is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.base.errors import said
 from secateurs.model.batches import Batch, placed
 
 # words are drawn from these, which are no special tokens
@@ -35,8 +36,7 @@ def inputs(model: Any, kind: str | None = None) -> list[Batch]:
                 return batches
             # a model may raise anything for inputs that are not to its liking
             except Exception as error:
-                lines = str(error).strip().splitlines() or [""]
-                reasons.append(f"{type(error).__name__}: {lines[0]}")
+                reasons.append(f"{type(error).__name__}: {said(error)}")
     reason = reasons[0] if reasons else f"it takes no {kind or 'input that is known'}"
     raise ValueError(f"{type(model).__name__} runs on no made-up input ({reason})")
 

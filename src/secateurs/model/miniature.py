@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CheckpointError, said
 from secateurs.model.layers import kind_of
 from secateurs.model.made_up import inputs as inputs
 
@@ -84,7 +84,7 @@ def small_instance(cls: Any, config: Any, blocks: int = 0) -> nn.Module:
             raise
         # a class may raise anything for a config that is not to its liking
         except Exception as error:
-            reasons.append(_sentence(error))
+            reasons.append(f"{type(error).__name__}: {said(error, 2)}")
     raise ValueError(f"no small instance of {cls.__name__} runs ({reasons[0]})")
 
 
@@ -99,11 +99,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} changes its weights when it runs ({changed[0]}), so it does not multiply with those that are "
             "stored, which would be pruned"
         )
-
-
-def _sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- weights

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from secateurs.base.errors import CheckpointError, SecateursError
+from secateurs.base.errors import CheckpointError, SecateursError, said
 from secateurs.base.files import cache_folder, write_json, writing
 from secateurs.model.checkpoint import Checkpoint, fingerprint_of_files, write_index, write_shard
 from secateurs.model.source import INDEX, SINGLE, resolve, trusted
@@ -120,12 +120,11 @@ def _reading(given: Path, package: str) -> Iterator[None]:
         # those of a disk say so by number
         if error.errno is not None and not isinstance(error, FileNotFoundError):
             raise
-        raise CheckpointError(f"{given} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise CheckpointError(f"{given} cannot be read: {said(error)}") from None
     except struct.error:
         raise CheckpointError(f"{given} is truncated; download or copy it again") from None
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{given} cannot be read: {first}") from None
+        raise CheckpointError(f"{given} cannot be read: {said(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- quantized

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CheckpointError, said
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import (
@@ -66,31 +66,26 @@ def prove(model: Any, blocks: int = 0, kind: str | None = None) -> Layout:
         raise
     # a model that is given odd inputs may raise anything
     except Exception as error:
-        return as_whole(f"{name} was not run on made-up inputs: {_sentence(error)}")
+        return as_whole(f"{name} was not run on made-up inputs: {type(error).__name__}: {said(error)}")
     experts = fused.kinds
     # what is right for a weight is not known before all its uses have run
     if entwined(model, inside(model, Layout(tuple(lists)))):
         return as_whole(f"{name}'s blocks share weights")
     try:
-        found = _order(seen, lists)
+        found = _order(seen)
         forms = _forms(seen, found)
     except ValueError as error:
         return as_whole(f"{name}: {error}")
     differs: list[str] = []
     for how in (THROUGH, STEPPED):
         layout = Layout(found, experts, forms, how)
-        why = _hands_on_more(seen, found) if how == THROUGH else None
+        why = _hands_on_more(seen) if how == THROUGH else None
         why = why or _first_difference(small, layout, batches, is_skeleton)
         if why is None:
             layout = replace(layout, why=differs[0] if differs else None)
             return replace(layout, in_pieces=layout.simple and _same_in_pieces(small, layout, batches[0]))
         differs.append(why)
     return as_whole(f"{name} streamed block by block differs: {differs[-1]}")
-
-
-def _sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _Lent:
@@ -181,7 +176,7 @@ def _list_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _order(seen: Sequence[_Run], lists: Sequence[str]) -> tuple[str, ...]:
+def _order(seen: Sequence[_Run]) -> tuple[str, ...]:
     """The lists that were called, in order. Raises ValueError if blocks are called more than once, or out of order."""
     names = [call.name for call in seen]
     if not names:
@@ -201,7 +196,7 @@ def _forms(seen: Sequence[_Run], lists: Sequence[str]) -> dict[str, Form]:
     return {path: next(Form.of(c.output) for c in seen if _list_of(c.name) == path) for path in lists}
 
 
-def _hands_on_more(seen: Sequence[_Run], lists: Sequence[str]) -> str | None:
+def _hands_on_more(seen: Sequence[_Run]) -> str | None:
     """Why hidden states alone do not make the next block's arguments, or None."""
     for before, after in pairwise(seen):
         if _list_of(before.name) != _list_of(after.name):
@@ -233,7 +228,7 @@ def _first_difference(model: Any, layout: Layout, batches: Sequence[Batch], lent
             got = leave(model, loader, store.read(len(names), 0), batch, None, store.more(len(names), 0))
         # what a model raises where a block gets other things than it returns
         except Exception as error:
-            return _sentence(error)
+            return f"{type(error).__name__}: {said(error)}"
         finally:
             loader.load(model, "")
         path = unequal(got, want, getattr(model.config, "keys_to_ignore_at_inference", ()))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from secateurs.base.errors import CheckpointError
+from secateurs.base.errors import CheckpointError, said
 from secateurs.base.run_directory import model_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,8 +52,7 @@ def resolve(model: str | Path) -> Path:
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if trusted() else [])]
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {model} here, and the hub did not give it: {first}") from None
+        raise CheckpointError(f"no folder {model} here, and the hub did not give it: {said(error)}") from None
 
 
 def weights_of(folder: Path, config: dict[str, Any]) -> Path:

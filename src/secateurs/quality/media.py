@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateurs.base.errors import CalibrationError
+from secateurs.base.errors import CalibrationError, said
 from secateurs.model.batches import Batch
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import trusted
@@ -66,7 +66,7 @@ def rows(
             raise
         # decoders raise whatever they like for a damaged file
         except Exception as error:
-            unread.append(f"{file.name} cannot be read: {_first_line(error)}")
+            unread.append(f"{file.name} cannot be read: {said(error)}")
     return found, unread
 
 
@@ -104,7 +104,7 @@ def _processor(name: str, source: Checkpoint) -> Any:
     except Exception as error:
         raise CalibrationError(
             f"{source.given} has no processor that loads (preprocessor_config.json), so nothing can be made of files for it: "
-            f"{_first_line(error)}"
+            f"{said(error)}"
         ) from None
     finally:
         logging.set_verbosity(before)
@@ -167,7 +167,7 @@ def _prompted(processor: Any, picture: Any, text: str | None, kind: Kind, source
         return processor(images=[picture], text=[f"{token}{words}" if token else words], return_tensors="pt")
     except Exception as error:
         raise CalibrationError(
-            f"the processor of {source.given} takes no image with a text: {_first_line(error)}; calibrate on text"
+            f"the processor of {source.given} takes no image with a text: {said(error)}; calibrate on text"
         ) from None
 
 
@@ -191,8 +191,3 @@ def greedy(model: Any, row: Batch, start: int, most: int) -> Tensor:
                 break
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
     return ids
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
