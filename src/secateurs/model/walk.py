@@ -201,7 +201,8 @@ def stream(
     lists = _Lists(
         model, layout, batches, loader, [] if backwards else [store] if teacher is None else [store, teacher]
     )
-    if batches and layout.how == THROUGH and not backwards:
+    # of a walk that goes on, all blocks may be done
+    if batches and layout.how == THROUGH and not backwards and start < len(names):
         try:
             lists.enter(start, store)
         except HandsOnMore as error:
