@@ -81,16 +81,16 @@ def test_json_is_all_there_is_on_standard_output(tmp_path, llama):
     out, _ = run("prune", llama, "--out", tmp_path / "run", "--method", "magnitude", "--eval-windows", 0, "--json")
     assert json.loads(out)["status"] == "complete"
     found = json.loads(run("methods", "--json")[0])
-    assert set(found) == {"efforts", "methods", "patterns", "allocations", "families"}
+    assert set(found) == {"efforts", "methods", "patterns", "allocations"}
     assert len(json.loads(run("lab", "magnitude", "--json")[0])["rows"]) == 5
 
 
 def test_methods_lists_every_row_and_what_it_costs():
     text, _ = run("methods")
     found = json.loads(run("methods", "--json")[0])
-    for kind in ("methods", "allocations", "families"):
+    for kind in ("methods", "allocations"):
         assert all(name in text for name in found[kind]), kind
-    for word in ("+refit", "+swaps", "N:M", "RxC", "gemma3_text"):
+    for word in ("+refit", "+swaps", "N:M", "RxC"):
         assert word in text
     for name, effort in found["efforts"].items():
         assert re.fullmatch(r"([\d.]+ to )?[\d.]+x", effort["cost"]), name

@@ -134,7 +134,7 @@ def test_a_candidate_that_fails_where_others_miss_the_floor_is_no_fault(tmp_path
     assert result["recommended"] == "dense"
 
 
-def test_units_that_nobody_named_are_those_that_the_family_has(tmp_path, words, stated):
+def test_units_that_nobody_named_are_those_that_the_model_has(tmp_path, words, stated):
     source = tiny.save(tmp_path / "dense", "gpt2")
     chosen = plan(source, words, tmp_path, candidates=("shrink:params=0.95x",))
     (row,) = decide(chosen, tmp_path / "run")["rows"]

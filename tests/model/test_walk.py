@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs import Stats
 from secateurs.base.errors import LayerError
-from secateurs.model import blocks, families
+from secateurs.model import blocks
 from secateurs.model.activations import InMemory, OnDisk
 from secateurs.model.blocks import AllLoaded, leave, pieces
 from secateurs.model.discover import layout_of
@@ -15,10 +15,6 @@ from secateurs.model.walk import stream
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": IDS[:3]}, {"input_ids": IDS[3:]}]
-
-
-def test_every_family_type_has_a_tiny_config():
-    assert {t for f in families.FAMILIES.values() for t in f.types} == {name.split()[0] for name in tiny.TINY}
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])

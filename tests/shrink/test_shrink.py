@@ -11,8 +11,10 @@ from plans import asked, changed
 
 from secateurs.base.errors import OutputError, PlanError
 from secateurs.base.files import write_json
-from secateurs.model import families
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.shrink import cutting, estimates, latency, losses, shapes, units
+from secateurs.shrink.cuts import cuts_of
+from secateurs.shrink.job import Dense
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 
@@ -74,7 +76,10 @@ def test_latency_is_kept_by_measurement(tmp_path, llama, words, monkeypatch):
     from secateurs.shrink.units import Shape
 
     def known(models, prompt, new, rounds=5):
-        shapes = [Shape.of(m.config, families.find("llama")) for m in models]
+        shapes = [
+            Shape(c.num_hidden_layers, c.intermediate_size, c.num_key_value_heads, 2)
+            for c in (m.config for m in models)
+        ]
         # not what the fit supposes: the last neurons are cheap
         return [
             Seconds(1 + s.layers * (1 + s.mlp**1.5 / 100), 2 + s.layers * (1 + s.heads + s.mlp / 16)) for s in shapes
@@ -240,8 +245,8 @@ def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
     from secateurs.shrink.sizes import sizes_of
 
     model = tiny.make(model_type)
-    config, family = model.config, families.find(model.config.model_type)
-    sizes = sizes_of(model, family, config)
+    config = model.config
+    sizes = sizes_of(model, cuts_of(model), ("experts",))
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     fused = sum(p.numel() for n, p in model.model.layers[0].named_parameters() if ".experts." in n)
     # two of four
@@ -257,15 +262,13 @@ def test_multiplications_are_of_the_experts_that_a_token_is_sent_to(model_type):
 @pytest.mark.parametrize("model_type", [t for t in tiny.TINY if not t.startswith("bert")])
 def test_a_model_counts_the_same_before_its_weights_are_read(model_type, tmp_path):
     """Tied embeddings are counted once, so a budget is not refused for a head that takes no memory."""
-    from secateurs.model.checkpoint import Checkpoint
-    from secateurs.shrink.job import Dense
     from secateurs.shrink.sizes import sizes_of
 
     source = tiny.save(tmp_path / "dense", model_type)
     chosen = ShrinkPlan(str(source), "params=0.8x")
     dense = Dense.of(chosen, Checkpoint(source).skeleton())
     loaded = dense.load()
-    assert dense.sizes == sizes_of(loaded, dense.family, loaded.config)
+    assert dense.sizes == sizes_of(loaded, dense.cuts, chosen.units)
     assert dense.sizes.parameters(dense.shape) == sum(p.numel() for p in loaded.parameters())
 
 
@@ -327,7 +330,7 @@ def test_bad_requests_are_refused_in_a_sentence(budget, options, words_of):
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, llama, words):
     mixtral = tiny.save(tmp_path / "mixtral", "mixtral")
-    with pytest.raises(PlanError, match="mixtral's MLPs are experts"):
+    with pytest.raises(PlanError, match="the MLPs of this mixtral's blocks are experts"):
         shrink(plan(mixtral, words, units=("mlp",)), tmp_path / "a")
     with pytest.raises(PlanError, match="cannot become a smaller multiple of 128"):
         shrink(plan(llama, words, units=("mlp",), multiple=128), tmp_path / "a")
@@ -393,7 +396,7 @@ def test_head_counts_that_transformers_refuses_are_not_chosen(tmp_path, words):
     report = shrink(plan(llama, words, "params=0.95x", units=("heads",), eval_windows=0), tmp_path / "run")
     assert report["left"]["heads"] == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert units.not_loadable(config, families.find("llama"), units.Shape(2, 64, 3, 1, 0, 32)) == (
+    assert Dense.of(plan(llama, words), Checkpoint(llama).skeleton()).not_loadable(units.Shape(2, 64, 3, 1, 0, 32)) == (
         "The hidden size (32) is not a multiple of the number of attention heads (3)."
     )
     # a budget that only three heads would meet, and one that nothing loadable meets

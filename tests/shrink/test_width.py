@@ -1,6 +1,7 @@
 """Channels of the residual stream."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import torch
 from test_shrink import plan
 
 from secateurs import Stats
-from secateurs.model import families
-from secateurs.shrink import units, width
+from secateurs.model.blocks import blocks_of
+from secateurs.shrink import width
+from secateurs.shrink.cuts import cuts_of
 from secateurs.shrink.run import shrink
 
 MODELS = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
@@ -29,7 +31,8 @@ def test_channels_that_nobody_writes_can_go(model_type):
     import transformers
 
     model = tiny.make(model_type).eval()
-    family = families.find(model_type)
+    cuts, names = cuts_of(model), blocks_of(model)[0]
+    stream = cuts.stream
     # tiny hidden states are not far from it
     model.config.rms_norm_eps = 1e-9
     for module in model.modules():
@@ -39,23 +42,22 @@ def test_channels_that_nobody_writes_can_go(model_type):
     with torch.no_grad():
         model.get_input_embeddings().weight[:, gone] = 0
         for block in model.model.layers:
-            for norm, _, writer in family.residual:
-                block.get_submodule(norm).weight.uniform_(0.5, 2)
-                for parameter in block.get_submodule(writer).parameters():
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                norm.weight.uniform_(0.5, 2)
+            for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+                for parameter in writer.parameters():
                     parameter[gone] = 0
     expected = logits(model)
-    before = units.Shape.of(model.config, family)
+    before = cuts.shape
     count = sum(p.numel() for p in model.parameters())
-    found = width.readers(model, family, WINDOWS, {}, lambda: None)
+    found = width.readers(model, names, stream, WINDOWS, {}, lambda: None)
     # they go first, because nothing is lost
     order, losses = width.removal(found, 4, 1e-4)
     assert set(order.tolist()) == set(gone.tolist())
     assert float(losses[3]) < 1e-3 * float(width.removal(found, 8, 1e-4)[1][7])
-    width.cut(model, family, found, gone, 1e-4, refit=False)
+    width.cut(model, names, stream, found, gone, 1e-4, refit=False)
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
-    stated = units.stated(
-        model.config.to_dict(), model.config, family, replace(before, hidden=28), range(before.layers)
-    )
+    stated = cuts.stated(model.config.to_dict(), replace(before, hidden=28), range(before.layers))
     fresh = getattr(transformers, tiny.TINY[model_type][0])(type(model.config)(**stated))
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(fresh), expected, rtol=1e-3, atol=1e-4)
@@ -63,15 +65,15 @@ def test_channels_that_nobody_writes_can_go(model_type):
 
 
 def test_refit_brings_the_readers_nearer():
-    family = families.find("llama")
     dense = tiny.make("llama")
+    stream, names = cuts_of(dense).stream, blocks_of(dense)[0]
     expected = logits(dense).log_softmax(-1)
     found = {}
     for refit in (True, False):
         model = tiny.make("llama").eval()
-        reading = width.readers(model, family, WINDOWS, {}, lambda: None)
+        reading = width.readers(model, names, stream, WINDOWS, {}, lambda: None)
         removed, _ = width.removal(reading, 6, 1e-3)
-        width.cut(model, family, reading, removed, 1e-3, refit)
+        width.cut(model, names, stream, reading, removed, 1e-3, refit)
         got = logits(model).log_softmax(-1)
         found[refit] = float((expected.exp() * (expected - got)).sum(-1).mean())
     assert found[True] < found[False]
@@ -89,7 +91,8 @@ def test_a_narrow_model_reloads(units_of, tmp_path, llama, words, elsewhere):
 
 def test_what_cannot_be_narrowed_is_refused():
     for name in ("gpt2", "gemma2", "opt", "mixtral"):
-        assert "residual width" in units.refuses("hidden", families.find(name), None)
+        why = cuts_of(tiny.make(name)).refuses("hidden")
+        assert re.search("norms? with weights alone|experts read the residual stream", why), name
 
 
 def test_a_norm_is_rescaled_by_the_share_that_stays():

@@ -3,7 +3,7 @@
     SecateursError (1)
     ├── PlanError (2)           the request itself: a pattern, gate or option that cannot be read
     ├── CalibrationError (1)    the text: missing, too short, not readable
-    ├── CheckpointError (1)     the model's files: missing, truncated, not finite, of an unknown family
+    ├── CheckpointError (1)     the model's files: missing, truncated, not finite, of an unknown class
     ├── OutputError (1)         the run directory: not ours, not empty, not writable, full
     ├── LayerError (1)          one layer's numbers: not finite, a Gram matrix that does not factor
     ├── PackError (1)           a packed matrix: weights a format cannot hold, bytes that are not the format

@@ -129,7 +129,7 @@ def inspect(
 
 
 def methods(as_json: options.Json = False) -> None:
-    """List methods, efforts, patterns, allocations and model families, a line each."""
+    """List methods, efforts, patterns and allocations, a line each."""
     from secateurs.report import tables
 
     print_json(tables.methods_as_dict()) if as_json else tables.print_methods(console())

@@ -26,13 +26,13 @@ from secateurs.machine.hardware import Hardware
 from secateurs.machine.probe import Question, probe, shapes_of
 from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
-from secateurs.model import checkpoint, families
+from secateurs.model import checkpoint
 from secateurs.model.blocks import prefixes_of
 from secateurs.pack.folder import pack_run
 from secateurs.prune.run import Run
 from secateurs.quality import evaluation
-from secateurs.shrink import units
 from secateurs.shrink.budget import Budget
+from secateurs.shrink.cuts import cuts_of
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 
@@ -72,7 +72,7 @@ class _Decision:
         _fits(skeleton.config, self.plan)
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton)
-        self.units = _units(skeleton.config)
+        self.units = _units(skeleton)
         evaluation.check(self.plan.evaluation)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
@@ -304,12 +304,13 @@ def _fits(config: Any, plan: DecidePlan) -> None:
         )
 
 
-def _units(config: Any) -> tuple[str, ...]:
-    """The default units of shrink that the model's family has; all, of a type that shrink does not know and will refuse."""
-    family = next((f for f in families.FAMILIES.values() if config.model_type in f.types), None)
-    if family is None:
+def _units(skeleton: Any) -> tuple[str, ...]:
+    """The default units of shrink that can go from a model; all, of a model that shrink will refuse."""
+    try:
+        cuts = cuts_of(skeleton)
+    except PlanError:
         return ShrinkPlan.units
-    return tuple(u for u in ShrinkPlan.units if not units.refuses(u, family, config))
+    return tuple(unit for unit in ShrinkPlan.units if not cuts.refuses(unit)) or ShrinkPlan.units
 
 
 def _chosen(row: dict[str, Any]) -> bool:

@@ -11,7 +11,6 @@ from rich.table import Table
 from secateurs.matrix.lab import Iterative, Magnitude
 from secateurs.matrix.patterns import PATTERNS
 from secateurs.matrix.solvers import EXTRAS, SOLVERS
-from secateurs.model.families import FAMILIES
 from secateurs.model.inspect import ModelFacts
 from secateurs.prune.allocation import ALLOCATIONS
 from secateurs.prune.effort import EFFORTS, Effort
@@ -57,7 +56,7 @@ _EFFORT: dict[str, Callable[[Effort, bool], str]] = {
 
 
 def print_methods(console: Console) -> None:
-    """Print all choices: efforts, methods, patterns, allocations and model families."""
+    """Print all choices: efforts, methods, patterns and allocations."""
     methods = new_table("method", "needs", "scope", "what it does")
     for solver in SOLVERS.values():
         methods.add_row(solver.name, solver.needs, solver.scope, solver.about)
@@ -73,16 +72,11 @@ def print_methods(console: Console) -> None:
     efforts = new_table("", *(f"{e.name}, N:M" if fixed else e.name for e, fixed in kinds))
     for what, of in _EFFORT.items():
         efforts.add_row(what, *(of(e, fixed) for e, fixed in kinds))
-    families = new_table("family", "config.model_type", "blocks")
-    for family in FAMILIES.values():
-        blocks = f"{family.blocks}.*" + (" with fused experts" if family.experts else "")
-        families.add_row(family.name, " ".join(family.types), blocks)
     titled = {
         "Efforts (--effort); times are SmolLM2-135M's with 64 windows, of best with 384": efforts,
         "Methods (--method)": methods,
         "Patterns (--pattern)": patterns,
         "Allocations (--allocation)": allocations,
-        "Model types that shrink can cut (pruning takes any)": families,
     }
     for title, table in titled.items():
         console.print(f"[bold]{title}[/]")
@@ -101,7 +95,6 @@ def methods_as_dict() -> dict[str, Any]:
         "methods": {s.name: {"needs": s.needs, "scope": s.scope, "about": s.about} for s in SOLVERS.values()},
         "patterns": PATTERNS,
         "allocations": {a.name: a.about for a in ALLOCATIONS.values()},
-        "families": {f.name: {"types": f.types, "blocks": f.blocks} for f in FAMILIES.values()},
     }
 
 

@@ -24,7 +24,7 @@ from secateurs.matrix.solvers import relative_error
 from secateurs.matrix.stats import Stats
 from secateurs.model.batches import batched
 from secateurs.model.blocks import blocks_of, caller
-from secateurs.model.layers import EXPERTS, layers_of
+from secateurs.model.layers import layers_of
 from secateurs.model.walk import Step, stream
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving
@@ -66,10 +66,11 @@ class _Blocks:
         self, job: Job, model: nn.Module, windows: Tensor, shape: Shape, kept_layers: Sequence[int],
         sensitive: dict[str, Tensor], hurry: bool,
     ) -> None:  # fmt: skip
-        self.job, self.plan, self.family, self.dense = job, job.plan, job.dense.family, job.dense.shape
+        self.job, self.plan, self.cuts, self.dense = job, job.plan, job.dense.cuts, job.dense.shape
         self.model, self.shape, self.kept_layers, self.hurry = model, shape, kept_layers, hurry
         self.sensitive = dict(sensitive)
         self.batches = batched(windows)
+        self.like: Any = None
         self.path = blocks_of(model)[0][0].rpartition(".")[0]
         # blocks are called by their places in the dense model: some families give masks and rotations by place
         self.dense_call = caller(model, self.batches)
@@ -79,20 +80,21 @@ class _Blocks:
             was: [functools.partial(self.dense_call, i) for i in range(was + 1, end)]
             for was, end in zip(kept_layers, ends, strict=True)
         }
-        self.bridged = self.plan.refit and any(self.gone.values()) and bool(self.family.mlp)
+        self.bridged = self.plan.refit and any(self.gone.values()) and self.cuts.last is not None
         self.todo = {kind: self.dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
         self.kinds = [kind for kind, count in self.todo.items() if count]
 
     def cut(self, label: str) -> list[dict[str, Any]]:
         """Remove blocks, then cut each block that is left. Returns their records."""
-        _keep(self.model, self.path, self.kept_layers)
+        if self.shape.layers != self.dense.layers:
+            units.keep_blocks(self.model, self.path, self.kept_layers, self.cuts.depth)
         changes = bool(self.kinds) or self.bridged
         records: list[dict[str, Any]] = []
         tick = ticker(self.job.progress, label, (2 * self.shape.layers - 1) * len(self.batches))
         for step in stream(self.model, self.batches if changes else [], tick=tick):
             file = self.job.work / f"block-{step.index:04d}.safetensors"
             if file.is_file():
-                self._restore(step.block, load_file(file))
+                self._restore(step.block, step.index, load_file(file))
                 records.append(json.loads(file.with_suffix(".json").read_text()))
                 continue
             record = self._cut_block(step)
@@ -102,14 +104,12 @@ class _Blocks:
             records.append(record)
         return records
 
-    def _restore(self, block: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def _restore(self, block: nn.Module, index: int, tensors: dict[str, Tensor]) -> None:
         """Give a block the parameters that it had when it was written."""
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
             units.put(block.get_submodule(path) if path else block, leaf, tensor)
-        units.tell(block, self.shape)
-        if self.todo["experts"]:
-            experts.resize(block, self.family)
+        self._tell(block, index)
 
     def _cut_block(self, step: Step) -> dict[str, Any]:
         """Cut a block's units, then let it replace the removed blocks after it. Returns its record."""
@@ -133,11 +133,11 @@ class _Blocks:
         consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, now) for k in of_columns)}
         stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
         if self.todo["experts"]:
-            x_TH = experts.inputs(step, self.family)
+            x_TH = experts.inputs(step, self.cuts.fused)
             removed, cost = experts.removal(
-                step.block, self.family, x_TH, self.sensitive.get(at_first), self.todo["experts"]
+                step.block, self.cuts.fused, x_TH, self.sensitive.get(at_first), self.todo["experts"]
             )
-            experts.cut(step.block, self.family, removed)
+            experts.cut(step.block, self.cuts.fused, removed)
             found["experts"] = {"removed": sorted(removed), "loss": cost[-1]}
         for kind in of_columns:
             here = self._units(kind, step, now)
@@ -150,18 +150,19 @@ class _Blocks:
             if f"taylor {dense_name}" in self.sensitive:
                 self.sensitive[f"taylor {dense_name}"] = self.sensitive[f"taylor {dense_name}"][:, done.kept_K]
             now = replace(now, **{kind: self.shape.steps(kind)})
-            units.tell(step.block, now)
+        if self.kinds:
+            self._tell(step.block, step.index)
         return found
 
+    def _tell(self, block: nn.Module, index: int) -> None:
+        """Let a cut block's modules state what those of a model of its shape do."""
+        if self.like is None:
+            here = replace(self.shape, hidden=self.dense.hidden)
+            self.like = self.cuts.skeleton(here, self.kept_layers)
+        units.tell(block, self.like.get_submodule(f"{self.path}.{index}"))
+
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:
-        # step.layers holds the parameters from before the last cut
-        return units.units_of(
-            kind,
-            step.name,
-            layers_of(step.block, step.name, dict.fromkeys(self.family.experts, "expert")),
-            self.family,
-            now,
-        )
+        return self.cuts.units(kind, step.block, step.name, now)
 
     def _remove(self, block: nn.Module, found: units.Units, stats: Stats, name: str) -> "_Removed":
         """Cut units out of a block, in place. name: the consumer's in the dense model."""
@@ -186,14 +187,8 @@ class _Blocks:
 
     def _bridge(self, step: Step, gone: Sequence[Block]) -> float | None:
         """Fit the block's last matrix to what the removed blocks did: bridge() of it, or None if there is no such matrix."""
-        assert self.family.mlp
-        layers = {
-            layer.name: layer
-            for layer in layers_of(step.block, step.name, dict.fromkeys(self.family.experts, "expert"))
-        }
-        layer = layers.get(f"{step.name}.{self.family.mlp[1]}")
-        if layer is None or layer.kind in EXPERTS:
-            return None
+        assert self.cuts.last
+        layer = self.cuts.layers(step.block, step.name)[self.cuts.last]
         try:
             return bridge(step, layer, gone, self.plan.damping)
         except ValueError as error:
@@ -224,27 +219,11 @@ class _Removed:
     error: float
 
 
-def _keep(model: Any, path: str, kept_layers: Sequence[int]) -> None:
-    """Remove all but the kept blocks from a model, in place, and renumber them."""
-    container: Any = model.get_submodule(path)
-    parent: Any = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
-    kept = nn.ModuleList([container[i] for i in kept_layers])
-    for index, block in enumerate(kept):
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index  # type: ignore[assignment]
-    setattr(parent, path.rpartition(".")[2], kept)
-    config = model.config
-    config.num_hidden_layers = len(kept_layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept_layers]
-
-
 def _narrow(
     job: Job, model: nn.Module, windows: Tensor, sensitive: dict[str, Tensor], kept_layers: Sequence[int], count: int
 ) -> None:
     """Remove `count` channels from the residual stream of a model whose blocks are cut, in place."""
-    plan, family = job.plan, job.dense.family
+    plan, written = job.plan, job.dense.cuts.stream
     names, _ = blocks_of(model)
     path = names[0].rpartition(".")[0]
     # sensitivities have the names of the dense model's layers
@@ -257,9 +236,9 @@ def _narrow(
             # which of its rows were cut is not known, so all count alike
             now[layer.name] = now[layer.name].mean().expand(layer.shape[0])
     tick = ticker(job.progress, "cutting the residual width", len(windows))
-    reading = width.readers(model, family, windows, now, tick)
+    reading = width.readers(model, names, written, windows, now, tick)
     try:
         removed, _ = width.removal(reading, count, plan.damping)
-        width.cut(model, family, reading, removed, plan.damping, plan.refit)
+        width.cut(model, names, written, reading, removed, plan.damping, plan.refit)
     except ValueError as error:
         raise LayerError(f"residual width: {error}") from None

@@ -43,14 +43,14 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
         model, batches = job.dense.load(), batched(windows)
         sensitive = _sensitivities(job, model, batches)
         tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
-        found = losses.curves(model, batches, job.dense.family, kinds, sensitive, plan.damping, tick)
+        found = losses.curves(model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick)
         if "hidden" in plan.units:
             found["hidden"] = [_of_channels(job, model, windows, sensitive)]
         order, after = _of_blocks(job, model, windows) if "layers" in plan.units else ([], [])
         if plan.criterion == "taylor" and kinds:
             few = _first(windows, _SENSITIVITY)
             tick = ticker(job.progress, "taking gradients", len(few))
-            layers = consumers_of(model, job.dense.family, kinds)
+            layers = consumers_of(model, job.dense.cuts, kinds)
             sensitive |= {f"taylor {n}": t for n, t in losses.taylor(model, few, layers, tick).items()}
         write_tensors(tensors, sensitive or {"none": torch.zeros(1)})
         write_json(file, {"curves": found, "blocks": order, "after": after})
@@ -66,7 +66,7 @@ def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tens
 def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
     """The loss with 0, 1, 2, ... channels removed from the residual stream."""
     tick = ticker(job.progress, "what channels cost", len(windows))
-    reading = width.readers(model, job.dense.family, windows, sensitive, tick)
+    reading = width.readers(model, blocks_of(model)[0], job.dense.cuts.stream, windows, sensitive, tick)
     gone = losses.most(job.dense.shape.hidden)
     return [0.0, *width.removal(reading, gone, job.plan.damping)[1].tolist()]
 

@@ -5,14 +5,14 @@ of the block's output (the mixture is added to it, so both have the same gradien
 2402.14800, search by the same output error. E experts, T tokens, H hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateurs.model.families import Family
 from secateurs.model.walk import Step
 from secateurs.shrink.units import put
 
@@ -20,23 +20,31 @@ from secateurs.shrink.units import put
 _TOKENS = 2048
 
 
-def mixture(block: nn.Module, family: Family) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(the mixture, its router, its experts) of a block. Raises ValueError if the router is not one matrix [E, H]."""
+def number(block: nn.Module, fused: Collection[str]) -> int:
+    """How many experts a block has."""
+    return next((len(p) for m in block.modules() for n, p in m._parameters.items() if n in fused and p is not None), 0)
+
+
+def mixture(block: nn.Module, fused: Collection[str]) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(the mixture, its router, its experts) of a block. Raises ValueError if the router is not one matrix [E, H].
+
+    fused: the names of parameters that hold a matrix of each expert.
+    """
     for path, module in block.named_modules():
-        fused = module._parameters.get(family.experts[0])
-        if fused is not None and fused.dim() == 3:
+        held = [p for n, p in module._parameters.items() if n in fused and p is not None]
+        if held:
             parent = block.get_submodule(path.rpartition(".")[0])
             for child in parent.children():
                 weight = child._parameters.get("weight")
-                if child is not module and weight is not None and weight.dim() == 2 and len(weight) == len(fused):
+                if child is not module and weight is not None and weight.dim() == 2 and len(weight) == len(held[0]):
                     return parent, child, module
     raise ValueError("no router with one row for every expert was found")
 
 
-def inputs(step: Step, family: Family) -> Tensor:
+def inputs(step: Step, fused: Collection[str]) -> Tensor:
     """The inputs of a block's mixture, [T, H]."""
     found: list[Tensor] = []
-    mixed, _, _ = mixture(step.block, family)
+    mixed, _, _ = mixture(step.block, fused)
     hook = mixed.register_forward_pre_hook(
         lambda _, args: found.append(args[0].detach().reshape(-1, args[0].shape[-1]))
     )
@@ -51,14 +59,14 @@ def inputs(step: Step, family: Family) -> Tensor:
 
 
 def removal(
-    block: nn.Module, family: Family, x_TH: Tensor, weight_H: Tensor | None, count: int
+    block: nn.Module, fused: Collection[str], x_TH: Tensor, weight_H: Tensor | None, count: int
 ) -> tuple[list[int], list[float]]:
     """The order in which to remove experts, and the loss after each; in nats a token where weight_H is E[g^2]."""
-    mixed, router, experts = mixture(block, family)
-    total = len(experts._parameters[family.experts[0]])  # type: ignore[arg-type]
+    mixed, router, experts = mixture(block, fused)
+    total = number(experts, fused)
 
     def outputs(gone: Sequence[int]) -> Tensor:
-        with torch.no_grad(), _Mask(router._parameters["weight"], gone):  # type: ignore[arg-type]
+        with torch.no_grad(), never([router], gone):
             out = mixed(x_TH[None])
         found: Tensor = (out[0] if isinstance(out, tuple) else out)[0].float()
         return found
@@ -78,37 +86,36 @@ def removal(
     return removed, losses
 
 
-def cut(block: nn.Module, family: Family, removed: Sequence[int]) -> None:
+def cut(block: nn.Module, fused: Collection[str], removed: Sequence[int]) -> None:
     """Remove experts from a block, in place: their matrices, the router's rows, the sizes that both state."""
-    _, router, experts = mixture(block, family)
+    _, router, experts = mixture(block, fused)
     stays = [e for e in range(len(router._parameters["weight"])) if e not in removed]  # type: ignore[arg-type]
     for module, names in ((experts, list(experts._parameters)), (router, list(router._parameters))):
         for name in names:
             parameter = module._parameters[name]
             if parameter is not None and len(parameter) == len(stays) + len(removed):
                 put(module, name, parameter.detach()[stays])
-    resize(block, family)
-
-
-def resize(block: nn.Module, family: Family) -> None:
-    """Set the number of experts that a mixture's modules state to what their parameters hold."""
-    _, router, experts = mixture(block, family)
     for module in (router, experts):
         if isinstance(getattr(module, "num_experts", None), int):
             sized: Any = module
-            sized.num_experts = len(experts._parameters[family.experts[0]])  # type: ignore[arg-type]
+            sized.num_experts = len(stays)
+
+
+def never(routers: Sequence[nn.Module], gone: Sequence[int]) -> AbstractContextManager[Any]:
+    """A context in which routers do not choose some experts."""
+    return _Mask([router._parameters["weight"] for router in routers], gone)
 
 
 class _Mask(TorchFunctionMode):
-    """Keeps the router from choosing some experts: their logits become -inf wherever F.linear multiplies with its matrix."""
+    """Keeps routers from choosing some experts: their logits become -inf where F.linear multiplies with a router's matrix."""
 
-    def __init__(self, weight: Tensor, gone: Sequence[int]) -> None:
+    def __init__(self, weights: Sequence[Any], gone: Sequence[int]) -> None:
         super().__init__()
-        self.weight, self.gone = weight, list(gone)
+        self.weights, self.gone = {id(weight) for weight in weights}, list(gone)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.gone and func is nn.functional.linear and args[1] is self.weight:
+        if self.gone and func is nn.functional.linear and id(args[1]) in self.weights:
             out = out.clone()
             out[..., self.gone] = -torch.inf
         return out

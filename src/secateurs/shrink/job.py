@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress
-from secateurs.model import checkpoint, families
-from secateurs.shrink import units
+from secateurs.model import checkpoint
+from secateurs.shrink.cuts import Cuts, cuts_of
 from secateurs.shrink.latency import blank
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.sizes import Sizes, sizes_of
@@ -20,23 +19,21 @@ class Dense:
 
     folder: str
     skeleton: Any
-    family: families.Family
+    cuts: Cuts
     sizes: Sizes
 
     @classmethod
     def of(cls, plan: ShrinkPlan, skeleton: Any) -> "Dense":
-        """The plan's model. Raises PlanError if its family is not known."""
-        config = skeleton.config
-        # some families' skeletons are not tied, and would count the embeddings twice
+        """The plan's model. Raises PlanError if it is not of a kind that can be shrunk."""
+        # some types' skeletons are not tied, and would count the embeddings twice
         skeleton.tie_weights()
-        try:
-            family = families.find(config.model_type)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
-        sizes = sizes_of(skeleton, family, config)
-        if "hidden" in plan.units and family.residual:
-            sizes = replace(sizes, half=_half_as_wide(sizes, skeleton, family))
-        return cls(plan.model, skeleton, family, sizes)
+        cuts = cuts_of(skeleton)
+        sizes = sizes_of(skeleton, cuts, plan.units)
+        if "hidden" in plan.units and not cuts.refuses("hidden"):
+            narrow = replace(cuts.shape, hidden=cuts.shape.hidden // 2)
+            half = sizes_of(cuts.skeleton(narrow, range(narrow.layers)), cuts, plan.units)
+            sizes = replace(sizes, half=replace(half, dense=narrow))
+        return cls(plan.model, skeleton, cuts, sizes)
 
     @property
     def config(self) -> Any:
@@ -56,25 +53,11 @@ class Dense:
 
     def blank(self, shape: Shape) -> Any:
         """A model of that shape to be timed; its weights mean nothing."""
-        raw = units.stated(self.config.to_dict(), self.config, self.family, shape, range(shape.layers))
-        return blank(type(self.skeleton), type(self.config)(**raw), self.config.dtype)
+        return blank(type(self.skeleton), self.cuts.config_of(shape, range(shape.layers)), self.config.dtype)
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not load a model of that shape, or None."""
-        return units.not_loadable(self.config, self.family, shape)
-
-
-def _half_as_wide(sizes: Sizes, skeleton: Any, family: families.Family) -> Sizes:
-    """What the model counts with half of its residual width."""
-    from accelerate import init_empty_weights
-
-    config = skeleton.config
-    narrow = replace(sizes.dense, hidden=sizes.dense.hidden // 2)
-    with init_empty_weights():
-        raw = units.stated(config.to_dict(), config, family, narrow, range(narrow.layers))
-        half = type(skeleton)._from_config(type(config)(**raw))
-    half.tie_weights()
-    return sizes_of(half, family, half.config)
+        return self.cuts.not_loadable(shape)
 
 
 @dataclass(frozen=True)

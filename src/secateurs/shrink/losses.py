@@ -6,7 +6,6 @@ Neurons and heads: OBS on the consumer's Gram matrix, rows weighted by E[g^2], s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,13 @@ from secateurs.base.precision import widened
 from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import AllLoaded
-from secateurs.model.families import Family
 from secateurs.model.layers import Layer
 from secateurs.model.walk import stream
 from secateurs.quality.compare import measure, surprise
 from secateurs.shrink import columns, experts
+from secateurs.shrink.cuts import Cuts
 from secateurs.shrink.passes import asking
-from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units, units_of
+from secateurs.shrink.units import COLUMNS, COUNTED, Shape, Units
 
 Tick = Callable[[], None]
 
@@ -82,19 +81,18 @@ class Losses:
 
 
 def curves(
-    model: nn.Module, batches: Sequence[Batch], family: Family, kinds: Sequence[str], sensitivity: dict[str, Tensor],
+    model: nn.Module, batches: Sequence[Batch], cuts: Cuts, kinds: Sequence[str], sensitivity: dict[str, Tensor],
     damping: float, tick: Tick,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    config: Any = model.config
-    shape = Shape.of(config, family)
+    shape = cuts.shape
     if not kinds:
         return found
     of_columns = [kind for kind in kinds if kind in COLUMNS]
     for step in stream(model, batches, propagate="dense", tick=tick):
-        here = [units_of(kind, step.name, step.layers, family, shape) for kind in of_columns]
-        x_TH = experts.inputs(step, family) if "experts" in kinds else None
+        here = [cuts.units(kind, step.block, step.name, shape) for kind in of_columns]
+        x_TH = experts.inputs(step, cuts.fused) if "experts" in kinds else None
         # a pass is needed in any case: it makes the next block's inputs
         stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
         for units in here:
@@ -106,16 +104,16 @@ def curves(
             _, losses = columns.removal([side], count, damping, at_once(len(units.groups_GC)), units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
         if x_TH is not None:
-            count = most_experts(config, shape)
+            count = most_experts(cuts)
             found["experts"].append(
-                [0.0, *experts.removal(step.block, family, x_TH, sensitivity.get(step.name), count)[1]]
+                [0.0, *experts.removal(step.block, cuts.fused, x_TH, sensitivity.get(step.name), count)[1]]
             )
     return found
 
 
-def most_experts(config: Any, shape: Shape) -> int:
+def most_experts(cuts: Cuts) -> int:
     """How many experts may go: at least as many stay as a token is sent to."""
-    return min(most(shape.experts), shape.experts - int(config.num_experts_per_tok))
+    return min(most(cuts.shape.experts), cuts.shape.experts - cuts.active)
 
 
 def most(steps: int) -> int:

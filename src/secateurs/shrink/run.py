@@ -22,7 +22,7 @@ from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of
 from secateurs.model import checkpoint
 from secateurs.quality import texts
 from secateurs.quality.evaluation import check, measured, texts_apart
-from secateurs.shrink import cutting, estimates, latency, shapes, units
+from secateurs.shrink import cutting, estimates, latency, shapes
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
 
@@ -71,7 +71,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     clock.spend("shape")
     kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
     model, records = cutting.shaped(job, windows, shape, kept_layers, sensitive, "cutting")
-    stated = units.stated(source.raw_config, dense.config, dense.family, shape, kept_layers)
+    stated = dense.cuts.stated(source.raw_config, shape, kept_layers)
     _write(plan, source, folder, model, stated)
     clock.spend("cutting")
     report: dict[str, Any] = {

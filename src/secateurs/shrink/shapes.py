@@ -30,7 +30,7 @@ def check_units(job: Job) -> None:
     """Raise PlanError for units that the model does not have, or whose number its config cannot state."""
     dense, multiple = job.dense, job.plan.multiple
     for kind in job.plan.units:
-        refused = units.refuses(kind, dense.family, dense.config)
+        refused = dense.cuts.refuses(kind)
         if refused:
             raise PlanError(f"units {kind}: {refused}; leave it out of --units")
         if kind in ("mlp", "hidden") and dense.shape.steps(kind) <= multiple:

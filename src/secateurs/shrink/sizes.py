@@ -1,16 +1,16 @@
 """Counts the parameters, bytes and multiplications of a model of any shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from secateurs.model import families
 from secateurs.model.blocks import blocks_of
-from secateurs.model.layers import Layer, layers_of
-from secateurs.shrink import experts, losses, units
+from secateurs.model.layers import Layer
+from secateurs.shrink import experts, losses
 from secateurs.shrink.budget import Budget
+from secateurs.shrink.cuts import Cuts
 from secateurs.shrink.units import Shape
 
 
@@ -80,46 +80,43 @@ class Sizes:
         return min(self.dense.layers - 1, max(1, int((1 - bound.value) * whole / each) + 3))
 
 
-def sizes_of(model: nn.Module, family: families.Family, config: Any) -> Sizes:
-    dense = Shape.of(config, family)
+def sizes_of(model: Any, cuts: Cuts, kinds: Collection[str]) -> Sizes:
+    """The sizes of a model of which units of some kinds may go."""
+    dense = cuts.shape
     names, _ = blocks_of(model)
     block = model.get_submodule(names[0])
-    layers = layers_of(block, names[0], dict.fromkeys(family.experts, "expert"))
 
     def each(kind: str) -> int:
-        if units.refuses(kind, family, config):
+        if kind not in kinds or cuts.refuses(kind):
             return 0
-        return units.units_of(kind, names[0], layers, family, dense).parameters_each
+        return cuts.units(kind, block, names[0], dense).parameters_each
 
     neuron, query = each("mlp"), each("queries")
-    key_value = each("heads") - dense.queries * query
+    key_value = max(0, each("heads") - dense.queries * query)
     whole = sum(p.numel() for p in block.parameters())
     expert = router_row = active = most_experts = 0
     if dense.experts:
-        active = int(config.num_experts_per_tok)
-        _, router, fused = experts.mixture(block, family)
+        active = cuts.active
+        most_experts = losses.most_experts(cuts)
+    if "experts" in kinds and not cuts.refuses("experts"):
+        _, router, fused = experts.mixture(block, cuts.fused)
         own = [*router.parameters(), *fused.parameters()]
         expert = sum(p.numel() // dense.experts for p in own if len(p) == dense.experts)
         router_row = sum(p.numel() // dense.experts for p in router.parameters())
-        most_experts = losses.most_experts(config, dense)
     rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
     outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    head = config.vocab_size * config.hidden_size
+    embeddings = model.get_output_embeddings() or model.get_input_embeddings()
     return Sizes(
-        outside, dense, neuron, key_value, query, rest, 2 * width, head, expert, router_row, active, most_experts
-    )
+        outside, dense, neuron, key_value, query, rest, 2 * cuts.head, embeddings.weight.numel(), expert, router_row, active,
+        most_experts,
+    )  # fmt: skip
 
 
-def consumers_of(model: nn.Module, family: families.Family, kinds: Sequence[str]) -> list[Layer]:
+def consumers_of(model: nn.Module, cuts: Cuts, kinds: Sequence[str]) -> list[Layer]:
     """The layers that lose columns when units of these kinds are removed."""
-    names, _ = blocks_of(model)
-    config: Any = model.config
-    dense = Shape.of(config, family)
     found = {}
-    for name in names:
-        layers = layers_of(model.get_submodule(name), name, dict.fromkeys(family.experts, "expert"))
+    for name in blocks_of(model)[0]:
         for kind in kinds:
-            layer = units.units_of(kind, name, layers, family, dense).consumer
+            layer = cuts.units(kind, model.get_submodule(name), name, cuts.shape).consumer
             found[layer.name] = layer
     return list(found.values())

@@ -10,23 +10,26 @@
 O outputs, I inputs, G units of C columns or R rows each.
 """
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateurs.model.coupling import Coupling
-from secateurs.model.families import Family
+from secateurs.model.coupling import FORMS
 from secateurs.model.layers import Layer
+from secateurs.shrink.config import change
 
 KINDS = ("mlp", "heads", "queries", "experts", "hidden", "layers")
 # units that are columns of one matrix; units inside a block; units whose number is a field of Shape
 COLUMNS = ("mlp", "heads", "queries")
 IN_BLOCKS = (*COLUMNS, "experts")
 COUNTED = (*IN_BLOCKS, "hidden")
+
+
+class No(Exception):
+    """Why units of a kind cannot go."""
 
 
 @dataclass(frozen=True)
@@ -68,91 +71,91 @@ class Shape:
     experts: int = 0
     hidden: int = 0
 
-    @classmethod
-    def of(cls, config: Any, family: Family) -> "Shape":
-        queries = int(config.num_attention_heads)
-        heads = int(getattr(config, "num_key_value_heads", None) or queries)
-        return cls(
-            int(config.num_hidden_layers),
-            int(getattr(config, family.width, None) or 4 * config.hidden_size),
-            heads,
-            queries // heads,
-            int(getattr(config, "num_local_experts", 0)) if family.experts else 0,
-            int(config.hidden_size),
-        )
-
     def steps(self, kind: str) -> int:
         """How many units of a kind (of COUNTED) there are to remove; a query head goes from every KV head at once."""
         return int(getattr(self, kind))
 
 
-def refuses(kind: str, family: Family, config: Any) -> str | None:
-    """The reason why units of a kind cannot be removed from models of this family, or None."""
-    if kind == "mlp" and family.mlp is None:
-        return f"{family.name}'s MLPs are experts, whose neurons are not cut"
-    if kind in ("heads", "queries") and family.projections is None:
-        return f"{family.name}'s config cannot state fewer heads of the same width"
-    if kind == "hidden" and not family.residual:
-        return f"{family.name}'s norms or embeddings do not let its residual width be cut"
-    if kind == "experts" and not family.experts:
-        return f"{family.name} has no experts"
-    if kind == "queries" and Shape.of(config, family).queries == 1:
-        return f"every KV head of this {family.name} has one query head"
-    return None
+@dataclass(frozen=True)
+class Neurons:
+    """Where the neurons of a block's MLP are: the layer that reads them, and (layer, form of its rows) that make them; names are
+    relative to the block, forms as in model/coupling.py.
+    """
+
+    consumer: str
+    producers: tuple[tuple[str, str], ...]
+
+    def units(self, kind: str, named: Mapping[str, Layer], shape: Shape) -> Units:
+        """The units of a block of this shape. named: its layers."""
+        consumer = named[self.consumer]
+        made = tuple((named[name], form) for name, form in self.producers)
+        rows = tuple((layer, _rows(form, consumer, layer).T.contiguous()) for layer, form in made)
+        return Units(kind, consumer, torch.arange(consumer.shape[1])[:, None], rows)
 
 
-def units_of(kind: str, prefix: str, layers: Sequence[Layer], family: Family, shape: Shape) -> Units:
-    """The units of a kind (of COLUMNS) in a block of this shape. Call refuses() first."""
-    named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
-    if kind == "mlp":
-        assert family.mlp
-        producers, consumer = tuple(named[n] for n in family.mlp[0]), named[family.mlp[1]]
-        rows_GR = Coupling(producers, consumer, ("stacked",) * len(producers)).rows(0).T.contiguous()
-        groups_GC = torch.arange(consumer.shape[1])[:, None]
-        return Units(kind, consumer, groups_GC, tuple((layer, rows_GR) for layer in producers))
-    assert family.projections is not None
-    query, key, value, output = (named[name] for name in family.projections)
-    inputs = output.shape[1]
-    if kind == "queries":
-        groups_GC = torch.arange(inputs).reshape(shape.heads * shape.queries, -1)
+def _rows(form: str, consumer: Layer, producer: Layer) -> Tensor:
+    found = FORMS[form](consumer.shape[1], producer.shape[0], None)
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of a block's attention are: the layer that reads them, and the layers whose rows are theirs.
+
+    rows: {layer: its runs of rows}. A run holds some rows of each KV head, in order; it is True if these are of the query heads, as
+    many of each. Names are relative to the block.
+    """
+
+    consumer: str
+    rows: Mapping[str, tuple[bool, ...]]
+
+    def units(self, kind: str, named: Mapping[str, Layer], shape: Shape) -> Units:
+        """KV heads, or query heads, of a block of this shape. named: its layers."""
+        consumer = named[self.consumer]
+        columns = torch.arange(consumer.shape[1])
+        found = []
+        for name, runs in self.rows.items():
+            layer = named[name]
+            each = layer.shape[0] // (shape.heads * sum(shape.queries if wide else 1 for wide in runs))
+            mine, start = [], 0
+            for wide in runs:
+                rows = start + torch.arange(shape.heads * each * (shape.queries if wide else 1))
+                start += len(rows)
+                if kind == "heads":
+                    mine.append(rows.reshape(shape.heads, -1))
+                elif wide:
+                    mine.append(rows.reshape(shape.heads * shape.queries, -1))
+            if mine:
+                found.append((layer, torch.cat(mine, 1)))
+        if kind == "heads":
+            return Units(kind, consumer, columns.reshape(shape.heads, -1), tuple(found))
         parents_G = torch.arange(shape.heads).repeat_interleave(shape.queries)
-        # where one matrix makes queries, keys and values, queries are its first rows
-        return Units(kind, output, groups_GC, ((query, groups_GC),), parents_G)
-    groups_GC = torch.arange(inputs).reshape(shape.heads, -1)
-    shared = inputs // shape.queries
-    shared_GR = torch.arange(shared).reshape(shape.heads, -1)
-    if query is value:
-        rows_GR = torch.cat([groups_GC, inputs + shared_GR, inputs + shared + shared_GR], 1)
-        return Units(kind, output, groups_GC, ((query, rows_GR),))
-    return Units(kind, output, groups_GC, ((query, groups_GC), (key, shared_GR), (value, shared_GR)))
+        return Units(kind, consumer, columns.reshape(len(parents_G), -1), tuple(found), parents_G)
 
 
 def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) -> None:
     """Remove units from a block, in place: producers lose rows, the consumer gets `consumer_OK` for its kept columns, ascending."""
-    _resize(units.consumer, consumer_OK)
+    resize(units.consumer, consumer_OK)
     for layer, rows_GR in units.rows:
         kept_O = torch.ones(layer.shape[0], dtype=torch.bool)
         kept_O[rows_GR[removed]] = False
-        _resize(layer, layer.read()[kept_O])
+        resize(layer, layer.read()[kept_O])
         bias = layer.module._parameters.get("bias")
         if bias is not None:
             put(layer.module, "bias", bias.detach()[kept_O])
 
 
-def tell(block: nn.Module, shape: Shape) -> None:
-    """Set the numbers of heads that a block's attention keeps as attributes, and those in its config."""
-    for module in block.modules():
-        sized: Any = module
-        if isinstance(getattr(module, "num_key_value_groups", None), int):
-            sized.num_key_value_groups = shape.queries
-        if isinstance(getattr(module, "num_key_value_heads", None), int):
-            sized.num_key_value_heads = shape.heads
-            # a copy: the model's config is shared by all blocks, and they are cut one after another
-            sized.config = copy.copy(sized.config)
-            sized.config.num_attention_heads = shape.heads * shape.queries
+def tell(block: nn.Module, like: nn.Module) -> None:
+    """Set what a block's modules state (numbers of heads, their config) to what those of a block of its shape do."""
+    for name, module in block.named_modules():
+        for key, value in vars(like.get_submodule(name)).items():
+            if not key.startswith("_") and key not in ("training", "layer_idx") and not isinstance(value, Tensor):
+                setattr(module, key, value)
 
 
-def _resize(layer: Layer, weight_OI: Tensor) -> None:
+def resize(layer: Layer, weight_OI: Tensor) -> None:
+    """Give a layer a weight of another shape."""
     weight_OI = weight_OI.to(layer.parameter.dtype)
     put(layer.module, "weight", weight_OI.T if layer.kind == "conv1d" else weight_OI)
 
@@ -167,36 +170,14 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
         sized.nx, sized.nf = tensor.shape
 
 
-def stated(
-    raw: dict[str, Any], config: Any, family: Family, shape: Shape, kept_layers: Sequence[int]
-) -> dict[str, Any]:
-    """config.json for a shape. raw: the dense model's, whose other entries are kept."""
-    before = Shape.of(config, family)
-    out = dict(raw)
-    if shape.mlp != before.mlp:
-        out[family.width] = shape.mlp
-    if shape.hidden != before.hidden:
-        out["hidden_size"] = shape.hidden
-    if (shape.heads, shape.queries, shape.hidden) != (before.heads, before.queries, before.hidden):
-        out["head_dim"] = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        out["num_key_value_heads"] = shape.heads
-        out["num_attention_heads"] = shape.heads * shape.queries
-    if shape.experts != before.experts:
-        # the name that the dense model's file uses
-        out["num_experts" if "num_experts" in raw else "num_local_experts"] = shape.experts
-    if shape.layers != before.layers:
-        out[family.depth] = shape.layers
-        kinds = getattr(config, "layer_types", None)
-        if kinds:
-            out["layer_types"] = [kinds[i] for i in kept_layers]
-    return out
-
-
-def not_loadable(config: Any, family: Family, shape: Shape) -> str | None:
-    """Why transformers would not load a model of that shape, or None."""
-    try:
-        type(config)(**stated(config.to_dict(), config, family, shape, range(shape.layers)))
-    # transformers raises its own exception, which wraps a ValueError
-    except Exception as error:
-        return str(error.__cause__ or error).strip().splitlines()[-1].strip()
-    return None
+def keep_blocks(model: Any, path: str, kept_layers: Sequence[int], depth: Sequence[str]) -> None:
+    """Remove all but some blocks of a list from a model, in place, and renumber them. depth: the fields that state their number."""
+    container: Any = model.get_submodule(path)
+    parent: Any = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
+    kept = nn.ModuleList([container[i] for i in kept_layers])
+    for index, block in enumerate(kept):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    setattr(parent, path.rpartition(".")[2], kept)
+    change(model.config, dict.fromkeys(depth, len(kept)), kept_layers)
