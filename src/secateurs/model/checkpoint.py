@@ -156,12 +156,9 @@ class Checkpoint:
                 raise CheckpointError(untrusted(self.folder)) from None
             raise CheckpointError(f"{self.folder} has no tokenizer that loads: {said(error)}") from None
 
-    def skeleton(self) -> Any:
-        """The model's own class with every parameter on the meta device; buffers are real."""
+    def described(self) -> tuple[Any, Any]:
+        """The model's own class and its config. Raises CheckpointError."""
         import transformers
-        from accelerate import init_empty_weights
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         try:
             config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted())
@@ -177,6 +174,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}/config.json names architecture {names}; transformers has no such class"
             )
+        return cls, config
+
+    def skeleton(self) -> Any:
+        """The model's own class with every parameter on the meta device; buffers are real."""
+        from accelerate import init_empty_weights
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        cls, config = self.described()
         if getattr(config, "dtype", None) is None:
             config.dtype = self.dtype
         if self._quantizer is not None:

@@ -106,11 +106,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least: int) -> nn.Module:
     narrow = make(config, _Sizes())
-    skeleton = _skeleton(cls, narrow)
+    skeleton = empty(cls, narrow)
     blocks = max(least, _blocks_needed(cls, make(config, _Sizes(depth=False)), skeleton))
     if blocks > _BLOCKS:
         narrow = make(config, _Sizes(blocks))
-        skeleton = _skeleton(cls, narrow)
+        skeleton = empty(cls, narrow)
     count = sum(p.numel() for p in skeleton.parameters())
     if count > _MOST:
         raise ValueError(f"it would have {count} parameters")
@@ -124,7 +124,8 @@ def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least
     return small
 
 
-def _skeleton(cls: Any, config: Any) -> nn.Module:
+def empty(cls: Any, config: Any) -> nn.Module:
+    """A model on the meta device, parameters and buffers."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -170,7 +171,7 @@ def seeded() -> Iterator[None]:
 def _blocks_needed(cls: Any, deep: Any, small: nn.Module) -> int:
     """How many of the first blocks have every kind that the model of full depth has, if the small one lacks some; else 0."""
     try:
-        model = _skeleton(cls, deep)
+        model = empty(cls, deep)
     # what is wrong with the widths is said by the small one
     except Exception:
         return 0

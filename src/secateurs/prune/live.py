@@ -26,7 +26,7 @@ from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.quality.kinds import kind_of_class
-from secateurs.quality.outputs import embedder
+from secateurs.quality.outputs import embedder, subject_of
 
 
 def prune_live(
@@ -65,7 +65,7 @@ def prune_live(
     config: Any = getattr(model, "config", None)
     kind = kind_of_class(type(model), config) if hasattr(config, "model_type") else None
     if plan.sensitivity:
-        embed = embedder(kind) if kind and kind.predicts == "embeddings" else None
+        embed = embedder(subject_of(kind)) if kind else None
         part = first_windows(batches, plan.sensitivity)
         found, norms = sensitivity(model, part, AllLoaded(), InMemory(), plan.calibration.seed, embed=embed)
     if plan.sensitivity and not found:

@@ -42,7 +42,7 @@ from secateurs.prune.tuning import Noted
 from secateurs.quality import evaluation, inputs
 from secateurs.quality.evaluation import measured, texts_apart
 from secateurs.quality.kinds import kind_of
-from secateurs.quality.outputs import embedder
+from secateurs.quality.outputs import embedder, subject_of
 
 
 class Run:
@@ -245,7 +245,7 @@ class Run:
                 blocks = len(source.block_names(model))
                 store = OnDisk(self.work / "gradients")
                 tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
-                embed = embedder(kind, source) if kind.predicts == "embeddings" else None
+                embed = embedder(subject_of(kind, source))
                 found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}

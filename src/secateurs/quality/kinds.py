@@ -55,8 +55,7 @@ def kind_of(source: Checkpoint) -> Kind:
     own = str((source.raw_config.get("auto_map") or {}).get("AutoModelForCausalLM"))
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or own.rpartition(".")[2] == name:
         return Kind(name)
-    model = source.skeleton()
-    return kind_of_class(type(model), model.config)
+    return kind_of_class(*source.described())
 
 
 def kind_of_class(cls: Any, config: Any) -> Kind:

@@ -138,9 +138,15 @@ def _embeddings(outputs: Sequence[Any], batch: Batch, subject: Subject) -> list[
     return list(zip(*found, strict=True))
 
 
-def embedder(kind: Kind, source: Checkpoint | None = None) -> Callable[[Any, Batch], Tensor]:
-    """A function from a model's output for a batch to its embeddings, as embedding() makes them. source: its folder, if any."""
-    subject = Subject(kind, source.sentences.pooling if source and source.sentences else ())
+def subject_of(kind: Kind, source: Checkpoint | None = None) -> Subject:
+    """What is measured of a model that is called with text. source: its folder, if any."""
+    return Subject(kind, source.sentences.pooling if source and source.sentences else ())
+
+
+def embedder(subject: Subject) -> Callable[[Any, Batch], Tensor] | None:
+    """A function from a model's output for a batch to its embeddings, as embedding() makes them; None if it gives none."""
+    if subject.kind.predicts != "embeddings":
+        return None
     return lambda output, batch: embedding(output, batch.get("attention_mask"), subject)
 
 
@@ -266,6 +272,17 @@ def summarise(found: Sequence[Any], subject: Subject, seed: int = 0) -> Quality:
     return Quality(
         n, int(tokens.sum()), unit=unit, kl=ratio_of(kl, tokens).within(0.0, float("inf")), agree=same
     )  # fmt: skip
+
+
+def distance(found: Sequence[Any], subject: Subject) -> float:
+    """How far a model is from the dense one, by what measure() found: the KL in nats, 1 - cosine, or the squared relative error."""
+    quality = summarise(found, subject)
+    if quality.cosine is not None:
+        return 1.0 - quality.cosine.value
+    if quality.error is not None:
+        return quality.error.value**2
+    assert quality.kl is not None
+    return quality.kl.value
 
 
 def _nearest(rows_ND: Tensor) -> Tensor:

@@ -352,12 +352,17 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
         ends = [1 / found.get(k, found["speedup"]) for k in ("speedup", "speedup_high", "speedup_low")]
         seconds = dict(zip(("value", "low", "high"), ends, strict=True))
     elif "latency" in report:
-        columns += ["Seconds a token", "Seconds of a prompt"]
-        for stage, words in (("decode", "a token"), ("prefill", "a prompt")):
+        for stage, title, words in (
+            ("decode", "Seconds a token", "a token"),
+            ("prefill", "Seconds of a prompt", "a prompt"),
+        ):
+            if stage not in report["latency"]["ratio"]:
+                continue
+            columns.append(title)
             dense.append(reported.show(f"latency/dense/{stage}", "{:.3g}"))
             ours.append(reported.show(f"latency/left/{stage}", "{:.3g}"))
             said.append(Markup("{} in {} the time").format(words, reported.show(f"latency/ratio/{stage}", "{:.2f}x")))
-        ratio = report["latency"]["ratio"]["decode"]
+        ratio = report["latency"]["ratio"].get("decode", report["latency"]["ratio"]["prefill"])
         seconds = {"value": ratio, "low": ratio, "high": ratio}
     nbytes = report.get("bytes") or {}
     kind = next((k for k in ("packed", "left", "pruned") if k in nbytes), None)

@@ -172,9 +172,9 @@ def _shrunk(before: dict[str, Any], quality: dict[str, Any] | None) -> str:
     counts, ratio = before["parameters"], before["latency_ratio"]
     text = (
         f"Shrunk before pruning, to {before['budget']}: {counts['left']:,} of {counts['dense']:,} parameters; a prompt takes "
-        f"{ratio['prefill']:.2f}x the time, a token {ratio['decode']:.2f}x"
+        f"{ratio['prefill']:.2f}x the time" + (f", a token {ratio['decode']:.2f}x" if "decode" in ratio else "")
     )
-    if before["quality"] and quality:
+    if before["quality"] and quality and quality.get("ppl"):
         steps = (before["quality"]["ppl_dense"], before["quality"]["ppl"], quality["ppl"])
         dense, shrunk, pruned = (format(step["value"], ".2f") for step in steps)
         text += f"; perplexity {dense} dense, {shrunk} shrunk, {pruned} shrunk and pruned"
@@ -198,6 +198,8 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
     for name, before, after in rows:
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.3f}x" if before else "")
     for stage, name in (("prefill", f"ms, prompt of {latency['prompt']}"), ("decode", "ms a token after it")):
+        if stage not in latency["dense"]:
+            continue
         before, after = latency["dense"][stage], latency["left"][stage]
         table.add_row(name, f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"{after / before:.3f}x")
     console.print(table)

@@ -34,7 +34,9 @@ from secateurs.shrink.width import Stream
 
 # fields that state how many experts a token is sent to
 _ACTIVE = re.compile(r"experts_per_tok|selected_experts|moe_top_?k|moe_k$|top_?k_experts|experts_top_?k|^top_k$")
+# fields that state heads, but for those with sizes in their names; the width of an MLP, often; the number of blocks, often
 _HEADS, _WIDTH = re.compile("head"), re.compile("dim|size|rank|channels")
+_INNER, _DEPTH = re.compile("inner|intermediate|ffn|ff_|mlp"), re.compile("layer|depth|block")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ class Cuts:
         number = small.layers(0)[self.neurons.consumer].shape[1]
         gone = torch.arange(number // 2)
         expected, smaller = small.without("mlp", self.neurons, Shape(0, number, 1), gone)
-        names = [*stating.fields_with(small.config, number), *stating.fields_with(small.config, None)]
+        # what is not stated has a default in the class
+        empty = [n for n in stating.fields_with(small.config, None) if _INNER.search(n)]
+        names = [*sorted(stating.fields_with(small.config, number), key=lambda n: not _INNER.search(n)), *empty]
         tries = [{"mlp": (name,)} for name in names]
         return _Way(
             small.first(tries, {"mlp": number - len(gone)}, smaller, expected, "the width of its MLPs"), self.neurons
@@ -214,11 +218,14 @@ class Cuts:
             left = (groups, queries - queries // 2)
         expected, smaller = small.without(kind, rule, shape, gone)
         of_all, of_groups = ([n for n in stating.fields_with(small.config, x) if _is_heads(n)] for x in (total, groups))
-        prefix = next((n.rpartition(".")[0] + "." for n in of_all if "." in n), "")
-        tries = [
-            {"all heads": a, "heads": g, "head": w}
-            for w, a, g in product([(f"{prefix}head_dim",), ()], _some(of_all), [*_some(of_groups), ()])
-        ]
+        tries = []
+        # the parts of a config, its vision tower say, may have as many heads
+        for part in dict.fromkeys(map(_part, of_all)):
+            here, there = ([n for n in names if _part(n) == part] for names in (of_all, of_groups))
+            tries += [
+                {"all heads": a, "heads": g, "head": w}
+                for w, a, g in product([(f"{part}head_dim",), ()], _some(here), [*_some(there), ()])
+            ]
         numbers = {"all heads": left[0] * left[1], "heads": left[0], "head": coupling.width}
         return _Way(small.first(tries, numbers, smaller, expected, "fewer heads of the same width"), rule)
 
@@ -227,7 +234,7 @@ class Cuts:
             raise No(f"the blocks of this {self.config.model_type} are not alike")
         small = self._small
         total = len(small.names)
-        names = sorted(stating.fields_with(small.config, total), key=lambda n: not re.search("layer|depth|block", n))
+        names = sorted(stating.fields_with(small.config, total), key=lambda n: not _DEPTH.search(n))
         why = "nothing in its config states the number of blocks"
         for name in names:
             try:
@@ -345,6 +352,11 @@ def _heads(coupling: Coupling, name: str) -> _Heads:
 
 def _in(layer: Layer, name: str) -> str:
     return layer.name.removeprefix(f"{name}.")
+
+
+def _part(name: str) -> str:
+    """What comes before a field's own name: 'text_config.', or nothing."""
+    return name[: name.rfind(".") + 1]
 
 
 def _is_heads(name: str) -> bool:

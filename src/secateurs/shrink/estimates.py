@@ -19,6 +19,7 @@ from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows
 from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.prune.sensitivity import sensitivity
+from secateurs.quality.outputs import embedder
 from secateurs.shrink import cutting, losses, units, width
 from secateurs.shrink.job import Job
 from secateurs.shrink.losses import Losses
@@ -60,7 +61,8 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
 def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tensor]:
     part = first_windows(batches, _SENSITIVITY)
     tick = ticker(job.progress, "measuring sensitivity", len(part) * (2 * len(blocks_of(model)[0]) + 1))
-    return sensitivity(model, part, AllLoaded(), InMemory(), job.plan.calibration.seed, tick)[0]
+    embed = embedder(job.subject) if job.subject else None
+    return sensitivity(model, part, AllLoaded(), InMemory(), job.plan.calibration.seed, tick, embed)[0]
 
 
 def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
@@ -77,7 +79,7 @@ def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[f
     tries = losses.tries(job.dense.shape.layers, count, influence)
     tick = ticker(job.progress, "what blocks cost", tries)
     each = min(windows.shape[1], 512)
-    return losses.blocks(model, _first(windows[:, :each], _DEPTH), count, tick, influence)
+    return losses.blocks(model, _first(windows[:, :each], _DEPTH), count, tick, influence, job.subject)
 
 
 def _first(windows: Tensor, tokens: int) -> Tensor:
@@ -100,8 +102,9 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
     todo = [kind for kind in lost.curves if kind not in truth]
-    whole = losses.nll(job.dense.load(), held_out) if todo else 0.0
+    above = losses.above(job.dense.load(), held_out, job.subject) if todo else None
     for kind in todo:
+        assert above
         steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
         points = []
         for gone in sorted({min(known, max(1, steps // 4)), min(known, max(1, steps // 2))}):
@@ -109,7 +112,7 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
             shape = replace(dense, **{kind: steps - gone})
             label = f"checking {gone} of {steps} {kind}"
             model, _ = cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, hurry=True)
-            points.append([lost.at(shape, dense), max(0.0, losses.nll(model, held_out) - whole)])
+            points.append([lost.at(shape, dense), above(model)])
             shutil.rmtree(part.work, ignore_errors=True)
         truth[kind] = points
         write_json(file, truth)

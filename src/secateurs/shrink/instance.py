@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from secateurs.model.blocks import whole
 from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import Couplings
 from secateurs.model.layers import Layer, layers_of
-from secateurs.model.miniature import inputs, seeded, small_instance
+from secateurs.model.miniature import empty, inputs, seeded, small_instance
 from secateurs.model.proof import unequal
 from secateurs.shrink import config as stating
 from secateurs.shrink import units
@@ -41,7 +42,11 @@ class Instance:
         try:
             small: Any = small_instance(made, config)
             names = [f"{path}.{i}" for i in range(len(small.get_submodule(path)))]
-            return cls(small, inputs(small), names, fused, couplings)
+            batches = inputs(small)
+            # what is changed for text alone must not be wrong beside images
+            with suppress(ValueError):
+                batches += inputs(small, "images and text")
+            return cls(small, batches, names, fused, couplings)
         except ValueError as error:
             raise No(str(error)) from None
 
@@ -108,9 +113,12 @@ class Instance:
         rounding: float = 0.0,
     ) -> Fields:  # fmt: skip
         """The first fields that, with these numbers, make a model of the smaller one's shape and outputs. Raises No."""
-        whys = []
+        whys, known = [], []
         for fields in tries:
             changes = {name: numbers[key] for key, names in fields.items() for name in names}
+            if changes in known:
+                continue
+            known.append(changes)
             try:
                 self.check(changes, smaller, expected, rounding=rounding)
                 return fields
@@ -131,16 +139,19 @@ class Instance:
         said = ", ".join(f"{name} {value}" for name, value in changes.items())
         try:
             raw = stating.changed(self.config.to_dict(), self.config, changes, kept_layers)
-            with seeded():
-                made: Any = type(self.model)._from_config(type(self.config).from_dict(raw)).eval()
+            config = type(self.config).from_dict(raw)
+            shapes: Any = empty(type(self.model), config)
+            shapes.tie_weights()
         # a class may raise anything for a config that is not to its liking
         except Exception as error:
             raise No(f"with {said}: {stating.sentence(error)}") from None
-        left, asked = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (smaller, made))
+        left, asked = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (smaller, shapes))
         odd = next((n for n in left if asked.get(n) != left[n]), None)
         if odd or left.keys() != asked.keys():
             raise No(f"with {said}, {odd or 'another parameter'} is not {list(left.get(odd or '', ()))}")
         try:
+            with seeded():
+                made: Any = type(self.model)._from_config(config).eval()
             made.load_state_dict(smaller.state_dict())
             found = self.outputs(made)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What every stage of a run of shrink needs: the plan, the dense model, the work folder and the progress display."""
+"""What every stage of a run of shrink needs: the plan, the dense model, what is measured of it, the work folder, the progress."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from secateurs.base.progress import Progress
 from secateurs.model import checkpoint
+from secateurs.quality.outputs import Subject
 from secateurs.shrink.cuts import Cuts, cuts_of
 from secateurs.shrink.latency import blank
 from secateurs.shrink.plan import ShrinkPlan
@@ -62,9 +63,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of shrink. work: the folder of intermediate results, for a run that goes on after a kill."""
+    """A run of shrink. work: the folder of intermediate results, for a run that goes on after a kill. subject: what is measured
+    of a model that is no causal language model; None for one that is.
+    """
 
     plan: ShrinkPlan
     dense: Dense
     work: Path
     progress: Progress
+    subject: Subject | None = None
+
+    @property
+    def new(self) -> int:
+        """Tokens that are decoded after a prompt."""
+        return 0 if self.subject else self.plan.new

@@ -38,7 +38,8 @@ class Seconds:
 def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:
     """Median seconds of each model over `rounds` rounds, after one to warm up. Models take turns.
 
-    The prompt has `prompt` random tokens, then `new` tokens are decoded one by one; batch 1, with a KV cache.
+    The prompt has `prompt` random tokens, then `new` tokens are decoded one by one; batch 1, with a KV cache. If none are, there is
+    no cache, and `decode` is as `prefill`.
     """
     samples: list[list[Seconds]] = [[] for _ in models]
     for number in range(rounds + 1):
@@ -51,10 +52,14 @@ def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> li
 
 def _once(model: Any, prompt: int, new: int) -> Seconds:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
+    ids = torch.randint(0, len(model.get_input_embeddings().weight), (1, prompt), generator=generator)
     with torch.no_grad():
         begin = time.perf_counter()
         with widened():
+            if not new:
+                model(input_ids=ids)
+                taken = time.perf_counter() - begin
+                return Seconds(taken, taken)
             # as generate() does: the head is run for the last token only
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         first = time.perf_counter()

@@ -1,7 +1,8 @@
 """Estimates the loss of removing units, before any is removed: nats a token, on calibration text.
 
 Neurons and heads: OBS on the consumer's Gram matrix, rows weighted by E[g^2], so that half the summed error estimates the loss
-(sensitivity.py). Blocks: the measured loss of the model without them, removed greedily.
+(sensitivity.py). Blocks: the measured loss of the model without them, removed greedily. For a model that is no causal language
+model, its distance from the dense one (quality/outputs.py) is the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +14,13 @@ from torch.nn.functional import cosine_similarity
 
 from secateurs.base.precision import widened
 from secateurs.model.activations import InMemory
-from secateurs.model.batches import Batch
-from secateurs.model.blocks import AllLoaded
+from secateurs.model.batches import Batch, batched
+from secateurs.model.blocks import AllLoaded, leave
 from secateurs.model.layers import Layer
 from secateurs.model.walk import stream
+from secateurs.quality import outputs
 from secateurs.quality.compare import measure, surprise
+from secateurs.quality.outputs import Subject
 from secateurs.shrink import columns, experts
 from secateurs.shrink.cuts import Cuts
 from secateurs.shrink.passes import asking
@@ -133,10 +136,11 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
 
 
 def blocks(
-    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False
+    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False, subject: Subject | None = None
 ) -> tuple[list[int], list[float]]:
     """The order in which to remove up to `count` blocks, and the loss above the dense model's after each, on windows [N, S].
 
+    subject: as in Job.
     Greedy: the block whose removal costs least goes next; after the first, only the cheapest ten are tried again. influence: in
     the order of 1 - mean cos(hidden before, hidden after), without a search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
     """
@@ -153,7 +157,14 @@ def blocks(
             for i in range(first, total):
                 if i not in gone:
                     hidden = steps[i].call(hidden, 0)
-        return surprise(model, AllLoaded(), hidden, batches[0])
+        return end(hidden)
+
+    def end(hidden: Tensor) -> float:
+        if subject is None:
+            return surprise(model, AllLoaded(), hidden, batches[0])
+        with torch.no_grad():
+            found = [leave(model, AllLoaded(), x, batches[0]) for x in (store.read(total, 0), hidden)]
+        return outputs.distance(outputs.READERS[subject.kind.predicts](found, batches[0], subject), subject)
 
     dense = loss(set())
     order: list[int] = []
@@ -208,6 +219,19 @@ def tries(total: int, count: int, influence: bool = False) -> int:
         return count
     again = min(total, max(_TRIED_AGAIN, count))
     return total + sum(max(0, again - n) for n in range(1, count))
+
+
+def above(dense: nn.Module, windows: Tensor, subject: Subject | None = None) -> Callable[[nn.Module], float]:
+    """A function that gives a model's loss above the dense one's on windows [N, S], 0 or more. subject: as in Job."""
+    if subject is None:
+        whole = nll(dense, windows)
+        return lambda model: max(0.0, nll(model, windows) - whole)
+
+    def apart(model: nn.Module) -> float:
+        found = outputs.measure((dense, AllLoaded()), (model, AllLoaded()), batched(windows), subject)
+        return outputs.distance(found, subject)
+
+    return apart
 
 
 def nll(model: nn.Module, windows: Tensor) -> float:

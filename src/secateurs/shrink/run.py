@@ -15,13 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.base.device import machine, peak_memory
+from secateurs.base.errors import PlanError
 from secateurs.base.files import fingerprint_of, write_json, write_text, writing
 from secateurs.base.precision import described
 from secateurs.base.progress import Clock, Progress, no_bars, silent
 from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of, resolved, unchanged
 from secateurs.model import checkpoint
-from secateurs.quality import texts
+from secateurs.quality import inputs
 from secateurs.quality.evaluation import check, measured, texts_apart
+from secateurs.quality.kinds import Kind, kind_of
+from secateurs.quality.outputs import subject_of
 from secateurs.shrink import cutting, estimates, latency, shapes
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
@@ -41,8 +44,11 @@ def shrink(
     out = Path(out).expanduser()
     plan = replace(plan, model=resolved(plan.model))
     source = checkpoint.Checkpoint(plan.model)
-    check(plan.evaluation)
-    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress)
+    kind = kind_of(source)
+    _refuse(kind, plan)
+    check(plan.evaluation, source, plan.calibration)
+    subject = None if kind.causal else subject_of(kind, source)
+    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress, subject)
     shapes.check_units(job)
     if not (out / "plan.json").is_file():
         shapes.refuse_too_small(job)
@@ -56,12 +62,24 @@ def shrink(
     return report
 
 
+def _refuse(kind: Kind, plan: ShrinkPlan) -> None:
+    """Raise PlanError for a model that is not called with text alone, or that has no loss which a criterion needs."""
+    if kind.pairs or "text" not in kind.reads:
+        what = "both sides of an encoder-decoder" if kind.pairs else " and ".join(kind.reads) or "recordings with text"
+        raise PlanError(f"{plan.model} is a {kind.name}, which reads {what}; shrink takes models of text alone")
+    if plan.criterion == "taylor" and not kind.causal:
+        raise PlanError(
+            f"criterion taylor asks for the gradient of the next token's loss, and {kind.name} predicts none; choose obs"
+        )
+
+
 def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | None) -> dict[str, Any]:
     """Write the smaller model to model/ and return the report on it."""
     clock = Clock()
     plan, dense, folder = job.plan, job.dense, out / "model"
     text = _calibration(job, source, out)
     windows = text.windows
+    assert windows is not None
     clock.spend("calibration")
     lost, sensitive = estimates.estimate(job, windows)
     clock.spend("estimates")
@@ -89,12 +107,12 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "estimated_loss": lost.at(shape, dense.shape),
         "truth": lost.truth,
         "tried": tried,
-        "calibration": text.facts(),
+        "calibration": text.facts,
         "bytes": {
             "dense": source.nbytes,
             "left": checkpoint.Checkpoint(folder).nbytes,
         },
-        "warnings": [],
+        "warnings": text.warnings("calibration"),
         "distance": None,
         "seconds": clock.seconds,
     }
@@ -106,30 +124,33 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     return report
 
 
-def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> texts.Text:
+def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> inputs.Inputs:
     """The plan's calibration text. Raises OutputError if it or the model has changed since the run was begun."""
     asked = job.plan.calibration
-    text = texts.read(asked, source, job.dense.skeleton, asked.count, job.progress)
+    text = inputs.read(asked, source, job.dense.skeleton, job.progress)
+    if text.windows is None:
+        raise PlanError(f"{asked.source} holds {text.unit}; shrink calibrates with text")
     unchanged(out, {job.plan.model: source.fingerprint(), asked.source: fingerprint_of(text.windows)})
     return text
 
 
 def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model: Any, stated: dict[str, Any]) -> None:
+    kind = kind_of(source)
     source.copy_small_files(folder, but=("config.json",))
     # model.config still has sizes of the dense model, and save_pretrained would refuse it
     model.config = type(model.config).from_dict(stated)
     with no_bars(), writing(folder):
         model.save_pretrained(folder)
     write_json(folder / "config.json", stated)
-    write_text(folder / "README.md", _card(plan))
+    write_text(folder / "README.md", _card(plan, "AutoModelForCausalLM" if kind.causal else kind.name))
 
 
-def _card(plan: ShrinkPlan) -> str:
+def _card(plan: ShrinkPlan, loader: str) -> str:
     return "\n".join(
         [
             "---", "library_name: transformers", "tags: [pruning, secateurs]", "---", "", "# A smaller model", "",
             f"Units ({', '.join(plan.units)}) were removed from a dense model until {plan.budget} was met; by {plan.criterion}"
-            f"{', with least squares on what is left' if plan.refit else ''}. It loads with `AutoModelForCausalLM.from_pretrained` "
+            f"{', with least squares on what is left' if plan.refit else ''}. It loads with `{loader}.from_pretrained` "
             "and needs no code of secateurs.", "",
         ]
     )  # fmt: skip
@@ -140,14 +161,12 @@ def _latency(job: Job, source: checkpoint.Checkpoint, folder: Path) -> dict[str,
     plan, cls = job.plan, type(job.dense.skeleton)
     with no_bars():
         models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, folder)]
-    dense, left = latency.measure(models, plan.prompt, plan.new)
-    return {
-        "prompt": plan.prompt,
-        "new": plan.new,
-        "dense": asdict(dense),
-        "left": asdict(left),
-        "ratio": asdict(left.over(dense)),
-    }
+    dense, left = latency.measure(models, plan.prompt, job.new)
+    seconds = {"dense": asdict(dense), "left": asdict(left), "ratio": asdict(left.over(dense))}
+    if not job.new:
+        for found in seconds.values():
+            del found["decode"]
+    return {"prompt": plan.prompt, "new": job.new, **seconds}
 
 
 def _evaluate(

@@ -46,7 +46,7 @@ def refuse_too_small(job: Job) -> None:
     shape = min(allowed(job), key=sizes.parameters)
     if bound.timed:
         models = [job.dense.blank(s) for s in (job.dense.shape, shape)]
-        dense, least = latency.measure(models, plan.prompt, plan.new, rounds=3)
+        dense, least = latency.measure(models, plan.prompt, job.new, rounds=3)
         used = _used(job, least, dense)
         if used <= _OVER:
             return
@@ -127,9 +127,7 @@ def _within_time(
     tick = ticker(job.progress, "measuring latency", _TRIES + 1)
     probes = _probes(job)
     whole = job.dense.blank(dense)
-    at_first, *seconds = latency.measure(
-        [whole, *(job.dense.blank(p) for p in probes)], plan.prompt, plan.new, rounds=3
-    )
+    at_first, *seconds = latency.measure([whole, *(job.dense.blank(p) for p in probes)], plan.prompt, job.new, rounds=3)
     points = [(dense, Seconds(1.0, 1.0)), *((p, s.over(at_first)) for p, s in zip(probes, seconds, strict=True))]
     tick()
     if _used(job, at_first, at_first) <= 1:
@@ -183,7 +181,7 @@ def _timed(job: Job, pair: Sequence[Any], at_first: Seconds) -> tuple[Seconds, f
     at_first: the dense model's seconds. A shape near the budget is timed again in more rounds.
     """
     for rounds in (3, _ROUNDS):
-        base, now = latency.measure(pair, job.plan.prompt, job.plan.new, rounds)
+        base, now = latency.measure(pair, job.plan.prompt, job.new, rounds)
         ratio = now.over(base)
         used = _used(job, ratio.times(at_first), at_first)
         if abs(used - 1) > _NEAR:
@@ -195,6 +193,6 @@ def _used(job: Job, seconds: Seconds, dense: Seconds) -> float:
     """The share of a time budget that is used; 1 is all of it."""
     bound = job.plan.bound
     if bound.kind == "seconds":
-        return (seconds.prefill + job.plan.new * seconds.decode) / bound.value
+        return (seconds.prefill + job.new * seconds.decode) / bound.value
     ratio = seconds.over(dense)
     return max(ratio.prefill, ratio.decode) / bound.value
