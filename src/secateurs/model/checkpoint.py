@@ -303,7 +303,8 @@ class Checkpoint:
             weight_mapping=self._mapping, dtype=any_model.config.dtype, hf_quantizer=self._quantizer
         )
         with no_bars():
-            info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings)
+            # None is the last parameter's default, and what older versions of transformers ask for in front of it
+            info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings, None)
         if info.mismatched_keys:
             name, got, want = next(iter(info.mismatched_keys))
             raise CheckpointError(f"{self.folder}: {name} has shape {list(got)}, config.json asks for {list(want)}")

@@ -5,7 +5,7 @@ made-up inputs of two lengths, padded and not. Ways of walking are tried from th
 taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import tree_flatten
 
 from secateurs.base.errors import CheckpointError, said
 from secateurs.model.activations import InMemory
@@ -265,13 +265,18 @@ def _same_in_pieces(model: nn.Module, layout: Layout, batch: Batch) -> bool:
     )
 
 
-def _floats(output: Any) -> dict[str, Tensor]:
-    leaves = tree_flatten_with_path(output)[0]
-    return {
-        "".join(map(str, path)): x
-        for path, x in leaves
-        if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
-    }
+def _floats(output: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor of numbers of nested mappings and sequences, by its path."""
+    # by hand: transformers before 5.22 registers its outputs with torch's pytrees without their keys
+    if isinstance(output, Tensor):
+        return {path: output} if output.is_floating_point() and output.numel() else {}
+    if isinstance(output, Mapping):
+        parts = [(f"{path}['{name}']", x) for name, x in output.items()]
+    elif isinstance(output, (tuple, list)):
+        parts = [(f"{path}[{i}]", x) for i, x in enumerate(output)]
+    else:
+        return {}
+    return {name: tensor for at, x in parts for name, tensor in _floats(x, at).items()}
 
 
 def unequal(got: Any, want: Any, ignored: Sequence[str] = ()) -> str | None:
