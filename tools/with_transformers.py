@@ -45,13 +45,13 @@ def fetched(version: str) -> Path:
     return folder
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
         raise SystemExit(__doc__)
     version, *command = arguments
     path = os.pathsep.join(filter(None, [str(fetched(version)), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": path}).returncode
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": path})
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

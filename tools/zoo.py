@@ -2,8 +2,9 @@
 
     python tools/zoo.py [--types llama,bert] [--kinds causal,vision] [--again] [--check]
 
-A run that was killed goes on where it was: results are in build/zoo.json, for one version of transformers and one state of the
-code, and the page has all of them. Each type has a process of its own and --seconds of time. Exits 1 if a result is silently wrong.
+A run that was killed goes on where it was: build/zoo.json has the results of one state of the code for each version of
+transformers, and the page has all of them. Each type has a process of its own and --seconds of time. Exits 1 if a result is
+silently wrong. With a version that is not installed: `python tools/with_transformers.py 5.24.0 tools/zoo.py [...]`.
 --check runs a dozen that differ most and writes no page.
 """
 
@@ -99,7 +100,7 @@ def apart(kind: str, model_type: str, checks: tuple[str, ...], seconds: float) -
         child.join()
 
 
-def made_of() -> list[str]:
+def made_of() -> tuple[str, str]:
     """What results depend on: the version of transformers, and a hash of the code of secateurs and of these tools."""
     import transformers
 
@@ -107,7 +108,7 @@ def made_of() -> list[str]:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    return [transformers.__version__, digest.hexdigest()]
+    return transformers.__version__, digest.hexdigest()
 
 
 def noted(results: dict[str, Any], kind: str) -> list[str]:
@@ -144,12 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.types:
         rows = [row for row in rows if row[1] in asked.types.split(",")]
     checks = tuple(asked.checks.split(",")) if asked.checks else QUICK if asked.check else tuple(zoo_checks.CHECKS)
-    known: dict[str, Any] = {}
     # as it was imported: code that changes during a run makes its results those of no tree
-    of = made_of()
-    if RESULTS.is_file() and not asked.check:
-        stored = json.loads(RESULTS.read_text())
-        known = stored["results"] if stored["of"] == of else {}
+    version, code = made_of()
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not asked.check else {}
+    if stored.get(version, {}).get("code") != code:
+        stored[version] = {"code": code, "results": {}}
+    known = stored[version]["results"]
     results: dict[str, Any] = {}
     for kind, model_type in rows:
         row = f"{kind} {model_type}"
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not asked.check:
                 RESULTS.parent.mkdir(exist_ok=True)
                 part = RESULTS.with_suffix(".part")
-                part.write_text(json.dumps({"of": of, "results": known}, indent=1))
+                part.write_text(json.dumps(stored, indent=1))
                 part.replace(RESULTS)
             print(row, line(known[row]), flush=True)
         results[row] = known[row]
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         every = [f"{kind} {model_type}" for kind, model_type in zoo_types.rows()]
         tried_so_far = {row: known[row] for row in every if row in known}
-        PAGE.write_text(page(tried_so_far, transformers.__version__, date.today().isoformat(), len(every)))
+        PAGE.write_text(page(tried_so_far, version, date.today().isoformat(), len(every)))
     return 1 if wrong else 0
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from plans import asked
 from safetensors.torch import load_file, save_file
 
 from secateurs.base.errors import CheckpointError, OutputError
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.plain import _READERS
 from secateurs.quality.evaluation import measured
 from secateurs.quality.settings import Evaluation
 
@@ -29,6 +31,14 @@ def needs(package):
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
+def needs_readers():
+    """Skip on a transformers whose readers of quantized folders and GGUF are refused."""
+    import transformers
+
+    if Version(transformers.__version__) < Version(_READERS):
+        pytest.skip(f"transformers {transformers.__version__} is older than {_READERS}")
+
+
 def stored(folder):
     """All tensors of a folder by name."""
     checkpoint = Checkpoint(folder)
@@ -37,6 +47,7 @@ def stored(folder):
 
 def rewrite(folder, quantize, settings):
     """Replace tensors of a folder by {name: tensor} that `quantize` makes of each, and state how in config.json."""
+    needs_readers()
     tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(shard)
@@ -240,6 +251,21 @@ def test_what_nothing_dequantizes_on_a_cpu_is_refused(method, tmp_path):
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("kind", ["quantized", "GGUF"])
+def test_readers_of_an_old_transformers_are_refused(kind, tmp_path, monkeypatch):
+    folder = tiny.save(tmp_path / "model")
+    if kind == "GGUF":
+        (folder / "model.safetensors.index.json").unlink()
+        (folder / "model.gguf").touch()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "compressed-tensors"}
+        (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.__version__", "5.9.1")
+    with pytest.raises(CheckpointError, match=rf"is {kind}, and .* needs transformers 5\.22 or newer; 5\.9\.1 is"):
+        Checkpoint(folder)
+
+
 def test_a_quantized_folder_of_noise_is_refused(tmp_path):
     folder = tiny.save(tmp_path / "fp8", "llama", torch.bfloat16)
     rewrite(folder, in_blocks, FP8)
@@ -255,6 +281,7 @@ def as_gguf(file, kind):
     """The tiny Llama as llama.cpp writes it: rows of q and k in another order, tensors under other names."""
     import gguf
 
+    needs_readers()
     model = tiny.make("llama")
     c = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -332,6 +359,7 @@ def test_gguf_blocks_are_read_as_the_values_that_they_hold(tmp_path):
 
 @needs("gguf")
 def test_gguf_files_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
+    needs_readers()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF" + b"\0" * 40)
     with pytest.raises(CheckpointError, match=r"holds 2 GGUF files, a\.gguf, b\.gguf; name one"):

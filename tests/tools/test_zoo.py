@@ -143,14 +143,22 @@ def test_a_silent_error_in_any_column_is_counted(zoo):
     assert "| **all** | 1 | 1 (100%) | 0 | 0 | 1 |" in page({"causal llama": found}, "5", "today", 1)
 
 
-def test_results_of_other_code_are_forgotten(zoo, tmp_path, monkeypatch):
+def test_results_are_kept_for_each_version_of_transformers_and_forgotten_with_other_code(zoo, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(zoo, "RESULTS", tmp_path / "zoo.json")
     monkeypatch.setattr(zoo, "PAGE", tmp_path / "models.md")
     monkeypatch.setattr(zoo, "apart", lambda kind, name, *_: asked.append(name) or {"refused": "no", "seconds": 0.0})
-    for _ in range(2):
+    counts = []
+    for made_of in [
+        ("5.23.0", "a"),
+        ("5.24.0", "a"),
+        ("5.23.0", "a"),
+        ("5.24.0", "a"),
+        ("5.23.0", "b"),
+        ("5.24.0", "a"),
+    ]:
+        monkeypatch.setattr(zoo, "made_of", lambda made_of=made_of: made_of)
         zoo.main(["--kinds", "causal", "--types", "llama"])
-    assert asked == ["llama"]
-    monkeypatch.setattr(zoo, "made_of", lambda: ["5.23.0", "another"])
-    zoo.main(["--kinds", "causal", "--types", "llama"])
-    assert asked == ["llama", "llama"]
+        counts.append(len(asked))
+        assert f"transformers {made_of[0]} lists" in (tmp_path / "models.md").read_text().replace("\n", " ")
+    assert counts == [1, 2, 2, 2, 3, 3]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ _BYTES = 1 << 27
 _ADAPTER = "adapter_config.json"
 # ways of quantization whose transformers reader dequantizes on a CPU
 _DEQUANTIZED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+# older versions of transformers read compressed-tensors without their scales, and know no GGUF that is written again
+_READERS = "5.22"
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,16 @@ class Plain:
 
 def plain(given: Path) -> Plain:
     """The folder as it is, or its plain copy, made now if there is none. Raises CheckpointError for what nothing here reads."""
+    import transformers
+
     kind = _kind(given)
     if kind is None:
         return Plain(given)
+    if kind != "adapter" and Version(transformers.__version__) < Version(_READERS):
+        raise CheckpointError(
+            f"{given} is {'GGUF' if kind == 'gguf' else kind}, and reading that needs transformers {_READERS} or newer; "
+            f"{transformers.__version__} is installed"
+        )
     write, sentence = _HOW[kind]
     key = fingerprint_of_files(_read(given, kind))
     folder = cache_folder() / "plain" / key[:32]
