@@ -141,12 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = list(FEW) if asked.check else zoo_types.rows(asked.kinds.split(",") if asked.kinds else zoo_types.KINDS)
-    if asked.types:
-        rows = [row for row in rows if row[1] in asked.types.split(",")]
-    checks = tuple(asked.checks.split(",")) if asked.checks else QUICK if asked.check else tuple(zoo_checks.CHECKS)
     # as it was imported: code that changes during a run makes its results those of no tree
     version, code = made_of()
+    rows = list(FEW) if asked.check else zoo_types.rows(asked.kinds.split(",") if asked.kinds else zoo_types.KINDS)
+    types = asked.types.split(",") if asked.types else [model_type for _, model_type in rows]
+    absent = sorted(set(types) - {model_type for _, model_type in rows})
+    rows = [row for row in rows if row[1] in types]
+    absent += [f"{kind} {model_type}" for kind, model_type in rows if model_type not in zoo_types.listed(kind)]
+    rows = [(kind, model_type) for kind, model_type in rows if model_type in zoo_types.listed(kind)]
+    for name in absent:
+        print(f"{name} is left out: transformers {version} lists no such type, or under another name")
+    checks = tuple(asked.checks.split(",")) if asked.checks else QUICK if asked.check else tuple(zoo_checks.CHECKS)
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not asked.check else {}
     if stored.get(version, {}).get("code") != code:
         stored[version] = {"code": code, "results": {}}

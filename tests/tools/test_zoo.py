@@ -162,3 +162,16 @@ def test_results_are_kept_for_each_version_of_transformers_and_forgotten_with_ot
         counts.append(len(asked))
         assert f"transformers {made_of[0]} lists" in (tmp_path / "models.md").read_text().replace("\n", " ")
     assert counts == [1, 2, 2, 2, 3, 3]
+
+
+def test_types_that_a_version_does_not_have_are_left_out_by_name(zoo, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "FEW", (("causal", "llama"), ("causal", "of_tomorrow"), ("vision", "llama")))
+    monkeypatch.setattr(zoo, "apart", lambda *_: {"refused": "no", "seconds": 0.0})
+    monkeypatch.setattr(zoo, "made_of", lambda: ("5.9.1", "a"))
+    zoo.main(["--check"])
+    said = capsys.readouterr().out
+    assert "vision llama is left out: transformers 5.9.1 lists no such type" in said
+    assert "causal of_tomorrow is left out" in said
+    assert "\n1 types, " in said
+    zoo.main(["--check", "--types", "lama"])
+    assert "lama is left out: transformers 5.9.1 lists no such type" in capsys.readouterr().out

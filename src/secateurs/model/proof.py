@@ -267,7 +267,7 @@ def _same_in_pieces(model: nn.Module, layout: Layout, batch: Batch) -> bool:
 
 def _floats(output: Any, path: str = "") -> dict[str, Tensor]:
     """Every tensor of numbers of nested mappings and sequences, by its path."""
-    # by hand: transformers before 5.22 registers its outputs with torch's pytrees without their keys
+    # by hand: older versions of transformers register their outputs with torch's pytrees without their keys
     if isinstance(output, Tensor):
         return {path: output} if output.is_floating_point() and output.numel() else {}
     if isinstance(output, Mapping):
