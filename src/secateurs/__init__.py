@@ -6,11 +6,11 @@ from secateurs.base.errors import SecateursError
 from secateurs.decide.decide import decide
 from secateurs.decide.plan import DecidePlan
 from secateurs.kernels import formats
-from secateurs.kernels.packed_linear import accelerate
 from secateurs.matrix import patterns, scores, solvers
 from secateurs.matrix.stats import Stats
 from secateurs.pack import plugin as _plugin  # noqa: F401
 from secateurs.pack.folder import pack_run
+from secateurs.pack.live import accelerate
 from secateurs.prune.plan import Plan
 from secateurs.prune.prune import prune
 from secateurs.prune.record import Report

@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+import transformers
 from command import FAST, fails, run
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,6 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from secateurs.base.errors import CheckpointError, OutputError
 from secateurs.kernels.packed_linear import PackedLinear
+from secateurs.model.made_up import inputs, uncached
+from secateurs.model.miniature import small_instance
 from secateurs.pack import folder as stage
 from secateurs.prune.record import Report
 
@@ -270,3 +273,43 @@ def test_bench_refuses_what_it_cannot_compare(tmp_path, zeros, capsys):
         json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "secateurs", "format_version": 3}})
     )
     assert "does not run" in fails(capsys, 1, "bench", tmp_path / "packed")
+
+
+def of(folder, architecture, **fields):
+    """A small model of a class with zeros, saved, and what it gives for a text."""
+    cls = getattr(transformers, architecture)
+    small_instance(cls, cls.config_class(**fields)).save_pretrained(folder)
+    return cls, halve(folder, 0.9)
+
+
+def test_a_layer_whose_weight_the_code_reads_stays_dense_and_says_why(tmp_path):
+    fields = {"hidden_size": 64, "state_size": 8, "time_step_rank": 64, "num_hidden_layers": 2}
+    cls, plain = of(tmp_path / "plain", "MambaForCausalLM", **fields)
+    result = stage.pack(plain, tmp_path / "packed")
+    reasons = {r["name"]: r["reason"] for r in result["layers"] if r["format"] == "dense" and r["sparsity"] > 0.5}
+    assert reasons == {
+        f"backbone.layers.{i}.mixer.dt_proj": "the model's code reads its weight itself" for i in range(2)
+    }
+    assert result["warnings"] == []
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        want = cls.from_pretrained(plain)(ids, use_cache=False).logits
+        got = cls.from_pretrained(tmp_path / "packed")(ids, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["FunnelForMaskedLM", "BltForCausalLM"])
+def test_classes_that_initialize_by_name_or_from_above_load_packed(tmp_path, architecture):
+    cls, plain = of(tmp_path / "plain", architecture)
+    assert stage.pack(plain, tmp_path / "packed")["totals"]["layers_packed"] > 0
+    packed, dense = (cls.from_pretrained(folder) for folder in (tmp_path / "packed", plain))
+    with torch.no_grad():
+        for batch in inputs(dense):
+            got, want = (model(**batch, **uncached(model))[0] for model in (packed, dense))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_code_cannot_be_watched_a_warning_says_so(tmp_path, zeros, monkeypatch):
+    monkeypatch.setattr(stage, "read_by_code", lambda _: (set(), "no small instance runs"))
+    (warning,) = stage.pack(zeros, tmp_path / "packed")["warnings"]
+    assert warning.endswith("was not found out, so try it: no small instance runs")

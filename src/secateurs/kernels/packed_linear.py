@@ -1,4 +1,4 @@
-"""Linear layers that multiply packed weights, and accelerate(), which puts them into a live model.
+"""Linear layers that multiply packed weights; pack/ puts them into models.
 
 A PackedLinear's parameters are the stored tensors: `weight`, the survivors as a vector, and `weight_mask`. `weight` is a vector
 on purpose: a loader that does not know the format fails on its shape instead of going on with wrong weights.
@@ -6,7 +6,6 @@ A DenseLinear is an nn.Linear that uses our dense kernel where that is faster th
 """
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.base.errors import PackError
 from secateurs.kernels.dispatch import multiply, ours_is_faster, wants_gradient
 from secateurs.kernels.formats import (
     DTYPES,
@@ -23,7 +21,6 @@ from secateurs.kernels.formats import (
     bitmask_nbytes,
     count_stored,
     mask_shape,
-    pack,
     read_bitmask,
     unpack,
 )
@@ -176,7 +173,13 @@ class LayerChoice:
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.survivors / (self.shape[0] * self.shape[1])
+        return 1 - self.survivors / max(1, self.shape[0] * self.shape[1])
+
+    def but(self, why: str | None) -> "LayerChoice":
+        """The layer as dense for that reason; itself if there is none, or where it is dense already."""
+        if not why or self.format == "dense":
+            return self
+        return replace(self, format="dense", nbytes=self.dense_nbytes, reason=why)
 
 
 def choose(name: str, weight_OI: Tensor, profile: Any = None) -> LayerChoice:
@@ -189,7 +192,7 @@ def choose(name: str, weight_OI: Tensor, profile: Any = None) -> LayerChoice:
         return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
     survivors = count_stored(weight_OI)
     nbytes = bitmask_nbytes(shape, survivors, weight_OI.dtype)
-    sparsity = 1 - survivors / weight_OI.numel()
+    sparsity = 1 - survivors / max(1, weight_OI.numel())
     if nbytes >= dense_nbytes:
         reason = f"{sparsity:.1%} zeros: packed it would take {nbytes} bytes of {dense_nbytes}"
         return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
@@ -215,47 +218,6 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             yield name, module, True
 
 
-# tensors made under inference_mode() would have no versions, by which a changed weight is noticed
-@torch.inference_mode(False)
-def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
-    """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
-
-    choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster.
-    Weights shared between modules (a head tied to the embeddings), computed from others (weight norm) or multiplied in a fused
-    kernel (nn.TransformerEncoderLayer) stay dense. The model is for inference from then on.
-    Raises PackError for a model that is not on the CPU.
-    """
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
-    fused = {linear for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
-    choices = []
-    for name, module, transposed in list(linears(model)):
-        weight: Any = module.weight
-        if weight.device.type != "cpu":
-            raise PackError(f"{name} is on {weight.device}; the kernels run on the CPU: model.cpu() first")
-        choice = choose(name, weight.detach().T if transposed else weight.detach(), profile)
-        stays = {0: "its weight is computed from other parameters", 1: ""}.get(uses[id(weight)], "shared weight")
-        if module in fused:
-            stays = "nn.TransformerEncoderLayer multiplies by it in a fused kernel"
-        if stays and choice.format == "bitmask":
-            choice = replace(choice, format="dense", nbytes=choice.dense_nbytes, reason=stays)
-        if choice.format == "bitmask":
-            bias: Any = module.bias
-            packed = pack((weight.detach().T if transposed else weight.detach()).contiguous())
-            _replace(model, name, PackedLinear.of(packed, bias, transposed))
-        elif not transposed and uses[id(weight)]:
-            module.__class__ = DenseLinear
-        choices.append(choice)
-    group_shared_inputs(model)
-    return choices
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    module.train(False)
-    setattr(model.get_submodule(parent), child, module)
-
-
 def group_shared_inputs(model: nn.Module) -> None:
     """Let q, k and v, or gate and up, share a call, if they are packed with one dtype and number of inputs."""
     for parent in model.modules():
@@ -266,11 +228,18 @@ def group_shared_inputs(model: nn.Module) -> None:
                 SharedInput(found)
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module, in evaluation mode, in the place of the one of that name."""
+    parent, _, child = name.rpartition(".")
+    module.train(False)
+    setattr(model.get_submodule(parent), child, module)
+
+
 def make_dense(model: nn.Module) -> nn.Module:
     """Undo accelerate(): every packed layer becomes the dense one that it replaced, bit for bit."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            _replace(model, name, module.dense())
+            put(model, name, module.dense())
         elif type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model

@@ -60,9 +60,9 @@ class Couplings:
         """The couplings of a block whose layers are given."""
         named = {layer.name.removeprefix(f"{prefix}."): layer for layer in layers}
         found = []
-        for rule in self.rules.get(frozenset(map(_pattern, named)), ()):
+        for rule in self.rules.get(frozenset(map(pattern_of, named)), ()):
             for name, consumer in named.items():
-                if _pattern(name) != rule.consumer:
+                if pattern_of(name) != rule.consumer:
                     continue
                 width = None
                 if rule.width is not None:
@@ -88,7 +88,8 @@ def _fits(coupling: Coupling) -> bool:
     return coupling.width is None or set(copies) == {1}
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
+    """A name with * for its numbers."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -106,7 +107,7 @@ def _stated(block: nn.Module, name: str, config: Any, inputs: int) -> dict[str, 
     found: dict[str, int] = {}
     inside = [(path, module) for path, module in block.named_modules() if not path or name.startswith(f"{path}.")]
     for path, module in reversed(inside):
-        found |= {f"{_pattern(path)}:{n}": getattr(module, n) for n in _WIDTHS if _is_size(module, n)}
+        found |= {f"{pattern_of(path)}:{n}": getattr(module, n) for n in _WIDTHS if _is_size(module, n)}
     for label, part in ("config", config), ("text config", config.get_text_config()):
         found |= {f"{label}:{n}": getattr(part, n) for n in _WIDTHS if _is_size(part, n)}
         heads = {n: getattr(part, n) for n in _HEADS if _is_size(part, n)}
@@ -156,7 +157,7 @@ def find(small: nn.Module, layout: Layout, batch: Batch) -> Couplings:
     kinds: dict[frozenset[str], dict[str, list[Layer]]] = {}
     for name, block in blocks.items():
         layers = layers_of(block, name, layout.experts)
-        kinds.setdefault(frozenset(_pattern(y.name.removeprefix(f"{name}.")) for y in layers), {})[name] = layers
+        kinds.setdefault(frozenset(pattern_of(y.name.removeprefix(f"{name}.")) for y in layers), {})[name] = layers
     # one block of each kind and of each shape
     chosen: dict[str, list[Layer]] = {}
     for alike in kinds.values():
@@ -288,7 +289,7 @@ def _guesses(
             rules = _rules(name, feeds, prefix, widths.items())
             if not rules and one is not None:
                 rules = _rules(name, _feeds(layer, one, shapes) or {}, prefix, widths.items())
-        consumer = _pattern(name)
+        consumer = pattern_of(name)
         found[consumer] = [r for r in rules if consumer not in found or r in found[consumer]]
     return found
 
@@ -302,11 +303,11 @@ def _rules(name: str, feeds: Mapping[str, Tensor], prefix: str, widths: Iterable
             producer = layer.removeprefix(f"{prefix}.")
             form = next((form for form in FORMS if _matches(form, feed_IO, width)), None)
             if form and _numbers(producer) == _numbers(name)[: len(_numbers(producer))]:
-                producers.append((_pattern(producer), form))
+                producers.append((pattern_of(producer), form))
             elif width is None:
                 return []
         if producers:
-            found.append(Rule(_pattern(name), tuple(producers), stated[0] if stated else None))
+            found.append(Rule(pattern_of(name), tuple(producers), stated[0] if stated else None))
     return found
 
 
@@ -361,7 +362,7 @@ def _wrong(small: Any, rule: Rule, blocks: Mapping[str, tuple[nn.Module, Sequenc
 
     A coupling that is not seen to matter is not held to be one.
     """
-    key = frozenset(_pattern(y.name.removeprefix(f"{n}.")) for n, (_, layers) in blocks.items() for y in layers)
+    key = frozenset(pattern_of(y.name.removeprefix(f"{n}.")) for n, (_, layers) in blocks.items() for y in layers)
     rules = Couplings({key: [rule]})
     found = [c for name, (block, layers) in blocks.items() for c in rules.of(name, block, layers, small.config)]
     if not found:

@@ -19,6 +19,7 @@ from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint, shard_name, write_index, write_shard
+from secateurs.model.reads import READ, read_by_code
 from secateurs.model.unpacked import plain_reader
 
 # dense bytes that are read for one shard
@@ -46,6 +47,7 @@ def pack(
         for key, target in checkpoint.target_of.items()
         if target in modules and key not in checkpoint.converted and uses[id(skeleton.get_parameter(target))] == 1
     }
+    read, unknown = read_by_code(skeleton)
     packable = {name for name, _ in layer_of.values()}
     settings = {
         "source": checkpoint.fingerprint(),
@@ -62,7 +64,7 @@ def pack(
         if merge_zeros and negative_zeros:
             weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
             tensor = weight_OI.T.contiguous() if transposed else weight_OI
-        choice = choose(name, weight_OI, profile)
+        choice = choose(name, weight_OI, profile).but(READ if name in read else None)
         record = {**_record(choice), "transposed": transposed, "negative_zeros": 0 if merge_zeros else negative_zeros}
         if choice.format == "dense":
             return {key: tensor}, record
@@ -109,6 +111,9 @@ def pack(
         },
         "layers": records,
         "left_out": left,
+        "warnings": [f"whether its code reads weights itself was not found out, so try it: {unknown}"]
+        if unknown
+        else [],
     }
     write_text(out / "README.md", _card(result))
     write_json(out / "pack.json", result)
@@ -137,7 +142,7 @@ def pack_run(
     result = pack(run / "model", folder, profile, progress, merge_zeros)
     report["packed"] = {
         "folder": str(folder if out else "packed"),
-        **{k: result[k] for k in ("profile", "totals", "layers", "left_out")},
+        **{k: result[k] for k in ("profile", "totals", "layers", "left_out", "warnings")},
     }
     if "bytes" not in report:
         dense, _ = models_of(run)

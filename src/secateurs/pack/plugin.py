@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
 from secateurs.kernels.formats import VERSION
-from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense, put
 
 METHOD = "secateurs"
 
@@ -63,8 +63,12 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
                 (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
                 survivors, module.weight.dtype, module.bias is not None, transposed,
             )  # fmt: skip
-            parent, _, child = found.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed)
+            put(model, found, packed)
+            # some classes initialize by a module's name, or all in a module that has no weights of its own, and would take the
+            # survivors for a matrix; none of them is missing, or the folder does not load
+            above = model.get_submodule(found.rpartition(".")[0])
+            for done in (packed, *(() if above is model or _holds(above) else (above,))):
+                done._is_hf_initialized = True
         return model
 
     @staticmethod
@@ -107,3 +111,8 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _holds(module: nn.Module) -> bool:
+    """True if a module has tensors of its own."""
+    return any(x is not None for x in (*module._parameters.values(), *module._buffers.values()))

@@ -260,6 +260,8 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
         console.print(f"[yellow]Dense: {_layers(len(dense))}[/], first {dense[0]['name']}: {escape(reasons[0])}.")
     if result["left_out"]:
         console.print(f"Not packed: {_layers(len(result['left_out']))}, first {escape(result['left_out'][0])}.")
+    for warning in result["warnings"]:
+        console.print(f"[yellow]{escape(warning)}[/]")
     if totals["negative_zeros"] * 100 > sum(r["shape"][0] * r["shape"][1] for r in result["layers"]):
         console.print(
             f"[yellow]{totals['negative_zeros']} zeros are negative[/] (weight * mask makes such zeros) and are stored as weights: "

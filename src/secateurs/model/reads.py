@@ -1,0 +1,77 @@
+"""Finds the layers whose weight a model's code reads itself, which must stay a plain matrix.
+
+Most code calls the module that holds a weight. Mamba's mixers multiply by `dt_proj.weight`, routers by a copy in fp32: a module
+with another kind of weight in its place would fail there. Found out on a small random instance (miniature.py), watched while it
+runs. A weight that another module holds too (a head tied to the embeddings) counts as that one's.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from secateurs.base.errors import CheckpointError
+from secateurs.model.couplings import pattern_of
+from secateurs.model.layers import kind_of
+from secateurs.model.miniature import inputs, miniature
+
+# what code asks of a weight that is the same of a weight stored in another way
+_SAME: frozenset[Any] = frozenset(
+    getattr(Tensor, name).__get__ for name in ("dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta")
+)
+# why such a layer is not packed
+READ = "the model's code reads its weight itself"
+
+
+def read_by_code(model: Any) -> tuple[set[str], str | None]:
+    """The names of the linear layers of a Hugging Face model whose weight its code reads; and why that is not known, or None.
+
+    A layer that no made-up input reaches is not among them. Layers whose names differ by numbers only count as one.
+    """
+    try:
+        small = miniature(model)
+        with _reads(small) as found:
+            inputs(small)
+            # a tower of images is not called on text
+            with suppress(ValueError):
+                inputs(small, "images and text")
+    except (ValueError, CheckpointError) as error:
+        return set(), str(error)
+    patterns = set(map(pattern_of, found))
+    return {name for name, _ in model.named_modules() if pattern_of(name) in patterns}, None
+
+
+@contextmanager
+def _reads(model: nn.Module) -> Iterator[set[str]]:
+    """A context that collects the names of linear layers whose weight is used while their own module does not run."""
+    layers = {name: module for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")}
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    weights = {id(module.weight): name for name, module in layers.items() if uses[id(module.weight)] == 1}
+    running: set[int] = set()
+    found: set[str] = set()
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func not in _SAME:
+                used = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+                found.update(weights[x] for x in used & weights.keys() - running)
+            return func(*args, **(kwargs or {}))
+
+    def begin(module: nn.Module, _: Any) -> None:
+        running.add(id(module.weight))
+
+    def end(module: nn.Module, _: Any, __: Any) -> None:
+        running.discard(id(module.weight))
+
+    handles = [module.register_forward_pre_hook(begin) for module in layers.values()]
+    handles += [module.register_forward_hook(end, always_call=True) for module in layers.values()]
+    try:
+        with Mode():
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()

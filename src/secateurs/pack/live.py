@@ -1,0 +1,57 @@
+"""accelerate(): packed layers in a live model."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateurs.base.errors import PackError
+from secateurs.kernels.formats import pack
+from secateurs.kernels.packed_linear import (
+    DenseLinear,
+    LayerChoice,
+    PackedLinear,
+    choose,
+    group_shared_inputs,
+    linears,
+    put,
+)
+from secateurs.model.reads import READ, read_by_code
+
+
+# tensors made under inference_mode() would have no versions, by which a changed weight is noticed
+@torch.inference_mode(False)
+def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
+    """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
+
+    choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster.
+    Weights shared between modules (a head tied to the embeddings), computed from others (weight norm), multiplied in a fused
+    kernel (nn.TransformerEncoderLayer) or read by a Hugging Face model's own code stay dense. The model is for inference from
+    then on. Raises PackError for a model that is not on the CPU.
+    """
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    fused = {linear for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
+    read: set[str] = set()
+    if hasattr(getattr(model, "config", None), "model_type"):
+        read, _ = read_by_code(model)
+    choices = []
+    for name, module, transposed in list(linears(model)):
+        weight: Any = module.weight
+        if weight.device.type != "cpu":
+            raise PackError(f"{name} is on {weight.device}; the kernels run on the CPU: model.cpu() first")
+        choice = choose(name, weight.detach().T if transposed else weight.detach(), profile)
+        stays = {0: "its weight is computed from other parameters", 1: ""}.get(uses[id(weight)], "shared weight")
+        if module in fused:
+            stays = "nn.TransformerEncoderLayer multiplies by it in a fused kernel"
+        choice = choice.but(stays or (READ if name in read else None))
+        if choice.format == "bitmask":
+            bias: Any = module.bias
+            packed = pack((weight.detach().T if transposed else weight.detach()).contiguous())
+            put(model, name, PackedLinear.of(packed, bias, transposed))
+        elif not transposed and uses[id(weight)]:
+            module.__class__ = DenseLinear
+        choices.append(choice)
+    group_shared_inputs(model)
+    return choices
