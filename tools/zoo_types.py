@@ -129,8 +129,11 @@ def small(kind: str, model_type: str) -> nn.Module:
             owner = getattr(owner, part)
         setattr(owner, field, value)
     model = small_instance(cls, config)
-    for parameter in model.parameters():
-        _apart(parameter)
+    # what is not saved is computed anew
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name not in computed:
+            _apart(parameter)
     return model
 
 

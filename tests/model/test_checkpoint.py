@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from secateurs.base.errors import CheckpointError
 from secateurs.model.checkpoint import Checkpoint, resolve
+from secateurs.model.discover import layout_of
+from secateurs.model.miniature import small_instance
 
 
 @pytest.fixture
@@ -98,6 +100,86 @@ def test_edited_tensors_go_back_under_their_stored_names(model_type, tmp_path):
     zeroed = checkpoint.edited(model, name, edited)
     assert all(not zeroed[k].any() for k in before if before[k].dim() > 1 and "gate.weight" not in k)
     assert all(torch.equal(zeroed[k], before[k]) for k in before if before[k].dim() == 1)
+
+
+def loaded_alike(cls, folder):
+    """A skeleton that is loaded, once it is what from_pretrained gives."""
+    checkpoint = Checkpoint(folder)
+    model = checkpoint.skeleton()
+    checkpoint.load_whole(model)
+    want = cls.from_pretrained(folder).state_dict()
+    assert want.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, want[key]) for key, tensor in model.state_dict().items())
+    return checkpoint, model
+
+
+def test_positions_that_are_computed_need_not_be_stored(tmp_path):
+    import transformers
+
+    cls = transformers.MarianMTModel
+    small_instance(cls, transformers.MarianConfig()).save_pretrained(tmp_path)
+    checkpoint, model = loaded_alike(cls, tmp_path)
+    assert "model.encoder.embed_positions.weight" not in checkpoint.file_of
+    # sin(1) and cos(1) of the second position
+    row = model.model.encoder.embed_positions.weight[1]
+    torch.testing.assert_close(row[[0, 16]], torch.tensor([0.841470985, 0.540302306]))
+
+
+def test_blocks_whose_weights_are_tied_are_one_and_stay_so(tmp_path):
+    import transformers
+
+    cls = transformers.ZambaForCausalLM
+    small = small_instance(cls, cls.config_class(vocab_size=200))
+    small.save_pretrained(tmp_path)
+    checkpoint, model = loaded_alike(cls, tmp_path)
+    assert (layout_of(model).how, layout_of(model).why) == ("whole", "ZambaForCausalLM's blocks share weights")
+    hybrid = [block.shared_transf for block in model.model.layers if hasattr(block, "shared_transf")]
+    for _ in range(2):
+        assert hybrid[0].self_attn.q_proj.weight is hybrid[1].self_attn.q_proj.weight
+        checkpoint.release(model)
+        assert hybrid[0].self_attn.q_proj.weight.is_meta
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A folder whose config ties the head to the embeddings, which alone are stored."""
+    import transformers
+
+    arguments = {**tiny.TINY["llama"][1], "tie_word_embeddings": True}
+    tiny.random("LlamaForCausalLM", "llama", arguments).save_pretrained(tmp_path)
+    return transformers.LlamaForCausalLM, tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_what_is_tied_is_edited_by_any_of_its_names_under_all_that_are_stored(tied, name):
+    cls, folder = tied
+    checkpoint, model = loaded_alike(cls, folder)
+    model.get_parameter(name)[0] = 0
+    for both in (False, True):
+        found = checkpoint.edited_keys(model, checkpoint.outside_keys(model), {name})
+        assert {key for key, x in found.items() if not x[0].any()} == (
+            {"model.embed_tokens.weight", "lm_head.weight"} if both else {"model.embed_tokens.weight"}
+        )
+        rewrite(
+            folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+        )
+        checkpoint, model = loaded_alike(cls, folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.get_parameter(name)[0] = 0
+
+
+def test_what_is_stored_twice_and_differs_is_not_tied(tied):
+    cls, folder = tied
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    _, model = loaded_alike(cls, folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_what_is_tied_may_be_stored_under_the_other_name(tied):
+    cls, folder = tied
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    _, model = loaded_alike(cls, folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def broken(folder, match):

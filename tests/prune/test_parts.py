@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import secateurs as sc
 from secateurs.base.errors import PlanError
@@ -89,3 +90,25 @@ def test_folders_of_several_lists_and_of_shared_blocks_are_pruned_and_verified(m
     for layer in layers:
         assert int((weights[f"{layer.name}.weight"] != 0).sum()) == layer.kept
         assert 2 * layer.kept == layer.shape[0] * layer.shape[1]
+
+
+def test_a_pruned_head_that_is_stored_twice_is_pruned_in_both_places(tmp_path):
+    """I-BERT is walked as a whole, so its head is pruned, which the embeddings share."""
+    cls, source = transformers.IBertForMaskedLM, tmp_path / "dense"
+    small = small_instance(cls, transformers.AutoConfig.for_model("ibert"))
+    small.save_pretrained(source)
+    (shard,) = source.glob("*.safetensors")
+    tensors = load_file(shard)
+    tiny.tokenizer().save_pretrained(source)
+    names = "ibert.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+    save_file({**tensors, **{name: small.get_parameter(names[0]).clone() for name in names}}, shard, {"format": "pt"})
+    asked = sc.Plan(str(source), method="magnitude", scope="layer", evaluation=sc.Evaluation(windows=0))
+    report = sc.prune(source, asked, out=tmp_path / "run")
+    (head,) = (r for r in report.layers if r.name == "lm_head.decoder")
+    assert 2 * head.kept == head.shape[0] * head.shape[1]
+    (shard,) = (tmp_path / "run" / "model").glob("*.safetensors")
+    stored = load_file(shard)
+    assert torch.equal(*(stored[name] for name in names))
+    model = cls.from_pretrained(tmp_path / "run" / "model")
+    for name in names:
+        assert int((model.get_parameter(name) != 0).sum()) == head.kept

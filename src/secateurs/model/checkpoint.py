@@ -7,8 +7,9 @@ their name and dtype. Pickled weights are refused; a model that is stored in ano
 import hashlib
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import no_bars
 from secateurs.model import attention
 from secateurs.model.blocks import blocks_of
+from secateurs.model.miniature import seeded
 from secateurs.model.sentences import Sentences, sentences_of
 from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
 
@@ -74,6 +76,8 @@ class Checkpoint:
         self.file_of = self._find_tensors()
         self.target_of: dict[str, str] = {}
         self.converted: set[str] = set()
+        # of the model's tensors, those that no file holds
+        self._missing: set[str] = set()
         self._mapping: list[Any] = []
         self._quantizer = quantizer
         self._outside_loaded = False
@@ -209,7 +213,13 @@ class Checkpoint:
             self.target_of[key] = target
             if source is not None:
                 self.converted.add(key)
+        self._missing = set(state) - set(self.target_of.values())
+        self._tie(model)
         return model
+
+    def _tie(self, model: Any) -> None:
+        """Make one of what the class ties, as from_pretrained does: not where both are stored and differ."""
+        model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
 
     def _own_code(self) -> dict[str, str]:
         """{class: where the folder says that its code is}, for a model with code of its own."""
@@ -239,8 +249,7 @@ class Checkpoint:
         """
         self._fill(model, self.keys_under(prefix))
         if not prefix:
-            any_model: Any = model
-            any_model.tie_weights()
+            self._tie(model)
             self._outside_loaded = True
         self._check(model, lambda name: _is_under(name, prefix))
 
@@ -251,8 +260,7 @@ class Checkpoint:
         names = self.block_names(model)
         for keys in self.outside_groups(model):
             self._fill(model, keys)
-        tie: Any = model
-        tie.tie_weights()
+        self._tie(model)
         self._check(model, lambda name: not any(_is_under(name, prefix) for prefix in names))
         self._outside_loaded = True
 
@@ -282,10 +290,14 @@ class Checkpoint:
 
     def release(self, model: nn.Module) -> None:
         """Send every parameter back to the meta device."""
+        # what was one stays one
+        gone: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.device.type != "meta":
-                    module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                    if parameter not in gone:
+                        gone[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                    module._parameters[name] = gone[parameter]
         self._outside_loaded = False
 
     def block_names(self, model: nn.Module) -> list[str]:
@@ -311,7 +323,23 @@ class Checkpoint:
         if info.conversion_errors:
             raise CheckpointError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
 
-    def _check(self, model: nn.Module, wanted: Any) -> None:
+    def _make(self, model: Any, wanted: Callable[[str], bool]) -> None:
+        """Give values to parameters that the class says files may lack, as from_pretrained does: Marian's sines of positions."""
+        patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        for name in sorted(self._missing):
+            if not wanted(name) or not any(re.search(pattern, name) for pattern in patterns):
+                continue
+            *path, leaf = name.split(".")
+            owners = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
+            module, parameter = owners[-1], owners[-1]._parameters.get(leaf)
+            if parameter is not None and parameter.device.type == "meta":
+                made = torch.empty_like(parameter, device="cpu")
+                module._parameters[leaf] = nn.Parameter(made, requires_grad=False)
+                next(owner for owner in reversed(owners) if hasattr(owner, "_init_weights"))._init_weights(module)
+
+    def _check(self, model: nn.Module, wanted: Callable[[str], bool]) -> None:
+        with seeded():
+            self._make(model, wanted)
         for name, parameter in model.named_parameters():
             if not wanted(name):
                 continue
@@ -336,10 +364,13 @@ class Checkpoint:
     def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
         """Stored tensors after some of the model's parameters were edited: same names, dtypes and shapes.
 
-        names: parameters that were edited; fused ones go back to the separate tensors they were read from.
+        names: parameters that were edited, each under any of its names; fused ones go back to the separate tensors they came from.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        edited = {id(parameters[name]) for name in names}
+        names = {name for name, parameter in parameters.items() if id(parameter) in edited}
         fused = {self.target_of[k] for k in keys if k in self.converted and self.target_of[k] in names}
         out: dict[str, Tensor] = {}
         if fused:
@@ -351,12 +382,16 @@ class Checkpoint:
         unknown = sorted(set(out) - set(stored))
         if unknown:
             raise CheckpointError(f"{self.folder}: {unknown[0]} would be written and was never read")
+        at: set[int] = set()
         for key, tensor in out.items():
             if tensor.numel() != stored[key].numel():
                 raise CheckpointError(
                     f"{self.folder}: {key} is stored as {list(stored[key].shape)} and holds several parameters of the model; load "
                     "it in transformers, save it again, and prune that"
                 )
+            # safetensors refuses two names of one place in memory
+            tensor = tensor.clone() if tensor.data_ptr() in at else tensor
+            at.add(tensor.data_ptr())
             stored[key] = tensor.detach().to(stored[key].dtype).reshape(stored[key].shape)
         return stored
 

@@ -75,7 +75,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
             _check_layer(layer, records[layer.name], plan.scope)
             seen.add(layer.name)
             if records[layer.name].skipped is None:
-                pruned.add(layer.tensor_name)
+                pruned |= {layer.tensor_name, *layer.also, *(f"{other}.weight" for other in layer.also)}
         result.release(model)
         progress("verifying", i + 1, len(names))
     # what is no layer is compared with the dense model, like all that was not pruned
