@@ -1,6 +1,6 @@
 """Tries every model type of the installed transformers on a small random model, and writes docs/models.md.
 
-    python tools/zoo.py [--types llama,bert] [--kinds causal,vision] [--again] [--check]
+    python tools/zoo.py [--types llama,bert] [--kinds causal,vision] [--jobs 2] [--again] [--check]
 
 A run that was killed goes on where it was: build/zoo.json has the results of one state of the code for each version of
 transformers, and the page has all of them. Each type has a process of its own and --seconds of time. Exits 1 if a result is
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checks", help=f"some of {', '.join(zoo_checks.CHECKS)}")
     parser.add_argument("--again", action="store_true", help="forget earlier results of these types")
     parser.add_argument("--check", action="store_true", help=f"{len(FEW)} types, {', '.join(QUICK)}; no page")
+    parser.add_argument("--jobs", type=int, default=1, help="types that are tried at once")
     parser.add_argument("--seconds", type=float, default=240, help="time of one type")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -156,18 +158,17 @@ def main(arguments: list[str] | None = None) -> int:
     if stored.get(version, {}).get("code") != code:
         stored[version] = {"code": code, "results": {}}
     known = stored[version]["results"]
-    results: dict[str, Any] = {}
-    for kind, model_type in rows:
-        row = f"{kind} {model_type}"
-        if row not in known or asked.again or asked.check:
-            known[row] = apart(kind, model_type, checks, asked.seconds)
+    todo = [row for row in rows if " ".join(row) not in known or asked.again or asked.check]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        for row, found in pool.map(lambda row: (" ".join(row), apart(*row, checks, asked.seconds)), todo):
+            known[row] = found
             if not asked.check:
                 RESULTS.parent.mkdir(exist_ok=True)
                 part = RESULTS.with_suffix(".part")
                 part.write_text(json.dumps(stored, indent=1))
                 part.replace(RESULTS)
-            print(row, line(known[row]), flush=True)
-        results[row] = known[row]
+            print(row, line(found), flush=True)
+    results = {" ".join(row): known[" ".join(row)] for row in rows}
     wrong, crashes = noted(results, "wrong"), crashed(results)
     for text in (*wrong, *crashes):
         print(text)
