@@ -1,5 +1,6 @@
 """What models are called with: text between special tokens and on both sides, images, recordings; what is refused, and how."""
 
+import dataclasses
 import shutil
 from types import SimpleNamespace
 
@@ -16,10 +17,10 @@ import secateurs as sc
 from secateurs.base.errors import CalibrationError, PlanError
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.prune import run as prune_run
-from secateurs.quality import inputs, media
+from secateurs.quality import compare, evaluation, inputs, media, outputs
 from secateurs.quality.inputs import Inputs
 from secateurs.quality.kinds import kind_of, kind_of_class
-from secateurs.quality.settings import Calibration
+from secateurs.quality.settings import Calibration, Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -430,3 +431,36 @@ def test_a_decision_is_about_models_that_write(folders, tmp_path):
 
     with pytest.raises(PlanError, match="is no causal language model, and a decision compares seconds"):
         sc.decide(asked(DecidePlan, str(folders["vit"]), gate=("kl<=0.1",)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["vit", "vit base", "dpt", "bart"])
+def test_an_evaluation_goes_on_after_a_kill(name, folders, tmp_path, monkeypatch):
+    """Classes, embeddings, other outputs, an encoder-decoder's next tokens."""
+    source = folders["text" if name == "bart" else "images"]
+    of = Evaluation(str(source), windows=8, seqlen=32)
+    # random weights: as far from the dense model's as can be
+    dense, pruned = Checkpoint(folders[name]), Checkpoint(others.save(tmp_path / "other", name, hidden_act="relu"))
+    monkeypatch.setattr(outputs, "_TOGETHER", 2)
+    monkeypatch.setattr(inputs, "_ROWS_PER_BATCH", 2)
+    walks, dies = [], None
+    outputs_of = compare.outputs_of
+
+    def counted(*given):
+        walks.append(given)
+        if len(walks) == dies:
+            raise KeyboardInterrupt
+        return outputs_of(*given)
+
+    monkeypatch.setattr(compare, "outputs_of", counted)
+    whole, _ = evaluation.quality(dense, pruned, of)
+    every, dies = len(walks), len(walks) + 4
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.quality(dense, pruned, of, cache=tmp_path / "kept.json")
+    walks.clear()
+    again, _ = evaluation.quality(dense, pruned, of, cache=tmp_path / "kept.json")
+    assert again.as_dict() == whole.as_dict()
+    # both models had been walked on the first inputs
+    assert len(walks) == every - 2
+    # of other inputs nothing is taken
+    few, _ = evaluation.quality(dense, pruned, dataclasses.replace(of, windows=3), cache=tmp_path / "kept.json")
+    assert few.windows == 3

@@ -160,26 +160,22 @@ def quality(
 ) -> tuple[compare.Quality, Inputs] | None:
     """Measure one or two model folders on held-out inputs; None if there is nothing to measure of a dense model alone.
 
-    cache: a file that keeps finished windows of the same models and text across a kill. The hidden states that leave the dense
-    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later; both of causal
-    language models only. calibration: as for measured(). warnings: what is added to.
+    cache: a file that keeps finished inputs of the same models across a kill. The hidden states that leave a dense causal language
+    model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later. calibration: as
+    for measured(). warnings: what is added to.
     """
     kind = kind_of(dense)
     reads = inputs.check(kind, asked.text, "--eval-text")
     _check_gates(asked, kind, inputs.numbers_of(kind, asked.text, reads))
     if not kind.causal or reads != "text":
-        return _of_outputs(dense, pruned, asked, kind, reads, progress, calibration, warnings)
+        return _of_outputs(dense, pruned, asked, kind, progress, cache, calibration, warnings)
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
     length = asked.length(models[0][0])
     text = texts.load(asked.text, dense.tokenizer(), asked.windows, length, None, "held-out")
     check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     ends = _ends_of(models[0][0], of) if pruned is not None else None
-    done: list[compare.Window] = []
-    if cache is not None and cache.is_file():
-        known = json.loads(cache.read_text())
-        if isinstance(known, dict) and known["of"] == of:
-            done = [compare.Window(**w) for w in known["windows"]]
+    done = [compare.Window(**w) for w in _kept(cache, of)]
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
     total = n * (blocks * len(models) + 1)
@@ -204,8 +200,8 @@ def _of_outputs(
     pruned: checkpoint.Checkpoint | None,
     asked: Evaluation,
     kind: Kind,
-    reads: str,
     progress: Progress,
+    cache: Path | None,
     calibration: str | None,
     warnings: list[str] | None,
 ) -> tuple[compare.Quality, Inputs] | None:
@@ -222,17 +218,42 @@ def _of_outputs(
     said = on.warnings("evaluation")
     if sentences and sentences.left:
         said.append(f"embeddings were compared before the modules {', '.join(sentences.left)} of {dense.given}")
-    batches = on.batches(subject.alone)
+    of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", on.facts["sha256"]]
+    done = outputs.from_json(_kept(cache, of), subject)
+    batches, measured = on.batches(subject.alone), 0
+    while measured < len(done):
+        measured += len(next(iter(batches.pop(0).values())))
     total = len(batches) * (sum(len(c.block_names(m)) for m, c in models) + 1)
-    found = outputs.measure(
-        models[0], models[1] if pruned is not None else None, batches, subject, ticker(progress, "evaluating", total)
-    )
+
+    def keep(found: list[Any]) -> None:
+        if cache is not None:
+            write_json(cache, {"of": of, "windows": outputs.as_json([*done, *found], subject)})
+
+    found = [
+        *done,
+        *outputs.measure(
+            models[0],
+            models[1] if pruned is not None else None,
+            batches,
+            subject,
+            ticker(progress, "evaluating", total),
+            keep,
+        ),
+    ]
     if warnings is not None:
         warnings += said
     numbers = outputs.summarise(found, subject)
     if not on.given:
         numbers = dataclasses.replace(numbers, ppl_dense=None, ppl=None, ppl_ratio=None)
     return numbers, on
+
+
+def _kept(cache: Path | None, of: Sequence[str]) -> list[Any]:
+    """What a run before a kill had measured of the same models and inputs."""
+    if cache is None or not cache.is_file():
+        return []
+    known = json.loads(cache.read_text())
+    return list(known["windows"]) if isinstance(known, dict) and known["of"] == of else []
 
 
 def _same(one: str, other: str) -> bool:

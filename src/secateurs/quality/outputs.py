@@ -8,6 +8,7 @@
 Each is an Estimate over inputs. N inputs of a batch, S positions, C classes, D width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ def measure(
     batches: Sequence[Batch],
     subject: Subject,
     tick: Callable[[], None] = lambda: None,
+    keep: Callable[[list[Any]], None] = lambda found: None,
 ) -> list[Any]:
     """What READERS gives for each input. Memory holds one block of each model and the hidden states of about 64 inputs.
 
-    tick: called for every batch, block and model, and once for every batch at the end. Raises CalibrationError for outputs that
-    are not of the subject's kind.
+    tick: called for every batch, block and model, and once for every batch at the end. keep: called now and then with what there is
+    so far. Raises CalibrationError for outputs that are not of the subject's kind.
     """
     read = READERS[subject.kind.predicts]
     models = [dense] if pruned is None else [dense, pruned]
@@ -66,9 +68,24 @@ def measure(
         for i, batch in enumerate(group):
             found += read([output(i) for output in runs], batch, subject)
             tick()
-    for model, loader in models:
-        loader.release(model)
+        for model, loader in models:
+            loader.release(model)
+        keep(found)
     return found
+
+
+def as_json(found: Sequence[Any], subject: Subject) -> list[Any]:
+    """What measure() found, to be written."""
+    if subject.kind.predicts == "embeddings":
+        return [[row.tolist() for row in pair] for pair in found]
+    return [dataclasses.asdict(x) if isinstance(x, Window) else x for x in found]
+
+
+def from_json(data: Sequence[Any], subject: Subject) -> list[Any]:
+    """What as_json() gave, as measure() found it."""
+    if subject.kind.predicts == "embeddings":
+        return [tuple(torch.tensor(row, dtype=torch.float64) for row in pair) for pair in data]
+    return list(data) if subject.kind.predicts == "outputs" else [Window(**x) for x in data]
 
 
 def _groups(batches: Sequence[Batch]) -> list[list[Batch]]:
