@@ -10,6 +10,7 @@ from test_shrink import plan
 
 from secateurs.base.errors import PlanError
 from secateurs.model.batches import batched
+from secateurs.model.miniature import small_instance
 from secateurs.quality.kinds import kind_of_class
 from secateurs.quality.outputs import embedding, subject_of
 from secateurs.report.page import write
@@ -114,3 +115,15 @@ def test_of_a_model_with_a_vision_tower_the_text_s_fields_are_changed(tmp_path, 
     small = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
     inputs = batched(IDS)[0]
     assert small(**inputs).logits.isfinite().all()
+
+
+def test_blocks_whose_place_counts_beside_images_stay():
+    """Qwen3-VL adds an image's features to the outputs of its first blocks."""
+    import transformers
+
+    made = transformers.Qwen3VLForConditionalGeneration
+    model = small_instance(made, transformers.Qwen3VLConfig())
+    assert cuts_of(model).refuses("layers") == (
+        "blocks cannot go: the model does more between its blocks than handing on, by their places"
+    )
+    assert cuts_of(model).refuses("mlp") is None

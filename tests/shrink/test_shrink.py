@@ -413,3 +413,16 @@ def test_texts_of_two_kinds_are_told_apart(tmp_path, llama, words):
     assert same["distance"]["overlap"] > other["distance"]["overlap"]
     assert other["distance"]["ppl_evaluation"] == other["quality"]["ppl_dense"]["value"]
     assert any("calibration text is unlike evaluation text" in w for w in other["warnings"]), other["warnings"]
+
+
+def test_cut_blocks_attend_as_the_others_do(tmp_path, llama, words, monkeypatch):
+    """By kernels of our own, as in the dense model: others round otherwise, and take twice the time."""
+    seen, tell = set(), units.tell
+
+    def watched(block, like):
+        tell(block, like)
+        seen.update(module.config._attn_implementation for module in block.modules() if hasattr(module, "config"))
+
+    monkeypatch.setattr(units, "tell", watched)
+    shrink(plan(llama, words, units=("mlp",), eval_windows=0), tmp_path / "run")
+    assert seen == {Checkpoint(llama).skeleton().config._attn_implementation} != {"sdpa"}

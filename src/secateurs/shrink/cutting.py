@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,6 +160,11 @@ class _Blocks:
         if self.like is None:
             here = replace(self.shape, hidden=self.dense.hidden)
             self.like = self.cuts.skeleton(here, self.kept_layers)
+            # how attention and experts are run is stated, too
+            now: Any = self.model.config
+            self.like.set_attn_implementation(now._attn_implementation)
+            with suppress(ValueError, RuntimeError, AttributeError):
+                self.like.set_experts_implementation(now._experts_implementation)
         units.tell(block, self.like.get_submodule(f"{self.path}.{index}"))
 
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:

@@ -1,8 +1,8 @@
 """The small random instance of a model on which cuts are tried."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateurs.model.batches import Batch
-from secateurs.model.blocks import whole
+from secateurs.model.blocks import Call, whole
 from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import Couplings
 from secateurs.model.layers import Layer, layers_of
@@ -102,11 +102,17 @@ class Instance:
     def shortened(self, model: Any, path: str, kept_layers: Sequence[int], depth: str) -> list[Any]:
         """The outputs of a copy whose other blocks are removed, in place. depth: the field that may state how many."""
         units.keep_blocks(model, path, kept_layers, (depth,))
+        gone = [self.model.get_submodule(name) for i, name in enumerate(self.names) if i not in kept_layers]
         try:
-            return self.outputs(model)
+            found = self.outputs(model)
+            with handing_on(gone):
+                skipped = self.outputs(self.model)
         # a field of something else was changed, or blocks count on those before them
         except Exception as error:
             raise No(f"with {depth} {len(kept_layers)}: {stating.sentence(error)}") from None
+        if any(unequal(got, want) for got, want in zip(found, skipped, strict=True)):
+            raise No("the model does more between its blocks than handing on, by their places")
+        return found
 
     def first(
         self, tries: Iterable[Fields], numbers: Mapping[str, int], smaller: nn.Module, expected: Sequence[Any], what: str,
@@ -202,6 +208,22 @@ class Instance:
                 rows = grad.T if path in transposed else grad
                 found[path] = rows.reshape(len(rows), -1).any(1)
         return found
+
+
+@contextmanager
+def handing_on(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks return the hidden states that they are called with."""
+
+    def hook(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        hidden, _call = Call.split(args, kwargs)
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    hooks = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def _owners(alive: Mapping[str, Tensor], without: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
