@@ -182,6 +182,35 @@ def test_what_is_tied_may_be_stored_under_the_other_name(tied):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("prefix", ["gte.", "new.", ""])
+def test_a_tensor_that_holds_several_parameters_is_written_as_it_is_stored(tmp_path, prefix):
+    import transformers
+
+    cls = transformers.GteForMaskedLM
+    small_instance(cls, cls.config_class()).save_pretrained(tmp_path)
+
+    def rename(tensors):
+        named = {prefix + key.removeprefix("gte.") if key.startswith("gte.") else key: x for key, x in tensors.items()}
+        tensors.clear()
+        tensors.update(named)
+
+    rewrite(tmp_path, rename)
+    checkpoint, model = loaded_alike(cls, tmp_path)
+    names = "gte.layers.1.self_attn.k_proj.weight", "gte.layers.1.mlp.gate_proj.weight"
+    before = checkpoint.read(checkpoint.keys_under("gte.layers.1"))
+    same = checkpoint.edited(model, "gte.layers.1", set(names))
+    assert same.keys() == before.keys()
+    assert all(torch.equal(same[key], before[key]) for key in before)
+    for name in names:
+        model.get_parameter(name).zero_()
+    found = checkpoint.edited(model, "gte.layers.1", set(names))
+    # keys are the second third, gates the second half
+    for key, rows in ("attention.qkv_proj", slice(32, 64)), ("mlp.up_gate_proj", slice(64, 128)):
+        key = f"{prefix}encoder.layer.1.{key}.weight"
+        before[key][rows] = 0
+    assert all(torch.equal(found[key], before[key]) for key in before)
+
+
 def broken(folder, match):
     with pytest.raises(CheckpointError, match=match):
         checkpoint = Checkpoint(folder)

@@ -75,7 +75,8 @@ class Checkpoint:
             )
         self.file_of = self._find_tensors()
         self.target_of: dict[str, str] = {}
-        self.converted: set[str] = set()
+        # of stored tensors that are not a parameter each: the parameters that are made of them
+        self.converted: dict[str, frozenset[str]] = {}
         # of the model's tensors, those that no file holds
         self._missing: set[str] = set()
         self._mapping: list[Any] = []
@@ -212,10 +213,16 @@ class Checkpoint:
                 target, source = key, None
             self.target_of[key] = target
             if source is not None:
-                self.converted.add(key)
-        self._missing = set(state) - set(self.target_of.values())
+                first, *others = next(c.target_patterns for c in converters if source in c.source_patterns)
+                every = {target, *(target.replace(first, other) for other in others)}
+                self.converted[key] = frozenset(every & state.keys())
+        self._missing = set(state).difference(*map(self.targets_of, self.file_of))
         self._tie(model)
         return model
+
+    def targets_of(self, key: str) -> frozenset[str]:
+        """The names in the model of what a stored tensor holds."""
+        return self.converted.get(key) or frozenset({self.target_of[key]})
 
     def _tie(self, model: Any) -> None:
         """Make one of what the class ties, as from_pretrained does: not where both are stored and differ."""
@@ -362,20 +369,20 @@ class Checkpoint:
         return self.edited_keys(model, self.keys_under(prefix), names)
 
     def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
-        """Stored tensors after some of the model's parameters were edited: same names, dtypes and shapes.
-
-        names: parameters that were edited, each under any of its names; fused ones go back to the separate tensors they came from.
-        """
+        """Stored tensors after some of the model's parameters were edited, by any of their names: same names, dtypes and shapes."""
         from transformers.core_model_loading import revert_weight_conversion
 
         parameters = dict(model.named_parameters(remove_duplicate=False))
         edited = {id(parameters[name]) for name in names}
         names = {name for name, parameter in parameters.items() if id(parameter) in edited}
-        fused = {self.target_of[k] for k in keys if k in self.converted and self.target_of[k] in names}
+        fused = {
+            target for k in keys if k in self.converted and self.converted[k] & names for target in self.converted[k]
+        }
         out: dict[str, Tensor] = {}
         if fused:
             any_model: Any = model
-            out = revert_weight_conversion(any_model, {name: model.get_parameter(name) for name in sorted(fused)})
+            found = revert_weight_conversion(any_model, {name: model.get_parameter(name) for name in sorted(fused)})
+            out = {_stored_name(name, keys, any_model.base_model_prefix): tensor for name, tensor in found.items()}
         plain = {k: self.target_of[k] for k in keys if self.target_of[k] in names and k not in self.converted}
         out.update((key, model.get_parameter(name)) for key, name in plain.items())
         stored = self.read(keys)
@@ -386,8 +393,8 @@ class Checkpoint:
         for key, tensor in out.items():
             if tensor.numel() != stored[key].numel():
                 raise CheckpointError(
-                    f"{self.folder}: {key} is stored as {list(stored[key].shape)} and holds several parameters of the model; load "
-                    "it in transformers, save it again, and prune that"
+                    f"{self.folder}: {key} is stored as {list(stored[key].shape)} and would be written as {list(tensor.shape)}; "
+                    "load it in transformers, save it again, and prune that"
                 )
             # safetensors refuses two names of one place in memory
             tensor = tensor.clone() if tensor.data_ptr() in at else tensor
@@ -480,6 +487,13 @@ def _not_finite(tensor: Tensor) -> int:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad += wide.numel() - int(torch.isfinite(wide).sum())
     return bad
+
+
+def _stored_name(name: str, keys: Iterable[str], prefix: str) -> str:
+    """The one of the stored names that is this one but for what stands before or for the base model's prefix; else the name."""
+    bare = re.split(rf"(?:^|\.){prefix}\.", name)[-1]
+    found = [key for key in keys if key == name or f".{key}".endswith(f".{bare}")]
+    return found[0] if len(found) == 1 else name
 
 
 def _is_under(name: str, prefix: str) -> bool:
