@@ -313,3 +313,24 @@ def test_where_the_code_cannot_be_watched_a_warning_says_so(tmp_path, zeros, mon
     monkeypatch.setattr(stage, "read_by_code", lambda _: (set(), "no small instance runs"))
     (warning,) = stage.pack(zeros, tmp_path / "packed")["warnings"]
     assert warning.endswith("was not found out, so try it: no small instance runs")
+
+
+@pytest.mark.parametrize("prefix", ["model.llm.", "model.", ""])
+def test_a_mask_that_would_not_be_found_by_its_stored_name_is_not_written(tmp_path, prefix):
+    """Inkling 2 renames `weight_proj`, which is a weight, and nothing that only begins so."""
+    cls, plain = of(tmp_path / "plain", "Inkling2ForCausalLM")
+    (shard,) = plain.glob("*.safetensors")
+    tensors = load_file(shard)
+    save_file(
+        {key.replace("model.llm.layers.", f"{prefix}layers."): x for key, x in tensors.items()}, shard, {"format": "pt"}
+    )
+    result = stage.pack(plain, tmp_path / "packed")
+    reason = "transformers would not find its mask by its stored name"
+    names = {r["name"].rpartition(".")[2] for r in result["layers"] if r["reason"] == reason}
+    assert names == {"weight_proj"}
+    assert result["totals"]["layers_packed"] > 20
+    packed, dense = (cls.from_pretrained(folder) for folder in (tmp_path / "packed", plain))
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        got, want = (model(ids, use_cache=False)[0] for model in (packed, dense))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

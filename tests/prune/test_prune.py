@@ -446,11 +446,11 @@ def write_tensors(file, tensors):
     slow_tensors(file, tensors)
     print(file.name, int(tensors["step"]) if "step" in tensors else None, flush=True)
 prune.write_tensors = tuning.write_tensors = write_tensors
-slow_shard = prune.checkpoint.write_shard
+slow_shard = prune.shards.write_shard
 def write_shard(folder, index, count, tensors):
     slow_shard(folder, index, count, tensors)
     print("shard", index, flush=True)
-prune.checkpoint.write_shard = write_shard
+prune.shards.write_shard = write_shard
 sc.prune(source, plan, out=out)
 print("finished", flush=True)
 """
@@ -649,7 +649,7 @@ def run(tmp_path, llama):
 def tamper(run, edit, checksums=True):
     from safetensors.torch import save_file
 
-    from secateurs.model.checkpoint import checksum
+    from secateurs.model.shards import checksum
 
     report = json.loads((run / "report.json").read_text())
     for shard in (run / "model").glob("*.safetensors"):

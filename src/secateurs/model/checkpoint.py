@@ -9,19 +9,18 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError, said
-from secateurs.base.files import write_json, write_tensors
+from secateurs.base.files import write_json
 from secateurs.base.progress import no_bars
-from secateurs.model import attention
+from secateurs.model import attention, shards
 from secateurs.model.blocks import blocks_of
 from secateurs.model.miniature import seeded
 from secateurs.model.sentences import Sentences, sentences_of
@@ -80,6 +79,7 @@ class Checkpoint:
         # of the model's tensors, those that no file holds
         self._missing: set[str] = set()
         self._mapping: list[Any] = []
+        self._prefix = ""
         self._quantizer = quantizer
         self._outside_loaded = False
         # parameters that were found finite: an embedding is loaded many times in a run
@@ -89,19 +89,19 @@ class Checkpoint:
 
     def _find_tensors(self) -> dict[str, Path]:
         index = weights_of(self.folder, self.raw_config)
-        shards = [index]
+        files = [index]
         listed: dict[str, str] | None = None
         if index.suffix == ".json":
             try:
                 listed = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error}") from None
-            shards = [self.folder / name for name in sorted(set(listed.values()))]
+            files = [self.folder / name for name in sorted(set(listed.values()))]
         found: dict[str, Path] = {}
-        for shard in shards:
+        for shard in files:
             if not shard.is_file():
                 raise CheckpointError(f"{shard} is missing, though {index.name} lists it; download the model again")
-            with _opened(shard) as handle:
+            with shards.opened(shard) as handle:
                 found.update(dict.fromkeys(handle.keys(), shard))
         missing = sorted(set(listed or ()) - set(found))
         if missing:
@@ -115,7 +115,7 @@ class Checkpoint:
             by_file.setdefault(self.file_of[name], []).append(name)
         out: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            with _opened(file) as handle:
+            with shards.opened(file) as handle:
                 out.update((name, handle.get_tensor(name)) for name in wanted)
         return out
 
@@ -135,11 +135,11 @@ class Checkpoint:
 
     def ordered_keys(self) -> list[str]:
         """All stored names in natural order."""
-        return sorted(self.file_of, key=_natural)
+        return sorted(self.file_of, key=shards.natural)
 
     def nbytes_of(self, key: str) -> int:
         """Bytes of one tensor as stored, from its file's header."""
-        with _opened(self.file_of[key]) as handle:
+        with shards.opened(self.file_of[key]) as handle:
             part = handle.get_slice(key)
             return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
 
@@ -185,7 +185,7 @@ class Checkpoint:
         """The model's own class with every parameter on the meta device; buffers are real."""
         from accelerate import init_empty_weights
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter
 
         cls, config = self.described()
         if getattr(config, "dtype", None) is None:
@@ -204,13 +204,11 @@ class Checkpoint:
             with suppress(ValueError, RuntimeError, AttributeError):
                 model.set_experts_implementation("eager")
         self._mapping = get_model_conversion_mapping(model, hf_quantizer=self._quantizer)
-        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        self._prefix = model.base_model_prefix
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         state = model.state_dict()
         for key in self.file_of:
-            target, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if target not in state and key in state:
-                target, source = key, None
+            target, source = self.renamed(key, state)
             self.target_of[key] = target
             if source is not None:
                 first, *others = next(c.target_patterns for c in converters if source in c.source_patterns)
@@ -219,6 +217,14 @@ class Checkpoint:
         self._missing = set(state).difference(*map(self.targets_of, self.file_of))
         self._tie(model)
         return model
+
+    def renamed(self, key: str, state: Mapping[str, Any]) -> tuple[str, str | None]:
+        """What from_pretrained calls a stored tensor where the model has those of `state`, and the converter's pattern for it."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        kinds = ([m for m in self._mapping if isinstance(m, kind)] for kind in (WeightRenaming, WeightConverter))
+        target, source = rename_source_key(key, *kinds, self._prefix, state)
+        return (key, None) if target not in state and key in state else (target, source)
 
     def targets_of(self, key: str) -> frozenset[str]:
         """The names in the model of what a stored tensor holds."""
@@ -247,7 +253,7 @@ class Checkpoint:
 
     def keys_under(self, prefix: str) -> list[str]:
         """Stored names whose parameters lie under a module, in natural order; '' is the whole model."""
-        return sorted((k for k, t in self.target_of.items() if _is_under(t, prefix)), key=_natural)
+        return sorted((k for k, t in self.target_of.items() if _is_under(t, prefix)), key=shards.natural)
 
     def load(self, model: nn.Module, prefix: str) -> None:
         """Fill the parameters under a module; '' is the whole model.
@@ -286,7 +292,7 @@ class Checkpoint:
         groups: list[list[str]] = []
         room = 0
         for key in self.outside_keys(model):
-            with _opened(self.file_of[key]) as handle:
+            with shards.opened(self.file_of[key]) as handle:
                 numel = math.prod(handle.get_slice(key).get_shape())
             if not groups or numel > room:
                 groups.append([])
@@ -311,21 +317,19 @@ class Checkpoint:
         """The names of the model's blocks, [''] for a model that is walked as a whole."""
         return blocks_of(model)[0]
 
-    def _fill(self, model: nn.Module, keys: list[str]) -> None:
+    def _fill(self, model: Any, keys: list[str]) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         if not keys:
             return
-        any_model: Any = model
         settings = LoadStateDictConfig(
-            weight_mapping=self._mapping, dtype=any_model.config.dtype, hf_quantizer=self._quantizer
+            weight_mapping=self._mapping, dtype=model.config.dtype, hf_quantizer=self._quantizer
         )
         with no_bars():
             # None is the last parameter's default, and what older versions of transformers ask for in front of it
-            info, _ = convert_and_load_state_dict_in_model(any_model, self.read(keys), settings, None)
-        if info.mismatched_keys:
-            name, got, want = next(iter(info.mismatched_keys))
+            info, _ = convert_and_load_state_dict_in_model(model, self.read(keys), settings, None)
+        for name, got, want in info.mismatched_keys:
             raise CheckpointError(f"{self.folder}: {name} has shape {list(got)}, config.json asks for {list(want)}")
         if info.conversion_errors:
             raise CheckpointError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
@@ -368,21 +372,19 @@ class Checkpoint:
         """The stored tensors of a block after some of its parameters were edited; see edited_keys()."""
         return self.edited_keys(model, self.keys_under(prefix), names)
 
-    def edited_keys(self, model: nn.Module, keys: list[str], names: set[str]) -> dict[str, Tensor]:
+    def edited_keys(self, model: Any, keys: list[str], names: set[str]) -> dict[str, Tensor]:
         """Stored tensors after some of the model's parameters were edited, by any of their names: same names, dtypes and shapes."""
         from transformers.core_model_loading import revert_weight_conversion
 
         parameters = dict(model.named_parameters(remove_duplicate=False))
         edited = {id(parameters[name]) for name in names}
         names = {name for name, parameter in parameters.items() if id(parameter) in edited}
-        fused = {
-            target for k in keys if k in self.converted and self.converted[k] & names for target in self.converted[k]
-        }
+        made = (self.converted[key] for key in keys if key in self.converted)
+        fused = sorted({name for targets in made if targets & names for name in targets})
         out: dict[str, Tensor] = {}
         if fused:
-            any_model: Any = model
-            found = revert_weight_conversion(any_model, {name: model.get_parameter(name) for name in sorted(fused)})
-            out = {_stored_name(name, keys, any_model.base_model_prefix): tensor for name, tensor in found.items()}
+            found = revert_weight_conversion(model, {name: model.get_parameter(name) for name in fused})
+            out = {_stored_name(name, keys, self._prefix): tensor for name, tensor in found.items()}
         plain = {k: self.target_of[k] for k in keys if self.target_of[k] in names and k not in self.converted}
         out.update((key, model.get_parameter(name)) for key, name in plain.items())
         stored = self.read(keys)
@@ -425,10 +427,6 @@ def fingerprint_of_files(files: Iterable[Path]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast floating-point parameters to a dtype, in place. Buffers stay as they are, as from_pretrained leaves them.
 
@@ -437,41 +435,6 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def write_shard(folder: Path, index: int, count: int, tensors: dict[str, Tensor]) -> None:
-    write_tensors(folder / shard_name(index, count), tensors)
-
-
-def write_index(folder: Path, count: int) -> None:
-    """The index over all shards of a folder, from what the shards hold."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i in range(count):
-        file = folder / shard_name(i, count)
-        with _opened(file) as handle:
-            weight_map.update(dict.fromkeys(handle.keys(), file.name))
-        total += file.stat().st_size
-    ordered = dict(sorted(weight_map.items(), key=lambda item: _natural(item[0])))
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": ordered})
-
-
-def checksum(file: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """safe_open() that raises CheckpointError for a file that is truncated, corrupt or gone."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or corrupt ({str(error).strip()}); download or copy it again"
-        ) from None
 
 
 def _not_finite(tensor: Tensor) -> int:
@@ -498,7 +461,3 @@ def _stored_name(name: str, keys: Iterable[str], prefix: str) -> str:
 
 def _is_under(name: str, prefix: str) -> bool:
     return name.startswith(f"{prefix}.") if prefix else True
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CheckpointError, SecateursError, said
 from secateurs.base.files import cache_folder, write_json, writing
-from secateurs.model.checkpoint import Checkpoint, fingerprint_of_files, write_index, write_shard
+from secateurs.model.checkpoint import Checkpoint, fingerprint_of_files
+from secateurs.model.shards import write_index, write_shard
 from secateurs.model.source import INDEX, SINGLE, resolve, trusted
 
 # bytes that are read and written together, of one parameter at least

@@ -18,8 +18,9 @@ from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
-from secateurs.model.checkpoint import Checkpoint, shard_name, write_index, write_shard
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
+from secateurs.model.shards import shard_name, write_index, write_shard
 from secateurs.model.unpacked import plain_reader
 
 # dense bytes that are read for one shard
@@ -55,6 +56,11 @@ def pack(
         "merge_zeros": merge_zeros,
     }
 
+    def followed(key: str) -> bool:
+        """Whether a mask beside that tensor gets the name of one beside the parameter."""
+        mask = f"{checkpoint.target_of[key]}_mask"
+        return checkpoint.renamed(f"{key}_mask", {mask: True}) == (mask, None)
+
     def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         name, transposed = layer_of.get(key, (None, False))
         if name is None:
@@ -64,7 +70,14 @@ def pack(
         if merge_zeros and negative_zeros:
             weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
             tensor = weight_OI.T.contiguous() if transposed else weight_OI
-        choice = choose(name, weight_OI, profile).but(READ if name in read else None)
+        stays = (
+            READ
+            if name in read
+            else None
+            if followed(key)
+            else "transformers would not find its mask by its stored name"
+        )
+        choice = choose(name, weight_OI, profile).but(stays)
         record = {**_record(choice), "transposed": transposed, "negative_zeros": 0 if merge_zeros else negative_zeros}
         if choice.format == "dense":
             return {key: tensor}, record

@@ -24,7 +24,7 @@ from secateurs.base.progress import Clock, Progress, silent, ticker
 from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
 from secateurs.matrix.stats import Stats
-from secateurs.model import checkpoint
+from secateurs.model import checkpoint, shards
 from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, check_vocabulary, first_windows
 from secateurs.model.discover import WHOLE, layout_of
@@ -127,7 +127,7 @@ class Run:
         if start == 0:
             source.copy_small_files(self.model_folder)
             for i, keys in enumerate(outside):
-                checkpoint.write_shard(self.model_folder, i, count, source.read(keys))
+                shards.write_shard(self.model_folder, i, count, source.read(keys))
         walk = stream(
             model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher, targets=targets
         )  # fmt: skip
@@ -142,14 +142,14 @@ class Run:
             report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
             edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
             shard = source.edited(model, step.name, edited)
-            checkpoint.write_shard(self.model_folder, len(outside) + step.index, count, shard)
+            shards.write_shard(self.model_folder, len(outside) + step.index, count, shard)
             records += outcome.records
             # the next block must not meet this one's tensors
             del shard, outcome
             return_memory()
             if not batches:
                 tick()
-        checkpoint.write_index(self.model_folder, count)
+        shards.write_index(self.model_folder, count)
         if all(record.skipped_by == "kind" for record in records):
             raise PlanError(f"{plan.model} has no layers to prune in its blocks")
         source.load_outside(model)
@@ -161,8 +161,8 @@ class Run:
             self.clock.spend("distill")
         report.warnings += emptied(report.layers)
         for i in range(count):
-            file = checkpoint.shard_name(i, count)
-            report.shards[file] = checkpoint.checksum(self.model_folder / file)
+            file = shards.shard_name(i, count)
+            report.shards[file] = shards.checksum(self.model_folder / file)
         report.bytes = {
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
@@ -303,7 +303,7 @@ class Run:
             return
         edited = {name for name, _ in model.named_parameters()}
         for i, name in enumerate(names, count - len(names)):
-            checkpoint.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
+            shards.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
 
     def _dense_file(self, block: int) -> Path:
         """Where Outcome.dense of a block is kept until all blocks are tuned."""

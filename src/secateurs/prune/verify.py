@@ -10,9 +10,10 @@ import torch
 from secateurs.base.errors import CheckpointError, VerifyError
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.patterns import parse
-from secateurs.model.checkpoint import Checkpoint, checksum
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.discover import STEPPED, assume, layout_of
 from secateurs.model.layers import Layer
+from secateurs.model.shards import checksum
 from secateurs.model.unpacked import plain_reader
 from secateurs.model.walk import layers_at
 from secateurs.prune.plan import Plan

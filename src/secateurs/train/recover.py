@@ -33,7 +33,7 @@ from secateurs.base.run_directory import (
     resolved,
     unchanged,
 )
-from secateurs.model import checkpoint
+from secateurs.model import checkpoint, shards
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import Batch, batched
 from secateurs.model.blocks import blocks_of
@@ -259,10 +259,10 @@ class _Run:
         outside = source.outside_groups(model)
         count = len(outside) + len(prefixes)
         for i, keys in enumerate(outside):
-            checkpoint.write_shard(self.model_folder, i, count, source.edited_keys(model, keys, edited))
+            shards.write_shard(self.model_folder, i, count, source.edited_keys(model, keys, edited))
         for i, prefix in enumerate(prefixes, len(outside)):
-            checkpoint.write_shard(self.model_folder, i, count, source.edited(model, prefix, edited))
-        checkpoint.write_index(self.model_folder, count)
+            shards.write_shard(self.model_folder, i, count, source.edited(model, prefix, edited))
+        shards.write_index(self.model_folder, count)
         write_text(self.model_folder / "README.md", _card(self.plan))
         written = checkpoint.Checkpoint(self.model_folder)
         again = written.skeleton()
