@@ -262,7 +262,7 @@ def test_readers_of_an_old_transformers_are_refused(kind, tmp_path, monkeypatch)
         config["quantization_config"] = {"quant_method": "compressed-tensors"}
         (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("transformers.__version__", "5.9.1")
-    with pytest.raises(CheckpointError, match=rf"is {kind}, and .* needs transformers 5\.22 or newer; 5\.9\.1 is"):
+    with pytest.raises(CheckpointError, match=rf"is {kind}, and .* needs transformers 5\.23 or newer; 5\.9\.1 is"):
         Checkpoint(folder)
 
 

@@ -200,7 +200,10 @@ def test_damage_is_one_sentence(tmp_path, zeros, capsys):
         assert words in fails(capsys, 1, "pack", "--dense", folder, "--out", tmp_path / "back")
         shutil.rmtree(tmp_path / "back", ignore_errors=True)
     short = damaged(lambda t: t.update({key: t[key][:-3].clone()}))
-    with pytest.raises(RuntimeError, match="mismatched"):
+    # transformers 5.22 leaves it to us to see that
+    with pytest.raises(
+        (RuntimeError, CheckpointError), match=r"mismatched|the mask keeps 1019 weights, but 1016 are stored"
+    ):
         AutoModelForCausalLM.from_pretrained(short)
     config = json.loads((packed / "config.json").read_text())
     for change, words in (

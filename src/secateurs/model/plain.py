@@ -33,8 +33,8 @@ _BYTES = 1 << 27
 _ADAPTER = "adapter_config.json"
 # ways of quantization whose transformers reader dequantizes on a CPU
 _DEQUANTIZED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
-# older versions of transformers read compressed-tensors without their scales, and know no GGUF that is written again
-_READERS = "5.22"
+# transformers 5.22 reads compressed-tensors without their scales; much older ones know no GGUF that is written again
+_READERS = "5.23"
 
 
 @dataclass(frozen=True)
