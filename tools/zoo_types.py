@@ -1,5 +1,6 @@
 """The model types that zoo.py tries: every type of transformers' own lists, its class, and what its default config lacks."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ def small(kind: str, model_type: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name not in computed:
             _apart(parameter)
+    for module in model.modules():
+        # some types' classes set this row to zero whenever they load
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0
     return model
 
 
@@ -170,15 +175,27 @@ def _image_processor(config: Any) -> Any:
 
 
 def _extractor(config: Any) -> Any:
+    import transformers
     from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 
-    bins = getattr(config, "num_mel_bins", None)
+    bins = getattr(getattr(config, "encoder_config", config), "num_mel_bins", None)
+    # two frames side by side
+    bins = bins or getattr(config, "feature_projection_input_dim", 0) // 2
     if config.model_type == "whisper":
         # so many frames in a second as two windows of the encoder hold
         return WhisperFeatureExtractor(
             feature_size=bins, chunk_length=1, hop_length=16000 // (2 * config.max_source_positions)
         )
-    return Wav2Vec2FeatureExtractor()
+    # transformers lists another, which makes no features
+    other = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor"}
+    name = {**FEATURE_EXTRACTOR_MAPPING_NAMES, **other}.get(config.model_type, "")
+    own = getattr(transformers, name, Wav2Vec2FeatureExtractor)
+    taken = inspect.signature(own.__init__).parameters
+    sizes = {"num_mel_bins": bins, "feature_size": bins, "max_length": getattr(config, "max_length", None)}
+    if own is Wav2Vec2FeatureExtractor:
+        return own()
+    return own(**{name: value for name, value in sizes.items() if value and name in taken})
 
 
 def images(folder: Path, count: int = 12) -> Path:

@@ -28,6 +28,19 @@ def no_bars() -> Iterator[None]:
         (disable_progress_bars if hidden else enable_progress_bars)()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing but errors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def ticker(progress: Progress, label: str, total: int, done: int = 0) -> Callable[[], None]:
     """A function that counts its calls and reports each of them to `progress`."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.device import machine, peak_memory, return_memory
-from secateurs.base.errors import PlanError, SecateursError
+from secateurs.base.errors import CalibrationError, PlanError, SecateursError, said
 from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
 from secateurs.base.progress import Clock, Progress, silent, ticker
@@ -92,7 +92,16 @@ class Run:
         report = Report(self.plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
         batches = self._calibration(plan, source, model, report)
         reach(model, plan, batches)
-        layout = settle(model, batches[:1], source)
+        try:
+            layout = settle(model, batches[:1], source)
+        except SecateursError:
+            raise
+        # a model may raise anything for what a wrong processor made
+        except Exception as error:
+            raise CalibrationError(
+                f"{type(model).__name__} does not run on the calibration inputs, {_shapes(batches[0])}: {said(error)}; is the "
+                f"processor in {plan.model} this model's?"
+            ) from error
         plan, warnings = within(self.plan, layout)
         plan, left = chosen(model, plan, layout)
         report.warnings += warnings + left
@@ -340,6 +349,10 @@ class Run:
         report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory())
         write_text(self.model_folder / "README.md", model_card(report, loader))
         report.write(self.report_file)
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
 
 
 def failure(report: Report) -> SecateursError | None:

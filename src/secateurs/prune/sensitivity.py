@@ -177,9 +177,10 @@ class _Outputs(TorchFunctionMode):
             handle.remove()
 
     def _hook(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: Any, args: Any, out: Tensor) -> None:
+        def hook(module: Any, args: Any, out: Any) -> None:
             self.sums.see(layer, args[0])
-            if out.requires_grad:
+            # a router may give more than its products
+            if isinstance(out, Tensor) and out.requires_grad:
                 hooked: Any = out
                 # a convolution's outputs are not its last axis
                 last = -1 - len(module.kernel_size) if layer.kind == "conv" else -1

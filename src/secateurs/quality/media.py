@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateurs.base.errors import CalibrationError, said
+from secateurs.base.progress import quiet
 from secateurs.model.batches import Batch
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import trusted
@@ -83,31 +84,33 @@ def maker(kind: Kind, reads: str, source: Checkpoint, config: Any) -> Callable[[
             found = _prompted(processor, image(file, config), text_beside(file), kind, source)
         else:
             found = processor(images=[image(file, config)], return_tensors="pt")
-        return {
+        row = {
             key: value.to(config.dtype) if value.is_floating_point() else value
             for key, value in found.items()
             if key in kind.accepts and isinstance(value, Tensor)
         }
+        if not row:
+            raise CalibrationError(
+                f"the processor of {source.given}, {type(processor).__name__}, makes {' and '.join(found)} of {reads}, and "
+                f"{kind.name} takes nothing of that name; put the processor of this model in its folder"
+            )
+        return row
 
     return make
 
 
 def _processor(name: str, source: Checkpoint) -> Any:
     import transformers
-    from transformers.utils import logging
 
-    # without torchvision transformers says so in many lines, and takes its processor that needs none
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        return getattr(transformers, name).from_pretrained(source.folder, trust_remote_code=trusted())
+        # without torchvision transformers says so in many lines, and takes its processor that needs none
+        with quiet():
+            return getattr(transformers, name).from_pretrained(source.folder, trust_remote_code=trusted())
     except Exception as error:
         raise CalibrationError(
             f"{source.given} has no processor that loads (preprocessor_config.json), so nothing can be made of files for it: "
             f"{said(error)}"
         ) from None
-    finally:
-        logging.set_verbosity(before)
 
 
 def image(file: Path, config: Any) -> Any:

@@ -42,6 +42,17 @@ def changed(raw: Raw, config: Any, changes: Mapping[str, int], kept_layers: Sequ
     return out
 
 
+def states(config: Any, wanted: Any, changes: Mapping[str, int], kept_layers: Sequence[int] | None = None) -> bool:
+    """True if a config says what changed() of another asked for: some classes correct what they are given."""
+    for part, name, value in _edits(wanted, changes, kept_layers):
+        inside = config
+        for step in part:
+            inside = getattr(inside, step)
+        if getattr(inside, name) != value:
+            return False
+    return True
+
+
 def change(config: Any, changes: Mapping[str, int], kept_layers: Sequence[int] | None = None) -> None:
     """changed() of a config, in place."""
     for part, name, value in list(_edits(config, changes, kept_layers)):

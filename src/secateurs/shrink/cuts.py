@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from secateurs.base.errors import PlanError
+from secateurs.base.progress import quiet
 from secateurs.matrix.solvers import DAMPING
 from secateurs.model.batches import text_config
 from secateurs.model.blocks import inside
@@ -312,6 +313,17 @@ class Cuts:
     def depth(self) -> Sequence[str]:
         """The fields that state the number of blocks."""
         return self._way("layers").fields["layers"]
+
+    def may_keep(self, kept_layers: Sequence[int]) -> bool:
+        """False if the config of a model of these blocks cannot be made, or says other things of them, such as of the last one."""
+        changes = dict.fromkeys(self.depth, len(kept_layers))
+        raw = stating.changed(self.config.to_dict(), self.config, changes, kept_layers)
+        try:
+            with quiet():
+                made = type(self.config).from_dict(raw)
+        except Exception:
+            return False
+        return stating.states(made, self.config, changes, kept_layers)
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not make a config of that shape, or None."""

@@ -79,7 +79,8 @@ def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[f
     tries = losses.tries(job.dense.shape.layers, count, influence)
     tick = ticker(job.progress, "what blocks cost", tries)
     each = min(windows.shape[1], 512)
-    return losses.blocks(model, _first(windows[:, :each], _DEPTH), count, tick, influence, job.subject)
+    few = _first(windows[:, :each], _DEPTH)
+    return losses.blocks(model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep)
 
 
 def _first(windows: Tensor, tokens: int) -> Tensor:

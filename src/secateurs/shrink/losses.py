@@ -136,11 +136,12 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
 
 
 def blocks(
-    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False, subject: Subject | None = None
-) -> tuple[list[int], list[float]]:
+    model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False, subject: Subject | None = None,
+    may_keep: Callable[[Sequence[int]], bool] = lambda kept_layers: True,
+) -> tuple[list[int], list[float]]:  # fmt: skip
     """The order in which to remove up to `count` blocks, and the loss above the dense model's after each, on windows [N, S].
 
-    subject: as in Job.
+    subject: as in Job. may_keep: False for blocks that make no model; there may then be fewer in the order.
     Greedy: the block whose removal costs least goes next; after the first, only the cheapest ten are tried again. influence: in
     the order of 1 - mean cos(hidden before, hidden after), without a search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
     """
@@ -166,23 +167,28 @@ def blocks(
             found = [leave(model, AllLoaded(), x, batches[0]) for x in (store.read(total, 0), hidden)]
         return outputs.distance(outputs.READERS[subject.kind.predicts](found, batches[0], subject), subject)
 
+    def may_go(i: int) -> bool:
+        return i not in order and may_keep([k for k in range(total) if k != i and k not in order])
+
     dense = loss(set())
     order: list[int] = []
     after: list[float] = []
     if influence:
         cosines = [float(cosine_similarity(store.read(i, 0), store.read(i + 1, 0), -1).mean()) for i in range(total)]
-        order = sorted(range(total), key=lambda i: 1 - cosines[i])[:count]
-        for n in range(count):
-            after.append(loss(set(order[: n + 1])) - dense)
+        for _ in range(count):
+            left = [i for i in range(total) if may_go(i)]
+            if not left:
+                break
+            order.append(max(left, key=lambda i: cosines[i]))
+            after.append(loss(set(order)) - dense)
             tick()
         return order, after
     tried = list(range(total))
     for _ in range(count):
         found = {}
-        for i in tried:
-            if i not in order:
-                found[i] = loss({*order, i})
-                tick()
+        for i in [i for i in tried if may_go(i)] or [i for i in range(total) if may_go(i)]:
+            found[i] = loss({*order, i})
+            tick()
         if not found:
             break
         best = min(found, key=lambda i: found[i])

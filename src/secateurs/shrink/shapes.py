@@ -103,17 +103,23 @@ def choose(job: Job, lost: Losses) -> tuple[Shape, list[dict[str, Any]]]:
     if file.is_file():
         data = json.loads(file.read_text())
         return Shape(**data["shape"]), data["tried"]
-    shapes, bound, sizes = allowed(job), job.plan.bound, job.dense.sizes
+    bound, sizes = job.plan.bound, job.dense.sizes
+    shapes = [shape for shape in allowed(job) if job.dense.shape.layers - shape.layers <= len(lost.blocks)]
 
     def loss(shape: Shape) -> float:
         return lost.at(shape, job.dense.shape)
 
+    # there is one if any number of blocks may go: refuse_too_small() has checked
+    fitting = [s for s in shapes if bound.timed or sizes.share(bound.kind, s, job.plan.prompt) <= bound.value]
+    if not fitting:
+        raise PlanError(
+            f"budget {job.plan.budget}: of this model's blocks only {len(lost.blocks)} may go, since its config cannot state what "
+            "would be left; raise the budget or name more --units"
+        )
     tried: list[dict[str, Any]] = []
     if bound.timed:
         shape, tried = _within_time(job, shapes, loss)
     else:
-        # there is one: refuse_too_small() has checked
-        fitting = [s for s in shapes if sizes.share(bound.kind, s, job.plan.prompt) <= bound.value]
         shape = min(fitting, key=loss)
     write_json(file, {"shape": asdict(shape), "tried": tried})
     return shape, tried
