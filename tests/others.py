@@ -91,11 +91,11 @@ def recordings(folder: Path, count: int = 9, rate: int = 16000) -> Path:
     return folder
 
 
-def image_processor():
-    """CLIP's, without torchvision, for images of 16 x 16."""
+def image_processor(size=16):
+    """CLIP's, without torchvision, for square images."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def save_contrastive(folder: Path) -> Path:

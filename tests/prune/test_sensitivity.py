@@ -9,6 +9,7 @@ from secateurs.model import blocks
 from secateurs.model.activations import InMemory
 from secateurs.model.blocks import AllLoaded, blocks_of
 from secateurs.model.layers import layers_of
+from secateurs.model.miniature import small_instance
 from secateurs.model.walk import stream
 from secateurs.prune.sensitivity import sensitivity
 
@@ -180,3 +181,14 @@ def test_what_the_way_back_has_passed_is_dropped():
     for block in (1, 2, 3):
         with pytest.raises(KeyError):
             store.read(block, 0)
+
+
+def test_a_router_that_gives_more_than_its_products_has_none():
+    import transformers
+
+    model = small_instance(transformers.Llama4ForCausalLM, transformers.Llama4TextConfig())
+    found, _ = sensitivity(model, BATCHES, AllLoaded(), InMemory())
+    routers = [name for name, module in model.named_modules() if type(module).__name__ == "Llama4Router"]
+    assert routers
+    assert not found.keys() & {*routers}
+    assert "model.layers.0.self_attn.q_proj" in found

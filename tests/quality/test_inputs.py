@@ -299,6 +299,26 @@ def test_a_source_of_another_kind_is_refused(name, source, sentence, folders):
         inputs.check(kind_of(Checkpoint(folders[name])), place, "--x")
 
 
+def test_another_model_s_processor_is_said(tmp_path, folders):
+    from transformers import Wav2Vec2FeatureExtractor
+
+    wrong = shutil.copytree(folders["whisper"], tmp_path / "wrong")
+    Wav2Vec2FeatureExtractor().save_pretrained(wrong)
+    sentence = (
+        "the processor of .*wrong, Wav2Vec2FeatureExtractor, makes input_values of audio, and WhisperForConditional"
+    )
+    with pytest.raises(CalibrationError, match=sentence):
+        read(wrong, folders["audio"])
+    # of other sizes than the model's
+    small = shutil.copytree(folders["vit"], tmp_path / "small")
+    others.image_processor(size=8).save_pretrained(small)
+    plan = asked(sc.Plan, calibration=str(folders["images"]), eval_text=str(folders["images"]), **FAST)
+    with pytest.raises(
+        CalibrationError, match=r"does not run on .*, pixel_values \[\d+, 3, 8, 8\]: .*; is the processor in"
+    ):
+        sc.prune(small, plan, out=tmp_path / "run")
+
+
 def test_what_else_cannot_be_read_is_said(tmp_path, folders):
     bare = shutil.copytree(folders["vit"], tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()

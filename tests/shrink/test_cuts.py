@@ -152,3 +152,27 @@ def test_a_model_of_several_lists_is_refused():
     assert len(layout_of(model).lists) == 2
     with pytest.raises(PlanError, match="T5ForConditionalGeneration cannot be shrunk"):
         cuts_of(model)
+
+
+def test_blocks_whose_kinds_the_class_corrects_cannot_stay_alone():
+    """Gemma 4's last block attends to all that came before, whatever its config says."""
+    import transformers
+
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma4TextConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, layer_types=kinds, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=tiny.VOCABULARY, num_kv_shared_layers=0,
+    )  # fmt: skip
+    cuts = cuts_of(transformers.Gemma4ForCausalLM(config).eval())
+    assert cuts.refuses("layers") is None
+    assert [cuts.may_keep(kept) for kept in ([0, 1], [1, 3], [0, 3], [0, 2], [0, 1, 2])] == [True] * 3 + [False] * 2
+
+
+def test_fields_are_stated_if_the_config_says_them_when_it_is_made():
+    config = tiny.make("gemma3_text").config
+    changes = {"num_hidden_layers": 2}
+    made = type(config).from_dict(stating.changed(config.to_dict(), config, changes, [0, 2]))
+    assert stating.states(made, config, changes, [0, 2])
+    assert not stating.states(made, config, changes, [1, 2])
+    assert not stating.states(config, config, changes, [0, 2])

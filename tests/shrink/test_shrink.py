@@ -231,6 +231,28 @@ def test_blocks_by_influence(tmp_path, words):
     assert 1 not in report["left"]["kept_layers"]
 
 
+@pytest.mark.parametrize("influence", [False, True])
+def test_blocks_go_in_an_order_that_leaves_models(influence):
+    model, ids = tiny.make("gemma3_text").eval(), torch.arange(32)[None]
+    total = len(model.model.layers)
+    every, _ = losses.blocks(model, ids, total - 1, lambda: None, influence)
+    # the first choice must stay, and so must the last two together
+    order, after = losses.blocks(
+        model, ids, total - 1, lambda: None, influence, may_keep=lambda kept: every[0] in kept and len(kept) > 1
+    )
+    assert order == [i for i in order if i != every[0]]
+    assert len(order) == len(after) == total - 2
+
+
+def test_a_budget_for_which_too_few_blocks_may_go_is_refused(tmp_path, llama, words, monkeypatch):
+    from secateurs.shrink.cuts import Cuts
+
+    monkeypatch.setattr(Cuts, "may_keep", lambda cuts, kept_layers: 0 in kept_layers and 1 in kept_layers)
+    chosen = plan(llama, words, "params=0.65x", units=("layers",), eval_windows=0)
+    with pytest.raises(PlanError, match="budget params=0.65x: of this model's blocks only 1 may go, since its config"):
+        shrink(chosen, tmp_path / "run")
+
+
 def test_heads_and_then_query_heads_and_taylor(tmp_path, llama, words, elsewhere):
     """Two kinds of units of one consumer go one after another."""
     options = {"units": ("heads", "queries", "mlp"), "multiple": 16, "criterion": "taylor"}

@@ -239,8 +239,8 @@ class Cuts:
         why = "nothing in its config states the number of blocks"
         for name in names:
             try:
-                for gone in range(total):
-                    kept = [i for i in range(total) if i != gone]
+                tries = [[i for i in range(total) if i != gone] for gone in range(total)]
+                for kept in [kept for kept in tries if _states(small.config, (name,), kept)] or tries:
                     smaller = copy.deepcopy(small.model)
                     expected = small.shortened(smaller, self.path, kept, name)
                     small.check({name: total - 1}, smaller, expected, kept)
@@ -316,14 +316,7 @@ class Cuts:
 
     def may_keep(self, kept_layers: Sequence[int]) -> bool:
         """False if the config of a model of these blocks cannot be made, or says other things of them, such as of the last one."""
-        changes = dict.fromkeys(self.depth, len(kept_layers))
-        raw = stating.changed(self.config.to_dict(), self.config, changes, kept_layers)
-        try:
-            with quiet():
-                made = type(self.config).from_dict(raw)
-        except Exception:
-            return False
-        return stating.states(made, self.config, changes, kept_layers)
+        return _states(self.config, self.depth, kept_layers)
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not make a config of that shape, or None."""
@@ -348,6 +341,18 @@ class Cuts:
             found = self.cls._from_config(config)
         found.tie_weights()
         return found
+
+
+def _states(config: Any, depth: Sequence[str], kept_layers: Sequence[int]) -> bool:
+    """True if a config says of some blocks alone what it said of them. depth: the fields of their number."""
+    changes = dict.fromkeys(depth, len(kept_layers))
+    try:
+        with quiet():
+            made = type(config).from_dict(stating.changed(config.to_dict(), config, changes, kept_layers))
+    # a class may raise anything for a config that is not to its liking
+    except Exception:
+        return False
+    return stating.states(made, config, changes, kept_layers)
 
 
 def _neurons(coupling: Coupling, name: str) -> Neurons:
