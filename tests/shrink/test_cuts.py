@@ -89,7 +89,7 @@ def test_a_norm_over_all_heads_keeps_them():
 
 
 def test_a_wrong_row_or_a_wrong_field_is_noticed():
-    small = cuts_of(tiny.make("llama"))._small
+    small = cuts_of(tiny.make("llama")).small
     number = small.layers(0)["mlp.down_proj"].shape[1]
     gone = torch.arange(number // 2)
     expected, smaller = small.without("mlp", GATED, Shape(0, number, 1), gone)

@@ -9,7 +9,7 @@ zero, its rows have none.
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -27,6 +27,7 @@ from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import couplings_of
 from secateurs.model.discover import layout_of
 from secateurs.model.layers import EXPERTS, Layer, layers_of
+from secateurs.model.miniature import empty
 from secateurs.shrink import config as stating
 from secateurs.shrink import experts, width
 from secateurs.shrink.instance import Instance
@@ -165,7 +166,8 @@ class Cuts:
         return found
 
     @cached_property
-    def _small(self) -> Instance:
+    def small(self) -> Instance:
+        """The instance on which cuts are tried. Raises No if there is none."""
         return Instance.of(self.cls, self.config, self.path, self.fused, self.couplings)
 
     def _mlp(self) -> _Way:
@@ -176,7 +178,7 @@ class Cuts:
                 else "are not alike, or not known to be coupled"
             )
             raise No(f"the MLPs of this {self.config.model_type}'s blocks {why}")
-        small = self._small
+        small = self.small
         number = small.layers(0)[self.neurons.consumer].shape[1]
         gone = torch.arange(number // 2)
         expected, smaller = small.without("mlp", self.neurons, Shape(0, number, 1), gone)
@@ -202,7 +204,7 @@ class Cuts:
             raise No(f"the attention of this {model_type}'s blocks is not alike, or not known to be coupled")
         if kind == "heads" and self.shape.heads == 1:
             raise No(f"this {model_type} has one KV head")
-        small = self._small
+        small = self.small
         coupling = small.coupling(self.attention.consumer)
         assert coupling.heads
         assert coupling.width
@@ -233,7 +235,7 @@ class Cuts:
     def _layers(self) -> _Way:
         if not self._alike:
             raise No(f"the blocks of this {self.config.model_type} are not alike")
-        small = self._small
+        small = self.small
         total = len(small.names)
         names = sorted(stating.fields_with(small.config, total), key=lambda n: not _DEPTH.search(n))
         why = "nothing in its config states the number of blocks"
@@ -252,7 +254,7 @@ class Cuts:
     def _experts(self) -> _Way:
         if not self.fused:
             raise No(f"this {self.config.model_type} has no experts in fused parameters")
-        small = self._small
+        small = self.small
         masked, smaller = copy.deepcopy(small.model), copy.deepcopy(small.model)
         try:
             number = experts.number(smaller.get_submodule(small.names[0]), self.fused)
@@ -268,7 +270,7 @@ class Cuts:
         return _Way(small.first(tries, {"experts": number - len(gone)}, smaller, expected, "the number of experts"))
 
     def _hidden(self) -> _Way:
-        small = self._small
+        small = self.small
         hidden = int(text_config(small.config).hidden_size)
         zeroed, smaller = copy.deepcopy(small.model), copy.deepcopy(small.model)
         gone = torch.arange(0, hidden, 4)
@@ -322,6 +324,10 @@ class Cuts:
         """Why transformers would not make a config of that shape, or None."""
         try:
             self.config_of(shape, range(shape.layers))
+            # what the class itself asks for shows in one block as in all
+            one = shape if self.refuses("layers") else replace(shape, layers=1)
+            with quiet():
+                empty(self.cls, self.config_of(one, range(one.layers)))
         # transformers raises its own exception, which wraps a ValueError
         except Exception as error:
             return stating.sentence(error)

@@ -1,14 +1,15 @@
 """What every stage of a run of shrink needs: the plan, the dense model, what is measured of it, the work folder, the progress."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from secateurs.base.progress import Progress
 from secateurs.model import checkpoint
 from secateurs.quality.outputs import Subject
+from secateurs.shrink import latency
 from secateurs.shrink.cuts import Cuts, cuts_of
-from secateurs.shrink.latency import blank
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.sizes import Sizes, sizes_of
 from secateurs.shrink.units import Shape
@@ -44,6 +45,11 @@ class Dense:
     def shape(self) -> Shape:
         return self.sizes.dense
 
+    @cached_property
+    def decodes(self) -> bool:
+        """True if tokens can be decoded one by one with the class's cache, found out on the small instance."""
+        return latency.decodes(self.cuts.small.model)
+
     def load(self) -> Any:
         """The model with all of its weights."""
         # a new checkpoint: it remembers which tensors it has loaded
@@ -54,7 +60,7 @@ class Dense:
 
     def blank(self, shape: Shape) -> Any:
         """A model of that shape to be timed; its weights mean nothing."""
-        return blank(type(self.skeleton), self.cuts.config_of(shape, range(shape.layers)), self.config.dtype)
+        return latency.blank(type(self.skeleton), self.cuts.config_of(shape, range(shape.layers)), self.config.dtype)
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not load a model of that shape, or None."""
@@ -75,5 +81,5 @@ class Job:
 
     @property
     def new(self) -> int:
-        """Tokens that are decoded after a prompt."""
-        return 0 if self.subject else self.plan.new
+        """Tokens that are decoded after a prompt, to be timed."""
+        return self.plan.new if self.subject is None and self.dense.decodes else 0

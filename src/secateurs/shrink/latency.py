@@ -4,6 +4,7 @@
 is fitted to measured shapes, for the prompt and for a token after it. It only says which shape to measure next.
 """
 
+import inspect
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 from secateurs.base.files import writing
 from secateurs.base.precision import widened
 from secateurs.base.progress import no_bars
+from secateurs.model.made_up import uncached
 from secateurs.shrink.units import Shape
 
 
@@ -57,16 +59,35 @@ def _once(model: Any, prompt: int, new: int) -> Seconds:
         begin = time.perf_counter()
         with widened():
             if not new:
-                model(input_ids=ids)
+                model(input_ids=ids, **uncached(model))
                 taken = time.perf_counter() - begin
                 return Seconds(taken, taken)
             # as generate() does: the head is run for the last token only
-            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            kept = (
+                {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+            )
+            cache = _cache(model(input_ids=ids, use_cache=True, **kept))
         first = time.perf_counter()
         for i in range(new):
             at = i % prompt
-            cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = _cache(model(input_ids=ids[:, at : at + 1], use_cache=True, **cache))
         return Seconds(first - begin, (time.perf_counter() - first) / new)
+
+
+def _cache(output: Any) -> dict[str, Any]:
+    """What the next token is given of a model's output: keys and values, or the states of a recurrence."""
+    name = next(name for name in ("past_key_values", "cache_params") if getattr(output, name, None) is not None)
+    return {name: getattr(output, name)}
+
+
+def decodes(model: Any) -> bool:
+    """True if a model runs token by token with its cache."""
+    try:
+        _once(model, 8, 2)
+    # a class may raise anything
+    except Exception:
+        return False
+    return True
 
 
 def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -29,6 +29,8 @@ from secateurs.shrink import cutting, estimates, latency, shapes
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
 
+_UNTIMED = "tokens after a prompt were not timed: this class does not decode one token after another with its cache"
+
 
 def shrink(
     plan: ShrinkPlan,
@@ -90,6 +92,8 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
     model, records = cutting.shaped(job, windows, shape, kept_layers, sensitive, "cutting")
     stated = dense.cuts.stated(source.raw_config, shape, kept_layers)
+    # model.config still has sizes of the dense model, and save_pretrained would refuse it
+    model.config = dense.cuts.config_of(shape, kept_layers)
     _write(plan, source, folder, model, stated)
     clock.spend("cutting")
     report: dict[str, Any] = {
@@ -112,7 +116,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
             "dense": source.nbytes,
             "left": checkpoint.Checkpoint(folder).nbytes,
         },
-        "warnings": text.warnings("calibration"),
+        "warnings": text.warnings("calibration") + ([] if job.subject or job.new else [_UNTIMED]),
         "distance": None,
         "seconds": clock.seconds,
     }
@@ -137,8 +141,6 @@ def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> inputs.I
 def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model: Any, stated: dict[str, Any]) -> None:
     kind = kind_of(source)
     source.copy_small_files(folder, but=("config.json",))
-    # model.config still has sizes of the dense model, and save_pretrained would refuse it
-    model.config = type(model.config).from_dict(stated)
     with no_bars(), writing(folder):
         model.save_pretrained(folder)
     write_json(folder / "config.json", stated)

@@ -148,8 +148,13 @@ def cut(block: nn.Module, units: Units, removed: Tensor, consumer_OK: Tensor) ->
 
 def tell(block: nn.Module, like: nn.Module) -> None:
     """Set what a block's modules state (numbers of heads, their config) to what those of a block of its shape do."""
+    others = dict(like.named_modules())
+    # some classes put other modules in the place of theirs while they run
+    changed = [f"{name}." for name, module in block.named_modules() if type(others.get(name)) is not type(module)]
     for name, module in block.named_modules():
-        for key, value in vars(like.get_submodule(name)).items():
+        if any(other.startswith(f"{name}." if name else "") for other in changed):
+            continue
+        for key, value in vars(others[name]).items():
             if not key.startswith("_") and key not in ("training", "layer_idx") and not isinstance(value, Tensor):
                 setattr(module, key, value)
 
