@@ -127,3 +127,21 @@ def test_blocks_whose_place_counts_beside_images_stay():
         "blocks cannot go: the model does more between its blocks than handing on, by their places"
     )
     assert cuts_of(model).refuses("mlp") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "new"), [("MambaForCausalLM", 4), ("BlenderbotForCausalLM", 0), ("BigBirdForCausalLM", 0)]
+)
+def test_a_class_with_another_cache_is_timed_as_it_decodes(name, new, tmp_path, words):
+    """A recurrence's state; a cache that does not run from its decoder alone; modules that are swapped while they run."""
+    import transformers
+
+    made = getattr(transformers, name)
+    model = small_instance(made, made.config_class())
+    model.save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    options = {"units": ("layers" if new else "mlp",), "eval_windows": 0}
+    report = shrink(plan(tmp_path / "dense", words, "params=0.95x", **options), tmp_path / "run")
+    assert report["latency"]["new"] == new
+    assert any("tokens after a prompt were not timed" in line for line in report["warnings"]) == (new == 0)
+    made.from_pretrained(tmp_path / "run" / "model")

@@ -70,6 +70,12 @@ def check_vocabulary(windows: Tensor, model: nn.Module) -> None:
         )
 
 
+def embeddings_of(model: Any) -> Tensor:
+    """The matrix whose rows a model's tokens are looked up in, [V, D]; Perceiver's latents, which are a parameter of their own."""
+    found = model.get_input_embeddings()
+    return found if isinstance(found, Tensor) else found.weight
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that is about text; the config itself where it has no parts."""
     return getattr(config, "text_config", None) or config

@@ -21,7 +21,7 @@ from torch import nn
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import quiet
 from secateurs.matrix.solvers import DAMPING
-from secateurs.model.batches import text_config
+from secateurs.model.batches import embeddings_of, text_config
 from secateurs.model.blocks import inside
 from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import couplings_of
@@ -140,7 +140,7 @@ class Cuts:
         heads = found.groups if found else _stated(text, "num_attention_heads")
         queries = found.all // found.groups if found else 1
         number = experts.number(block, self.fused)
-        hidden = _stated(text, "hidden_size", model.get_input_embeddings().weight.shape[1])
+        hidden = _stated(text, "hidden_size", embeddings_of(model).shape[1])
         return Shape(len(self.names), mlp, heads, queries, number, hidden)
 
     # ------------------------------------------------------------------------------------------------------- what can go

@@ -19,6 +19,7 @@ import torch
 from secateurs.base.files import writing
 from secateurs.base.precision import widened
 from secateurs.base.progress import no_bars
+from secateurs.model.batches import embeddings_of
 from secateurs.model.made_up import uncached
 from secateurs.shrink.units import Shape
 
@@ -54,7 +55,7 @@ def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> li
 
 def _once(model: Any, prompt: int, new: int) -> Seconds:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, len(model.get_input_embeddings().weight), (1, prompt), generator=generator)
+    ids = torch.randint(0, len(embeddings_of(model)), (1, prompt), generator=generator)
     with torch.no_grad():
         begin = time.perf_counter()
         with widened():

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from secateurs.model.batches import embeddings_of
 from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import Layer
 from secateurs.shrink import experts, losses
@@ -105,9 +106,10 @@ def sizes_of(model: Any, cuts: Cuts, kinds: Collection[str]) -> Sizes:
         router_row = sum(p.numel() // dense.experts for p in router.parameters())
     rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
     outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
-    embeddings = model.get_output_embeddings() or model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    count = (embeddings_of(model) if head is None else head.weight).numel()
     return Sizes(
-        outside, dense, neuron, key_value, query, rest, 2 * cuts.head, embeddings.weight.numel(), expert, router_row, active,
+        outside, dense, neuron, key_value, query, rest, 2 * cuts.head, count, expert, router_row, active,
         most_experts,
     )  # fmt: skip
 
