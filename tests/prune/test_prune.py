@@ -613,7 +613,7 @@ def test_a_source_that_changed_is_noticed(tmp_path, llama, words, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secateurs.model.checkpoint.write_index", stop)
+    monkeypatch.setattr("secateurs.model.shards.write_index", stop)
     with pytest.raises(KeyboardInterrupt):
         sc.prune(source, plan, out=tmp_path / "run")
     monkeypatch.undo()
