@@ -145,3 +145,12 @@ def test_a_class_with_another_cache_is_timed_as_it_decodes(name, new, tmp_path, 
     assert report["latency"]["new"] == new
     assert any("tokens after a prompt were not timed" in line for line in report["warnings"]) == (new == 0)
     made.from_pretrained(tmp_path / "run" / "model")
+
+
+def test_a_decoder_that_gives_embeddings_decodes_nothing(tmp_path, words):
+    import transformers
+
+    transformers.LlamaModel(tiny.make("llama").config).save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    report = shrink(plan(tmp_path / "dense", words, "params=0.9x", units=("mlp",), eval_windows=0), tmp_path / "run")
+    assert (report["latency"]["new"], report["warnings"]) == (0, [])
