@@ -17,6 +17,7 @@ import secateurs as sc
 from secateurs.base.errors import SecateursError, said
 from secateurs.model.activations import InMemory
 from secateurs.model.blocks import blocks_of
+from secateurs.model.layers import kind_of
 from secateurs.model.made_up import inputs, uncached
 from secateurs.model.walk import stream
 from secateurs.pack.folder import pack
@@ -272,7 +273,7 @@ def _solve_by_hand(model: Any, names: list[str], batches: list[dict[str, Tensor]
             seen[name].append(x.reshape(-1, x.shape[-1]).clone())
 
         # a weight is met wherever a module holds it
-        places = [m for m in model.modules() if getattr(m, "weight", None) is module.weight]
+        places = [m for m in model.modules() if getattr(m, "weight", None) is module.weight and kind_of(m)]
         handles += [place.register_forward_pre_hook(look, with_kwargs=True) for place in places]
     try:
         for batch in batches:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import zoo_checks
@@ -16,6 +17,10 @@ result held against the same worked out on the whole model in memory. To make th
 this or another version of transformers:
 
     python tools/zoo.py
+    python tools/with_transformers.py {version} tools/zoo.py
+
+secateurs supports transformers {supported}: the oldest and the newest of it pass `--check`, a dozen types that differ most
+([log.md](log.md#2026-11-30-versions-of-transformers)).
 
 The small model has the class and the config of its type, few narrow blocks of every kind, and random weights
 (`src/secateurs/model/miniature.py`). A type that is not listed runs the same code; what it needs is found out in the same way.
@@ -46,13 +51,20 @@ def page(results: Mapping[str, Any], version: str, day: str, listed: int) -> str
     """listed: how many types transformers lists."""
     kinds = {kind: {r: x for r, x in results.items() if r.startswith(f"{kind} ")} for kind in zoo_types.KINDS}
     rows = [_counts(f"**{kind}**", found) for kind, found in kinds.items() if found]
-    parts = [_HEAD.format(version=version, day=day, counts="\n".join([*rows, _counts("**all**", results)]))]
+    counts = "\n".join([*rows, _counts("**all**", results)])
+    parts = [_HEAD.format(version=version, day=day, supported=_supported(), counts=counts)]
     if listed > len(results):
         parts.append(
             f"**{listed - len(results)} of {listed} types have not been tried yet**; the command goes on with them.\n"
         )
     parts += [_table(kind, found) for kind, found in kinds.items() if found]
     return "\n".join(parts)
+
+
+def _supported() -> str:
+    """The range of transformers in pyproject.toml."""
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+    return re.findall(r'"transformers([^"]+)"', text)[0].replace(",", ", ")
 
 
 def exact(result: Mapping[str, Any]) -> bool:
