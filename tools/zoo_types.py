@@ -183,10 +183,10 @@ def _extractor(config: Any) -> Any:
     # two frames side by side
     bins = bins or getattr(config, "feature_projection_input_dim", 0) // 2
     if config.model_type == "whisper":
-        # so many frames in a second as two windows of the encoder hold
-        return WhisperFeatureExtractor(
-            feature_size=bins, chunk_length=1, hop_length=16000 // (2 * config.max_source_positions)
-        )
+        # so many seconds that the frames of the encoder's window divide their samples
+        frames = 2 * config.max_source_positions
+        seconds = next(n for n in range(1, 31) if n * 16000 % frames == 0)
+        return WhisperFeatureExtractor(feature_size=bins, chunk_length=seconds, hop_length=seconds * 16000 // frames)
     # transformers lists another, which makes no features
     other = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor"}
     name = {**FEATURE_EXTRACTOR_MAPPING_NAMES, **other}.get(config.model_type, "")
