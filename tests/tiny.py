@@ -89,6 +89,19 @@ def random(architecture: str, model_type: str, arguments: dict):
     return model
 
 
+def pruned(model, sparsity=0.5):
+    """The model with random weights of its linear layers at zero."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            module.weight.data.masked_fill_(torch.rand(module.weight.shape) < sparsity, 0)
+    return model.eval()
+
+
+def tokens():
+    """Windows for a tiny model, [2, 10]."""
+    return torch.arange(20).view(2, 10) % 200
+
+
 def couplings(model):
     """The couplings of all blocks."""
     layout, found = layout_of(model), couplings_of(model)

@@ -5,6 +5,7 @@ import threading
 import pytest
 import tiny
 import torch
+from tiny import pruned, tokens
 from torch import nn
 
 import secateurs
@@ -12,17 +13,6 @@ from secateurs.base.errors import PackError
 from secateurs.kernels.formats import pack
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, SharedInput, choose
 from secateurs.machine.profile import DeviceProfile
-
-
-def pruned(model, sparsity=0.5):
-    for module in model.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            module.weight.data.masked_fill_(torch.rand(module.weight.shape) < sparsity, 0)
-    return model.eval()
-
-
-def tokens():
-    return torch.arange(20).view(2, 10) % 200
 
 
 def test_a_profile_can_advise_against():

@@ -2,23 +2,13 @@ import pytest
 import tiny
 import torch
 import transformers
+from tiny import pruned, tokens
 from torch import nn
 from torch.nn.utils import prune
 
 import secateurs
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, make_dense
 from secateurs.model.miniature import small_instance
-
-
-def pruned(model, sparsity=0.5):
-    for module in model.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            module.weight.data.masked_fill_(torch.rand(module.weight.shape) < sparsity, 0)
-    return model.eval()
-
-
-def tokens():
-    return torch.arange(20).view(2, 10) % 200
 
 
 @pytest.mark.parametrize("model_type", tiny.TINY)

@@ -176,3 +176,21 @@ def test_fields_are_stated_if_the_config_says_them_when_it_is_made():
     assert stating.states(made, config, changes, [0, 2])
     assert not stating.states(made, config, changes, [1, 2])
     assert not stating.states(config, config, changes, [0, 2])
+
+
+def test_sizes_are_tried_in_all_blocks_where_the_class_makes_none_of_one(monkeypatch):
+    model = tiny.make("llama")
+    kind = type(model.config)
+    from_dict = kind.from_dict
+
+    def strict(raw, **options):
+        if raw["num_hidden_layers"] < 2:
+            raise ValueError("one block is too few")
+        return from_dict(raw, **options)
+
+    monkeypatch.setattr(kind, "from_dict", strict)
+    cuts = Cuts(model)
+    assert cuts.not_loadable(replace(cuts.shape, mlp=32)) is None
+    # and in one where it does, a size that the class refuses is
+    monkeypatch.undo()
+    assert "not a multiple" in Cuts(model).not_loadable(replace(cuts.shape, heads=3, queries=1))

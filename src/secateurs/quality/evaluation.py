@@ -214,7 +214,7 @@ def _of_outputs(
     on = inputs.load(asked.text, asked.windows, asked.seqlen, dense, models[0][0], kind, part, progress)
     sentences = dense.sentences
     pictured = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    subject = outputs.Subject(kind, sentences.pooling if sentences else (), pictured, on.unit)
+    subject = dataclasses.replace(outputs.subject_of(kind, dense), pictured=pictured, unit=on.unit)
     said = on.warnings("evaluation")
     if sentences and sentences.left:
         said.append(f"embeddings were compared before the modules {', '.join(sentences.left)} of {dense.given}")

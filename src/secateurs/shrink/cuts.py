@@ -325,7 +325,7 @@ class Cuts:
         try:
             self.config_of(shape, range(shape.layers))
             # what the class itself asks for shows in one block as in all
-            one = shape if self.refuses("layers") else replace(shape, layers=1)
+            one = replace(shape, layers=1) if self._of_one_block else shape
             with quiet():
                 empty(self.cls, self.config_of(one, range(one.layers)))
         # transformers raises its own exception, which wraps a ValueError
@@ -333,18 +333,26 @@ class Cuts:
             return stating.sentence(error)
         return None
 
+    @cached_property
+    def _of_one_block(self) -> bool:
+        """True if the class makes a model of the first block alone."""
+        if self.refuses("layers"):
+            return False
+        try:
+            with quiet():
+                empty(self.cls, self.config_of(replace(self.shape, layers=1), [0]))
+        # a class may raise anything for a config that is not to its liking
+        except Exception:
+            return False
+        return True
+
     def config_of(self, shape: Shape, kept_layers: Sequence[int]) -> Any:
         """The config of a model of that shape."""
         return type(self.config).from_dict(self.stated(self.config.to_dict(), shape, kept_layers))
 
     def skeleton(self, shape: Shape, kept_layers: Sequence[int]) -> Any:
         """A model of that shape on the meta device."""
-        from accelerate import init_empty_weights
-
-        # what states the shape may have to be tried, on models with weights
-        config = self.config_of(shape, kept_layers)
-        with init_empty_weights():
-            found = self.cls._from_config(config)
+        found: Any = empty(self.cls, self.config_of(shape, kept_layers))
         found.tie_weights()
         return found
 

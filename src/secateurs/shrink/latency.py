@@ -56,18 +56,17 @@ def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> li
 def _once(model: Any, prompt: int, new: int) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(embeddings_of(model)), (1, prompt), generator=generator)
+    # as generate() does: the head is run for the last token only
+    last = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    asked = {"use_cache": True, **({"logits_to_keep": 1} if last else {})} if new else uncached(model)
     with torch.no_grad():
         begin = time.perf_counter()
         with widened():
-            if not new:
-                model(input_ids=ids, **uncached(model))
-                taken = time.perf_counter() - begin
-                return Seconds(taken, taken)
-            # as generate() does: the head is run for the last token only
-            kept = (
-                {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
-            )
-            cache = _cache(model(input_ids=ids, use_cache=True, **kept))
+            output = model(input_ids=ids, **asked)
+        first = time.perf_counter()
+        if not new:
+            return Seconds(first - begin, first - begin)
+        cache = _cache(output)
         first = time.perf_counter()
         for i in range(new):
             at = i % prompt

@@ -7,6 +7,7 @@ model, its distance from the dense one (quality/outputs.py) is the loss.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,12 +161,17 @@ def blocks(
                     hidden = steps[i].call(hidden, 0)
         return end(hidden)
 
+    @torch.no_grad()
+    def output(hidden: Tensor) -> Any:
+        return leave(model, AllLoaded(), hidden, batches[0])
+
+    wanted = None if subject is None else output(store.read(total, 0))
+
     def end(hidden: Tensor) -> float:
         if subject is None:
             return surprise(model, AllLoaded(), hidden, batches[0])
-        with torch.no_grad():
-            found = [leave(model, AllLoaded(), x, batches[0]) for x in (store.read(total, 0), hidden)]
-        return outputs.distance(outputs.READERS[subject.kind.predicts](found, batches[0], subject), subject)
+        read = outputs.READERS[subject.kind.predicts]
+        return outputs.distance(read([wanted, output(hidden)], batches[0], subject), subject)
 
     def may_go(i: int) -> bool:
         return i not in order and may_keep([k for k in range(total) if k != i and k not in order])
