@@ -117,11 +117,12 @@ def write_text(file: Path, text: str) -> None:
     replace(file, lambda part: _write_text(part, text))
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. metadata: beside its "format"."""
     from safetensors.torch import save_file
 
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace(file, lambda part: save_file(held, part, metadata={"format": "pt"}))
+    replace(file, lambda part: save_file(held, part, metadata={"format": "pt", **(metadata or {})}))
 
 
 def _write_text(part: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """Grids that weights are rounded to: a weight is scale * integer, with one scale for a group of neighbouring inputs of a row.
 
-O outputs, I inputs, G groups of a row. Integers lie in -zero .. 2^bits - 1 - zero, so 0 is always one of them and zeros stay zero.
-Symmetric: zero is 2^(bits - 1) everywhere, and a scale may be negative, which puts the extra level on the side that needs it. Asymmetric:
-every group has a zero of its own.
+O outputs, I inputs, G groups of a row. Integers lie in -zero .. 2^bits - 1 - zero, so 0 is always one of them and zeros stay
+zero. Symmetric: zero is 2^(bits - 1) everywhere, and a scale may be negative, which puts the extra level on the side that needs
+it. Asymmetric: every group has a zero of its own.
 """
 
 import math
@@ -24,8 +24,8 @@ ROW = 0
 
 @dataclass(frozen=True)
 class Grid:
-    """bits of an integer. group: neighbouring inputs that share a scale, ROW for all of a row. symmetric: see above. half: scales are
-    fp16, as llama.cpp stores them; else bf16, whose range is that of fp32.
+    """bits of an integer. group: neighbouring inputs that share a scale, ROW for all of a row. symmetric: see above. half: scales
+    are fp16, as llama.cpp stores them; else bf16, whose range is that of fp32.
     """
 
     bits: int
@@ -172,7 +172,7 @@ def scales_from(tensors: Any, grids: dict[str, str]) -> Iterator[tuple[str, Scal
 
 
 def bits_a_weight(grid: Grid, shape: tuple[int, int], survivors: int | None = None) -> float:
-    """Bits a weight of a matrix as stored: integers, scales and zeros; with `survivors`, a bit a position and the survivors' integers."""
+    """Bits a weight as stored: integers, scales and zeros; with `survivors`, a bit a position and the survivors' integers."""
     numel = math.prod(shape)
     held = grid.bits if survivors is None else 1 + grid.bits * survivors / numel
     return held + grid.overhead(shape[1]) / shape[1]
