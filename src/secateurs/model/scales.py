@@ -23,12 +23,13 @@ def write_scales(file: Path, scales: Mapping[str, Scales]) -> None:
 def read_scales(file: Path) -> dict[str, Scales]:
     """The inverse; empty where there is no such file. Raises CheckpointError for a file that is damaged."""
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     if not file.is_file():
         return {}
     try:
         with safe_open(file, framework="pt") as opened:
             grids = json.loads((opened.metadata() or {})["grids"])
-            return dict(scales_from({name: opened.get_tensor(name) for name in opened.keys()}, grids))
+        return dict(scales_from(load_file(file), grids))
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; prune again") from None
