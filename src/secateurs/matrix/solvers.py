@@ -47,20 +47,22 @@ def obs(
     damping: float = DAMPING,
     lazy_block: int = LAZY_BLOCK,
     keep_OI: Tensor | None = None,
+    importance_O: Tensor | None = None,
+    nearest: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """SparseGPT: remove weights column by column, each error compensated by the columns after it.
 
     With U' U = H^-1 upper triangular, for column j:  e = w_j / U_jj where pruned,  W[:, j:] -= e U[j, j:].
     The mask is chosen for `pattern.step` columns at a time by w_j^2 / U_jj^2 of the weights as updated so far. After every
     step as many weights are gone as the pattern removes from so many columns, so the layer's count is exact. keep_OI: a mask to
-    use instead.
+    use instead. importance_O: how much a row's squared error counts where the mask is chosen.
+    nearest: (j, weights so far, [I, O]) -> what survivors of column j are rounded to; that error is compensated as well.
     Weights of dead inputs go first, as they cost next to nothing (Stats.damped()).
     Frantar and Alistarh 2023, arXiv 2301.00774, alg. 1.
     Raises ValueError if H does not factor.
     """
     upper_II = stats.inverse_factor(damping)
     diagonal_I = upper_II.diagonal()
-    # rows are scaled to have 1 on the diagonal, so that a pruned weight becomes w - 1 * w, exactly 0
     ratio_II = upper_II / diagonal_I[:, None]
     rows, columns = weight_OI.shape
     # transposed, so that a column of weights is contiguous
@@ -75,14 +77,18 @@ def obs(
             last = min(first + step, stop)
             if keep_OI is None:
                 score_SO = (weight_IO[first:last] / diagonal_I[first:last, None]).square()
+                if importance_O is not None:
+                    score_SO *= importance_O
                 quota = (pattern.zeros(rows, last, sparsity) - zeros) / (rows * (last - first))
                 keep_SO = pattern.keep(score_SO.T, min(max(quota, 0.0), 1.0)).T
                 zeros += int((~keep_SO).sum())
             else:
                 keep_SO = keep_OI[:, first:last].T
-            for j, pruned_O in enumerate((~keep_SO).contiguous().unbind(), first):
-                gone_O = torch.mul(weight_IO[j], pruned_O, out=gone_LO[j - start])
-                weight_IO[j:stop].addr_(ratio_II[j, j:stop], gone_O, alpha=-1)
+            for j, kept_O in enumerate(keep_SO.contiguous().unbind(), first):
+                new_O = (weight_IO[j] if nearest is None else nearest(j, weight_IO)) * kept_O
+                gone_O = torch.sub(weight_IO[j], new_O, out=gone_LO[j - start])
+                weight_IO[j + 1 : stop].addr_(ratio_II[j, j + 1 : stop], gone_O, alpha=-1)
+                weight_IO[j] = new_O
         weight_IO[stop:].addmm_(ratio_II[start:stop, stop:].T, gone_LO, alpha=-1)
     return weight_IO.T.contiguous()
 
