@@ -6,17 +6,19 @@ from typing import Annotated, Any
 import typer
 
 from secateurs.cli import options
-from secateurs.cli.options import METHOD, MODEL, OUTPUT, PATTERN, RARE, option
+from secateurs.cli.options import BITS, METHOD, MODEL, OUTPUT, PATTERN, RARE, option
 from secateurs.cli.output import console, on_cpu, print_json
 
 # choices of a plan, and what follows from each unless it is given
 _EXTRAS = ("sensitivity", "blend", "permute", "reconstruct", "distill", "allocation", "scope", "damping")
 _RESOLVED = {
     "pattern": ("sparsity", "min_sparsity", "max_sparsity", "sensitivity", "reconstruct", "allocation", "scope"),
-    "sparsity": ("min_sparsity", "max_sparsity"),
+    "sparsity": ("min_sparsity", "max_sparsity", "sensitivity", "reconstruct", "allocation", "scope"),
     "effort": ("method", *_EXTRAS),
     "method": ("effort", *_EXTRAS),
-    "budget": ("allocation", "min_sparsity", "max_sparsity", "sensitivity"),
+    "budget": ("allocation", "min_sparsity", "max_sparsity", "sensitivity", "bits", "group", "grid"),
+    "bits": ("group", "grid"),
+    "grid": ("bits", "group"),
     "allocation": ("sensitivity",),
 }
 
@@ -36,6 +38,20 @@ def prune(
     sparsity: Annotated[
         float | None, option(PATTERN, "Fraction of zeros, e.g. 0.7. Default: 0.5, or what N:M says.")
     ] = None,
+    bits: Annotated[
+        str | None,
+        option(
+            BITS,
+            "Bits of an integer, 8, 6, 5, 4, 3 or 2; with --budget several, e.g. 8,4,3. Default: weights as they are.",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None, option(BITS, "Inputs that share a scale: 32, 64, 128 or row. Default: 64, e.g. 128.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        option(BITS, "symmetric, asymmetric, or llama.cpp's q4_0 or q8_0. Default: symmetric, e.g. q4_0."),
+    ] = None,
     effort: Annotated[
         str | None,
         option(METHOD, "fast, balanced or best: a preset for all that is not given below. Default: balanced."),
@@ -52,7 +68,11 @@ def prune(
         ),
     ] = None,
     budget: Annotated[
-        str | None, option(METHOD, "bytes=F or seconds=F of the dense layers' instead of --sparsity, e.g. bytes=0.6.")
+        str | None,
+        option(
+            METHOD,
+            "Instead of --sparsity: bytes=F or seconds=F of the dense layers', e.g. bytes=0.6, or bits=B a weight, e.g. bits=3.3.",
+        ),
     ] = None,
     calibration: options.Source = None,
     samples: options.Samples = None,
@@ -137,7 +157,7 @@ def prune(
 
     values: dict[str, Any] = {
         "model": model, "pattern": pattern, "sparsity": sparsity, "effort": effort, "method": method,
-        "allocation": allocation, "budget": budget, "scope": scope, "min_sparsity": min_sparsity,
+        "allocation": allocation, "budget": budget, "bits": bits, "group": group, "grid": grid, "scope": scope, "min_sparsity": min_sparsity,
         "max_sparsity": max_sparsity, "sensitivity": sensitivity, "blend": blend, "permute": permute,
         "reconstruct": reconstruct, "distill": distill, "propagate": propagate, "damping": damping, "skip": skip,
         "part": part, "allow_skips": allow_skips,

@@ -371,7 +371,8 @@ class Solver:
     """One method, a row of `secateurs methods`. needs: what must be collected beforehand, 'weights' (nothing), 'norms' or 'gram'.
 
     solve: (weight_OI, stats, pattern, sparsity, damping) -> weight_OI. score: what a global threshold ranks by.
-    scope: the field's default for unstructured patterns.
+    scope: the field's default for unstructured patterns. joint: where weights go to a grid as well, mask and integers may be
+    chosen together instead (quantize.joint()).
     """
 
     name: str
@@ -380,6 +381,7 @@ class Solver:
     score: scores.Score
     scope: str
     about: str
+    joint: bool = False
 
 
 def _by_score(name: str, needs: str, scope: str, about: str) -> Solver:
@@ -403,6 +405,7 @@ def _with_gram(
     score: scores.Score,
     scope: str,
     about: str,
+    joint: bool = False,
 ) -> Solver:
     """The row of a solver that needs a Gram matrix, for weights of any size. Weights of dead inputs are removed or unchanged."""
 
@@ -413,7 +416,7 @@ def _with_gram(
         new_OI = solve(weight_OI.float() * unit, stats, pattern, sparsity, damping) / unit
         return torch.where(stats.dead_I & (new_OI != 0), weight_OI.float(), new_OI)
 
-    return Solver(name, "gram", at_unit, score, scope, about)
+    return Solver(name, "gram", at_unit, score, scope, about, joint)
 
 
 def _sparsegpt(weight_OI: Tensor, stats: Stats, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
@@ -427,7 +430,7 @@ def _by_admm(name: str, about: str, ladder: tuple[float, ...] | None = None, rel
     def solve(weight_OI: Tensor, stats: Stats, pattern: Pattern, sparsity: float, damping: float) -> Tensor:
         return admm(weight_OI, stats, pattern, sparsity, damping, ladder=ladder, relaxation=relaxation)
 
-    return _with_gram(name, solve, scores.wanda, "layer", about)
+    return _with_gram(name, solve, scores.wanda, "layer", about, joint=True)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -437,7 +440,9 @@ SOLVERS: dict[str, Solver] = {
         _by_score("magnitude", "weights", "layer", "|W|; no calibration; breaks language models from 50%"),
         _by_score("wanda", "norms", "row", "|W| times input norm; weights unchanged; seconds"),
         _by_score("ria", "norms", "layer", "relative importance times root of input norm; weights unchanged"),
-        _with_gram("sparsegpt", _sparsegpt, scores.wanda, "layer", "columns removed in turn, errors compensated (OBS)"),
+        _with_gram(
+            "sparsegpt", _sparsegpt, scores.wanda, "layer", "columns removed in turn, errors compensated (OBS)", True
+        ),
         _by_admm("admm", "mask and weights together (ADMM), few steps; survivors refit", (0.4, 0.8), 1.6),
         _by_admm("alps", "the same until the mask rests (ALPS): three times the time, 1 to 2% less error"),
     )
@@ -475,4 +480,4 @@ def find(method: str) -> Solver:
         return new_OI
 
     about = "; ".join([base.about, *(EXTRAS[extra][1] for extra in extras)])
-    return _with_gram(method, solve, base.score, base.scope, about)
+    return _with_gram(method, solve, base.score, base.scope, about, base.joint and set(extras) <= {"refit"})

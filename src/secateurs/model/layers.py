@@ -246,20 +246,22 @@ _NOT_PRUNED: tuple[tuple[Any, str], ...] = (
 )
 
 
-def survivors(layers: Iterable[Layer]) -> list[tuple[nn.Parameter, Tensor]]:
+def survivors(layers: Iterable[Layer], whole: Sequence[Layer] = ()) -> list[tuple[nn.Parameter, Tensor]]:
     """(parameter, mask of its weights that are not zero) for each parameter of the layers, each parameter once.
 
-    In a parameter of several layers, parts that are not among the layers are False.
+    In a parameter of several layers, parts that are not among the layers are False. whole: of these, layers with a mask of ones.
     """
+    all_of = {layer.name for layer in whole}
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:
         parameter = layer.parameter
         if layer.kind not in _PARTS:
-            found[id(parameter)] = parameter, parameter.detach() != 0
+            found[id(parameter)] = parameter, (parameter.detach() != 0) | (layer.name in all_of)
             continue
         if id(parameter) not in found:
             found[id(parameter)] = parameter, torch.zeros_like(parameter, dtype=torch.bool)
-        found[id(parameter)][1][layer.part] = layer.read() != 0
+        mask_OI = (layer.read() != 0) | (layer.name in all_of)
+        found[id(parameter)][1][layer.part] = mask_OI.T if layer.kind == "expert1d" else mask_OI
     return list(found.values())
 
 

@@ -7,11 +7,13 @@ round(sparsity * total) exactly. O outputs, I inputs.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateurs.matrix.grids import Grid, parse
 from secateurs.matrix.patterns import count_zeros
 
 
@@ -202,12 +204,27 @@ def _histogram(layer: LayerSummary, prefix: int, shift: int, bits: int) -> Tenso
     return counts
 
 
-@dataclass(frozen=True)
-class Option:
-    """What one layer could become: its pattern and sparsity, what that costs and how much of the model's loss."""
+class Share(NamedTuple):
+    """What a layer becomes: its pattern, its sparsity, and the grid of its weights or None for weights as they are."""
 
     pattern: str
     sparsity: float
+    grid: str | None = None
+
+    @property
+    def on(self) -> Grid | None:
+        """The grid, parsed."""
+        return None if self.grid is None else parse(self.grid)
+
+
+Shares = dict[str, Share]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one layer could become, what that costs and how much of the model's loss."""
+
+    share: Share
     cost: float
     loss: float
 

@@ -1,6 +1,6 @@
-"""Collects per-layer statistics on the dense model and assigns each layer its pattern and sparsity.
+"""Collects per-layer statistics on the dense model and assigns each layer its pattern, sparsity and grid.
 
-    shares = assign(model, loader, batches, plan, sensitivity, norms, cost, tick)     # {layer: (pattern, sparsity)}
+    shares = assign(model, loader, batches, plan, sensitivity, norms, cost, tick)     # {layer: Share}
 
 O outputs, I inputs.
 """
@@ -18,20 +18,18 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import LayerError, PlanError
 from secateurs.base.seed import seed_of
-from secateurs.matrix import solvers
-from secateurs.matrix.patterns import count_zeros, parse
+from secateurs.matrix import grids, quantize, solvers
+from secateurs.matrix.patterns import Unstructured, count_zeros, parse
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader
 from secateurs.model.layers import Layer
 from secateurs.model.walk import stream
-from secateurs.prune.allocation import LayerSummary, Option, cheapest_loss
+from secateurs.prune.allocation import LayerSummary, Option, Share, Shares, cheapest_loss
 from secateurs.prune.block import skip
 from secateurs.prune.cost import Cost, kept_weights
 from secateurs.prune.plan import Plan
-
-Shares = dict[str, tuple[str, float]]
 
 # scores are made of this many rows at a time
 _ROWS_PER_CHUNK = 4096
@@ -51,7 +49,7 @@ def assign(
     tick: Callable[[], None] = lambda: None,
     work: Path | None = None,
 ) -> Shares | None:
-    """Each layer's pattern and sparsity, or None where all are alike. Scores and losses are those of the dense model.
+    """What each layer becomes, or None where all are alike. Scores and losses are those of the dense model.
 
     sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
     between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
@@ -113,7 +111,8 @@ def assign(
     finally:
         if loader is not None:
             loader.release(model)
-    return {name: (plan.pattern, sparsity) for name, sparsity in shares.items()}
+    grid = next((str(grid) for grid in plan.layer_grids), None)
+    return {name: Share(plan.pattern, sparsity, grid) for name, sparsity in shares.items()}
 
 
 def _measured(
@@ -126,9 +125,9 @@ def _measured(
     tick: Callable[[], None],
     work: Path | None,
 ) -> Shares:
-    """Losses of every layer at several sparsities by SparseGPT, and the choice that a budget allows."""
+    """Losses of every layer at several sparsities and on several grids, by one pass each, and the choice that a budget allows."""
     place = work / "options.json" if work else None
-    # {layer: its shape, its dtype, and [pattern, sparsity, loss] of every option}; what they cost may change before a run goes on
+    # {layer: its shape, its dtype, and [share, loss] of every option}; what they cost may change before a run goes on
     known: dict[str, Any] = json.loads(place.read_text())["layers"] if place and place.is_file() else {}
     store = OnDisk(work / "inputs") if work else InMemory()
     start = read_place(place)
@@ -144,7 +143,7 @@ def _measured(
         for layer in todo:
             importance_O = sensitivity.get(layer.name, usual)
             # what has no price shows before anything is solved
-            cost(layer.shape, layer.parameter.dtype, plan.target)
+            cost(layer.shape, layer.parameter.dtype, plan.target, next(iter(plan.layer_grids), None))
             try:
                 losses = list(_losses(layer, stats[layer.name], plan, importance_O))
             except ValueError as error:
@@ -155,41 +154,50 @@ def _measured(
         raise PlanError(f"{plan.model} has no layers to prune in its blocks")
     options: dict[str, list[Option]] = {}
     whole, dense = 0.0, 0.0
+    counted, amount = plan.budgeted or ("weights", 1.0)
     for name, layer in known.items():
         shape, dtype = (layer["shape"][0], layer["shape"][1]), getattr(torch, layer["dtype"])
-        options[name] = [Option(p, s, cost(shape, dtype, s), loss) for p, s, loss in layer["losses"]]
-        whole += cost(shape, dtype, plan.target)
-        dense += cost(shape, dtype, 0.0)
-    budget = float(plan.budget.partition("=")[2]) * dense if plan.budget else whole
+        shares = [(Share(*share), loss) for share, loss in layer["losses"]]
+        options[name] = [Option(s, cost(shape, dtype, s.sparsity, s.on), loss) for s, loss in shares]
+        whole += cost(shape, dtype, plan.target, None)
+        dense += math.prod(shape) if counted == "bits" else cost(shape, dtype, 0.0, None)
+    budget = amount * dense if plan.budget else whole
     try:
         chosen = cheapest_loss(options, budget)
     except ValueError as error:
         raise PlanError(f"allocation measured: {error}; raise the budget or --max-sparsity") from None
-    shares = {name: (option.pattern, option.sparsity) for name, option in chosen.items()}
+    found = {name: option.share for name, option in chosen.items()}
     numels = {name: math.prod(layer["shape"]) for name, layer in known.items()}
-    return shares if plan.budget else _exactly(shares, chosen, numels, plan)
+    return found if plan.budget else _exactly(found, chosen, numels, plan)
 
 
 def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], plan: Plan) -> Shares:
     """The shares with exactly as many zeros as asked: what the levels leave over is given back where a zero costs most."""
-    zeros = {name: count_zeros(numels[name], sparsity) for name, (_, sparsity) in shares.items()}
+    zeros = {name: count_zeros(numels[name], share.sparsity) for name, share in shares.items()}
     over = sum(zeros.values()) - sum(count_zeros(numel, plan.target) for numel in numels.values())
     for name in sorted(shares, key=lambda name: chosen[name].loss / max(1, zeros[name]), reverse=True):
-        pattern, _ = shares[name]
-        if parse(pattern).fixed_sparsity is None:
+        if parse(shares[name].pattern).fixed_sparsity is None:
             back = max(0, min(over, zeros[name] - count_zeros(numels[name], plan.bounds[0])))
             over -= back
-            shares[name] = (pattern, (zeros[name] - back) / numels[name])
+            shares[name] = shares[name]._replace(sparsity=(zeros[name] - back) / numels[name])
     return shares
 
 
-def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Iterator[tuple[str, float, float]]:
-    """(pattern, sparsity, loss) of everything that a layer could become. Losses are sums over the calibration tokens, so that an
-    expert counts by how many reach it.
+def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Iterator[tuple[Share, float]]:
+    """(share, loss) of everything that a layer could become. Losses are sums over the calibration tokens, so that an expert
+    counts by how many reach it.
+
+    Measured are all weights rounded to each grid, and zeros without rounding; both together are taken to cost the sum. On the
+    anchor layer at 50% zeros that is within 10% of the joint pass (docs/log.md), and of a product of choices it takes a sum of
+    passes.
     """
     weight_OI = layer.read().float()
+    on_grids = [(str(grid), _loss_on(weight_OI, stats, grid, plan, importance_O)) for grid in plan.layer_grids]
+    # with a budget a layer may stay as it is
+    kept = [*on_grids, (None, 0.0)] if plan.budget or not on_grids else on_grids
+    zeros: list[tuple[str, float, float]] = []
     if plan.bounds[0] == 0 or all(pattern.fixed_sparsity is not None for pattern in plan.layer_patterns):
-        yield "unstructured", 0.0, 0.0
+        zeros.append(("unstructured", 0.0, 0.0))
     for pattern in plan.layer_patterns:
         if pattern.refuses(*layer.shape):
             continue
@@ -199,9 +207,22 @@ def _losses(layer: Layer, stats: Stats, plan: Plan, importance_O: Tensor) -> Ite
             # an expert that no token reached loses nothing
             if stats.tokens and stats.gram_II is not None:
                 new_OI = solvers.obs(weight_OI, stats, pattern, sparsity, plan.damping_of(stats))
-                error_O = solvers.row_loss(new_OI - weight_OI, stats.gram_II)
-                loss = float((error_O * importance_O.to(error_O.device)).sum())
-            yield str(pattern), sparsity, loss
+                loss = _weighed(new_OI - weight_OI, stats.gram_II, importance_O)
+            zeros.append((str(pattern), sparsity, loss))
+    for text, sparsity, loss in zeros:
+        for grid, more in kept:
+            yield Share(text, sparsity, grid), loss + more
+
+
+def _loss_on(weight_OI: Tensor, stats: Stats, grid: grids.Grid, plan: Plan, importance_O: Tensor) -> float:
+    if not stats.tokens or stats.gram_II is None:
+        return 0.0
+    new_OI, _ = quantize.joint(weight_OI, stats, Unstructured(), 0.0, grid, plan.damping_of(stats))
+    return _weighed(new_OI - weight_OI, stats.gram_II, importance_O)
+
+
+def _weighed(delta_OI: Tensor, gram_II: Tensor, importance_O: Tensor) -> float:
+    return float((solvers.row_loss(delta_OI, gram_II) * importance_O.to(delta_OI.device)).sum())
 
 
 def _levels(plan: Plan) -> list[float]:

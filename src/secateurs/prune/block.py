@@ -15,7 +15,9 @@ from secateurs.base.errors import LayerError
 from secateurs.base.progress import Progress, ticker
 from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
+from secateurs.matrix.grids import Grid, Scales
 from secateurs.matrix.patterns import NM, Pattern, parse
+from secateurs.matrix.quantize import joint_polished, mask_needs_grid, quantize
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
@@ -24,6 +26,7 @@ from secateurs.model.couplings import Couplings
 from secateurs.model.layers import EXPERTS, Layer, Other, matches, others_of, survivors
 from secateurs.model.walk import Step, layers_at, stream
 from secateurs.prune import permute
+from secateurs.prune.allocation import Shares
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord
 from secateurs.prune.tune_block import reconstruct
@@ -38,21 +41,21 @@ _POWER = 0.5
 class Guide:
     """What is known about the dense model before its first layer is pruned.
 
-    shares: {layer: (pattern, sparsity)}, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
+    shares: what each layer becomes, or None where all are alike. sensitivity: {layer: E[g^2], [O]}.
     couplings, config: of a Hugging Face model, for what can be reordered.
     """
 
-    shares: dict[str, tuple[str, float]] | None = None
+    shares: Shares | None = None
     sensitivity: dict[str, Tensor] = field(default_factory=dict)
     couplings: Couplings = field(default_factory=Couplings)
     config: Any = None
 
-    def share(self, plan: Plan, layer: str) -> tuple[Pattern, float]:
-        """A layer's pattern and sparsity."""
+    def share(self, plan: Plan, layer: str) -> tuple[Pattern, float, Grid | None]:
+        """A layer's pattern, sparsity and grid."""
         if self.shares is None:
-            return plan.layer_patterns[0], plan.target
-        text, sparsity = self.shares[layer]
-        return parse(text, plan.scope), sparsity
+            return plan.layer_patterns[0], plan.target, next(iter(plan.layer_grids), None)
+        share = self.shares[layer]
+        return parse(share.pattern, plan.scope), share.sparsity, share.on
 
     def output_scale(self, layer: str) -> Tensor | None:
         """The factors of a layer's rows while it is solved, [O, 1]: the square roots of the weights of their squared errors."""
@@ -65,13 +68,14 @@ class Guide:
 @dataclass
 class Outcome:
     """records: one a layer, in order. tuned: names of other parameters that changed. reconstruction: or None. dense: the weights
-    that pruned layers had, inputs in their new order, if tuning comes later.
+    that pruned layers had, inputs in their new order, if tuning comes later. scales: of the layers that are on a grid.
     """
 
     records: list[LayerRecord]
     tuned: list[str] = field(default_factory=list)
     reconstruction: dict[str, Any] | None = None
     dense: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Scales] = field(default_factory=dict)
 
 
 def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] = lambda: None) -> Outcome:
@@ -93,10 +97,12 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
     later = (plan.reconstruct and step.can_tune) or plan.distill
     dense = {y.name: y.read().clone(memory_format=torch.contiguous_format) for y in todo if later}
+    scales: dict[str, Scales] = {}
     for layer in todo:
-        records[layer.name] = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
+        records[layer.name], found = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
+        scales.update({layer.name: found} if found else {})
     others = [_left_out(other) for other in others_of(step.block, step.name, step.layers)]
-    outcome = Outcome([*(records[layer.name] for layer in step.layers), *others], tuned, dense=dense)
+    outcome = Outcome([*(records[layer.name] for layer in step.layers), *others], tuned, dense=dense, scales=scales)
     if plan.reconstruct and todo and step.can_tune:
         _tune(step, todo, stats, plan, outcome, tick)
     return outcome
@@ -140,13 +146,15 @@ def _shared(layer: Layer) -> str | None:
     return f"the weight of {', '.join(layer.also)} too, pruned once for all its uses" if layer.also else None
 
 
-def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, note: str | None = None) -> LayerRecord:
-    """Solve one layer and write its weights. A layer whose inputs were zero for every token, or an expert that no token reached,
-    is pruned by magnitude.
+def prune_layer(
+    layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, note: str | None = None
+) -> tuple[LayerRecord, Scales | None]:
+    """Solve one layer and write its weights: its record, and the scales of weights on a grid. A layer whose inputs were zero for
+    every token, or an expert that no token reached, is pruned by magnitude.
     """
     began = time.perf_counter()
     solver = plan.solver
-    pattern, sparsity = guide.share(plan, layer.name)
+    pattern, sparsity, grid = guide.share(plan, layer.name)
     notes = [note] if note else []
     if stats is not None and not stats.sqnorm_I.any():
         unseen = "its inputs were zero for every calibration token"
@@ -166,13 +174,17 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed() would leave the GPU's generator seeded as well
             torch.default_generator.manual_seed(seed_of(plan.calibration.seed, layer.name))
-            new_OI = _solve(solver, weight_OI, stats, pattern, sparsity, plan, guide.output_scale(layer.name))
+            new_OI, scales = _solve(
+                solver, weight_OI, stats, pattern, sparsity, grid, plan, guide.output_scale(layer.name)
+            )
     except ValueError as error:
         raise LayerError(f"{layer.name}: {error}") from None
     layer.write(new_OI)
-    kept = _check(layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping")
+    kept = _check(
+        layer, pattern, sparsity, f"{plan.method} gave weights that {{}} cannot hold; raise --damping", scales
+    )
     written_OI = layer.read().float()
-    return LayerRecord(
+    record = LayerRecord(
         layer.name,
         layer.shape,
         sparsity,
@@ -187,7 +199,10 @@ def prune_layer(layer: Layer, stats: Stats | None, plan: Plan, guide: Guide, not
         emptied_groups=_emptied(*(w.reshape(-1, pattern.m) for w in (weight_OI, written_OI)))
         if isinstance(pattern, NM)
         else 0,
+        grid=str(grid) if grid else None,
+        rounded_to_zero=max(0, weight_OI.numel() - pattern.zeros(*layer.shape, sparsity) - kept) if grid else 0,
     )
+    return record, scales
 
 
 def _emptied(before_OI: Tensor, after_OI: Tensor) -> int:
@@ -201,27 +216,37 @@ def _solve(
     stats: Stats | None,
     pattern: Pattern,
     sparsity: float,
+    grid: Grid | None,
     plan: Plan,
     scale_O1: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Scales | None]:
     """Rows weighted by how much the loss depends on them: the objective of W times a scale is a weighted sum of rows."""
     target_OI = weight_OI
     damping = solvers.DAMPING if stats is None else plan.damping_of(stats)
     if plan.blend and stats is not None and stats.drift_II is not None:
         target_OI = solvers.dense_target(weight_OI, stats, damping, plan.blend)
-    if scale_O1 is None:
-        return solver.solve(target_OI, stats, pattern, sparsity, damping)
-    return solver.solve(target_OI * scale_O1, stats, pattern, sparsity, damping) / scale_O1
+    if grid is not None and stats is not None and solver.joint and mask_needs_grid(grid, sparsity):
+        importance_O = None if scale_O1 is None else scale_O1[:, 0].square()
+        return joint_polished(target_OI, stats, pattern, sparsity, grid, damping, importance_O)
+    scaled_OI = target_OI if scale_O1 is None else target_OI * scale_O1
+    new_OI = solver.solve(scaled_OI, stats, pattern, sparsity, damping)
+    if scale_O1 is not None:
+        new_OI = new_OI / scale_O1
+    return (new_OI, None) if grid is None else quantize(target_OI, new_OI, stats, grid, damping)
 
 
-def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str) -> int:
-    """The number of weights that a layer keeps. Raises LayerError if one is not finite or the pattern is broken."""
+def _check(layer: Layer, pattern: Pattern, sparsity: float, not_finite: str, scales: Scales | None) -> int:
+    """The number of weights that a layer keeps. Raises LayerError if one is not finite, the pattern is broken, or one is not on its
+    grid.
+    """
     written_OI = layer.read()
     if not torch.isfinite(written_OI).all():
         raise LayerError(f"{layer.name}: {not_finite.format(written_OI.dtype)}")
     broken = pattern.violation(written_OI != 0, sparsity)
     if broken:
         raise LayerError(f"{layer.name} does not hold {pattern}: {broken}")
+    if scales is not None and (off := scales.off(written_OI)):
+        raise LayerError(f"{layer.name}: {off}")
     return int((written_OI != 0).sum())
 
 
@@ -264,15 +289,24 @@ def _reorder(
     return notes, tuned, replace(guide, sensitivity=sensitivity)
 
 
-def survivors_of(model: nn.Module, records: Sequence[LayerRecord]) -> list[Moving]:
+def survivors_of(model: nn.Module, records: Sequence[LayerRecord], scales: Mapping[str, Scales]) -> list[Moving]:
     """The parameters that tuning all blocks may move: the survivors of pruned layers, and vectors (norms, biases)."""
     names, _ = blocks_of(model)
-    pruned = {record.name for record in records if record.skipped is None}
+    pruned = {record.name: record for record in records if record.skipped is None}
     found: list[Moving] = []
     for name in names:
-        block = model.get_submodule(name)
-        found += movable(block, survivors(y for y in layers_at(model, name) if y.name in pruned))
+        layers = [layer for layer in layers_at(model, name) if layer.name in pruned]
+        found += _moving(model.get_submodule(name), layers, pruned, scales)
     return found
+
+
+def _moving(
+    block: nn.Module, layers: Sequence[Layer], records: Mapping[str, LayerRecord], scales: Mapping[str, Scales]
+) -> list[Moving]:
+    """What of a block tuning may move. Where nothing was pruned, weights that a grid rounded to zero may move too."""
+    whole = [layer for layer in layers if layer.name in scales and records[layer.name].sparsity == 0]
+    on_grid = [(layer, scales[layer.name]) for layer in layers if layer.name in scales]
+    return movable(block, survivors(layers, whole), on_grid)
 
 
 def take_up(
@@ -281,11 +315,12 @@ def take_up(
     records: Sequence[LayerRecord],
     batches: Sequence[Batch],
     dense: Callable[[int], Mapping[str, Tensor]],
+    scales: Mapping[str, Scales],
     store: Activations,
     progress: Progress,
 ) -> tuple[list[LayerRecord], list[str]]:
     """The records after all blocks were tuned, their errors on the inputs that the tuned blocks give, and the names of the other
-    parameters that moved. dense: Outcome.dense of a block.
+    parameters that moved. dense: Outcome.dense of a block. scales: of the layers on a grid.
     """
     by_name = {record.name: record for record in records}
     vectors: list[str] = []
@@ -298,18 +333,24 @@ def take_up(
         weights = dense(step.index)
         stats = step.observe(pruned, gram=needs == "gram") if needs != "weights" else {}
         for layer in pruned:
-            by_name[layer.name] = _tuned(layer, by_name[layer.name], weights[layer.name], stats.get(layer.name), plan)
+            by_name[layer.name] = _tuned(
+                layer, by_name[layer.name], weights[layer.name], stats.get(layer.name), plan, scales.get(layer.name)
+            )
         vectors += _vectors(step.name, step.block)
     return list(by_name.values()), vectors
 
 
-def _tuned(layer: Layer, record: LayerRecord, dense_OI: Tensor, stats: Stats | None, plan: Plan) -> LayerRecord:
+def _tuned(
+    layer: Layer, record: LayerRecord, dense_OI: Tensor, stats: Stats | None, plan: Plan, scales: Scales | None
+) -> LayerRecord:
     """The record of a layer whose survivors were tuned. dense_OI: the weights before it was pruned."""
     pattern = parse(record.pattern or "", plan.scope)
-    kept = _check(layer, pattern, record.sparsity, "tuning gave {} overflow")
+    kept = _check(layer, pattern, record.sparsity, "tuning gave {} overflow", scales)
     if record.error_from == "weights" or (stats is not None and not stats.tokens):
         stats = None
-    return replace(record, kept=kept, error=solvers.relative_error(dense_OI.float(), layer.read().float(), stats))
+    error = solvers.relative_error(dense_OI.float(), layer.read().float(), stats)
+    more = record.rounded_to_zero + record.kept - kept if scales else 0
+    return replace(record, kept=kept, error=error, rounded_to_zero=more)
 
 
 def _vectors(name: str, block: nn.Module) -> list[str]:
@@ -320,9 +361,10 @@ def _tune(
     step: Step, pruned: list[Layer], stats: Mapping[str, Stats], plan: Plan, outcome: Outcome, tick: Callable[[], None]
 ) -> None:
     """Tune the block against the dense one and bring the records up to date."""
+    records = {record.name: record for record in outcome.records}
     with step.evaluating():
         found = reconstruct(
-            movable(step.block, survivors(pruned)),
+            _moving(step.block, pruned, records, outcome.scales),
             lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
             lambda batch, part: step.targets(batch)[part],
             step.windows,
@@ -333,9 +375,9 @@ def _tune(
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}
     if not found.accepted:
         return
-    records = {record.name: record for record in outcome.records}
     for layer in pruned:
         dense_OI = outcome.dense[layer.name]
-        records[layer.name] = _tuned(layer, records[layer.name], dense_OI, stats.get(layer.name), plan)
+        scales = outcome.scales.get(layer.name)
+        records[layer.name] = _tuned(layer, records[layer.name], dense_OI, stats.get(layer.name), plan, scales)
     outcome.records = list(records.values())
     outcome.tuned += _vectors(step.name, step.block)

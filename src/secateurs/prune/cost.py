@@ -1,4 +1,4 @@
-"""What a layer costs, for a budget: kept weights, bytes as packed, or seconds on this machine."""
+"""What a layer costs, for a budget: kept weights, bits, bytes as packed, or seconds on this machine."""
 
 from collections.abc import Callable
 
@@ -7,29 +7,44 @@ import torch
 from secateurs.base.errors import PlanError
 from secateurs.kernels.formats import bitmask_nbytes
 from secateurs.machine.profile import DeviceProfile
+from secateurs.matrix.grids import Grid, bits_a_weight
 from secateurs.matrix.patterns import count_zeros
 from secateurs.prune.plan import Plan
 
-Cost = Callable[[tuple[int, int], torch.dtype, float], float]
-"""(shape, dtype, sparsity) -> what a layer costs."""
+Cost = Callable[[tuple[int, int], torch.dtype, float, Grid | None], float]
+"""(shape, dtype, sparsity, grid) -> what a layer costs; grid None: its weights are stored in their dtype."""
 
 
-def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
     """The number of weights kept: with this cost a budget is a number of zeros."""
     numel = shape[0] * shape[1]
     return numel - count_zeros(numel, sparsity)
 
 
-def _packed_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+def stored_bits(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
+    """Bits of a layer as stored: a bit a position and the survivors, or all weights, whichever is less; with scales and zeros."""
+    numel = shape[0] * shape[1]
+    survivors = numel - count_zeros(numel, sparsity)
+    if grid is None:
+        return 8 * _packed_bytes(shape, dtype, sparsity, grid)
+    return numel * min(bits_a_weight(grid, shape), bits_a_weight(grid, shape, survivors))
+
+
+def _packed_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
+    if grid is not None:
+        return stored_bits(shape, dtype, sparsity, grid) / 8
     numel = shape[0] * shape[1]
     return min(numel * dtype.itemsize, bitmask_nbytes(shape, numel - count_zeros(numel, sparsity), dtype))
 
 
 def cost_of(plan: Plan) -> Cost:
-    """The cost that the plan's budget counts: kept weights, bytes as packed, or seconds of decoding one token on this machine."""
-    if plan.budget is None:
+    """What the plan's budget counts: kept weights, bits, bytes as packed, or seconds of decoding one token on this machine."""
+    if plan.budgeted is None:
         return kept_weights
-    if plan.budget.startswith("bytes"):
+    counted, _ = plan.budgeted
+    if counted == "bits":
+        return stored_bits
+    if counted == "bytes":
         return _packed_bytes
     profile = DeviceProfile.at_hand()
     if profile is None:
@@ -37,7 +52,7 @@ def cost_of(plan: Plan) -> Cost:
             f"budget {plan.budget} needs a profile of this machine, and there is none; run `secateurs probe` first"
         )
 
-    def seconds(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> float:
+    def seconds(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
         speedup = profile.speedup(name, sparsity, 1)
         if speedup is None:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress
+from secateurs.matrix.grids import Scales
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch, text_config
 from secateurs.model.couplings import couplings_of
 from secateurs.model.discover import WHOLE, Layout, assume, layout_of, lists_of
 from secateurs.model.proof import prove
-from secateurs.prune.assign import Shares
+from secateurs.prune.allocation import Shares
 from secateurs.prune.block import Guide, take_up
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -132,6 +133,7 @@ def note_distillation(
     outcome: Outcome | None,
     batches: Sequence[Batch],
     dense: Callable[[int], Mapping[str, Tensor]],
+    scales: Mapping[str, Scales],
     store: Activations,
     progress: Progress,
 ) -> None:
@@ -140,7 +142,7 @@ def note_distillation(
         return
     report.distillation = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps}
     if outcome.accepted:
-        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, store, progress)
+        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, scales, store, progress)
         report.tuned = sorted({*report.tuned, *vectors})
 
 

@@ -87,6 +87,7 @@ def prune_live(
         outcome = prune_block(step, plan, guide)
         report.layers += outcome.records
         report.tuned += outcome.tuned
+        report.scales.update(outcome.scales)
         if ends:
             dense.append(outcome.dense)
         report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
@@ -100,10 +101,12 @@ def prune_live(
     if ends:
         tick = ticker(progress, "tuning the whole model", plan.distill or 0)
         found_out = distill(
-            model, survivors_of(model, report.layers), (model, AllLoaded()), ends, batches, plan.distill or 0,
+            model, survivors_of(model, report.layers, report.scales), (model, AllLoaded()), ends, batches, plan.distill or 0,
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick,
         )  # fmt: skip
-        note_distillation(model, plan, report, found_out, batches, dense.__getitem__, InMemory(), progress)
+        note_distillation(
+            model, plan, report, found_out, batches, dense.__getitem__, report.scales, InMemory(), progress
+        )
     report.warnings += emptied(report.layers)
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()

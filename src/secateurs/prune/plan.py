@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import PlanError, nearest
-from secateurs.matrix import patterns, solvers
+from secateurs.matrix import grids, patterns, solvers
 from secateurs.matrix.stats import Stats
 from secateurs.prune.allocation import ALLOCATIONS, Allocation
 from secateurs.prune.effort import EFFORTS, PLAIN
 from secateurs.quality.settings import Calibration, Evaluation, from_json
 
 SCOPES = ("row", "layer")
+SYMMETRY = ("symmetric", "asymmetric")
 # how far a layer's sparsity may lie from the target when zeros are shared out
 SPREAD = 0.2
 # and its bounds where a budget decides how many there are
@@ -40,8 +41,12 @@ class Plan:
     scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
     min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
     and above the target, where every layer keeps at least a third of the target's density, and with a budget for 0 and 0.9.
-    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', for allocation 'measured', in place of a count of
-    zeros.
+    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', or 'bits=3.3', bits a weight as stored, for
+    allocation 'measured', in place of a count of zeros.
+    bits: of the survivors' integers, 8, 6, 5, 4, 3 or 2; several with commas between them where a budget is to choose for each
+    layer; None for weights as they are, and for all of these with a budget in bits. group: inputs that share a scale, 32, 64,
+    128 or 'row'; None for 64. grid: 'symmetric', 'asymmetric', or llama.cpp's 'q4_0' or 'q8_0', which say bits and group; None
+    for symmetric.
     calibration: the text that is looked at. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
@@ -67,6 +72,9 @@ class Plan:
     min_sparsity: float | None = None
     max_sparsity: float | None = None
     budget: str | None = None
+    bits: str | None = None
+    group: str | None = None
+    grid: str | None = None
     calibration: Calibration = Calibration()
     propagate: str = "pruned"
     damping: float | None = None
@@ -77,6 +85,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))
+        self._resolve_grids()
         self._resolve_effort()
         try:
             parsed = [patterns.parse(text) for text in self.pattern.split(",")]
@@ -100,6 +109,44 @@ class Plan:
                 object.__setattr__(self, name, min(1.0, max(0.0, value)))
         self._check()
 
+    def _resolve_grids(self) -> None:
+        for name in ("bits", "group"):
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        named = grids.NAMED.get(self.grid or "")
+        if named is not None:
+            said = (str(named.bits), str(named.group))
+            if (self.bits or said[0], self.group or said[1]) != said:
+                raise PlanError(
+                    f"grid {self.grid} is {said[0]} bits in groups of {said[1]}; leave --bits and --group out"
+                )
+            object.__setattr__(self, "bits", said[0])
+            object.__setattr__(self, "group", said[1])
+            return
+        if self.bits is None and (self.budget or "").startswith("bits="):
+            object.__setattr__(self, "bits", ",".join(map(str, grids.BITS)))
+        if self.bits is None:
+            if self.group is not None or self.grid is not None:
+                raise PlanError(f"a group or grid ({self.group or self.grid}) is for --bits, and none were given")
+            return
+        unknown = [b for b in self.bits.split(",") if b not in map(str, grids.BITS)]
+        if unknown:
+            raise PlanError(
+                f"cannot store weights in '{unknown[0]}' bits; write one of {', '.join(map(str, grids.BITS))}, or with a budget "
+                "several with commas between them"
+            )
+        if "," in self.bits and self.budget is None:
+            raise PlanError(
+                f"bits {self.bits} leave a choice for every layer, which only a budget decides; add e.g. --budget bits=3.5"
+            )
+        object.__setattr__(self, "group", self.group or "64")
+        object.__setattr__(self, "grid", self.grid or SYMMETRY[0])
+        if self.group not in (*map(str, grids.GROUPS), "row"):
+            raise PlanError(f"unknown group '{self.group}'; write {', '.join(map(str, grids.GROUPS))} or row")
+        if self.grid not in SYMMETRY:
+            known = (*SYMMETRY, *grids.NAMED)
+            raise PlanError(f"unknown grid '{self.grid}'; write {', '.join(known)}{nearest(str(self.grid), known)}")
+
     def _resolve_effort(self) -> None:
         if self.effort is None:
             object.__setattr__(self, "effort", "balanced" if self.method is None else PLAIN.name)
@@ -112,7 +159,8 @@ class Plan:
         if self.method is None and not effort.method:
             raise PlanError(f"effort {effort.name} has no method of its own; give --method")
         fixed = all(re.fullmatch(r"\d+:\d+", text) for text in self.pattern.split(","))
-        even = fixed or self.scope == "row"
+        # without zeros there is nothing to share out
+        even = fixed or self.scope == "row" or (self.sparsity == 0 and not self.budget)
         if self.damping is None and effort is PLAIN:
             object.__setattr__(self, "damping", solvers.DAMPING)
         allocation = self.allocation or ("measured" if self.budget else "uniform" if even else effort.allocation)
@@ -150,10 +198,12 @@ class Plan:
             return
         if self.allocation != "measured":
             raise PlanError(f"a budget is kept by --allocation measured, and {self.allocation} was asked; leave it out")
-        found = re.fullmatch(r"(bytes|seconds)=(0?\.\d+|1(\.0*)?)", self.budget)
-        if not found or not 0 < float(found[2]) <= 1:
+        found = re.fullmatch(r"(bytes|seconds|bits)=(\d*\.?\d+)x?", self.budget)
+        most = 16.0 if found and found[1] == "bits" else 1.0
+        if not found or not 0 < float(found[2]) <= most:
             raise PlanError(
-                f"cannot read budget '{self.budget}'; write bytes=F or seconds=F with 0 < F <= 1, a fraction of the dense layers'"
+                f"cannot read budget '{self.budget}'; write bytes=F or seconds=F with 0 < F <= 1, a fraction of the dense layers', "
+                "or bits=B with B <= 16, bits a weight"
             )
 
     def _resolve_sparsity(self, pattern: patterns.Pattern) -> None:
@@ -217,6 +267,22 @@ class Plan:
         """The pattern, or those that an allocation may choose from."""
         scope = "row" if self.scope == "row" else "layer"
         return [patterns.parse(text, scope) for text in self.pattern.split(",")]
+
+    @property
+    def layer_grids(self) -> list[grids.Grid]:
+        """The grid, or those that a budget may choose from; empty where weights stay as they are."""
+        if self.grid in grids.NAMED:
+            return [grids.NAMED[self.grid]]
+        group = grids.ROW if self.group == "row" else int(self.group or 0)
+        return [grids.Grid(int(b), group, self.grid == SYMMETRY[0]) for b in self.bits.split(",")] if self.bits else []
+
+    @property
+    def budgeted(self) -> tuple[str, float] | None:
+        """What the budget counts and how much of it there is."""
+        if self.budget is None:
+            return None
+        name, _, value = self.budget.removesuffix("x").partition("=")
+        return name, float(value)
 
     @property
     def solver(self) -> solvers.Solver:

@@ -9,6 +9,7 @@ from typing import Any
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_json
 from secateurs.base.run_directory import REPORT_FORMAT
+from secateurs.matrix.grids import Scales, bits_a_weight, parse
 
 FORMAT = REPORT_FORMAT
 
@@ -23,6 +24,7 @@ class LayerRecord:
     matrix that is pruned: an embedding, a head, a recurrent layer; its shape is that of its first axis and all others).
     note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
     emptied_rows, emptied_groups: outputs, and groups of M inputs of an N:M pattern, that had weights and have none.
+    grid: what its weights were rounded to, or None; rounded_to_zero: survivors of the mask that became zero by that.
     """
 
     name: str
@@ -39,10 +41,20 @@ class LayerRecord:
     pattern: str | None = None
     emptied_rows: int = 0
     emptied_groups: int = 0
+    grid: str | None = None
+    rounded_to_zero: int = 0
 
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_bits(self) -> float | None:
+        """Bits of the layer as stored on its grid: a bit a position and the survivors, or all weights, whichever is less."""
+        if self.grid is None:
+            return None
+        grid = parse(self.grid)
+        return self.numel * min(bits_a_weight(grid, self.shape), bits_a_weight(grid, self.shape, self.kept))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerRecord":
@@ -56,7 +68,8 @@ class Report:
     reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
     model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
-    calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype.
+    calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype. bytes: of
+    weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid.
     """
 
     plan: dict[str, Any]
@@ -82,6 +95,8 @@ class Report:
     shrunk: dict[str, Any] | None = None
     compute: dict[str, Any] | None = None
     lists: list[str] = field(default_factory=list)
+    # not in the file: those of a folder lie beside its weights (model/scales.py)
+    scales: dict[str, Scales] = field(default_factory=dict, repr=False)
 
     @property
     def pruned(self) -> list[LayerRecord]:
@@ -90,9 +105,13 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts over layers: pruned, left dense by the plan, their shape or their kind; weights, zeros, sparsity."""
+        """Counts over layers: pruned, left dense by the plan, their shape or their kind; weights, zeros, sparsity; and of layers on
+        a grid the weights, and bits a weight as stored.
+        """
         weights = sum(r.numel for r in self.pruned)
         zeros = weights - sum(r.kept for r in self.pruned)
+        on_grid = [r for r in self.pruned if r.stored_bits is not None]
+        weights_on_grid = sum(r.numel for r in on_grid)
         return {
             "layers_pruned": len(self.pruned),
             "layers_skipped_by_plan": sum(r.skipped_by == "plan" for r in self.layers),
@@ -101,10 +120,13 @@ class Report:
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
+            "weights_on_grid": weights_on_grid,
+            "bits": sum(r.stored_bits or 0.0 for r in on_grid) / weights_on_grid if on_grid else None,
+            "rounded_to_zero": sum(r.rounded_to_zero for r in on_grid),
         }
 
     def as_dict(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scales"}
         data["layers"] = [dataclasses.asdict(r) for r in self.layers]
         return {"format": FORMAT, **data, "totals": self.totals}
 

@@ -23,13 +23,17 @@ from secateurs.base.precision import described
 from secateurs.base.progress import Clock, Progress, silent, ticker
 from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
+from secateurs.matrix.grids import Scales
 from secateurs.matrix.stats import Stats
 from secateurs.model import checkpoint, shards
 from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, check_vocabulary, first_windows
 from secateurs.model.discover import WHOLE, layout_of
+from secateurs.model.scales import FILE as scales_file
+from secateurs.model.scales import read_scales, write_scales
 from secateurs.model.walk import settle, stream
-from secateurs.prune.assign import Shares, assign
+from secateurs.prune.allocation import Share, Shares
+from secateurs.prune.assign import assign
 from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
@@ -147,6 +151,8 @@ class Run:
             outcome = prune_block(step, plan, guide, tick)
             if plan.distill and batches:
                 write_tensors(self._dense_file(step.index), outcome.dense)
+            if outcome.scales:
+                write_scales(self._scales_file(step.index), outcome.scales)
             report.tuned += outcome.tuned
             report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
             edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
@@ -168,6 +174,8 @@ class Run:
             self._save_state(state, len(names), records, report)
             self._distill(plan, source, model, batches, report, count)
             self.clock.spend("distill")
+        if scales := self._scales():
+            write_scales(self.model_folder / scales_file, scales)
         report.warnings += emptied(report.layers)
         for i in range(count):
             file = shards.shard_name(i, count)
@@ -176,6 +184,10 @@ class Run:
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
+        if scales:
+            held = [r for r in report.pruned if r.name in scales]
+            wide = sum(r.numel for r in held) * model.config.dtype.itemsize
+            report.bytes["stored"] = report.bytes["pruned"] - wide + round(sum(r.stored_bits or 0 for r in held) / 8)
         self.clock.spend("prune")
         report.seconds.update(self.clock.seconds)
         report.peak_memory_bytes = peak_memory()
@@ -271,7 +283,7 @@ class Run:
             return guide_of(model, plan, None, found)
         shares_file = self.work / "shares.json"
         if shares_file.is_file():
-            shares: Shares | None = {name: (p, s) for name, (p, s) in json.loads(shares_file.read_text()).items()}
+            shares: Shares | None = {name: Share(*share) for name, share in json.loads(shares_file.read_text()).items()}
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
             shares = assign(model, source, batches, plan, found, norms, cost, tick, self.work)
@@ -290,7 +302,7 @@ class Run:
         """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
         from safetensors.torch import load_file
 
-        memory = Noted(self.work / "distill.safetensors")
+        memory, scales = Noted(self.work / "distill.safetensors"), self._scales()
         names = source.block_names(dense)
         store = OnDisk(self.work / "ends")
         tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
@@ -300,19 +312,32 @@ class Run:
         pruned.load_whole(model)
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
-            model, survivors_of(model, report.layers), (dense, source), ends, batches, plan.distill or 0,
+            model, survivors_of(model, report.layers, scales), (dense, source), ends, batches, plan.distill or 0,
             seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
         )  # fmt: skip
         source.release(dense)
         note_distillation(
             model, plan, report, outcome, batches,
-            lambda index: load_file(self._dense_file(index)), OnDisk(self.work / "tuned"), self.progress,
+            lambda index: load_file(self._dense_file(index)), scales, OnDisk(self.work / "tuned"), self.progress,
         )  # fmt: skip
         if outcome is None or not outcome.accepted:
             return
+        if scales:
+            write_scales(self._scales_file("tuned"), scales)
         edited = {name for name, _ in model.named_parameters()}
         for i, name in enumerate(names, count - len(names)):
             shards.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
+
+    def _scales_file(self, block: int | str) -> Path:
+        return self.work / "scales" / f"{block}.safetensors"
+
+    def _scales(self) -> dict[str, Scales]:
+        """Those of all blocks so far, as tuning left them."""
+        found: dict[str, Scales] = {}
+        # after those of the blocks, whose names are numbers, those that were tuned together
+        for file in sorted((self.work / "scales").glob("*.safetensors")):
+            found.update(read_scales(file))
+        return found
 
     def _dense_file(self, block: int) -> Path:
         """Where Outcome.dense of a block is kept until all blocks are tuned."""

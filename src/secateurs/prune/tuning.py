@@ -1,5 +1,7 @@
 """Adam on the survivors of pruning: masks frozen, a fixed number of steps, the weights that did best on held-out places kept.
 
+Weights on a grid stay on it: what moves is a copy in fp32, and the parameter is that copy rounded (straight_through.py).
+
 The caller says what a place is (some windows of a batch) and gives its loss and gradients: tune_block.py those of a block,
 tune_model.py those of the whole model. A tenth of the places, 16 at most, is held out.
 """
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 
 from secateurs.base.files import write_tensors
 from secateurs.base.processes import Ranks
+from secateurs.matrix.grids import Scales
+from secateurs.model.layers import Layer
+from secateurs.prune.straight_through import StraightThrough
 
 BETAS = (0.9, 0.95)
 # of the steps, in which the learning rate climbs; after that it falls along a cosine to 0
@@ -45,20 +50,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Moving:
-    """A parameter that is tuned. mask: where it may move, None for everywhere. scale: of its steps, times the rate."""
+    """A parameter that is tuned. mask: where it may move, None for everywhere. scale: of its steps, times the rate. on_grid: the
+    layers of the parameter that are on grids, and their scales, which are tuned in place.
+    """
 
     parameter: nn.Parameter
     mask: Tensor | None
     scale: float
+    on_grid: tuple[tuple[Layer, Scales], ...] = ()
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, mask: Tensor | None = None) -> "Moving":
+    def of(
+        cls, parameter: nn.Parameter, mask: Tensor | None = None, on_grid: Sequence[tuple[Layer, Scales]] = ()
+    ) -> "Moving":
         """Where the mask says, or else a matrix where it is not zero and a vector everywhere; the root mean square of what may
         move.
         """
         if mask is None and parameter.dim() > 1:
             mask = parameter.detach() != 0
-        return cls(parameter, mask, max(_size(parameter.detach().float(), mask), 1e-6))
+        return cls(parameter, mask, max(_size(parameter.detach().float(), mask), 1e-6), tuple(on_grid))
 
 
 class Memory(Protocol):
@@ -81,11 +91,19 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Sequence[Tenso
     return gradients if scale == 1 else [None if g is None else g.float() / scale for g in gradients]
 
 
-def movable(block: nn.Module, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Moving]:
-    """The parameters of a block that are tuned: the `pruned` parameters where their masks say, and its vectors (norms, biases)."""
+def movable(
+    block: nn.Module,
+    pruned: Sequence[tuple[nn.Parameter, Tensor]],
+    on_grid: Sequence[tuple[Layer, Scales]] = (),
+) -> list[Moving]:
+    """The parameters of a block that are tuned: the `pruned` parameters where their masks say, and its vectors (norms, biases).
+    on_grid: those of the layers that stay on a grid.
+    """
     masks = {id(p): mask for p, mask in pruned}
     wanted = (p for p in block.parameters() if id(p) in masks or (p.dim() == 1 and p.is_floating_point()))
-    return [Moving.of(p, masks.get(id(p))) for p in wanted]
+    return [
+        Moving.of(p, masks.get(id(p)), [(layer, s) for layer, s in on_grid if layer.parameter is p]) for p in wanted
+    ]
 
 
 def tune(
@@ -171,7 +189,13 @@ class _Survivors:
         self.masks = [m.mask for m in trained]
         self.kept = [p.detach().clone() for p in self.trained]
         self.scales = [m.scale for m in trained]
+        self.rounded = [
+            [StraightThrough(layer, scales, copy) for layer, scales in m.on_grid]
+            for m, copy in zip(trained, self.copies, strict=True)
+        ]
         groups = [{"params": [copy]} for copy in self.copies]
+        groups += [{"params": [r.scale_OG]} for found in self.rounded for r in found]
+        self.scales += [r.size for found in self.rounded for r in found]
         self.adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12, fused=True)
         if state is not None:
             self._go_on(state)
@@ -203,20 +227,34 @@ class _Survivors:
         for copy, mask in zip(self.copies, self.masks, strict=True):
             if mask is not None and copy.grad is not None:
                 copy.grad.mul_(mask)
+        for copy, found in zip(self.copies, self.rounded, strict=True):
+            for r in found:
+                if copy.grad is not None:
+                    r.pull(copy.grad)
         for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
             group["lr"] = rate * scale
         self.adam.step()
-        for p, copy in zip(self.trained, self.copies, strict=True):
+        self._write()
+        for copy in self.copies:
             copy.grad = None
+
+    def _write(self) -> None:
+        for p, copy, found in zip(self.trained, self.copies, self.rounded, strict=True):
             p.detach().copy_(copy)
+            for r in found:
+                r.write()
 
     def keep(self) -> None:
-        for kept, p in zip(self.kept, self.trained, strict=True):
+        for kept, p, found in zip(self.kept, self.trained, self.rounded, strict=True):
             kept.copy_(p.detach())
+            for r in found:
+                r.keep()
 
     def restore(self) -> None:
-        for kept, p in zip(self.kept, self.trained, strict=True):
+        for kept, p, found in zip(self.kept, self.trained, self.rounded, strict=True):
             p.detach().copy_(kept)
+            for r in found:
+                r.restore()
 
     def state(self) -> dict[str, Tensor]:
         out = {f"scale {i}": torch.tensor(scale, dtype=torch.float64) for i, scale in enumerate(self.scales)}
@@ -225,19 +263,30 @@ class _Survivors:
             out.update({f"{name} {i}": value for name, value in self.adam.state[copy].items()})
             if mask is not None:
                 out[f"mask {i}"] = mask
+        for i, r in enumerate(r for found in self.rounded for r in found):
+            out[f"grid {i} scale"], out[f"grid {i} kept"] = r.scale_OG.detach(), r.kept_OG
+            out.update({f"grid {i} {name}": value for name, value in self.adam.state[r.scale_OG].items()})
         return out
 
     def _go_on(self, state: dict[str, Tensor]) -> None:
-        for i, (copy, kept, p) in enumerate(zip(self.copies, self.kept, self.trained, strict=True)):
+        for i, (copy, kept) in enumerate(zip(self.copies, self.kept, strict=True)):
             copy.copy_(state[f"copy {i}"])
             kept.copy_(state[f"kept {i}"])
-            p.detach().copy_(copy)
             mask = state.get(f"mask {i}")
             self.masks[i] = None if mask is None else mask.to(copy.device)
             self.scales[i] = float(state[f"scale {i}"])
             names = ("step", "exp_avg", "exp_avg_sq")
             if f"step {i}" in state:
                 self.adam.state[copy] = {name: state[f"{name} {i}"].to(copy.device, copy=True) for name in names}
+        for i, r in enumerate(r for found in self.rounded for r in found):
+            r.scale_OG.copy_(state[f"grid {i} scale"])
+            r.kept_OG.copy_(state[f"grid {i} kept"])
+            if f"grid {i} step" in state:
+                self.adam.state[r.scale_OG] = {
+                    name: state[f"grid {i} {name}"].to(r.scale_OG.device, copy=True)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self._write()
 
 
 def _size(copy: Tensor, mask: Tensor | None) -> float:
