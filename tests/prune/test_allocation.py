@@ -9,6 +9,7 @@ from secateurs.prune.allocation import (
     ALLOCATIONS,
     LayerSummary,
     Option,
+    Share,
     alpha,
     cheapest_loss,
     erk,
@@ -105,7 +106,7 @@ def test_the_knapsack_equals_brute_force():
     for _ in range(20):
         options = {
             f"layer{i}": [
-                Option("unstructured", s, float(c), float(loss))
+                Option(Share("unstructured", s), float(c), float(loss))
                 for s, c, loss in zip(
                     (0.7, 0.5, 0.3, 0.0), torch.rand(4, generator=generator).sort().values,
                     torch.rand(4, generator=generator).sort(descending=True).values, strict=True,
@@ -128,7 +129,7 @@ def test_the_knapsack_equals_brute_force():
 
 def test_a_budget_below_the_cheapest_choices_is_refused():
     with pytest.raises(ValueError, match="the cheapest choice for every layer costs 2, the budget is 1"):
-        cheapest_loss({"a": [Option("2:4", 0.5, 2.0, 0.1)]}, 1.0)
+        cheapest_loss({"a": [Option(Share("2:4", 0.5), 2.0, 0.1)]}, 1.0)
 
 
 def test_uniform_is_the_same_everywhere():

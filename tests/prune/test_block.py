@@ -14,6 +14,7 @@ from secateurs.matrix import solvers
 from secateurs.model.couplings import couplings_of
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.walk import stream
+from secateurs.prune.allocation import Share
 from secateurs.prune.assign import _levels, _losses, assign
 from secateurs.prune.block import Guide, prune_block, prune_layer
 from secateurs.prune.record import LayerRecord
@@ -58,7 +59,7 @@ def test_an_expert_counts_by_how_many_tokens_reach_it():
     x_TI = torch.randn(64, 16)
     plan = asked(Plan, method="sparsegpt", allocation="measured")
     few, many = (
-        [loss for _, _, loss in _losses(layer, Stats.of(x), plan, torch.tensor(2.0))] for x in (x_TI, x_TI.repeat(8, 1))
+        [loss for _, loss in _losses(layer, Stats.of(x), plan, torch.tensor(2.0))] for x in (x_TI, x_TI.repeat(8, 1))
     )
     assert many == pytest.approx([8 * loss for loss in few], rel=1e-4)
 
@@ -126,7 +127,7 @@ def test_a_blend_aims_where_the_dense_model_s_outputs_say():
 def test_a_layer_with_few_tokens_says_so_beside_what_else_there_is_to_say():
     linear = nn.Linear(16, 4, bias=False)
     layer = Layer("layer", linear, linear.weight, "linear")
-    record = prune_layer(
+    record, _ = prune_layer(
         layer, Stats.of(torch.randn(9, 16)), asked(Plan, method="sparsegpt"), Guide(), "inputs reordered"
     )
     assert record.note == "inputs reordered; only 9 tokens for 16 inputs"
@@ -179,7 +180,7 @@ def test_norms_and_sensitivities_are_reordered_with_what_they_are_of(monkeypatch
 
     def noted(layer, stats, plan, guide, note=None):
         given[layer.name] = stats.sqnorm_I, guide.sensitivity[layer.name], note
-        return LayerRecord(layer.name, layer.shape, 0.0, 0)
+        return LayerRecord(layer.name, layer.shape, 0.0, 0), None
 
     monkeypatch.setattr(importlib.import_module("secateurs.prune.block"), "prune_layer", noted)
     model = tiny.make("llama")
@@ -208,4 +209,4 @@ def test_scores_of_layers_are_compared_in_units_of_the_loss():
     # alone 1, 1.5, 2, 3 go; times the root of 4, of the first layer 2 and 4 go, of the second 1.5 and 3.5
     for sensitivity, shares in (({}, (0.75, 0.25)), ({"0": torch.tensor([4.0]), "1": torch.tensor([1.0])}, (0.5, 0.5))):
         found = assign(model, None, [], plan, sensitivity, {})
-        assert [found[name] for name in ("0", "1")] == [("unstructured", share) for share in shares]
+        assert [found[name] for name in ("0", "1")] == [Share("unstructured", share) for share in shares]

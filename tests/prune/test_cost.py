@@ -12,16 +12,16 @@ SHAPE = (8, 64)
 
 
 def test_a_layer_costs_its_weights_where_nothing_is_said():
-    assert cost_of(Plan())(SHAPE, torch.bfloat16, 0.75) == 128
+    assert cost_of(Plan())(SHAPE, torch.bfloat16, 0.75, None) == 128
 
 
 def test_a_layer_costs_its_bytes_as_packed():
     cost = cost_of(Plan(budget="bytes=0.5"))
     # 256 survivors and 32 zeros behind them, and the masks
-    assert cost(SHAPE, torch.bfloat16, 0.5) == 288 * 2 + 64
-    assert cost(SHAPE, torch.float32, 0.5) == 288 * 4 + 64
+    assert cost(SHAPE, torch.bfloat16, 0.5, None) == 288 * 2 + 64
+    assert cost(SHAPE, torch.float32, 0.5, None) == 288 * 4 + 64
     # without zeros it is left dense
-    assert cost(SHAPE, torch.bfloat16, 0.0) == 1024
+    assert cost(SHAPE, torch.bfloat16, 0.0, None) == 1024
 
 
 def test_a_layer_costs_the_seconds_of_its_bytes(monkeypatch):
@@ -32,7 +32,7 @@ def test_a_layer_costs_the_seconds_of_its_bytes(monkeypatch):
     made = DeviceProfile("m", {}, 1000.0, {}, rows, {})
     monkeypatch.setattr(DeviceProfile, "at_hand", classmethod(lambda cls: made))
     cost = cost_of(Plan(budget="seconds=0.5"))
-    assert cost(SHAPE, torch.bfloat16, 0.0) == pytest.approx(1.024)
-    assert cost(SHAPE, torch.bfloat16, 0.5) == pytest.approx(0.512)
+    assert cost(SHAPE, torch.bfloat16, 0.0, None) == pytest.approx(1.024)
+    assert cost(SHAPE, torch.bfloat16, 0.5, None) == pytest.approx(0.512)
     # a packed layer that is slower is left dense
-    assert cost(SHAPE, torch.float32, 0.5) == pytest.approx(2.048)
+    assert cost(SHAPE, torch.float32, 0.5, None) == pytest.approx(2.048)

@@ -136,7 +136,7 @@ def test_groups_that_rounding_emptied_are_counted():
         linear.weight.data.copy_(weight_OI.half())
 
     object.__setattr__(layer, "write", written)
-    record = prune_layer(layer, None, asked(sc.Plan, method="magnitude", pattern="2:4"), Guide())
+    record, _ = prune_layer(layer, None, asked(sc.Plan, method="magnitude", pattern="2:4"), Guide())
     assert (record.emptied_rows, record.emptied_groups, record.kept) == (0, 1, 6)
 
 

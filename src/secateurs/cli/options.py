@@ -13,7 +13,7 @@ import typer
 from secateurs.quality.settings import Calibration, Evaluation
 
 # the panels of --help, in the order in which most commands show them
-MODEL, PATTERN, BITS, METHOD, CALIBRATION = "Model", "Pattern", "Bits", "Method", "Calibration"
+MODEL, PATTERN, METHOD, CALIBRATION = "Model", "Pattern", "Method", "Calibration"
 EVALUATION, SPEED, OUTPUT, RARE = "Evaluation", "Speed", "Output", "Rarely needed"
 
 

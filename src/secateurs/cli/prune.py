@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from secateurs.cli import options
-from secateurs.cli.options import BITS, METHOD, MODEL, OUTPUT, PATTERN, RARE, option
+from secateurs.cli.options import METHOD, MODEL, OUTPUT, PATTERN, RARE, option
 from secateurs.cli.output import console, on_cpu, print_json
 
 # choices of a plan, and what follows from each unless it is given
@@ -41,16 +41,9 @@ def prune(
     bits: Annotated[
         str | None,
         option(
-            BITS,
+            PATTERN,
             "Bits of an integer, 8, 6, 5, 4, 3 or 2; with --budget several, e.g. 8,4,3. Default: weights as they are.",
         ),
-    ] = None,
-    group: Annotated[
-        str | None, option(BITS, "Inputs that share a scale: 32, 64, 128 or row. Default: 64, e.g. 128.")
-    ] = None,
-    grid: Annotated[
-        str | None,
-        option(BITS, "symmetric, asymmetric, or llama.cpp's q4_0 or q8_0. Default: symmetric, e.g. q4_0."),
     ] = None,
     effort: Annotated[
         str | None,
@@ -90,6 +83,13 @@ def prune(
     quiet: options.Quiet = False,
     scope: Annotated[
         str | None, option(RARE, "Equal counts in each row or over the layer: row or layer. Default: the method's.")
+    ] = None,
+    group: Annotated[
+        str | None, option(RARE, "Inputs that share a scale: 32, 64, 128 or row. Default: 64, e.g. 128.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        option(RARE, "symmetric, asymmetric, or llama.cpp's q4_0 or q8_0. Default: symmetric, e.g. q4_0."),
     ] = None,
     min_sparsity: Annotated[
         float | None, option(RARE, "Least of any layer. Default: 0.2 below the target; 0 with --budget.")
@@ -157,7 +157,8 @@ def prune(
 
     values: dict[str, Any] = {
         "model": model, "pattern": pattern, "sparsity": sparsity, "effort": effort, "method": method,
-        "allocation": allocation, "budget": budget, "bits": bits, "group": group, "grid": grid, "scope": scope, "min_sparsity": min_sparsity,
+        "allocation": allocation, "budget": budget, "bits": bits, "group": group, "grid": grid,
+        "scope": scope, "min_sparsity": min_sparsity,
         "max_sparsity": max_sparsity, "sensitivity": sensitivity, "blend": blend, "permute": permute,
         "reconstruct": reconstruct, "distill": distill, "propagate": propagate, "damping": damping, "skip": skip,
         "part": part, "allow_skips": allow_skips,

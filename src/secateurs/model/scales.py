@@ -11,7 +11,7 @@ from secateurs.base.errors import CheckpointError
 from secateurs.base.files import write_tensors
 from secateurs.matrix.grids import Scales, scales_from, tensors_of
 
-FILE = "grids.safetensors"
+SCALES_FILE = "grids.safetensors"
 
 
 def write_scales(file: Path, scales: Mapping[str, Scales]) -> None:

@@ -29,8 +29,7 @@ from secateurs.model import checkpoint, shards
 from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, check_vocabulary, first_windows
 from secateurs.model.discover import WHOLE, layout_of
-from secateurs.model.scales import FILE as scales_file
-from secateurs.model.scales import read_scales, write_scales
+from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.model.walk import settle, stream
 from secateurs.prune.allocation import Share, Shares
 from secateurs.prune.assign import assign
@@ -175,7 +174,7 @@ class Run:
             self._distill(plan, source, model, batches, report, count)
             self.clock.spend("distill")
         if scales := self._scales():
-            write_scales(self.model_folder / scales_file, scales)
+            write_scales(self.model_folder / SCALES_FILE, scales)
         report.warnings += emptied(report.layers)
         for i in range(count):
             file = shards.shard_name(i, count)
