@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from secateurs.matrix.grids import Scales
 from secateurs.model.layers import Layer
 
+# a scale moves all weights of its group, so it takes shorter steps than they do (docs/log.md)
+_PACE = 0.3
+
 
 class StraightThrough:
     """One layer on a grid while it is tuned. copy: the fp32 copy of its parameter, which moves; scale_OG moves too."""
@@ -25,7 +28,7 @@ class StraightThrough:
         self.scale_OG = scales.scale_OG.float().clone()
         self.kept_OG = scales.scale_OG.clone()
         # of its steps, times the rate
-        self.size = max(float(self.scale_OG.square().mean().sqrt()), 1e-9)
+        self.size = max(_PACE * float(self.scale_OG.square().mean().sqrt()), 1e-9)
 
     def pull(self, gradient: Tensor) -> None:
         """Turn the gradient by the rounded parameter, in place, into that by the moving one, and set that by the scales."""
