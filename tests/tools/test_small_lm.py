@@ -136,6 +136,9 @@ def test_the_seconds_before_a_kill_count_and_the_clock_ends_a_run(small_lm, plan
     assert (state["step"], state["seconds"]) == (7, 9)
     again = small_lm.train(plan, ids, ids[:50], tmp_path / "a.pt", iter(range(100)).__next__)
     assert (again["step"], again["seconds"]) == (7, 9)
+    more = dataclasses.replace(plan, seconds=11.0)
+    later = small_lm.train(more, ids, ids[:50], tmp_path / "a.pt", iter(range(100)).__next__)
+    assert (later["step"], later["plan"]) == (8, dataclasses.asdict(more))
 
 
 def test_the_weights_that_are_kept_have_the_least_held_out_loss(small_lm, plan, ids, tmp_path, monkeypatch):
