@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from secateurs.base.errors import SecateursError
-from secateurs.cli import decide, lab, look, machine, pack, prune, recover, shrink
+from secateurs.cli import decide, export, lab, look, machine, pack, prune, recover, shrink
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "shrink": (shrink.shrink, MAKE),
     "recover": (recover.recover, MAKE),
     "pack": (pack.pack, MAKE),
+    "export": (export.export, MAKE),
     "bench": (pack.bench, SEE),
     "eval": (look.evaluate, SEE),
     "verify": (look.verify, SEE),

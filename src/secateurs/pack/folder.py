@@ -206,7 +206,7 @@ def _rewrite(
     # until config.json is back, no loader takes the folder for a model
     (out / "config.json").unlink(missing_ok=True)
     checkpoint.copy_small_files(out, but=("config.json", "pack.json"))
-    groups = _groups(checkpoint)
+    groups = shards_of(checkpoint)
     for index, keys in enumerate(groups):
         progress("tensors", sum(map(len, groups[:index])), len(checkpoint.file_of))
         name = shard_name(index, len(groups))
@@ -231,7 +231,7 @@ def _rewrite(
     return notes
 
 
-def _groups(checkpoint: Checkpoint) -> list[list[str]]:
+def shards_of(checkpoint: Checkpoint) -> list[list[str]]:
     """Keys in natural order, in groups of at most SHARD_BYTES as they are stored; one tensor at least."""
     groups: list[list[str]] = []
     room = 0

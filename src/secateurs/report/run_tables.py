@@ -4,6 +4,7 @@ Everything is printed from reports; only totals are computed here.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -268,3 +269,16 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
             "unpacking then gives every bit back. --merge-zeros drops them."
         )
     console.print("To load it: `import secateurs`, then from_pretrained.")
+
+
+def print_exported(result: dict[str, Any], console: Console) -> None:
+    """Print what export() wrote."""
+    kinds = Counter(layer["stored"] for layer in result["layers"])
+    held = ", ".join(f"{_layers(n)} as {kind}" for kind, n in kinds.items()) or "weights as they were"
+    console.print(f"[green]{result['place']}[/] ({result['to']}): {held}; {megabytes(result['nbytes'])}.")
+    if result["left"]:
+        console.print(
+            f"[yellow]Not quantized there: {_layers(len(result['left']))}[/], first {escape(result['left'][0])}."
+        )
+    for warning in result["warnings"]:
+        console.print(f"[yellow]{escape(warning)}[/]")
