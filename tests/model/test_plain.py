@@ -214,6 +214,20 @@ def test_mxfp4_is_read_as_sixteen_values_times_a_power_of_two(tmp_path):
     )
 
 
+def test_compressed_tensors_of_several_kinds_are_refused(tmp_path):
+    """transformers 5.23 dequantizes all layers as the first group says: eight bits read as four are other weights."""
+    folder = tiny.save(tmp_path / "mixed")
+    groups = {
+        f"group_{bits}": {"targets": [part], "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
+        for bits, part in ((4, "re:.*mlp.*"), (8, "re:.*attn.*"))
+    }
+    rewrite(
+        folder, lambda name, tensor: {name: tensor}, {"quant_method": "compressed-tensors", "config_groups": groups}
+    )
+    with pytest.raises(CheckpointError, match=r"2 ways \(bits 4, 8\)"):
+        Checkpoint(folder)
+
+
 @needs("compressed_tensors")
 def test_compressed_tensors_are_read_as_the_product_of_their_values_and_scales(tmp_path):
     folder = tiny.save(tmp_path / "int8", "llama", torch.bfloat16)

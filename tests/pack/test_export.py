@@ -133,6 +133,11 @@ def test_what_compressed_tensors_cannot_hold_is_refused_before_anything_is_writt
     assert [f.name for f in tmp_path.iterdir()] == ["plain"]
 
 
+def test_a_model_without_linear_layers_is_refused(tmp_path, made):
+    with pytest.raises(PackError, match="no layer on a grid is a Linear layer.*--to onnx"):
+        export(made("int8/row", "gpt2"), "compressed-tensors", tmp_path / "out")
+
+
 def load_all(place):
     return {name: t for file in place.glob("model*.safetensors") for name, t in load_file(file).items()}
 
@@ -388,6 +393,12 @@ def test_onnxruntime_gives_the_same(tmp_path):
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(plain).eval()(ids).logits
     assert torch.allclose(torch.from_numpy(got), want, rtol=0, atol=1e-5)
+
+
+def test_onnx_of_layers_stored_as_inputs_by_outputs(tmp_path):
+    """The graph is run against the model in export() itself."""
+    plain = on_grid(save(tmp_path / "plain", "gpt2", n_layer=1), "int4/32")
+    assert len(export(plain, "onnx", tmp_path / "out")["layers"]) == 4
 
 
 def test_onnx_of_other_kinds_of_models_is_refused(tmp_path):

@@ -189,6 +189,7 @@ def _dequantize(given: Path, out: Path) -> None:
 
     raw = _config(given / "config.json")
     settings = raw.pop("quantization_config")
+    _one_kind(given, settings)
     with _reading(given, str(settings["quant_method"])):
         quantizer = AutoHfQuantizer.from_config({**settings, "dequantize": True}, pre_quantized=True)
         quantizer.validate_environment()
@@ -201,6 +202,22 @@ def _dequantize(given: Path, out: Path) -> None:
     write_index(out, len(groups))
     source.copy_small_files(out, but=("config.json",))
     write_json(out / "config.json", {**raw, "dtype": str(model.config.dtype).removeprefix("torch.")})
+
+
+def _one_kind(given: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError for layers of several kinds of integers: transformers reads all as the first, unnoticed."""
+    kinds = {
+        tuple((group.get("weights") or {}).get(key) for key in ("num_bits", "group_size", "symmetric"))
+        for group in (settings.get("config_groups") or {}).values()
+        # those have readers of their own
+        if not any("experts" in target for target in group.get("targets", ()))
+    }
+    if len(kinds) > 1:
+        bits = ", ".join(sorted(f"{kind[0]}" for kind in kinds))
+        raise CheckpointError(
+            f"{given} has layers quantized in {len(kinds)} ways (bits {bits}), which transformers does not turn back into 16-bit "
+            "weights; use the model that it was made from"
+        )
 
 
 def _quantized_note(given: Path) -> str:

@@ -43,6 +43,8 @@ def prepare(found: OnGrids) -> Callable[[Path, Progress], dict[str, Any]]:
                 "in and which does not hold them exactly; prune with --grid symmetric"
             )
         stored[name] = cast
+    if not stored:
+        raise PackError(f"no layer on a grid is a Linear layer, first {left[0]}; use --to onnx or dense")
 
     def write(out: Path, progress: Progress) -> dict[str, Any]:
         groups = shards_of(found.checkpoint)

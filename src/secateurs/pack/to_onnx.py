@@ -81,8 +81,10 @@ def prepare(found: OnGrids) -> Callable[[Path, Progress], dict[str, Any]]:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise CheckpointError(f"ONNX files need the library {missing[0]}; pip install 'secateurs[onnx]'")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = type(found.model).__name__
-    if not kind.endswith("ForCausalLM"):
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise CheckpointError(f"{found.checkpoint.folder} is a {kind}; to ONNX go causal language models")
     products = {name for name, _, _ in linears(found.model)}
     left = [f"{n}: it is no Linear layer, and its weights are looked up" for n in found.scales if n not in products]
