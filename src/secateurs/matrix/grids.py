@@ -110,17 +110,23 @@ class Scales:
         return -zero, self.grid.levels - 1 - zero
 
     def integers(self, weight_OI: Tensor) -> Tensor:
-        """The nearest integers, int16 [O, I]. A group whose scale is 0 has zeros only."""
+        """The nearest integers, int16 [O, I]; of a weight on the grid those that give it back. All are 0 where a scale is 0."""
         parts = self.grid.grouped(weight_OI.float())
         scale_OG1 = self.scale_OG.float()[..., None]
         low, high = (bound[..., None].float() for bound in self.low_high())
         found = (parts / scale_OG1).nan_to_num_(0, 0, 0).round_().clamp_(low, high)
+        if weight_OI.dtype is torch.bfloat16 and self.grid.bits == 8 and self.zero_OG is not None:
+            # bf16 moves a number by up to a 256th: from 128 steps on that is half a step, and the next integer may be nearer
+            for step in (-1, 1):
+                beside = (found + step).clamp_(low, high)
+                better = ((found * scale_OG1).bfloat16() != parts) & ((beside * scale_OG1).bfloat16() == parts)
+                found = torch.where(better, beside, found)
         return found.to(torch.int16).reshape(len(weight_OI), -1)[:, : weight_OI.shape[1]]
 
     def weights(self, integer_OI: Tensor) -> Tensor:
-        """scale * integer in fp32, [O, I]."""
-        parts = self.grid.grouped(integer_OI.float())
-        return (parts * self.scale_OG.float()[..., None]).reshape(len(integer_OI), -1)[:, : integer_OI.shape[1]]
+        """scale * integer in fp32, [O, I]. Zeros are positive, also those of a negative scale."""
+        parts = self.grid.grouped(integer_OI.float()) * self.scale_OG.float()[..., None] + 0.0
+        return parts.reshape(len(integer_OI), -1)[:, : integer_OI.shape[1]]
 
     def rounded(self, weight_OI: Tensor) -> Tensor:
         """The nearest weights on the grid, fp32 [O, I]."""
