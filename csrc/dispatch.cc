@@ -21,6 +21,7 @@ const Row ROWS[] = {
 #include "kernels.inc"
 };
 #undef KERNEL
+const char* const DTYPES[] = {"bf16", "fp16", "fp32"};
 constexpr int32_t COUNT = sizeof(ROWS) / sizeof(ROWS[0]);
 
 bool runnable(const char* isa) {
@@ -28,7 +29,8 @@ bool runnable(const char* isa) {
   __builtin_cpu_init();
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
   if (!strcmp(isa, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
            __builtin_cpu_supports("bmi2");
@@ -70,7 +72,7 @@ struct Work {
   const KernelBody* body;
   const secateurs_product* products;
   int32_t count;
-  int64_t itemsize;
+  int64_t itemsize; /* of x and y */
   Call call;
   char* y;
   int64_t tokens; /* of all pieces; call.tokens are those of one */
@@ -83,10 +85,19 @@ struct Work {
 
 int64_t panels(const secateurs_weight& w) { return (w.outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL; }
 
+int64_t groups(const secateurs_weight& w) { return w.group ? (w.inputs + w.group - 1) / w.group : 1; }
+/* bytes that the integers of so many survivors take */
+int64_t run_bytes(int64_t survivors, int32_t bits) { return (survivors * bits + 7) / 8; }
+
 /* bytes of the panels before `panel`: the measure by which work is split */
 double cost(const Work& work, const secateurs_weight& w, int64_t panel) {
-  if (!w.mask) return static_cast<double>(panel * SECATEURS_PANEL * w.inputs * work.itemsize);
-  return static_cast<double>((w.starts[panel] - w.starts[0]) * work.itemsize + panel * work.call.words * SECATEURS_PANEL * 8);
+  const int64_t words = panel * work.call.words * SECATEURS_PANEL, mask = w.mask ? 8 * words : 0;
+  if (w.bits) {
+    const int64_t values = w.mask ? w.starts[panel] - w.starts[0] : words * run_bytes(SECATEURS_WORD, w.bits);
+    return static_cast<double>(values + mask + panel * groups(w) * SECATEURS_PANEL * (w.zero ? 3 : 2));
+  }
+  const int64_t values = w.mask ? w.starts[panel] - w.starts[0] : panel * SECATEURS_PANEL * w.inputs;
+  return static_cast<double>(values * work.itemsize + mask);
 }
 
 /* the first panel with at least `share` bytes before it */
@@ -150,6 +161,22 @@ int32_t multiply(Work& work, int32_t threads) {
   }
   parallel(work.parts, run_part, &work);
   return work.failed ? SECATEURS_NO_MEMORY : SECATEURS_OK;
+}
+
+/* the byte that stands for a weight of zero there */
+uint8_t zero_code(const secateurs_weight& w, int64_t row, int64_t input) {
+  if (!w.zero) return static_cast<uint8_t>(1 << (w.bits - 1));
+  const int64_t last = groups(w) - 1, group = w.group ? input / w.group : 0;
+  return w.zero[(row / SECATEURS_PANEL * (last + 1) + (group < last ? group : last)) * SECATEURS_PANEL + row % SECATEURS_PANEL];
+}
+
+/* Calls fn(row, first input, bits of the mask) for each run of integers, in the order in which they are stored. */
+template <class Fn>
+void each_run(const secateurs_weight& w, Fn fn) {
+  const uint64_t* mask = w.mask;
+  for (int64_t p = 0; p < panels(w); ++p)
+    for (int64_t input = 0; input < w.inputs; input += SECATEURS_WORD)
+      for (int64_t r = 0; r < SECATEURS_PANEL; ++r) fn(p * SECATEURS_PANEL + r, input, mask ? *mask++ : ~uint64_t{0});
 }
 
 enum { STEP = 8 }; /* of the strategy `gather`: weights */
@@ -259,25 +286,29 @@ int32_t secateurs_kernel_info(int32_t kernel, secateurs_kernel* out) {
 void secateurs_use_threads(secateurs_parallel_for parallel_for) { threads_of_torch = parallel_for; }
 
 int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int32_t count, const void* x, void* y,
-                         int64_t tokens, int32_t threads) {
+                         int32_t dtype, int64_t tokens, int32_t threads) {
   if (kernel < 0 || kernel >= COUNT) return SECATEURS_BAD_KERNEL;
   if (count < 1 || tokens < 0 || threads < 1) return SECATEURS_BAD_ARGUMENT;
   if (tokens == 0) return SECATEURS_OK;
   const int64_t inputs = products[0].weight.inputs;
   const bool dense = !strcmp(ROWS[kernel].format, "dense"), gather = !strcmp(ROWS[kernel].strategy, "gather");
+  const char* stored = ROWS[kernel].dtype;
+  const int32_t bits = strncmp(stored, "int", 3) ? 0 : stored[3] - '0';
+  if (dtype < SECATEURS_BF16 || dtype > SECATEURS_FP32 || (!bits && strcmp(stored, DTYPES[dtype]))) return SECATEURS_BAD_ARGUMENT;
   for (int32_t p = 0; p < count; ++p) {
     const secateurs_weight& w = products[p].weight;
-    if (w.inputs != inputs || dense != !w.mask || (gather && !w.step_starts)) return SECATEURS_BAD_ARGUMENT;
+    if (w.inputs != inputs || dense != !w.mask || w.bits != bits || (gather && !w.step_starts)) return SECATEURS_BAD_ARGUMENT;
+    if (bits && (!w.scale || (w.group != 0 && w.group != 32 && w.group != 64 && w.group != 128))) return SECATEURS_BAD_ARGUMENT;
   }
 
   Work work = {};
   work.body = ROWS[kernel].body;
   work.products = products;
   work.count = count;
-  work.itemsize = strcmp(ROWS[kernel].dtype, "fp32") ? 2 : 4;
+  work.itemsize = dtype == SECATEURS_FP32 ? 4 : 2;
   work.y = static_cast<char*>(y);
   work.tokens = tokens;
-  work.call = {x, nullptr, tokens, inputs, (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD};
+  work.call = {x, nullptr, dtype, tokens, inputs, (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD};
   for (int32_t p = 0; p < count; ++p) work.total += cost(work, products[p].weight, panels(products[p].weight));
 
   const int64_t packed = work.body->packed_bytes(work.call), sums = work.body->scratch_bytes(work.call);
@@ -291,37 +322,77 @@ int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int3
   return SECATEURS_OK;
 }
 
-int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int64_t survivors, int64_t* starts,
+int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int32_t bits, int64_t stored, int64_t* starts,
                                 int64_t* where) {
   const int64_t words = (inputs + SECATEURS_WORD - 1) / SECATEURS_WORD;
   const int64_t count = (outputs + SECATEURS_PANEL - 1) / SECATEURS_PANEL;
   const int64_t last = inputs % SECATEURS_WORD;
-  int64_t found = 0;
+  int64_t found = 0, survivors = 0;
   int64_t most = 0;
   for (int64_t p = 0; p < count; ++p) {
     starts[p] = found;
     for (int64_t j = 0; j < words; ++j)
       for (int64_t r = 0; r < SECATEURS_PANEL; ++r) {
-        const uint64_t bits = *mask++;
+        const uint64_t kept = *mask++;
         const int64_t row = p * SECATEURS_PANEL + r;
         where[0] = row;
-        where[1] = j * SECATEURS_WORD + (bits ? __builtin_ctzll(bits) : 0);
-        if (bits && row >= outputs) return 2;
-        if (last && j == words - 1 && bits >> last) {
-          where[1] = inputs + __builtin_ctzll(bits >> last);
+        where[1] = j * SECATEURS_WORD + (kept ? __builtin_ctzll(kept) : 0);
+        if (kept && row >= outputs) return 2;
+        if (last && j == words - 1 && kept >> last) {
+          where[1] = inputs + __builtin_ctzll(kept >> last);
           return 1;
         }
-        found += __builtin_popcountll(bits);
-        for (uint64_t rest = bits; rest && most < 8; rest >>= 8) {
-          const int64_t here = __builtin_popcountll(rest & 255);
-          if (here > most) most = here;
+        const int64_t here = __builtin_popcountll(kept);
+        survivors += here;
+        found += bits ? run_bytes(here, bits) : here;
+        for (uint64_t rest = kept; rest && most < 8; rest >>= 8) {
+          const int64_t in_byte = __builtin_popcountll(rest & 255);
+          if (in_byte > most) most = in_byte;
         }
       }
   }
   starts[count] = found;
   where[0] = found;
   where[1] = most;
-  return found == survivors ? 0 : 3;
+  where[2] = survivors;
+  return found == stored ? 0 : 3;
+}
+
+void secateurs_write_integers(const secateurs_weight* weight, const uint8_t* codes) {
+  uint8_t* to = static_cast<uint8_t*>(const_cast<void*>(weight->values));
+  each_run(*weight, [&](int64_t row, int64_t input, uint64_t kept) {
+    uint64_t waiting = 0;
+    int count = 0;
+    for (; kept; kept &= kept - 1) {
+      const int64_t i = input + __builtin_ctzll(kept);
+      const bool inside = row < weight->outputs && i < weight->inputs;
+      waiting |= static_cast<uint64_t>(inside ? codes[row * weight->inputs + i] : zero_code(*weight, row, i)) << count;
+      count += weight->bits;
+      for (; count >= 8; count -= 8, waiting >>= 8) *to++ = static_cast<uint8_t>(waiting);
+    }
+    if (count) *to++ = static_cast<uint8_t>(waiting);
+  });
+}
+
+void secateurs_read_integers(const secateurs_weight* weight, uint8_t* codes) {
+  const uint8_t* from = static_cast<const uint8_t*>(weight->values);
+  for (int64_t row = 0; weight->mask && row < weight->outputs; ++row)
+    for (int64_t i = 0; i < weight->inputs; ++i) codes[row * weight->inputs + i] = zero_code(*weight, row, i);
+  each_run(*weight, [&](int64_t row, int64_t input, uint64_t kept) {
+    uint64_t waiting = 0;
+    int count = 0;
+    for (; kept; kept &= kept - 1) {
+      if (count < weight->bits) {
+        waiting |= static_cast<uint64_t>(*from++) << count;
+        count += 8;
+      }
+      const int64_t i = input + __builtin_ctzll(kept);
+      if (row < weight->outputs && i < weight->inputs)
+        codes[row * weight->inputs + i] = static_cast<uint8_t>(waiting & ((1u << weight->bits) - 1));
+      waiting >>= weight->bits;
+      count -= weight->bits;
+    }
+  });
 }
 
 int64_t secateurs_count_steps(const secateurs_weight* weight, int64_t* step_starts) {

@@ -1,4 +1,4 @@
-/* AVX-512 with VBMI2 (expand 16-bit elements) and BF16 (products of pairs). */
+/* AVX-512 with VBMI (bytes in any order), VBMI2 (expand bytes and 16-bit elements), VNNI (products of bytes) and BF16 (of pairs). */
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -6,6 +6,7 @@
 namespace {
 #include "number.h"
 #include "loops.h"
+#include "integers.h"
 
 /* Expands in place. The instruction waits for the old value of its destination, so if the compiler chose another register,
    independent expansions would wait for each other: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */
@@ -184,8 +185,113 @@ struct Bf16 : Sums {
   static value from_float(float x) { return bf16_from_float(x); }
   static void narrow(const float* sums, int64_t n, value* out) { narrow_bf16(sums, n, out); }
 };
+
+/* For each number of bits: which bytes go to each group of 8 codes, and how far a code lies in them. */
+struct Unpacking {
+  alignas(64) uint8_t bytes[9][64];
+  alignas(64) uint8_t shifts[9][64];
+};
+constexpr Unpacking make_unpacking() {
+  Unpacking u = {};
+  for (int bits = 1; bits <= 8; ++bits)
+    for (int i = 0; i < 64; ++i) {
+      u.bytes[bits][i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
+      u.shifts[bits][i] = static_cast<uint8_t>(i % 8 * bits);
+    }
+  return u;
+}
+constexpr Unpacking UNPACKING = make_unpacking();
+
+struct Rows {
+  alignas(64) uint32_t of[4][16];
+};
+constexpr Rows make_rows() {
+  Rows r = {};
+  for (uint32_t row = 0; row < 4; ++row)
+    for (int lane = 0; lane < 16; ++lane) r.of[row][lane] = row + (lane < 8 ? 0 : 4);
+  return r;
+}
+constexpr Rows ROWS_OF_SCALES = make_rows();
+
+struct Whole {
+  static constexpr bool fours = false;
+  using Bytes = __m512i;
+  using Ints = __m512i;
+  using Sum = __m512;
+  using Lane = __m512i;
+  static constexpr int lanes = 16, int_columns = 4;
+  static constexpr int int_rows(int c) { return c > 2 ? 4 : 8; }
+  static float from_half(uint16_t half) { return _cvtsh_ss(half); }
+  static uint16_t to_half(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+  template <int BITS>
+  static constexpr int shifted() {
+    return 0;
+  }
+
+  template <int BITS>
+  struct Codes {
+    __m512i bytes, shifts, low;
+    explicit Codes(int bits)
+        : bytes(_mm512_load_si512(UNPACKING.bytes[bits])),
+          shifts(_mm512_load_si512(UNPACKING.shifts[bits])),
+          low(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
+    Bytes get(const uint8_t* from) const {
+      const __m512i packed = _mm512_loadu_si512(from);
+      if (BITS == 8) return packed;
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, packed)), low);
+    }
+  };
+  static Bytes load(const int8_t* from) { return _mm512_load_si512(from); }
+  static void store(uint8_t* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
+  template <int BITS>
+  static Bytes fill(uint8_t low, uint8_t high) {
+    return _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(low)), _mm256_set1_epi8(static_cast<char>(high)), 1);
+  }
+  static Bytes spread(uint64_t bits, Bytes codes, Bytes fill) {
+    asm("vpexpandb %1, %0%{%2%}" : "+v"(fill) : "v"(codes), "Yk"(bits));
+    return fill;
+  }
+  static Ints none() { return _mm512_setzero_si512(); }
+  template <int BITS>
+  static Ints dot(Ints ints, Bytes codes, Bytes x) {
+    return _mm512_dpbusd_epi32(ints, codes, x);
+  }
+  struct Scales {
+    __m512 of;
+    Scales(const uint16_t* low, const uint16_t* high, int32_t half) {
+      const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
+                                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
+      of = _mm512_castps256_ps512(half ? _mm256_cvtph_ps(both) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(both), 16)));
+    }
+  };
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum madd(Sum sum, Ints ints, const float* x, const Scales& scales, int row) {
+    const __m512 scale = _mm512_permutexvar_ps(_mm512_load_si512(ROWS_OF_SCALES.of[row]), scales.of);
+    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(ints), _mm512_load_ps(x)), scale, sum);
+  }
+  static float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+
+  static Lane load_lane(const void* from) { return _mm512_loadu_si512(from); }
+  static Lane times(Lane a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
+  template <int BITS>
+  static Lane splat(const uint8_t* from) {
+    int four;
+    __builtin_memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+  }
+  template <int BITS>
+  static Lane dot4(Lane sum, Lane codes, Lane x) {
+    return _mm512_dpbusd_epi32(sum, codes, x);
+  }
+  static void add_to(float* sums, Lane part, const float* x, float scale) {
+    const __m512 scales = _mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), scales, _mm512_loadu_ps(sums)));
+  }
+  static void keep(Lane& sum) { asm volatile("" : "+v"(sum)); }
+};
 }  // namespace
 
+SECATEURS_INTEGERS(avx512, Whole)
 SECATEURS_STREAM(bitmask_bf16_avx512_stream, Bf16)
 SECATEURS_STREAM(bitmask_fp16_avx512_stream, Fp16)
 SECATEURS_STREAM(bitmask_fp32_avx512_stream, Fp32)

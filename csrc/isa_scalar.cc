@@ -4,6 +4,7 @@
 namespace {
 #include "number.h"
 #include "loops.h"
+#include "integers.h"
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float)>
 struct Scalar {
@@ -45,8 +46,110 @@ float same(float x) { return x; }
 using Bf16 = Scalar<uint16_t, bf16_to_float, bf16_from_float>;
 using Fp16 = Scalar<uint16_t, fp16_to_float, fp16_from_float>;
 using Fp32 = Scalar<float, same, same>;
+
+struct Whole {
+  static constexpr bool fours = false;
+  struct Bytes {
+    uint8_t at[64];
+  };
+  struct Ints {
+    int32_t at[2];
+  };
+  using Sum = float;
+  using Lane = int32_t;
+  static constexpr int lanes = 1, int_columns = 4;
+  static constexpr int int_rows(int) { return 4; }
+  static float from_half(uint16_t half) { return fp16_to_float(half); }
+  static uint16_t to_half(float x) { return fp16_from_float(x); }
+  template <int BITS>
+  static constexpr int shifted() {
+    return 0;
+  }
+
+  template <int BITS>
+  struct Codes {
+    int bits;
+    explicit Codes(int bits) : bits(bits) {}
+    Bytes get(const uint8_t* from) const {
+      Bytes out;
+      uint64_t waiting = 0;
+      int count = 0;
+      for (uint8_t& code : out.at) {
+        if (count < bits) {
+          waiting |= static_cast<uint64_t>(*from++) << count;
+          count += 8;
+        }
+        code = static_cast<uint8_t>(waiting & ((1u << bits) - 1));
+        waiting >>= bits;
+        count -= bits;
+      }
+      return out;
+    }
+  };
+  static Bytes load(const int8_t* from) {
+    Bytes out;
+    __builtin_memcpy(out.at, from, 64);
+    return out;
+  }
+  static void store(uint8_t* to, const Bytes& bytes) { __builtin_memcpy(to, bytes.at, 64); }
+  template <int BITS>
+  static Bytes fill(uint8_t low, uint8_t high) {
+    Bytes out;
+    for (int i = 0; i < 64; ++i) out.at[i] = i < 32 ? low : high;
+    return out;
+  }
+  static Bytes spread(uint64_t bits, const Bytes& codes, Bytes fill) {
+    int n = 0;
+    for (int i = 0; i < 64; ++i)
+      if (bits >> i & 1) fill.at[i] = codes.at[n++];
+    return fill;
+  }
+  static Ints none() { return {}; }
+  template <int BITS>
+  static Ints dot(Ints ints, const Bytes& codes, const Bytes& x) {
+    for (int i = 0; i < 64; ++i) ints.at[i / 32] += codes.at[i] * static_cast<int8_t>(x.at[i]);
+    return ints;
+  }
+  struct Scales {
+    float of[2][4];
+    Scales(const uint16_t* low, const uint16_t* high, int32_t half) {
+      for (int r = 0; r < 4; ++r) {
+        of[0][r] = half ? fp16_to_float(low[r]) : bf16_to_float(low[r]);
+        of[1][r] = half ? fp16_to_float(high[r]) : bf16_to_float(high[r]);
+      }
+    }
+  };
+  static Sum zero() { return 0; }
+  static Sum madd(Sum sum, const Ints& ints, const float* x, const Scales& scales, int row) {
+    return sum + static_cast<float>(ints.at[0]) * x[0] * scales.of[0][row] + static_cast<float>(ints.at[1]) * x[8] * scales.of[1][row];
+  }
+  static float reduce(Sum sum) { return sum; }
+
+  static Lane load_lane(const void* from) {
+    Lane out;
+    __builtin_memcpy(&out, from, 4);
+    return out;
+  }
+  static Lane times(Lane a, int32_t b) { return a * b; }
+  template <int BITS>
+  static Lane splat(const uint8_t* from) {
+    return load_lane(from);
+  }
+  template <int BITS>
+  static Lane dot4(Lane sum, Lane codes, Lane x) {
+    uint8_t code[4];
+    int8_t with[4];
+    __builtin_memcpy(code, &codes, 4);
+    __builtin_memcpy(with, &x, 4);
+    for (int i = 0; i < 4; ++i) sum += code[i] * with[i];
+    return sum;
+  }
+  static void add_to(float* sums, Lane part, const float* x, float scale) { *sums += static_cast<float>(part) * (*x * scale); }
+  static void keep(Lane& sum) { asm volatile("" : "+m"(sum)); }
+};
 }  // namespace
 
+SECATEURS_INTEGERS(scalar, Whole)
 SECATEURS_STREAM(bitmask_bf16_scalar_stream, Bf16)
 SECATEURS_STREAM(bitmask_fp16_scalar_stream, Fp16)
 SECATEURS_STREAM(bitmask_fp32_scalar_stream, Fp32)

@@ -8,6 +8,7 @@
 struct Call {
   const void* x;
   void* packed;
+  int32_t dtype; /* of x and y */
   int64_t tokens;
   int64_t inputs;
   int64_t words; /* of 64 inputs in a row */

@@ -14,16 +14,23 @@ extern "C" {
 #define SECATEURS_API __attribute__((visibility("default")))
 
 /* version of this interface; the Python side refuses a library with another one */
-#define SECATEURS_ABI 2
+#define SECATEURS_ABI 3
 
 enum { SECATEURS_PANEL = 4, SECATEURS_WORD = 64 };
+/* of x, bias and y */
+enum { SECATEURS_BF16 = 0, SECATEURS_FP16 = 1, SECATEURS_FP32 = 2 };
 enum { SECATEURS_OK = 0, SECATEURS_BAD_KERNEL = 1, SECATEURS_BAD_ARGUMENT = 2, SECATEURS_NO_MEMORY = 3 };
 
 /* One weight matrix. values: survivors, followed by 64 bytes that a load may touch; or, if mask is null, the dense
    outputs x inputs matrix, which needs no such bytes. starts: the index of each panel's first survivor, and the end. most: the
    highest number of survivors in any byte of the mask, as secateurs_check_bitmask finds it, or 8; a panel with most survivors
    a byte on average has exactly that many in every byte (N:M with exactly N). steps, step_starts: made by secateurs_fill_steps
-   for kernels of the strategy `gather`; else null. */
+   for kernels of the strategy `gather`; else null.
+
+   bits: 0 if values are floats; else they are integers of so many bits, and a weight is scale * (integer - zero). The integers of
+   one row and word begin at a byte; starts are then bytes, not survivors. Without a mask all 64 of a word are stored, also those
+   beyond the last input or row. group: inputs that share a scale, 32, 64 or 128; 0: the whole row. half: scales are fp16, else
+   bf16. scale, zero: [panels][groups][4]; zero is null if it is 2^(bits - 1) everywhere. */
 typedef struct {
   int64_t outputs;
   int64_t inputs;
@@ -33,9 +40,14 @@ typedef struct {
   int64_t most;
   const void* steps;
   const int64_t* step_starts;
+  int32_t bits;
+  int32_t group;
+  int32_t half;
+  const uint16_t* scale;
+  const uint8_t* zero;
 } secateurs_weight;
 
-/* y (tokens x outputs) = x weight' + bias; bias may be null. All of one dtype. */
+/* y (tokens x outputs) = x weight' + bias; bias may be null. All of one dtype, but for integers. */
 typedef struct {
   secateurs_weight weight;
   const void* bias;
@@ -62,16 +74,21 @@ SECATEURS_API int32_t secateurs_kernel_info(int32_t kernel, secateurs_kernel* ou
 SECATEURS_API void secateurs_use_threads(secateurs_parallel_for parallel_for);
 
 /* Forms products that share their input x (tokens x inputs). y: the results one after the other, each tokens x outputs.
-   The work is split into at most `threads` pieces. */
+   dtype: of x, bias and y; that of the kernel, where the kernel has one. The work is split into at most `threads` pieces. */
 SECATEURS_API int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int32_t count, const void* x,
-                                       void* y, int64_t tokens, int32_t threads);
+                                       void* y, int32_t dtype, int64_t tokens, int32_t threads);
 
-/* Checks a mask and fills starts (panels + 1). Returns 0 if there are exactly `survivors` set bits and none lies outside of
-   outputs x inputs; where[0] is then the number of bits and where[1] the most in any byte. Else returns 1 (a bit beyond the last
-   input) or 2 (a bit beyond the last output), with where[0] the row and where[1] the input, or 3 (another count), with where[0] the
-   number of bits. */
-SECATEURS_API int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int64_t survivors,
+/* Checks a mask and fills starts (panels + 1), which count survivors, or bytes if bits > 0. Returns 0 if no bit lies outside of
+   outputs x inputs and the end is `stored`; where[0] is then the end, where[1] the most survivors in any byte of the mask, where[2]
+   the number of survivors. Else returns 1 (a bit beyond the last input) or 2 (a bit beyond the last output), with where[0] the row
+   and where[1] the input, or 3 (another end), with where[0] the end. */
+SECATEURS_API int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int32_t bits, int64_t stored,
                                               int64_t* starts, int64_t* where);
+
+/* codes (outputs x inputs): each weight's integer plus zero, one byte each. write: fills weight->values from them, and what lies beyond
+   the matrix with the code of zero; read: the inverse, with that code where no weight is stored. */
+SECATEURS_API void secateurs_write_integers(const secateurs_weight* weight, const uint8_t* codes);
+SECATEURS_API void secateurs_read_integers(const secateurs_weight* weight, uint8_t* codes);
 
 /* The layout of the strategy `gather`, for at most 65536 inputs. A panel is a list of steps. A step holds two survivors of each
    of the panel's 4 rows: first 8 bytes, each survivor's distance in inputs from the one two before it in its row; then the 8

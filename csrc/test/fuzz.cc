@@ -10,50 +10,71 @@ namespace {
 int hostile(Random& random) {
   const int64_t outputs = 1 + random.below(13), inputs = 1 + random.below(150);
   const int64_t panels = (outputs + 3) / 4, words = (inputs + 63) / 64;
-  const Problem sound(random, "fp32", outputs, inputs, random.uniform(), 0);
+  const int32_t bits = random.below(2) ? 0 : static_cast<int32_t>(2 + random.below(7));
+  const Problem sound(random, bits ? "int" + std::to_string(bits) : "fp32", "fp32", outputs, inputs, random.uniform(), 0);
   std::vector<uint64_t> mask = sound.mask;
-  int64_t survivors = sound.survivors;
+  int64_t stored = sound.starts.back();
   const int64_t kind = random.below(4);
   if (kind == 0)
     for (uint64_t& word : mask) word = random.bits();
   if (kind == 1) mask[static_cast<size_t>(random.below(panels * words * 4))] ^= uint64_t{1} << random.below(64);
-  if (kind == 2) survivors += random.below(9) - 4;
+  if (kind == 2) stored += random.below(9) - 4;
   std::vector<int64_t> starts(static_cast<size_t>(panels) + 1);
-  int64_t where[2];
-  if (survivors < 0 || secateurs_check_bitmask(mask.data(), outputs, inputs, survivors, starts.data(), where)) return 0;
+  int64_t where[3];
+  if (stored < 0 || secateurs_check_bitmask(mask.data(), outputs, inputs, bits, stored, starts.data(), where)) return 0;
+  /* any scales, zeros and bytes of integers are as good as others to a kernel */
+  Exact scale(static_cast<size_t>(panels * 4 * sound.groups * 2)), zero(static_cast<size_t>(panels * 4 * sound.groups));
+  for (size_t i = 0; i < scale.nbytes; ++i) scale.data[i] = static_cast<char>(random.bits());
+  for (size_t i = 0; i < zero.nbytes; ++i) zero.data[i] = static_cast<char>(random.bits());
   for (const char* dtype : {"bf16", "fp16", "fp32"}) {
     const int size = itemsize(dtype);
-    Exact values(static_cast<size_t>(survivors * size + 64));
+    const int64_t all = panels * words * 4 * 8 * bits;
+    Exact values(static_cast<size_t>(stored * (bits ? 1 : size) + 64)), dense(static_cast<size_t>(all + 64));
     for (size_t i = 0; i < values.nbytes; ++i) values.data[i] = static_cast<char>(random.bits());
+    for (size_t i = 0; i < dense.nbytes; ++i) dense.data[i] = static_cast<char>(random.bits());
     const int64_t tokens = 1 + random.below(70);
     Exact x(static_cast<size_t>(tokens * inputs * size)), y(static_cast<size_t>(tokens * outputs * size));
-    secateurs_product product = {{outputs, inputs, mask.data(), values.data, starts.data(), where[1], nullptr, nullptr}, nullptr};
+    for (size_t i = 0; i < x.nbytes; ++i) x.data[i] = static_cast<char>(random.bits());
+    secateurs_weight packed = {outputs, inputs, mask.data(), values.data, starts.data(), where[1], nullptr, nullptr,
+                               bits, sound.group, sound.half, nullptr, nullptr};
+    if (bits) {
+      packed.scale = reinterpret_cast<const uint16_t*>(scale.data);
+      if (random.below(2)) packed.zero = reinterpret_cast<const uint8_t*>(zero.data);
+      std::vector<uint8_t> codes(static_cast<size_t>(outputs * inputs));
+      secateurs_read_integers(&packed, codes.data());
+    }
     std::vector<int64_t> step_starts(starts.size());
-    const std::unique_ptr<Exact> steps = Problem::steps_of(product.weight, step_starts, size);
+    const std::unique_ptr<Exact> steps = bits ? nullptr : Problem::steps_of(packed, step_starts, size);
     for (int32_t k = 0; k < secateurs_kernels(); ++k) {
       secateurs_kernel row;
       secateurs_kernel_info(k, &row);
-      if (row.runnable && !strcmp(row.format, "bitmask") && !strcmp(row.dtype, dtype))
-        if (secateurs_linear(k, &product, 1, x.data, y.data, tokens, 1) != SECATEURS_OK) return 1;
+      const bool of_all = !strcmp(row.format, "dense");
+      if (!row.runnable || bits_of(row.dtype) != bits || (!bits && (of_all || strcmp(row.dtype, dtype)))) continue;
+      secateurs_product product = {packed, nullptr};
+      if (of_all) {
+        product.weight.mask = nullptr;
+        product.weight.values = dense.data;
+      }
+      if (secateurs_linear(k, &product, 1, x.data, y.data, dtype_of(dtype), tokens, 1) != SECATEURS_OK) return 1;
     }
   }
   return 0;
 }
 
 int sound(Random& random) {
-  const char* dtypes[] = {"bf16", "fp16", "fp32"};
-  const std::string dtype = dtypes[random.below(3)];
+  const char* kinds[] = {"bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2"};
+  const std::string stored = kinds[random.below(9)], dtype = dtype_for(random, stored);
   const int64_t outputs = 1 + random.below(60), inputs = 1 + random.below(random.below(4) ? 300 : 1500), tokens = 1 + random.below(90);
   const size_t size = static_cast<size_t>(itemsize(dtype)), skew = static_cast<size_t>(random.below(3)) * size;
   const double densities[] = {random.uniform(), random.uniform() * 0.01, -2, -1};
-  const Problem problem(random, dtype, outputs, inputs, densities[random.below(4)], skew);
+  const Problem problem(random, stored, dtype, outputs, inputs, densities[random.below(4)], skew);
   Exact x(static_cast<size_t>(tokens * inputs) * size, skew);
   for (int64_t i = 0; i < tokens * inputs; ++i) put(dtype, x.data + static_cast<size_t>(i) * size, static_cast<float>(random.uniform() * 2 - 1));
   int bad = 0;
   for (int32_t k = 0; k < secateurs_kernels(); ++k) {
     secateurs_kernel row;
     secateurs_kernel_info(k, &row);
-    if (row.runnable && dtype == row.dtype) bad += check(k, row, problem, x.data, nullptr, tokens, 1, "fuzzed");
+    if (row.runnable && stored == row.dtype) bad += check(k, row, problem, x.data, nullptr, tokens, 1, "fuzzed");
   }
   return bad;
 }

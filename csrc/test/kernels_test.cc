@@ -30,13 +30,14 @@ void products(int32_t kernel, const secateurs_kernel& row) {
   for (int64_t o : outputs)
     for (int64_t i : inputs)
       for (double density : {0.0, 0.003, 0.1, 0.5, 1.0, -2.0, -1.0}) {
-        const size_t skew = static_cast<size_t>(random.below(4)) * static_cast<size_t>(itemsize(row.dtype));
-        const Problem problem(random, row.dtype, o, i, density, skew);
+        const std::string dtype = dtype_for(random, row.dtype);
+        const size_t size = static_cast<size_t>(itemsize(dtype)), skew = static_cast<size_t>(random.below(4)) * size;
+        const Problem problem(random, row.dtype, dtype, o, i, density, skew);
         /* the longest rows are for positions, which do not depend on tokens */
         const int64_t t = tokens[random.below(i > 1000 ? 5 : 14)];
-        Exact x(static_cast<size_t>(t * i * itemsize(row.dtype)), skew), bias(static_cast<size_t>(o * itemsize(row.dtype)), skew);
-        for (int64_t k = 0; k < t * i; ++k) put(row.dtype, x.data + k * itemsize(row.dtype), static_cast<float>(random.uniform() * 2 - 1));
-        for (int64_t k = 0; k < o; ++k) put(row.dtype, bias.data + k * itemsize(row.dtype), static_cast<float>(random.uniform()));
+        Exact x(static_cast<size_t>(t * i) * size, skew), bias(static_cast<size_t>(o) * size, skew);
+        for (int64_t k = 0; k < t * i; ++k) put(dtype, x.data + static_cast<size_t>(k) * size, static_cast<float>(random.uniform() * 2 - 1));
+        for (int64_t k = 0; k < o; ++k) put(dtype, bias.data + static_cast<size_t>(k) * size, static_cast<float>(random.uniform()));
         const std::string where = std::to_string(o) + "x" + std::to_string(i) + ", " + std::to_string(t) + " tokens, density " +
                                   std::to_string(density);
         for (int32_t threads : {1, 3}) {
@@ -49,16 +50,17 @@ void products(int32_t kernel, const secateurs_kernel& row) {
 /* two matrices on one input give what each gives alone, bit for bit */
 void together(int32_t kernel, const secateurs_kernel& row) {
   Random random{77};
-  const Problem a(random, row.dtype, 30, 130, 0.4, 0), b(random, row.dtype, 9, 130, 0.7, 0);
+  const std::string dtype = dtype_for(random, row.dtype);
+  const Problem a(random, row.dtype, dtype, 30, 130, 0.4, 0), b(random, row.dtype, dtype, 9, 130, 0.7, 0);
   const bool packed = !strcmp(row.format, "bitmask");
-  const int size = itemsize(row.dtype);
+  const int size = itemsize(dtype);
   for (int64_t tokens : {1, 7, 20}) {
     Exact x(static_cast<size_t>(tokens * 130 * size)), both(static_cast<size_t>(tokens * 39 * size)), alone(both.nbytes);
-    for (int64_t k = 0; k < tokens * 130; ++k) put(row.dtype, x.data + k * size, static_cast<float>(random.uniform()));
+    for (int64_t k = 0; k < tokens * 130; ++k) put(dtype, x.data + k * size, static_cast<float>(random.uniform()));
     const secateurs_product pair[] = {{a.weight(packed), nullptr}, {b.weight(packed), nullptr}};
-    secateurs_linear(kernel, pair, 2, x.data, both.data, tokens, 2);
-    secateurs_linear(kernel, pair, 1, x.data, alone.data, tokens, 1);
-    secateurs_linear(kernel, pair + 1, 1, x.data, alone.data + tokens * 30 * size, tokens, 1);
+    secateurs_linear(kernel, pair, 2, x.data, both.data, dtype_of(dtype), tokens, 2);
+    secateurs_linear(kernel, pair, 1, x.data, alone.data, dtype_of(dtype), tokens, 1);
+    secateurs_linear(kernel, pair + 1, 1, x.data, alone.data + tokens * 30 * size, dtype_of(dtype), tokens, 1);
     expect(!memcmp(both.data, alone.data, both.nbytes), "products that share an input equal those alone");
   }
 }
@@ -67,8 +69,9 @@ void together(int32_t kernel, const secateurs_kernel& row) {
    threads lay out is not a multiple of what they are */
 void stale(int32_t kernel, const secateurs_kernel& row) {
   Random random{3};
-  const int size = itemsize(row.dtype);
-  const Problem first(random, row.dtype, 8, 450, 0.5, 0), few(random, row.dtype, 9, 65, 0.5, 0), many(random, row.dtype, 9, 450, 0.5, 0);
+  const std::string dtype = dtype_for(random, row.dtype);
+  const int size = itemsize(dtype);
+  const Problem first(random, row.dtype, dtype, 8, 450, 0.5, 0), few(random, row.dtype, dtype, 9, 65, 0.5, 0), many(random, row.dtype, dtype, 9, 450, 0.5, 0);
   const struct {
     const Problem& problem;
     int64_t tokens;
@@ -78,9 +81,9 @@ void stale(int32_t kernel, const secateurs_kernel& row) {
     Exact nan(static_cast<size_t>(c.tokens * 450 * size)), lost(static_cast<size_t>(c.tokens * 8 * size));
     Exact x(static_cast<size_t>(c.tokens * c.problem.inputs * size));
     memset(nan.data, 0xff, nan.nbytes);
-    for (int64_t k = 0; k < c.tokens * c.problem.inputs; ++k) put(row.dtype, x.data + k * size, static_cast<float>(random.uniform()));
+    for (int64_t k = 0; k < c.tokens * c.problem.inputs; ++k) put(dtype, x.data + k * size, static_cast<float>(random.uniform()));
     const secateurs_product before = {first.weight(!strcmp(row.format, "bitmask")), nullptr};
-    secateurs_linear(kernel, &before, 1, nan.data, lost.data, c.tokens, 1);
+    secateurs_linear(kernel, &before, 1, nan.data, lost.data, dtype_of(dtype), c.tokens, 1);
     ++runs;
     failures += check(kernel, row, c.problem, x.data, nullptr, c.tokens, c.threads, "after NaN, " + std::to_string(c.tokens) + " tokens") != 0;
   }
@@ -93,7 +96,7 @@ void memory(int32_t kernel, const secateurs_kernel& row) {
   printf("NOT RUN, AddressSanitizer ends a program that has no memory: %s\n", row.name);
 #else
   Random random{9};
-  const Problem problem(random, row.dtype, 4, 64, 1.0, 0);
+  const Problem problem(random, row.dtype, "fp32", 4, 64, 1.0, 0);
   const int64_t tokens = 1 << 17;
   const std::vector<float> x(static_cast<size_t>(tokens * 64), 1.0f);
   std::vector<float> y(static_cast<size_t>(tokens * 4));
@@ -123,7 +126,7 @@ void memory(int32_t kernel, const secateurs_kernel& row) {
       const rlimit limit = {static_cast<rlim_t>(pages) * 4096 + (more << 23), before.rlim_max};
       memset(y.data(), 0xff, y.size() * sizeof(float));
       setrlimit(RLIMIT_AS, &limit);
-      code = secateurs_linear(kernel, &product, 1, x.data(), y.data(), tokens, 1);
+      code = secateurs_linear(kernel, &product, 1, x.data(), y.data(), SECATEURS_FP32, tokens, 1);
       setrlimit(RLIMIT_AS, &before);
       refused += code == SECATEURS_NO_MEMORY;
     }
@@ -149,19 +152,19 @@ long resident() {
 void prompt(int32_t kernel, const secateurs_kernel& row) {
   Random random{11};
   const bool packed = !strcmp(row.format, "bitmask");
-  const Problem a(random, row.dtype, 5, 65, 0.5, 0), b(random, row.dtype, 3, 65, 0.5, 0);
+  const Problem a(random, row.dtype, "fp32", 5, 65, 0.5, 0), b(random, row.dtype, "fp32", 3, 65, 0.5, 0);
   const secateurs_product pair[] = {{a.weight(packed), nullptr}, {b.weight(packed), nullptr}};
   const int64_t few = 97, tokens = 100003, inputs = 65, outputs[] = {5, 3};
-  const size_t size = static_cast<size_t>(itemsize(row.dtype));
+  const size_t size = static_cast<size_t>(itemsize("fp32"));
   std::vector<char> x(static_cast<size_t>(tokens * inputs) * size), y(static_cast<size_t>(tokens * 8) * size, '\xff');
   std::vector<char> wanted(static_cast<size_t>(few * 8) * size);
-  for (int64_t k = 0; k < few * inputs; ++k) put(row.dtype, &x[static_cast<size_t>(k) * size], static_cast<float>(random.uniform()));
+  for (int64_t k = 0; k < few * inputs; ++k) put("fp32", &x[static_cast<size_t>(k) * size], static_cast<float>(random.uniform()));
   for (size_t k = static_cast<size_t>(few * inputs) * size; k < x.size(); ++k) x[k] = x[k - static_cast<size_t>(few * inputs) * size];
-  secateurs_linear(kernel, pair, 2, x.data(), wanted.data(), few, 1);
+  secateurs_linear(kernel, pair, 2, x.data(), wanted.data(), SECATEURS_FP32, few, 1);
   /* in a thread that keeps nothing of earlier calls */
   std::thread([&] {
     const long before = resident();
-    expect(secateurs_linear(kernel, pair, 2, x.data(), y.data(), tokens, 1) == SECATEURS_OK, "a long prompt");
+    expect(secateurs_linear(kernel, pair, 2, x.data(), y.data(), SECATEURS_FP32, tokens, 1) == SECATEURS_OK, "a long prompt");
     const long kept = resident() - before;
 #if defined(__SANITIZE_ADDRESS__)
     static_cast<void>(kept);
@@ -174,10 +177,10 @@ void prompt(int32_t kernel, const secateurs_kernel& row) {
   const char *got = y.data(), *want = wanted.data();
   for (int64_t o : outputs) {
     for (int64_t i = 0; i < tokens * o; ++i) {
-      const double one = value_of(row.dtype, got + static_cast<size_t>(i) * size);
-      const double other = value_of(row.dtype, want + static_cast<size_t>(i % (few * o)) * size);
+      const double one = value_of("fp32", got + static_cast<size_t>(i) * size);
+      const double other = value_of("fp32", want + static_cast<size_t>(i % (few * o)) * size);
       /* written so that NaN fails */
-      bad += !(fabs(one - other) <= 2 * rounding(row.dtype) * fabs(other) + 65 * 0x1p-20);
+      bad += !(fabs(one - other) <= 2 * rounding("fp32") * fabs(other) + 65 * 0x1p-20);
     }
     got += static_cast<size_t>(tokens * o) * size;
     want += static_cast<size_t>(few * o) * size;
@@ -206,18 +209,74 @@ void numbers() {
 }
 
 void masks() {
-  int64_t starts[3], where[2];
+  int64_t starts[3], where[3];
   const uint64_t sound[8] = {1, 0, 3, 0, 7, 0, 0, 0};
-  expect(secateurs_check_bitmask(sound, 5, 64, 6, starts, where) == 0 && starts[1] == 3 && starts[2] == 6 && where[1] == 3, "a sound mask");
-  expect(secateurs_check_bitmask(sound, 5, 64, 7, starts, where) == 3 && where[0] == 6, "another count of survivors");
+  expect(secateurs_check_bitmask(sound, 5, 64, 0, 6, starts, where) == 0 && starts[1] == 3 && starts[2] == 6 && where[1] == 3, "a sound mask");
+  expect(secateurs_check_bitmask(sound, 5, 64, 0, 7, starts, where) == 3 && where[0] == 6, "another count of survivors");
   const uint64_t spread[4] = {0x0101010101010101, 0, 0x8000000000000000, 0x4200};
-  expect(secateurs_check_bitmask(spread, 4, 64, 11, starts, where) == 0 && where[0] == 11 && where[1] == 2, "the most survivors of a byte");
+  expect(secateurs_check_bitmask(spread, 4, 64, 0, 11, starts, where) == 0 && where[0] == 11 && where[1] == 2, "the most survivors of a byte");
   const uint64_t alone[4] = {0x0101010101010101, 0, 1, 0};
-  expect(secateurs_check_bitmask(alone, 4, 64, 9, starts, where) == 0 && where[1] == 1, "no more than one survivor of a byte");
+  expect(secateurs_check_bitmask(alone, 4, 64, 0, 9, starts, where) == 0 && where[1] == 1, "no more than one survivor of a byte");
   const uint64_t beyond_row[8] = {0, 0, 0, 0, 0, 4, 0, 0};
-  expect(secateurs_check_bitmask(beyond_row, 5, 64, 1, starts, where) == 2 && where[0] == 5 && where[1] == 2, "a bit beyond the last row");
+  expect(secateurs_check_bitmask(beyond_row, 5, 64, 0, 1, starts, where) == 2 && where[0] == 5 && where[1] == 2, "a bit beyond the last row");
   const uint64_t beyond_input[4] = {0, 1ULL << 10, 0, 0};
-  expect(secateurs_check_bitmask(beyond_input, 4, 10, 1, starts, where) == 1 && where[0] == 1 && where[1] == 10, "a bit beyond the last input");
+  expect(secateurs_check_bitmask(beyond_input, 4, 10, 0, 1, starts, where) == 1 && where[0] == 1 && where[1] == 10, "a bit beyond the last input");
+  /* runs of 1, 2 and 3 survivors of 3 bits take 1, 1 and 2 bytes; of 8 bits as many bytes as survivors */
+  expect(secateurs_check_bitmask(sound, 5, 64, 3, 4, starts, where) == 0 && starts[1] == 2 && starts[2] == 4 && where[2] == 6, "bytes of 3 bits");
+  expect(secateurs_check_bitmask(sound, 5, 64, 8, 6, starts, where) == 0 && starts[1] == 3 && where[1] == 3, "bytes of 8 bits");
+  expect(secateurs_check_bitmask(sound, 5, 64, 3, 6, starts, where) == 3 && where[0] == 4, "another number of bytes");
+}
+
+/* integers are written as the oracle's bits are, and read again */
+void integers() {
+  Random random{31};
+  for (int bits = 2; bits <= 8; ++bits)
+    for (double density : {0.0, 0.4, 1.0, -2.0})
+      for (int64_t inputs : {1, 64, 130})
+        for (bool packed : {true, false}) {
+          const Problem problem(random, "int" + std::to_string(bits), "fp32", 7, inputs, density, 1);
+          const Exact& stored = packed ? *problem.values : *problem.matrix;
+          Exact made(stored.nbytes, 1);
+          std::vector<uint8_t> codes(problem.codes.size());
+          secateurs_weight w = problem.weight(packed);
+          secateurs_read_integers(&w, codes.data());
+          expect(codes == problem.codes, "integers are read");
+          w.values = made.data;
+          secateurs_write_integers(&w, problem.codes.data());
+          /* what the oracle leaves zero beyond the matrix has the code of zero */
+          secateurs_read_integers(&w, codes.data());
+          expect(codes == problem.codes, "integers are read as they were written");
+          expect(!packed || !memcmp(made.data, stored.data, stored.nbytes), "integers are written");
+        }
+}
+
+/* one number that is none makes all of a token's outputs NaN, as zeros do in a float kernel; other tokens keep theirs */
+void not_numbers(int32_t kernel, const secateurs_kernel& row) {
+  Random random{41};
+  for (const char* dtype : {"bf16", "fp16", "fp32"})
+    for (double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()})
+      for (int64_t tokens : {1, 3, 20}) {
+        const Problem problem(random, row.dtype, dtype, 6, 100, 0.5, 0);
+        const size_t size = static_cast<size_t>(itemsize(dtype));
+        Exact x(static_cast<size_t>(tokens * 100) * size);
+        for (int64_t k = 0; k < tokens * 100; ++k) put(dtype, x.data + static_cast<size_t>(k) * size, static_cast<float>(random.uniform()));
+        put(dtype, x.data + static_cast<size_t>((tokens - 1) * 100 + random.below(100)) * size, static_cast<float>(bad));
+        ++runs;
+        failures += check(kernel, row, problem, x.data, nullptr, tokens, 1, "not a number") != 0;
+      }
+}
+
+/* blocks whose numbers are tiny, huge or all zero */
+void ranges(int32_t kernel, const secateurs_kernel& row) {
+  Random random{43};
+  for (double size : {0.0, 0x1p-149, 0x1p-101, 0x1p-100, 0x1p-60, 0x1p100})
+    for (int64_t tokens : {1, 20}) {
+      const Problem problem(random, row.dtype, "fp32", 6, 70, 0.5, 0);
+      Exact x(static_cast<size_t>(tokens * 70 * 4));
+      for (int64_t k = 0; k < tokens * 70; ++k) put("fp32", x.data + 4 * k, static_cast<float>(size * (random.uniform() - 0.5)));
+      ++runs;
+      failures += check(kernel, row, problem, x.data, nullptr, tokens, 1, "numbers of size " + std::to_string(log2(size))) != 0;
+    }
 }
 
 /* two steps by hand: row 0 keeps inputs 1, 300 and 301, row 2 keeps 5; 300 is too far from 0 for the second lane */
@@ -228,9 +287,9 @@ void steps() {
   mask[2] = 1ULL << 5;
   mask[16] = 3ULL << 44;
   const float values[] = {kept[0], kept[3], kept[1], kept[2]};
-  int64_t starts[2], where[2], step_starts[2];
-  expect(secateurs_check_bitmask(mask.data(), 4, 320, 4, starts, where) == 0, "a mask of few survivors");
-  secateurs_weight w = {4, 320, mask.data(), values, starts, where[1], nullptr, nullptr};
+  int64_t starts[2], where[3], step_starts[2];
+  expect(secateurs_check_bitmask(mask.data(), 4, 320, 0, 4, starts, where) == 0, "a mask of few survivors");
+  secateurs_weight w = {4, 320, mask.data(), values, starts, where[1], nullptr, nullptr, 0, 0, 0, nullptr, nullptr};
   expect(secateurs_count_steps(&w, step_starts) == 3 && step_starts[0] == 0 && step_starts[1] == 3, "slots are counted with what is too far");
   Exact made(3 * 40);
   w.steps = made.data;
@@ -248,22 +307,42 @@ void steps() {
 
 void arguments() {
   Random random{5};
-  const Problem problem(random, "fp32", 4, 64, 0.5, 0);
+  const Problem problem(random, "fp32", "fp32", 4, 64, 0.5, 0);
   const secateurs_product product = {problem.weight(true), nullptr};
   float x[64] = {}, y[4];
-  expect(secateurs_linear(-1, &product, 1, x, y, 1, 1) == SECATEURS_BAD_KERNEL, "kernel -1 is refused");
-  expect(secateurs_linear(secateurs_kernels(), &product, 1, x, y, 1, 1) == SECATEURS_BAD_KERNEL, "a kernel beyond the last is refused");
+  expect(secateurs_linear(-1, &product, 1, x, y, SECATEURS_FP32, 1, 1) == SECATEURS_BAD_KERNEL, "kernel -1 is refused");
+  expect(secateurs_linear(secateurs_kernels(), &product, 1, x, y, SECATEURS_FP32, 1, 1) == SECATEURS_BAD_KERNEL, "a kernel beyond the last is refused");
   for (int32_t k = 0; k < secateurs_kernels(); ++k) {
     secateurs_kernel row;
     secateurs_kernel_info(k, &row);
+    const int32_t of_kernel = bits_of(row.dtype) ? SECATEURS_FP32 : dtype_of(row.dtype);
     if (!strcmp(row.format, "dense"))
-      expect(secateurs_linear(k, &product, 1, x, y, 1, 1) == SECATEURS_BAD_ARGUMENT, "a dense kernel refuses packed weights");
-    else
-      expect(secateurs_linear(k, &product, 1, x, y, 0, 1) == SECATEURS_OK, "no tokens are no work");
+      expect(secateurs_linear(k, &product, 1, x, y, of_kernel, 1, 1) == SECATEURS_BAD_ARGUMENT, "a dense kernel refuses packed weights");
+    else if (!bits_of(row.dtype))
+      expect(secateurs_linear(k, &product, 1, x, y, of_kernel, 0, 1) == SECATEURS_OK, "no tokens are no work");
+    expect(secateurs_linear(k, &product, 1, x, y, 3, 1, 1) == SECATEURS_BAD_ARGUMENT, "there is no dtype 3");
+    if (const int bits = bits_of(row.dtype)) {
+      const Problem whole(random, row.dtype, "fp32", 4, 64, 0.5, 0);
+      const bool packed = !strcmp(row.format, "bitmask");
+      const auto refuses = [&](const char* what, auto change) {
+        secateurs_product other = {whole.weight(packed), nullptr};
+        change(other.weight);
+        expect(secateurs_linear(k, &other, 1, x, y, SECATEURS_FP32, 1, 1) == SECATEURS_BAD_ARGUMENT, what);
+      };
+      refuses("integers of other bits", [&](secateurs_weight& w) { w.bits = bits == 8 ? 4 : 8; });
+      refuses("floats", [](secateurs_weight& w) { w.bits = 0; });
+      refuses("integers without scales", [](secateurs_weight& w) { w.scale = nullptr; });
+      refuses("a group of 48", [](secateurs_weight& w) { w.group = 48; });
+      refuses("the other format", [&](secateurs_weight& w) { w = whole.weight(!packed); });
+      continue;
+    }
+    for (int32_t other : {SECATEURS_BF16, SECATEURS_FP16, SECATEURS_FP32})
+      if (other != dtype_of(row.dtype))
+        expect(secateurs_linear(k, &product, 1, x, y, other, 1, 1) == SECATEURS_BAD_ARGUMENT, "x of another dtype than the kernel's");
     secateurs_product bare = product;
     bare.weight.step_starts = nullptr;
     if (!strcmp(row.strategy, "gather"))
-      expect(secateurs_linear(k, &bare, 1, x, y, 1, 1) == SECATEURS_BAD_ARGUMENT, "a gather kernel refuses weights without steps");
+      expect(secateurs_linear(k, &bare, 1, x, y, of_kernel, 1, 1) == SECATEURS_BAD_ARGUMENT, "a gather kernel refuses weights without steps");
   }
 }
 }  // namespace
@@ -275,6 +354,7 @@ int main() {
   secateurs_use_threads(threads_of_test);
   numbers();
   masks();
+  integers();
   steps();
   arguments();
   int ran = 0;
@@ -288,8 +368,12 @@ int main() {
     products(k, row);
     together(k, row);
     stale(k, row);
-    if (!strcmp(row.dtype, "fp32")) prompt(k, row);
-    if (!strcmp(row.dtype, "fp32") && (!strcmp(row.strategy, "tile") || !strcmp(row.strategy, "skip"))) memory(k, row);
+    if (bits_of(row.dtype)) {
+      not_numbers(k, row);
+      ranges(k, row);
+    }
+    if (!strcmp(row.dtype, "fp32") || !strcmp(row.dtype, "int4")) prompt(k, row);
+    if ((!strcmp(row.dtype, "fp32") || !strcmp(row.dtype, "int4")) && (!strcmp(row.strategy, "tile") || !strcmp(row.strategy, "skip"))) memory(k, row);
     ++ran;
   }
   printf("%d kernels, %d checks, %d failures\n", ran, runs, failures);

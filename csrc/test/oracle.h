@@ -33,6 +33,10 @@ struct Random {
 
 /* one element of dtype "bf16", "fp16" or "fp32" */
 inline int itemsize(const std::string& dtype) { return dtype == "fp32" ? 4 : 2; }
+/* what secateurs.h calls it */
+inline int32_t dtype_of(const std::string& dtype) {
+  return dtype == "bf16" ? SECATEURS_BF16 : dtype == "fp16" ? SECATEURS_FP16 : SECATEURS_FP32;
+}
 inline double value_of(const std::string& dtype, const char* at) {
   if (dtype == "fp32") {
     float x;
@@ -61,60 +65,146 @@ struct Exact {
   Exact(size_t n, size_t skew = 0) : owner(new char[n + skew]), data(owner.get() + skew), nbytes(n) { memset(data, 0, n); }
 };
 
+/* bits of "int4", 0 of a float */
+inline int bits_of(const std::string& stored) { return stored.compare(0, 3, "int") ? 0 : stored[3] - '0'; }
+/* the dtype of x: the kernel's own, or any where weights are integers */
+inline std::string dtype_for(Random& random, const std::string& stored) {
+  const char* all[] = {"bf16", "fp16", "fp32"};
+  return bits_of(stored) ? all[random.below(3)] : stored;
+}
+
 struct Problem {
-  std::string dtype;
+  std::string stored, dtype; /* of the weights; of x and y */
   int64_t outputs, inputs;
-  std::vector<char> dense;   /* outputs x inputs */
-  std::vector<double> exact; /* the same as numbers */
+  std::vector<char> dense;   /* outputs x inputs, of floats */
+  std::vector<double> exact; /* the weights as numbers */
+  std::vector<uint8_t> codes; /* of integers */
   std::vector<uint64_t> mask;
   std::vector<int64_t> starts;
   int64_t survivors = 0;
   int64_t most = 0; /* survivors of a byte of the mask */
-  std::unique_ptr<Exact> values, matrix, steps;
+  int bits = 0, group = 0, half = 0;
+  int64_t groups = 1;
+  bool zeros = false;
+  std::unique_ptr<Exact> values, matrix, steps, scale, zero;
   std::vector<int64_t> step_starts;
 
   /* density: of survivors at random places; or -n: exactly n of each 4 */
-  Problem(Random& random, const std::string& dtype, int64_t outputs, int64_t inputs, double density, size_t skew)
-      : dtype(dtype), outputs(outputs), inputs(inputs), dense(static_cast<size_t>(outputs * inputs * itemsize(dtype))) {
-    for (int64_t i = 0; i < outputs * inputs; ++i)
-      if (density < 0 ? (i % inputs + i / inputs) % 4 < -density : random.uniform() < density)
-        put(dtype, &dense[static_cast<size_t>(i * itemsize(dtype))], static_cast<float>((random.uniform() + 0.5) * (random.below(2) ? 1 : -1)));
-    for (int64_t i = 0; i < outputs * inputs; ++i) exact.push_back(value_of(dtype, &dense[static_cast<size_t>(i * itemsize(dtype))]));
+  Problem(Random& random, const std::string& stored, const std::string& dtype, int64_t outputs, int64_t inputs, double density, size_t skew)
+      : stored(stored), dtype(dtype), outputs(outputs), inputs(inputs), bits(bits_of(stored)) {
     const int64_t panels = (outputs + 3) / 4, words = (inputs + 63) / 64;
-    std::vector<char> kept;
+    std::vector<bool> kept(static_cast<size_t>(outputs * inputs));
+    for (int64_t i = 0; i < outputs * inputs; ++i)
+      kept[static_cast<size_t>(i)] = density < 0 ? (i % inputs + i / inputs) % 4 < -density : random.uniform() < density;
+    if (bits)
+      make_integers(random, kept);
+    else
+      make_floats(random, kept);
+    std::string bytes, all; /* of the survivors, and of a dense matrix of integers */
     for (int64_t p = 0; p < panels; ++p) {
-      starts.push_back(survivors);
+      starts.push_back(bits ? static_cast<int64_t>(bytes.size()) : survivors);
       for (int64_t j = 0; j < words; ++j)
         for (int64_t r = p * 4; r < p * 4 + 4; ++r) {
-          uint64_t bits = 0;
+          uint64_t word = 0;
+          std::string run, whole; /* a character for each bit */
           for (int64_t i = j * 64; i < j * 64 + 64; ++i) {
-            if (r >= outputs || i >= inputs) continue;
-            const char* at = &dense[static_cast<size_t>((r * inputs + i) * itemsize(dtype))];
-            if (value_of(dtype, at) == 0) continue;
-            bits |= uint64_t{1} << (i - j * 64);
-            kept.insert(kept.end(), at, at + itemsize(dtype));
+            const bool inside = r < outputs && i < inputs;
+            const size_t place = static_cast<size_t>(r * inputs + i);
+            for (int b = 0; b < bits; ++b) whole += static_cast<char>(inside ? codes[place] >> b & 1 : 0);
+            if (!inside || exact[place] == 0) continue;
+            word |= uint64_t{1} << (i - j * 64);
+            if (!bits) bytes.append(&dense[place * static_cast<size_t>(itemsize(stored))], static_cast<size_t>(itemsize(stored)));
+            for (int b = 0; b < bits; ++b) run += static_cast<char>(codes[place] >> b & 1);
             ++survivors;
           }
-          mask.push_back(bits);
+          mask.push_back(word);
+          bytes += bytes_of(run);
+          all += bytes_of(whole);
           for (int b = 0; b < 8; ++b) {
             int64_t here = 0;
-            for (int i = 0; i < 8; ++i) here += bits >> (8 * b + i) & 1;
+            for (int i = 0; i < 8; ++i) here += word >> (8 * b + i) & 1;
             most = here > most ? here : most;
           }
         }
     }
-    starts.push_back(survivors);
-    values = std::make_unique<Exact>(kept.size() + 64, skew);
-    if (!kept.empty()) memcpy(values->data, kept.data(), kept.size());
-    matrix = std::make_unique<Exact>(dense.size(), skew);
-    memcpy(matrix->data, dense.data(), dense.size());
+    starts.push_back(bits ? static_cast<int64_t>(bytes.size()) : survivors);
+    values = std::make_unique<Exact>(bytes.size() + 64, skew);
+    memcpy(values->data, bytes.data(), bytes.size());
+    matrix = std::make_unique<Exact>(bits ? all.size() + 64 : dense.size(), skew);
+    memcpy(matrix->data, bits ? all.data() : dense.data(), bits ? all.size() : dense.size());
+    if (bits) return;
     secateurs_weight w = weight(true);
     step_starts.resize(static_cast<size_t>(panels) + 1);
-    steps = steps_of(w, step_starts, itemsize(dtype));
+    steps = steps_of(w, step_starts, itemsize(stored));
   }
+  static std::string bytes_of(const std::string& bits) {
+    std::string out((bits.size() + 7) / 8, '\0');
+    for (size_t i = 0; i < bits.size(); ++i) out[i / 8] = static_cast<char>(out[i / 8] | bits[i] << i % 8);
+    return out;
+  }
+  void make_floats(Random& random, const std::vector<bool>& kept) {
+    const size_t size = static_cast<size_t>(itemsize(stored));
+    dense.resize(kept.size() * size);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      if (kept[i]) put(stored, &dense[i * size], static_cast<float>((random.uniform() + 0.5) * (random.below(2) ? 1 : -1)));
+      exact.push_back(value_of(stored, &dense[i * size]));
+    }
+  }
+  void make_integers(Random& random, const std::vector<bool>& kept) {
+    const int choices[] = {32, 64, 128, 0};
+    group = choices[random.below(4)];
+    half = static_cast<int>(random.below(2));
+    zeros = random.below(2);
+    groups = group ? (inputs + group - 1) / group : 1;
+    const int64_t rows = (outputs + 3) / 4 * 4;
+    scale = std::make_unique<Exact>(static_cast<size_t>(rows * groups * 2));
+    zero = std::make_unique<Exact>(static_cast<size_t>(rows * groups));
+    for (int64_t i = 0; i < rows * groups; ++i) {
+      put(half ? "fp16" : "bf16", scale->data + 2 * i, static_cast<float>((random.uniform() + 0.5) * (random.below(2) ? 0.01 : -0.01)));
+      zero->data[i] = static_cast<char>(zeros ? random.below(1 << bits) : 1 << (bits - 1));
+    }
+    for (int64_t i = 0; i < outputs * inputs; ++i) {
+      const int64_t at = place(i / inputs, i % inputs);
+      const uint8_t middle = static_cast<uint8_t>(zero->data[at]);
+      codes.push_back(kept[static_cast<size_t>(i)] ? static_cast<uint8_t>(random.below(1 << bits)) : middle);
+      exact.push_back(value_of(half ? "fp16" : "bf16", scale->data + 2 * at) * (codes.back() - middle));
+    }
+  }
+  /* of a weight's scale and zero */
+  int64_t place(int64_t row, int64_t input) const { return (row / 4 * groups + (group ? input / group : 0)) * 4 + row % 4; }
+
   secateurs_weight weight(bool packed) const {
-    if (packed) return {outputs, inputs, mask.data(), values->data, starts.data(), most, steps ? steps->data : nullptr, step_starts.data()};
-    return {outputs, inputs, nullptr, matrix->data, nullptr, 0, nullptr, nullptr};
+    secateurs_weight w = {outputs, inputs, nullptr, matrix->data, nullptr, 0, nullptr, nullptr, bits, group, half, nullptr, nullptr};
+    if (packed)
+      w = {outputs, inputs, mask.data(), values->data, starts.data(), most, steps ? steps->data : nullptr,
+           step_starts.empty() ? nullptr : step_starts.data(), bits, group, half, nullptr, nullptr};
+    if (bits) w.scale = reinterpret_cast<const uint16_t*>(scale->data);
+    if (zeros) w.zero = reinterpret_cast<const uint8_t*>(zero->data);
+    return w;
+  }
+  /* a token of x as the kernels multiply it: for integers in blocks of 32 that are rounded to absmax / 127 */
+  std::vector<double> numbers(const char* x) const {
+    std::vector<double> out;
+    for (int64_t i = 0; i < inputs; ++i) out.push_back(value_of(dtype, x + i * itemsize(dtype)));
+    for (int64_t block = 0; bits && block < inputs; block += 32) {
+      const int64_t end = block + 32 < inputs ? block + 32 : inputs;
+      float absmax = 0;
+      bool finite = true;
+      for (int64_t i = block; i < end; ++i) {
+        const float here = static_cast<float>(fabs(out[static_cast<size_t>(i)]));
+        finite = finite && here <= std::numeric_limits<float>::max();
+        absmax = here > absmax ? here : absmax;
+      }
+      const float step = absmax / 127.0f, inverse = 127.0f / absmax;
+      for (int64_t i = block; i < end; ++i) {
+        double& here = out[static_cast<size_t>(i)];
+        if (!finite)
+          here = std::numeric_limits<double>::quiet_NaN();
+        else
+          here = absmax < 0x1p-100f ? 0 : static_cast<double>(nearbyintf(static_cast<float>(here) * inverse)) * step;
+      }
+    }
+    return out;
   }
   /* the layout of the strategy `gather` in a buffer of its size */
   static std::unique_ptr<Exact> steps_of(secateurs_weight& w, std::vector<int64_t>& starts, int size) {
@@ -138,7 +228,7 @@ inline int check(int32_t kernel, const secateurs_kernel& row, const Problem& pro
   Exact y(static_cast<size_t>(count * size + canary));
   memset(y.data, 0xff, y.nbytes); /* NaN in all three dtypes */
   const secateurs_product product = {problem.weight(!strcmp(row.format, "bitmask")), bias};
-  const int32_t code = secateurs_linear(kernel, &product, 1, x, y.data, tokens, threads);
+  const int32_t code = secateurs_linear(kernel, &product, 1, x, y.data, dtype_of(problem.dtype), tokens, threads);
   int bad = 0;
   if (code != SECATEURS_OK) {
     printf("%s %s: code %d\n", row.name, where.c_str(), code);
@@ -149,13 +239,12 @@ inline int check(int32_t kernel, const secateurs_kernel& row, const Problem& pro
       printf("%s %s: wrote %d bytes past the end\n", row.name, where.c_str(), c + 1);
       return 1;
     }
-  std::vector<double> x_exact;
-  for (int64_t i = 0; i < tokens * problem.inputs; ++i) x_exact.push_back(value_of(problem.dtype, x + i * size));
-  for (int64_t t = 0; t < tokens; ++t)
+  for (int64_t t = 0; t < tokens; ++t) {
+    const std::vector<double> x_exact = problem.numbers(x + t * problem.inputs * size);
     for (int64_t o = 0; o < problem.outputs; ++o) {
       double want = bias ? value_of(problem.dtype, bias + o * size) : 0, scale = fabs(want);
       for (int64_t i = 0; i < problem.inputs; ++i) {
-        const double term = problem.exact[static_cast<size_t>(o * problem.inputs + i)] * x_exact[static_cast<size_t>(t * problem.inputs + i)];
+        const double term = problem.exact[static_cast<size_t>(o * problem.inputs + i)] * x_exact[static_cast<size_t>(i)];
         want += term;
         scale += fabs(term);
       }
@@ -163,10 +252,12 @@ inline int check(int32_t kernel, const secateurs_kernel& row, const Problem& pro
       const double bound =
           static_cast<double>(problem.inputs + 4) * 0x1p-23 * scale + rounding(problem.dtype) * (fabs(want) + scale * 0x1p-10) + 1e-7;
       /* written so that NaN fails */
-      if (!(fabs(got - want) <= bound) && ++bad == 1)
-        printf("%s %s: token %ld output %ld is %.9g, not %.9g (bound %.3g)\n", row.name, where.c_str(), static_cast<long>(t),
+      if (want != want ? got == got : !(fabs(got - want) <= bound))
+        if (++bad == 1)
+          printf("%s %s: token %ld output %ld is %.9g, not %.9g (bound %.3g)\n", row.name, where.c_str(), static_cast<long>(t),
                static_cast<long>(o), got, want, bound);
     }
+  }
   return bad;
 }
 

@@ -20,8 +20,18 @@ from torch import Tensor
 from secateurs.base.errors import DeviceError, PackError
 from secateurs.base.precision import compute_dtype
 from secateurs.kernels import semi_structured
-from secateurs.kernels.formats import DTYPES, PANEL, Packed, pack_dense, read_bitmask, unpack
-from secateurs.kernels.library import Info, Product, Weight, library
+from secateurs.kernels.formats import (
+    DTYPES,
+    PANEL,
+    Packed,
+    pack_dense,
+    read_bitmask,
+    read_integers,
+    unpack,
+    weight_of,
+)
+from secateurs.kernels.library import Info, Product, library
+from secateurs.matrix.grids import Grid
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,8 @@ class Kernel:
             return self.lacks
         if self.format != packed.format:
             return f"{self.name} takes {self.format} weights, these are {packed.format}"
-        if self.dtype != DTYPES[packed.dtype]:
-            return f"{self.name} takes {self.dtype}, these are {DTYPES[packed.dtype]}"
+        if self.dtype != packed.stored:
+            return f"{self.name} takes {self.dtype}, these are {packed.stored}"
         if self.strategy == "gather" and packed.shape[1] > GATHER_INPUTS:
             return f"{self.name} takes at most {GATHER_INPUTS} inputs, these are {packed.shape[1]}"
         return None
@@ -70,7 +80,7 @@ def kernels() -> tuple[Kernel, ...]:
 
 
 ISA_NEEDS = {
-    "avx512": "AVX-512 with VBMI2 and BF16",
+    "avx512": "AVX-512 with VBMI, VBMI2, VNNI and BF16",
     "avx2": "AVX2 with FMA, F16C and BMI2",
     "neon": "NEON",
     "scalar": "nothing",
@@ -135,6 +145,10 @@ CHOICES = {
 }
 # dense matrices: up to so many tokens our kernels use stream, beyond that tile; by isa
 DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
+# the same of integers, in either format
+INTEGER_STREAM_TOKENS = {"avx512": 8, "avx2": 4, "neon": 4, "scalar": 4}
+# what csrc/secateurs.h calls the dtypes of x
+CODES = {dtype: code for code, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32))}
 
 
 # the most tokens for which our dense kernels are faster than torch's, by (dtype, isa); measured up to 256
@@ -193,12 +207,14 @@ def select(packed: Packed, tokens: int) -> Kernel:
         if reason := row.accepts(packed, tokens):
             raise DeviceError(f"SECATEURS_KERNEL={row.name}: {reason}")
         return row
-    best = _best(packed.format, DTYPES[packed.dtype])
+    best = _best(packed.format, packed.stored)
     isa = best["stream"].isa
-    if packed.format == "dense":
+    if packed.grid is not None:
+        choice = Choice(INTEGER_STREAM_TOKENS[isa], 1.1)
+    elif packed.format == "dense":
         choice = Choice(DENSE_STREAM_TOKENS[isa], 1.1)
     else:
-        choice = CHOICES.get((DTYPES[packed.dtype], isa), Choice(4, 1.1))
+        choice = CHOICES.get((packed.stored, isa), Choice(4, 1.1))
     found = best[choice.strategy(tokens, packed.sparsity)]
     return best["stream"] if found.accepts(packed, tokens) else found
 
@@ -218,9 +234,7 @@ class Call:
         self.width = sum(self.outputs)
         self._products = (Product * len(packed))()
         for product, p, bias in zip(self._products, packed, biases, strict=True):
-            mask = p.mask_PJ4.data_ptr() if p.mask_PJ4 is not None else None
-            starts = p.starts.data_ptr() if p.starts is not None else None
-            product.weight = Weight(*p.shape, mask, p.values.data_ptr(), starts, p.most, None, None)
+            product.weight = weight_of(p)
             product.bias = bias.data_ptr() if bias is not None else None
         self._address = ctypes.addressof(self._products)
         self._linear = library().secateurs_linear
@@ -263,7 +277,7 @@ class Call:
         y = x_TI.new_empty(tokens * self.width)
         wrong = self._linear(
             index, self._address, len(self.packed),
-            x_TI.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(),
+            x_TI.data_ptr(), y.data_ptr(), CODES[x_TI.dtype], tokens, torch.get_num_threads(),
         )  # fmt: skip
         if wrong:
             raise DeviceError(
@@ -272,31 +286,67 @@ class Call:
         return y
 
 
-def _call_of(
-    values: Sequence[Tensor], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], shapes: Sequence[int]
-) -> Call:
+# what is given of each matrix to the operators: five tensors, of which all but the first may be None, and five numbers
+PARTS = ("values", "mask", "scale", "zero", "bias")
+LAYOUT = ("outputs", "inputs", "bits", "group", "half")
+
+
+def layout_of(shape: tuple[int, int], grid: Grid | None) -> tuple[int, ...]:
+    """The numbers of LAYOUT; bits are 0 if the values are floats."""
+    return (*shape, 0, 0, 0) if grid is None else (*shape, grid.bits, grid.group, int(grid.half))
+
+
+def parts_of(packed: Packed, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The tensors of PARTS."""
+    return packed.values, packed.mask_PJ4, packed.scale_PG4, packed.zero_PG4, bias
+
+
+def _read(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> list[Packed]:
+    """The matrices of these tensors, checked. dtype: of the weights, where they are integers. Raises PackError."""
+    found = []
+    for i in range(len(layouts) // len(LAYOUT)):
+        values, mask, scale, zero, _ = parts[len(PARTS) * i : len(PARTS) * (i + 1)]
+        outputs, inputs, bits, group, half = layouts[len(LAYOUT) * i : len(LAYOUT) * (i + 1)]
+        shape = (outputs, inputs)
+        assert values is not None
+        if bits:
+            if scale is None:
+                raise PackError("integers were given without their scales")
+            found.append(
+                read_integers(values, mask, scale, zero, shape, Grid(bits, group, zero is None, bool(half)), dtype)
+            )
+        else:
+            found.append(pack_dense(values.view(shape)) if mask is None else read_bitmask(values, mask, shape))
+    return found
+
+
+def _call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> Call:
     """The Call of these tensors: checked and made once, then kept until one of them changes or the first is freed."""
-    state: list[int] = [*shapes]
-    for v, mask, bias in zip(values, masks, biases, strict=True):
-        # a mask with another version was written to and is checked again; survivors too, since a Call may hold copies of them
-        state += (
-            v.data_ptr(),
-            *((0, 0, 0) if mask is None else (mask.data_ptr(), _version(mask), _version(v))),
-            0 if bias is None else bias.data_ptr(),
-        )
-    key = id(values[0])
+    state: list[Any] = [dtype, *layouts]
+    for i, part in enumerate(parts):
+        if part is None:
+            state.append(0)
+            continue
+        state.append(part.data_ptr())
+        # a mask with another version was written to and is checked again, as are scales and zeros; survivors too, since a Call may
+        # hold copies of them; not dense floats and biases, of which any bits will do
+        place = i % len(PARTS)
+        if 0 < place < 4 or (place == 0 and parts[i + 1] is not None):
+            state.append(_version(part))
+    first = parts[0]
+    key = id(first)
     kept = _calls.get(key)
-    if kept is not None and kept[0]() is values[0] and kept[1] == state:
+    if kept is not None and kept[0]() is first and kept[1] == state:
         return kept[2]
-    packed = []
-    for i, (v, mask) in enumerate(zip(values, masks, strict=True)):
-        shape = (shapes[2 * i], shapes[2 * i + 1])
-        packed.append(pack_dense(v.view(shape)) if mask is None else read_bitmask(v, mask, shape))
+    packed, biases = _read(parts, layouts, dtype), parts[4 :: len(PARTS)]
     for p, bias in zip(packed, biases, strict=True):
         if bias is not None and (tuple(bias.shape) != (p.shape[0],) or bias.dtype != p.dtype):
             raise DeviceError(f"the bias of {p.shape[0]} {p.dtype} outputs is {bias.dtype} of shape {list(bias.shape)}")
+    if len({(p.shape[1], p.format, p.stored) for p in packed}) > 1:
+        raise DeviceError("matrices that share an input have one number of inputs, one format and one kind of numbers")
     call = Call(packed, biases)
-    _calls[key] = (weakref.ref(values[0], lambda _: _calls.pop(key, None)), state, call)
+    assert first is not None
+    _calls[key] = (weakref.ref(first, lambda _: _calls.pop(key, None)), state, call)
     return call
 
 
@@ -306,28 +356,29 @@ def _version(tensor: Tensor) -> int:
 
 
 # by the id of the first tensor, as long as that exists
-_calls: dict[int, tuple["weakref.ref[Tensor]", list[int], Call]] = {}
+_calls: dict[int, tuple["weakref.ref[Tensor]", list[Any], Call]] = {}
 
 
 _library: Any = torch.library.Library("secateurs", "DEF")  # type: ignore[no-untyped-call]
+# parts and layouts: PARTS and LAYOUT of each matrix, one after the other
 _library.define(
-    "linear(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] biases, int[] shapes) -> Tensor",
+    "linear(Tensor x, Tensor?[] parts, int[] layouts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "linear_back(Tensor by_y, Tensor[] values, Tensor?[] masks, int[] shapes) -> Tensor",
+    "linear_back(Tensor by_y, Tensor?[] parts, int[] layouts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl(_library, "linear", "CPU")
-def _linear_cpu(
-    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
-) -> Tensor:
-    call = _call_of(values, masks, biases, shapes)
-    if x.dtype != values[0].dtype or x.shape[-1] != call.inputs:
+def _linear_cpu(x: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
+    if layouts[2] and x.dtype not in DTYPES:
+        raise DeviceError(f"a packed layer of integers takes {', '.join(DTYPES.values())}, and was given {x.dtype}")
+    call = _call_of(parts, layouts, x.dtype)
+    if x.dtype != call.packed[0].dtype or x.shape[-1] != call.inputs:
         raise DeviceError(
-            f"a packed layer of {call.inputs} {values[0].dtype} inputs was given {x.dtype} of shape {list(x.shape)}"
+            f"a packed layer of {call.inputs} {call.packed[0].dtype} inputs was given {x.dtype} of shape {list(x.shape)}"
         )
     return call(x)
 
@@ -341,43 +392,37 @@ def _linear_cuda(x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("secateurs::linear", lib=_library)  # type: ignore[untyped-decorator]
-def _linear_fake(
-    x: Tensor, values: list[Tensor], masks: list[Tensor | None], biases: list[Tensor | None], shapes: list[int]
-) -> Tensor:
-    return x.new_empty(x.numel() // shapes[1] * sum(shapes[::2]))
+def _linear_fake(x: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
+    return x.new_empty(x.numel() // layouts[1] * sum(layouts[:: len(LAYOUT)]))
 
 
 @torch.library.impl(_library, "linear_back", "CPU")
-def _linear_back(by_y: Tensor, values: list[Tensor], masks: list[Tensor | None], shapes: list[int]) -> Tensor:
+def _linear_back(by_y: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
     """The gradient by x, flat: by_y W, summed over the matrices, which are unpacked one at a time."""
-    tokens = by_y.numel() // sum(shapes[::2])
-    by_x_TI = by_y.new_zeros(tokens, shapes[1])
-    parts = torch.split(by_y, [tokens * outputs for outputs in shapes[::2]])
-    for i, (part, v, mask) in enumerate(zip(parts, values, masks, strict=True)):
-        shape = (shapes[2 * i], shapes[2 * i + 1])
-        weight_OI = v.view(shape) if mask is None else unpack(read_bitmask(v, mask, shape))
-        by_x_TI += part.view(tokens, shape[0]) @ weight_OI
+    outputs, inputs = layouts[:: len(LAYOUT)], layouts[1]
+    tokens = by_y.numel() // sum(outputs)
+    by_x_TI = by_y.new_zeros(tokens, inputs)
+    pieces = torch.split(by_y, [tokens * n for n in outputs])
+    for piece, packed in zip(pieces, _read(parts, layouts, by_y.dtype), strict=True):
+        by_x_TI += piece.view(tokens, packed.shape[0]) @ unpack(packed)
     return by_x_TI.flatten()
 
 
 @torch.library.register_fake("secateurs::linear_back", lib=_library)  # type: ignore[untyped-decorator]
-def _linear_back_fake(by_y: Tensor, values: list[Tensor], masks: list[Tensor | None], shapes: list[int]) -> Tensor:
-    return by_y.new_empty(by_y.numel() // sum(shapes[::2]) * shapes[1])
+def _linear_back_fake(by_y: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
+    return by_y.new_empty(by_y.numel() // sum(layouts[:: len(LAYOUT)]) * layouts[1])
 
 
-def multiply(
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    shapes: Sequence[int],
-) -> Tensor:
-    """A flat y, tokens x outputs of each matrix in turn, by the operator secateurs::linear; x gets a gradient if it wants one."""
-    if wants_gradient(x, *values, *biases):
+def multiply(x: Tensor, parts: Sequence[Tensor | None], layouts: Sequence[int]) -> Tensor:
+    """A flat y, tokens x outputs of each matrix in turn, by the operator secateurs::linear; x gets a gradient if it wants one.
+
+    parts, layouts: parts_of() and layout_of() of each matrix, one after the other.
+    """
+    if wants_gradient(x, *parts):
         apply: Any = _Multiply.apply
-        y: Tensor = apply(x, values, masks, biases, shapes, *values, *biases)
+        y: Tensor = apply(x, parts, layouts, *parts)
         return y
-    found: Tensor = _operator(x, values, masks, biases, shapes)
+    found: Tensor = _operator(x, parts, layouts)
     return found
 
 
@@ -386,29 +431,28 @@ _back: Any = torch.ops.secateurs.linear_back.default
 
 
 class _Multiply(torch.autograd.Function):
-    """multiply() in a graph. Only x has a gradient; survivors and biases are listed again, so that their want of one is seen."""
+    """multiply() in a graph. Only x has a gradient; the parts are listed again, so that their want of one is seen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Any, masks: Any, biases: Any, shapes: Any, *_: Any) -> Tensor:
-        ctx.save_for_backward(*values, *masks)
-        ctx.shape, ctx.shapes = x.shape, shapes
-        found: Tensor = _operator(x, values, masks, biases, shapes)
+    def forward(ctx: Any, x: Tensor, parts: Any, layouts: Any, *_: Any) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.shape, ctx.layouts = x.shape, layouts
+        found: Tensor = _operator(x, parts, layouts)
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if any(ctx.needs_input_grad[5:]):
+        if any(ctx.needs_input_grad[3:]):
             raise PackError(
                 "weights and biases of a packed layer cannot be trained: requires_grad_(False) on them leaves the gradient of "
                 "the input, make_dense(model) gives layers that train"
             )
-        saved = ctx.saved_tensors
-        values, masks = list(saved[: len(saved) // 2]), list(saved[len(saved) // 2 :])
-        by_x = _back(gradients[0], values, masks, ctx.shapes)
+        by_x = _back(gradients[0], list(ctx.saved_tensors), ctx.layouts)
         return by_x.view(ctx.shape), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """y = x W' + b: x (..., I), y (..., O), all of the matrix's dtype; sums in fp32. Raises DeviceError."""
-    y = multiply(x, [packed.values], [packed.mask_PJ4], [bias], list(packed.shape))
+    """y = x W' + b: x (..., I), y (..., O), of the matrix's dtype, or of any of DTYPES if it holds integers; sums in fp32. Raises
+    DeviceError."""
+    y = multiply(x, parts_of(packed, bias), layout_of(packed.shape, packed.grid))
     return y.view(*x.shape[:-1], packed.shape[0])

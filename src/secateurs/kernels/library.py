@@ -13,7 +13,7 @@ import torch
 
 from secateurs.base.errors import DeviceError
 
-ABI = 2
+ABI = 3
 
 
 class Weight(ctypes.Structure):
@@ -28,6 +28,11 @@ class Weight(ctypes.Structure):
         ("most", ctypes.c_int64),
         ("steps", ctypes.c_void_p),
         ("step_starts", ctypes.c_void_p),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("half", ctypes.c_int32),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
     )
 
 
@@ -67,11 +72,14 @@ def library() -> Any:
         )
     loaded.secateurs_kernel_info.argtypes = [ctypes.c_int32, ctypes.POINTER(Info)]
     loaded.secateurs_linear.argtypes = [
-        ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
+        ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
+        ctypes.c_int32,
     ]  # fmt: skip
     loaded.secateurs_check_bitmask.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
+    for function in (loaded.secateurs_write_integers, loaded.secateurs_read_integers):
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], None
     loaded.secateurs_count_steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     loaded.secateurs_count_steps.restype = ctypes.c_int64
     loaded.secateurs_fill_steps.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]

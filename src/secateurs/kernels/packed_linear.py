@@ -1,10 +1,12 @@
 """Linear layers that multiply packed weights; pack/ puts them into models.
 
-A PackedLinear's parameters are the stored tensors: `weight`, the survivors as a vector, and `weight_mask`. `weight` is a vector
-on purpose: a loader that does not know the format fails on its shape instead of going on with wrong weights.
+A PackedLinear's tensors are those that are stored: `weight`, a vector, `weight_mask`, and of integers `weight_scale` and
+`weight_zero`. `weight` is a vector on purpose: a loader that does not know the format fails on its shape instead of going on with
+wrong weights.
 A DenseLinear is an nn.Linear that uses our dense kernel where that is faster than torch's.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.kernels.dispatch import multiply, ours_is_faster, wants_gradient
+from secateurs.base.errors import PackError
+from secateurs.kernels.dispatch import kernels, layout_of, multiply, ours_is_faster, parts_of, wants_gradient
 from secateurs.kernels.formats import (
     DTYPES,
     PADDING,
@@ -21,50 +24,73 @@ from secateurs.kernels.formats import (
     bitmask_nbytes,
     count_stored,
     mask_shape,
+    masked_length,
+    packed_length,
+    packed_nbytes,
     read_bitmask,
+    read_integers,
+    scales_shape,
     unpack,
 )
+from secateurs.matrix.grids import Grid, Scales
 
 # siblings that transformers models call one after the other on the same input
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 class PackedLinear(nn.Module):
-    """y = x W' + b with W (O, I) stored as a bitmask; x (..., I) and y (..., O) of the weights' dtype, on the CPU.
+    """y = x W' + b with W (O, I) stored as a bitmask or as integers; x (..., I) and y (..., O) on the CPU, of the weights' dtype;
+    where those are integers, of any dtype that the kernels know.
 
     transposed: it replaces a module that stores W' (GPT-2's Conv1D), which dense() gives back. For inference: x has a gradient,
     the weights have none (PackError in a backward pass that asks for it).
     """
 
-    def __init__(
-        self, shape: tuple[int, int], values: Tensor, mask_PJ4: Tensor, bias: Tensor | None, transposed: bool = False
-    ) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None, transposed: bool = False) -> None:
         super().__init__()
-        self.shape = self.out_features, self.in_features = shape
+        self.shape = self.out_features, self.in_features = packed.shape
+        self.format, self.grid, self.survivors, self.dtype = packed.format, packed.grid, packed.survivors, packed.dtype
         self.transposed = transposed
+        values, mask, scale, zero, _ = parts_of(packed)
+        assert values is not None
         self.weight = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("weight_mask", mask_PJ4)
+        self.register_buffer("weight_mask", mask)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", zero)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.layout = layout_of(packed.shape, packed.grid)
         self.__dict__["group"] = None
 
     @classmethod
     def of(cls, packed: Packed, bias: Tensor | None = None, transposed: bool = False) -> "PackedLinear":
-        assert packed.mask_PJ4 is not None
-        return cls(packed.shape, packed.values, packed.mask_PJ4, bias, transposed)
+        assert packed.mask_PJ4 is not None or packed.grid is not None
+        return cls(packed, bias, transposed)
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], survivors: int, dtype: torch.dtype, bias: bool, transposed: bool = False
-    ) -> "PackedLinear":
-        """A layer on the meta device, for a loader to fill."""
-        values = torch.empty(survivors + PADDING, dtype=dtype, device="meta")
-        mask = torch.empty(mask_shape(shape), dtype=torch.int64, device="meta")
-        return cls(shape, values, mask, torch.empty(shape[0], dtype=dtype, device="meta") if bias else None, transposed)
+        cls, shape: tuple[int, int], survivors: int, dtype: torch.dtype, bias: bool, transposed: bool = False,
+        format: str = "bitmask", grid: Grid | None = None, length: int | None = None,
+    ) -> "PackedLinear":  # fmt: skip
+        """A layer on the meta device, for a loader to fill. length: of `weight`, needed for a bitmask of integers."""
+        if length is None:
+            length = survivors + PADDING if grid is None else packed_length(shape, grid)
+        values = torch.empty(length, dtype=dtype if grid is None else torch.uint8, device="meta")
+        mask = torch.empty(mask_shape(shape), dtype=torch.int64, device="meta") if format == "bitmask" else None
+        scale = zero = None
+        if grid is not None:
+            scale = torch.empty(scales_shape(shape, grid), dtype=torch.int16, device="meta")
+            zero = None if grid.symmetric else torch.empty(scales_shape(shape, grid), dtype=torch.uint8, device="meta")
+        packed = Packed(format, shape, values, dtype, survivors, mask, grid=grid, scale_PG4=scale, zero_PG4=zero)
+        return cls(packed, torch.empty(shape[0], dtype=dtype, device="meta") if bias else None, transposed)
 
     def packed(self) -> Packed:
         """The stored matrix, checked. Raises PackError."""
         mask: Any = self.weight_mask
-        return read_bitmask(self.weight, mask, (self.out_features, self.in_features))
+        scale: Any = self.weight_scale
+        zero: Any = self.weight_zero
+        if self.grid is None:
+            return read_bitmask(self.weight, mask, self.shape)
+        return read_integers(self.weight, mask, scale, zero, self.shape, self.grid, self.dtype)
 
     def dense(self) -> nn.Module:
         """The dense layer that it replaces, with the same weights bit for bit."""
@@ -93,27 +119,28 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def _multiply(layers: "list[PackedLinear]", x: Tensor) -> list[Tensor]:
-        values, masks, biases = [], [], []
-        shapes: list[int] = []
+        parts: list[Tensor | None] = []
+        layouts: list[int] = []
         for layer in layers:
             # attribute access of a module costs more than the rest of this loop
-            values.append(layer._parameters["weight"])
-            masks.append(layer._buffers["weight_mask"])
-            biases.append(layer._parameters["bias"])
-            shapes += layer.shape
-        flat: Any = multiply(x, values, masks, biases, shapes)  # type: ignore[arg-type]
+            own, buffers = layer._parameters, layer._buffers
+            parts += (
+                own["weight"], buffers["weight_mask"], buffers["weight_scale"], buffers["weight_zero"], own["bias"],
+            )  # fmt: skip
+            layouts += layer.layout
+        flat: Any = multiply(x, parts, layouts)
         outer = x.shape[:-1]
         if len(layers) == 1:
-            return [flat.view(*outer, shapes[0])]
+            return [flat.view(*outer, layouts[0])]
         tokens = outer.numel()
-        parts = flat.split([tokens * outputs for outputs in shapes[::2]])
-        return [part.view(*outer, outputs) for part, outputs in zip(parts, shapes[::2], strict=True)]
+        pieces = flat.split([tokens * layer.shape[0] for layer in layers])
+        return [piece.view(*outer, layer.shape[0]) for piece, layer in zip(pieces, layers, strict=True)]
 
     def extra_repr(self) -> str:
-        kept = (self.weight.numel() - PADDING) / (self.out_features * self.in_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, format=bitmask"
-        )
+        sparsity = 1 - self.survivors / (self.out_features * self.in_features)
+        kept = "" if self.format == "dense" else f"sparsity={sparsity:.3f}, "
+        grid = "" if self.grid is None else f", grid={self.grid}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kept}format={self.format}{grid}"
 
 
 class SharedInput:
@@ -155,13 +182,17 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not ours_is_faster(self.weight, x, self.bias):
             return nn.functional.linear(x, self.weight, self.bias)
-        flat = multiply(x, [self.weight], [None], [self.bias], [self.out_features, self.in_features])
+        parts = (self.weight, None, None, None, self.bias)
+        flat = multiply(x, parts, layout_of((self.out_features, self.in_features), None))
         return flat.view(*x.shape[:-1], self.out_features)
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The format chosen for one layer. reason: why this one. nbytes, dense_nbytes: as stored, without bias."""
+    """The format chosen for one layer. reason: why this one. nbytes: as stored; dense_nbytes: of the plain matrix; without bias.
+
+    grid: of a layer that is stored as integers; `format` is then theirs. A layer that stays as it is is dense without a grid.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -170,26 +201,43 @@ class LayerChoice:
     nbytes: int
     dense_nbytes: int
     reason: str
+    grid: Grid | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True if the layer stays as it is."""
+        return self.format == "dense" and self.grid is None
 
     @property
     def sparsity(self) -> float:
         return 1 - self.survivors / max(1, self.shape[0] * self.shape[1])
 
     def but(self, why: str | None) -> "LayerChoice":
-        """The layer as dense for that reason; itself if there is none, or where it is dense already."""
-        if not why or self.format == "dense":
+        """The layer as it is for that reason; itself if there is none, or where it stays as it is already."""
+        if not why or self.plain:
             return self
-        return replace(self, format="dense", nbytes=self.dense_nbytes, reason=why)
+        return replace(self, format="dense", nbytes=self.dense_nbytes, reason=why, grid=None)
 
 
-def choose(name: str, weight_OI: Tensor, profile: Any = None) -> LayerChoice:
-    """bitmask where it is smaller and, on the profile's machine, not slower for one token; else dense, with the reason."""
+# The sparsity from which a bitmask of integers is at least as fast for one token as all integers, by (numbers, isa), as measured
+# (docs/log.md); where a pair is missing it never is.
+BITMASK_FROM: dict[tuple[str, str], float] = {("int8", "avx512"): 0.4}
+
+
+def choose(name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | None = None) -> LayerChoice:
+    """bitmask where it is smaller and, on the profile's machine, not slower for one token; else dense, with the reason.
+
+    scales: of a layer on a grid, which is stored as integers, whichever is smaller of both formats and not slower. Raises PackError
+    for a weight that is not on the grid.
+    """
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     dense_nbytes = weight_OI.numel() * weight_OI.element_size()
     if weight_OI.dtype not in DTYPES:
         survivors = int(torch.count_nonzero(weight_OI))
         reason = f"no kernel for {str(weight_OI.dtype).removeprefix('torch.')}"
         return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
+    if scales is not None:
+        return _choose_integers(name, weight_OI, profile, scales)
     survivors = count_stored(weight_OI)
     nbytes = bitmask_nbytes(shape, survivors, weight_OI.dtype)
     sparsity = 1 - survivors / max(1, weight_OI.numel())
@@ -209,6 +257,43 @@ def choose(name: str, weight_OI: Tensor, profile: Any = None) -> LayerChoice:
     )
 
 
+def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales) -> LayerChoice:
+    if off := scales.off(weight_OI):
+        raise PackError(f"{name}: {off}; quantize the layer again, or leave its scales out")
+    grid, shape = scales.grid, (weight_OI.shape[0], weight_OI.shape[1])
+    dense_nbytes = weight_OI.numel() * weight_OI.element_size()
+    numbers, isa = f"int{grid.bits}", next(k.isa for k in kernels() if k.dtype == f"int{grid.bits}" and not k.lacks)
+    kept = weight_OI != 0
+    survivors = int(torch.count_nonzero(kept))
+    sparsity = 1 - survivors / max(1, weight_OI.numel())
+    of_all = packed_nbytes(shape, None, weight_OI.dtype, grid)
+    of_some = of_all - packed_length(shape, grid) + masked_length(kept, grid) + 8 * math.prod(mask_shape(shape))
+    if min(of_all, of_some) >= dense_nbytes:
+        reason = f"on {grid} it would take {min(of_all, of_some)} bytes of {dense_nbytes}"
+        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
+
+    def chosen(format: str, nbytes: int, why: str) -> LayerChoice:
+        reason = f"{grid}, {nbytes / dense_nbytes:.2f}x the bytes; {sparsity:.1%} zeros{why}"
+        return LayerChoice(name, shape, format, survivors, nbytes, dense_nbytes, reason, grid)
+
+    if of_some >= of_all:
+        return chosen("dense", of_all, f" would take {of_some / of_all:.2f}x the bytes of all integers")
+    speedup = None if profile is None else profile.speedup(numbers, sparsity, tokens=1)
+    if speedup is not None:
+        where = f"{speedup:.2f}x as fast as all integers on {profile.name}"
+        if speedup < 1:
+            return chosen("dense", of_all, f" are {where}")
+        return chosen("bitmask", of_some, f" left out, {where}")
+    least = BITMASK_FROM.get((numbers, isa))
+    if least is None:
+        return chosen("dense", of_all, f" left out would be slower than all integers with {isa} kernels")
+    if sparsity < least:
+        return chosen(
+            "dense", of_all, f" left out would be slower than all integers below {least:.0%} with {isa} kernels"
+        )
+    return chosen("bitmask", of_some, " left out")
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """(name, module, transposed) of the layers that can be packed: Linear, and GPT-2's Conv1D, which stores W'."""
     for name, module in model.named_modules():
@@ -219,13 +304,18 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def group_shared_inputs(model: nn.Module) -> None:
-    """Let q, k and v, or gate and up, share a call, if they are packed with one dtype and number of inputs."""
+    """Let those of q, k and v, or of gate and up, that one kernel can multiply share a call."""
     for parent in model.modules():
         for names in SHARED_INPUT:
-            found = [m for n in names if isinstance(m := parent._modules.get(n), PackedLinear)]
-            alike = {(m.in_features, m.weight.dtype) for m in found}
-            if len(found) > 1 and len(alike) == 1:
-                SharedInput(found)
+            alike: dict[Any, list[PackedLinear]] = {}
+            for name in names:
+                found = parent._modules.get(name)
+                if isinstance(found, PackedLinear):
+                    kind = (found.in_features, found.weight.dtype, found.format, found.grid and found.grid.bits)
+                    alike.setdefault(kind, []).append(found)
+            for layers in alike.values():
+                if len(layers) > 1:
+                    SharedInput(layers)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
