@@ -12,7 +12,8 @@ from secateurs.cli.output import console, on_cpu, print_json, progress_bars
 
 def pack(
     model: Annotated[
-        str, typer.Argument(help="A run directory, a model folder with zeros, or a hub id.", show_default=False)
+        str,
+        typer.Argument(help="A run directory, a model folder with zeros or on grids, or a hub id.", show_default=False),
     ],
     out: Annotated[
         Path | None, option(OUTPUT, "The folder to make. Default: the folder packed in a run directory.")
@@ -28,7 +29,7 @@ def pack(
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Store a pruned model without its zeros, for the sparse kernels; or turn it back.
+    """Store a pruned model without its zeros, and a quantized one in its bits, for our kernels; or turn it back.
 
     Example: secateurs pack runs/half
     """

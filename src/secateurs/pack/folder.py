@@ -1,4 +1,4 @@
-"""The pack stage: a folder with zeros -> a folder whose zeros take no space, and back.
+"""The pack stage: a folder with zeros or on grids -> a folder whose zeros take no space and whose integers are packed, and back.
 
 Tensors go through one at a time. Every shard is renamed into place and noted in pack.json; config.json comes last, so a
 folder that was cut off does not load, and the same command goes on where it stopped.
@@ -20,8 +20,10 @@ from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
+from secateurs.model.scales import FILE, read_scales, write_scales
 from secateurs.model.shards import shard_name, write_index, write_shard
-from secateurs.model.unpacked import plain_reader
+from secateurs.model.unpacked import PARTS, packed_scales, packed_tensors, plain_reader
+from secateurs.pack.on_grids import check
 
 # dense bytes that are read for one shard
 SHARD_BYTES = 1 << 29
@@ -32,11 +34,13 @@ def pack(
 ) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
-    Each Linear (and Conv1D) takes the format of packed_linear.choose(); all other tensors are copied as they are. Negative zeros,
-    which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops them. Raises
-    CheckpointError for a source that cannot be read, OutputError for a place that cannot be written.
+    Each Linear (and Conv1D) takes the format of packed_linear.choose(), integers where the source has its scales; all other tensors
+    are copied as they are, and what scales they have. Negative zeros, which weight * mask leaves behind, are kept as weights, for a
+    dense export has every bit; merge_zeros drops them. Integers have none. Raises CheckpointError for a source that cannot be read,
+    PackError for a weight that is not on its grid, OutputError for a place that cannot be written.
     """
     checkpoint = Checkpoint(source)
+    scales = read_scales(checkpoint.folder / FILE)
     skeleton = checkpoint.skeleton()
     modules = {f"{name}.weight": (name, transposed) for name, _, transposed in linears(skeleton)}
     uses: dict[int, int] = {}
@@ -56,47 +60,64 @@ def pack(
         "merge_zeros": merge_zeros,
     }
 
-    def followed(key: str) -> bool:
-        """Whether a mask beside that tensor gets the name of one beside the parameter."""
-        mask = f"{checkpoint.target_of[key]}_mask"
-        return checkpoint.renamed(f"{key}_mask", {mask: True}) == (mask, None)
+    def followed(key: str, parts: tuple[str, ...]) -> bool:
+        """Whether what lies beside that tensor gets the names of what lies beside the parameter."""
+        target = checkpoint.target_of[key]
+        return all(checkpoint.renamed(key + part, {target + part: True}) == (target + part, None) for part in parts)
 
     def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         name, transposed = layer_of.get(key, (None, False))
         if name is None:
             return {key: tensor}, None
         weight_OI = tensor.T.contiguous() if transposed else tensor
+        grid = scales.get(name)
+        if grid is not None:
+            check(name, grid, weight_OI)
         negative_zeros = int(((weight_OI == 0) & weight_OI.signbit()).sum())
-        if merge_zeros and negative_zeros:
+        if (merge_zeros or grid is not None) and negative_zeros:
             weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
             tensor = weight_OI.T.contiguous() if transposed else weight_OI
         stays = (
             READ
             if name in read
             else None
-            if followed(key)
+            if followed(key, PARTS if grid else ("_mask",))
             else "transformers would not find its mask by its stored name"
         )
-        choice = choose(name, weight_OI, profile).but(stays)
-        record = {**_record(choice), "transposed": transposed, "negative_zeros": 0 if merge_zeros else negative_zeros}
-        if choice.format == "dense":
+        choice = choose(name, weight_OI, profile, grid).but(stays)
+        record = {
+            **_record(choice),
+            "transposed": transposed,
+            "negative_zeros": 0 if merge_zeros or grid is not None else negative_zeros,
+        }
+        if choice.plain:
             return {key: tensor}, record
-        packed = formats.pack(weight_OI)
-        assert packed.mask_PJ4 is not None
+        packed = formats.pack(weight_OI, choice.format, grid if choice.grid else None)
+        record["nbytes"] = packed.nbytes
+        if choice.grid:
+            record |= {"dtype": str(weight_OI.dtype).removeprefix("torch."), "length": packed.values.numel()}
         if not torch.equal(_bits(formats.unpack(packed)), _bits(weight_OI)):
             raise PackError(
                 f"{name}: unpacking does not give the weights back; this is a bug, keep the model and report it"
             )
-        return {key: packed.values, f"{key}_mask": packed.mask_PJ4}, record
+        return packed_tensors(key, packed), record
 
     notes = _rewrite(checkpoint, out, settings, convert, progress)
     records = [r for shard in notes["shards"].values() for r in shard]
     config = dict(checkpoint.raw_config)
+    stored = [r for r in records if r["format"] != "dense" or r["grid"]]
     layers = {
-        r["name"]: {"format": r["format"], "survivors": r["survivors"], "transposed": r["transposed"]}
-        for r in records
-        if r["format"] != "dense"
+        r["name"]: {
+            **{key: r[key] for key in ("format", "survivors", "transposed")},
+            **({key: r[key] for key in ("grid", "dtype", "length")} if r["grid"] else {}),
+        }
+        for r in stored
     }
+    # of layers that are stored as plain weights
+    rest = {name: found for name, found in scales.items() if not layers.get(name, {}).get("grid")}
+    (out / FILE).unlink(missing_ok=True)
+    if rest:
+        write_scales(out / FILE, rest)
     if layers:
         config["quantization_config"] = {
             "quant_method": "secateurs",
@@ -116,8 +137,8 @@ def pack(
             "layers_dense": len(records) - len(layers),
             "nbytes": sum(r["nbytes"] for r in records),
             "dense_nbytes": sum(r["dense_nbytes"] for r in records),
-            "packed_layers_nbytes": sum(r["nbytes"] for r in records if r["format"] != "dense"),
-            "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in records if r["format"] != "dense"),
+            "packed_layers_nbytes": sum(r["nbytes"] for r in stored),
+            "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in stored),
             "negative_zeros": sum(r["negative_zeros"] for r in records),
             "folder_nbytes": _weights_nbytes(out),
             "source_folder_nbytes": checkpoint.nbytes,
@@ -166,15 +187,20 @@ def pack_run(
 
 
 def unpack(source: str | Path, out: Path, progress: Progress = silent) -> dict[str, Any]:
-    """The inverse of pack(): a plain folder, every weight bit for bit. Raises as pack() does, and for damaged tensors."""
+    """The inverse of pack(): a plain folder and its scales, every weight bit for bit. Raises as pack() does, and for damaged
+    tensors.
+    """
     checkpoint = Checkpoint(source, packed=True)
     plain = plain_reader(checkpoint)
+    scales = packed_scales(checkpoint)
 
     def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        is_mask = key.endswith("_mask") and key.removesuffix("_mask") in checkpoint.file_of
-        return {} if is_mask else {key: plain(key)}, None
+        beside = any(key.endswith(part) and key.removesuffix(part) in checkpoint.file_of for part in PARTS)
+        return {} if beside else {key: plain(key)}, None
 
     _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
+    if scales:
+        write_scales(out / FILE, scales)
     config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
     (out / "pack.json").unlink(missing_ok=True)
     (out / "README.md").unlink(missing_ok=True)
@@ -248,8 +274,8 @@ def shards_of(checkpoint: Checkpoint) -> list[list[str]]:
 def _record(choice: LayerChoice) -> dict[str, Any]:
     return {
         "name": choice.name, "shape": list(choice.shape), "sparsity": choice.sparsity, "format": choice.format,
-        "survivors": choice.survivors, "nbytes": choice.nbytes, "dense_nbytes": choice.dense_nbytes,
-        "reason": choice.reason,
+        "grid": str(choice.grid) if choice.grid else None, "survivors": choice.survivors, "nbytes": choice.nbytes,
+        "dense_nbytes": choice.dense_nbytes, "reason": choice.reason,
     }  # fmt: skip
 
 
@@ -266,7 +292,7 @@ def _card(result: dict[str, Any]) -> str:
     ratio = totals["packed_layers_nbytes"] / max(1, totals["packed_layers_dense_nbytes"])
     return "\n".join((
         "---", "library_name: transformers", "tags: [pruning, sparsity, secateurs]", "---", "", "# A packed model", "",
-        f"{totals['layers_packed']} layers are stored without their zeros, in {ratio:.3f}x the bytes; "
+        f"{totals['layers_packed']} layers are packed, in {ratio:.3f}x the bytes; "
         f"{totals['layers_dense']} layers are dense. The folder has {totals['folder_nbytes']:,} bytes of weights, the one that "
         f"it was made from {totals['source_folder_nbytes']:,}.", "",
         "It needs secateurs, which registers the format with transformers:", "", "```python", "import secateurs",

@@ -58,14 +58,19 @@ class OnGrids:
         tensor = self.checkpoint.read([key])[key]
         name = self.layer_of.get(key)
         if name is not None:
-            off = self.scales[name].off(tensor.T if name in self.transposed else tensor)
-            if off:
-                raise PackError(f"{name}: {off}; {FILE} belongs to other weights: prune again, or use --to dense")
+            check(name, self.scales[name], tensor.T if name in self.transposed else tensor)
         return tensor
 
     def linears(self) -> Iterator[str]:
         """The names of all Linear layers."""
         return (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+
+
+def check(name: str, scales: Scales, weight_OI: Tensor) -> None:
+    """Raises PackError for a layer's weight that is not on its grid."""
+    off = scales.off(weight_OI)
+    if off:
+        raise PackError(f"{name}: {off}; {FILE} belongs to other weights: prune again, or take it away")
 
 
 def exactly(scale_OG: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -12,15 +12,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
-from secateurs.kernels.formats import VERSION
+from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense, put
+from secateurs.matrix.grids import Grid, parse
 
 METHOD = "secateurs"
 
 
 @register_quantization_config(METHOD)
 class SecateursConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """quantization_config of a packed folder. layers: module name -> {format, survivors, transposed}."""
+    """quantization_config of a packed folder. layers: module name -> {format, survivors, transposed}, and of integers {grid, dtype,
+    length}."""
 
     def __init__(
         self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = VERSION, **_: Any
@@ -28,9 +30,10 @@ class SecateursConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.format_version = format_version
         self.layers = layers or {}
-        if format_version != VERSION:
+        if format_version not in VERSIONS:
             raise CheckpointError(
-                f"this folder is packed in format version {format_version}, this secateurs reads version {VERSION}: "
+                f"this folder is packed in format version {format_version}, this secateurs reads versions "
+                f"{', '.join(map(str, VERSIONS))}: "
                 "use the release that wrote it, or its `secateurs pack --dense`"
             )
 
@@ -44,24 +47,19 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
         for name, layer in layers.items():
-            if layer.get("format") != "bitmask":
-                raise CheckpointError(
-                    f"{name} is packed as {layer.get('format')!r}, which this secateurs does not know"
-                )
+            grid, kind = _grid(name, layer), layer.get("format")
+            if kind not in FORMATS or (kind == "dense" and grid is None):
+                raise CheckpointError(f"{name} is packed as {kind!r}, which this secateurs does not know")
             found = self._find(model, name)
             if found is None:
                 continue
-            survivors = layer.get("survivors")
-            if type(survivors) is not int or survivors < 0:
-                raise CheckpointError(
-                    f"config.json: {name} has survivors {survivors!r}, which is no count; pack it again"
-                )
+            survivors, length = _count(name, layer, "survivors"), _count(name, layer, "length") if grid else None
             transposed = bool(layer.get("transposed"))
             module = model.get_submodule(found)
             shape = tuple(module.weight.shape)
             packed = PackedLinear.empty(
                 (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
-                survivors, module.weight.dtype, module.bias is not None, transposed,
+                survivors, module.weight.dtype, module.bias is not None, transposed, str(kind), grid, length,
             )  # fmt: skip
             put(model, found, packed)
             # some classes initialize by a module's name, or all in a module that has no weights of its own, and would take the
@@ -111,6 +109,20 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _grid(name: str, layer: dict[str, Any]) -> Grid | None:
+    try:
+        return parse(layer["grid"]) if layer.get("grid") else None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: {name}: {error}; pack it again") from None
+
+
+def _count(name: str, layer: dict[str, Any], what: str) -> int:
+    found = layer.get(what)
+    if type(found) is not int or found < 0:
+        raise CheckpointError(f"config.json: {name} has {what} {found!r}, which is no count; pack it again")
+    return found
 
 
 def _holds(module: nn.Module) -> bool:

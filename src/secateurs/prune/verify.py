@@ -9,12 +9,14 @@ import torch
 
 from secateurs.base.errors import CheckpointError, VerifyError
 from secateurs.base.progress import Progress, silent
+from secateurs.matrix.grids import tensors_of
 from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.discover import STEPPED, assume, layout_of
 from secateurs.model.layers import Layer
+from secateurs.model.scales import FILE, read_scales
 from secateurs.model.shards import checksum
-from secateurs.model.unpacked import plain_reader
+from secateurs.model.unpacked import packed_scales, plain_reader
 from secateurs.model.walk import layers_at
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
@@ -102,12 +104,22 @@ def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
 
 
 def _check_packed(folder: Path, result: Checkpoint) -> None:
-    """Check that the packed model has the pruned one's weights, bit for bit but for the sign of zeros."""
-    plain = plain_reader(Checkpoint(folder, packed=True))
+    """Check that the packed model has the pruned one's weights, bit for bit but for the sign of zeros, and its scales."""
+    packed = Checkpoint(folder, packed=True)
+    plain = plain_reader(packed)
     for name in result.file_of:
         before, after = result.read([name])[name], plain(name)
         if before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after):
             raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
+    (wanted, grids), (found, others) = map(tensors_of, (read_scales(result.folder / FILE), packed_scales(packed)))
+    wrong = [name for name in wanted.keys() | found.keys() if not _same(wanted.get(name), found.get(name))]
+    if wrong or grids != others:
+        name = min(wrong) if wrong else min(n for n in grids if grids[n] != others.get(n))
+        raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str]:

@@ -152,15 +152,22 @@ def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
             *rows,
             {"model": "shipped", "part": "weights, zeros included", "nbytes": report["bytes"]["pruned"]},
         ]
-    held = [r for r in packed["layers"] if r["format"] != "dense"]
-    itemsize = [r["dense_nbytes"] // (r["shape"][0] * r["shape"][1]) for r in held]
-    survivors = sum(r["survivors"] * size for r, size in zip(held, itemsize, strict=True))
-    padding = sum(32 * size for size in itemsize)
-    beside = sum(r["nbytes"] for r in held) - survivors - padding
-    rest = report["bytes"]["packed"] - survivors - padding - beside
-    parts = {
-        "kept weights": survivors, "positions (a bit a weight)": beside, "padding": padding, "rest, dense": rest
-    }  # fmt: skip
+    # of a run that an older version packed, layers have no grid
+    held = [r for r in packed["layers"] if r["format"] != "dense" or r.get("grid")]
+    parts = {"kept weights": 0, "positions (a bit a weight)": 0, "scales": 0, "padding": 0}
+    for r in held:
+        rows_of, inputs = r["shape"]
+        size = r["dense_nbytes"] // (rows_of * inputs)
+        positions = 32 * -(-rows_of // 4) * -(-inputs // 64) if r["format"] == "bitmask" else 0
+        padding = 64 if r.get("grid") else 32 * size
+        kept = r["length"] - padding if r.get("grid") else r["survivors"] * size
+        parts["kept weights"] += kept
+        parts["positions (a bit a weight)"] += positions
+        parts["padding"] += padding
+        parts["scales"] += r["nbytes"] - kept - positions - padding
+    parts["rest, dense"] = report["bytes"]["packed"] - sum(parts.values())
+    if not parts["scales"]:
+        del parts["scales"]
     return rows + [{"model": "shipped", "part": part, "nbytes": n} for part, n in parts.items()]
 
 
@@ -187,7 +194,7 @@ def _left_dense(report: dict[str, Any]) -> list[dict[str, Any]]:
         if r["skipped"]:
             found.setdefault(("not pruned", r["skipped"]), []).append(r["name"])
     for r in (report.get("packed") or {}).get("layers", []):
-        if r["format"] == "dense":
+        if r["format"] == "dense" and not r.get("grid"):
             # reasons differ in a layer's own sparsity; the first of each kind stands for all
             kind = re.sub(r"\d+(\.\d+)?%", "%", r["reason"])
             found.setdefault(("stored densely", kind), []).append(r["name"])

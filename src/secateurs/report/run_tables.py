@@ -255,7 +255,7 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
         f"{megabytes(totals['packed_layers_dense_nbytes'])} ({ratio:.3f}x); whole folder {megabytes(totals['folder_nbytes'])} "
         f"instead of {megabytes(totals['source_folder_nbytes'])}."
     )
-    dense = [r for r in result["layers"] if r["format"] == "dense"]
+    dense = [r for r in result["layers"] if r["format"] == "dense" and not r["grid"]]
     if dense:
         reasons = list(dict.fromkeys(r["reason"] for r in dense))
         console.print(f"[yellow]Dense: {_layers(len(dense))}[/], first {dense[0]['name']}: {escape(reasons[0])}.")
