@@ -155,6 +155,16 @@ def test_bytes_of_a_packed_file_by_what_they_hold():
     found = page._parts({"bytes": {"dense": 4000, "packed": 2000}, "packed": {"layers": layers}})
     parts = {part["part"]: part["nbytes"] for part in found if part["model"] == "shipped"}
     assert parts == {"kept weights": 512, "positions (a bit a weight)": 64, "padding": 64, "rest, dense": 1360}
+    # 4 bits in groups of 32: 256 bytes of all integers or 130 of 256 survivors, 64 behind them, 2 x 2 x 8 of scales
+    on = {"shape": [8, 64], "dense_nbytes": 1024, "grid": "int4/32"}
+    integers = [
+        {**on, "format": "dense", "survivors": 512, "length": 320, "nbytes": 352},
+        {**on, "format": "bitmask", "survivors": 256, "length": 194, "nbytes": 290},
+    ]
+    held = page._parts({"bytes": {"dense": 4000, "packed": 2000}, "packed": {"layers": integers}})
+    assert {part["part"]: part["nbytes"] for part in held[1:]} == {
+        "kept weights": 386, "positions (a bit a weight)": 64, "scales": 64, "padding": 128, "rest, dense": 1358,
+    }  # fmt: skip
     screen = SimpleNamespace(seconds="", points=[])
     model = {"name": "0.5", "timed": None, "parts": found, "layers": []}
     chart = page._charts(
