@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateurs.matrix.grids import Scales, parse
-from secateurs.model.scales import FILE, write_scales
+from secateurs.model.scales import SCALES_FILE, write_scales
 
 
 def nearest(weight_OI, grid):
@@ -37,5 +37,5 @@ def on_grid(folder, text, others=None, skip="lm_head"):
     for file in folder.glob("model*"):
         file.unlink()
     model.save_pretrained(folder)
-    write_scales(folder / FILE, scales)
+    write_scales(folder / SCALES_FILE, scales)
     return folder

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 from secateurs import cli
 from secateurs.base.errors import CheckpointError, OutputError, PackError, PlanError
 from secateurs.matrix.grids import Grid, Scales
-from secateurs.model.scales import FILE, read_scales
+from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.pack import export as stage
 from secateurs.pack import folder, to_compressed_tensors, to_gguf
 from secateurs.pack.export import export
@@ -81,11 +81,11 @@ def test_packing_is_that_of_the_library(bits):
 )
 def test_transformers_loads_compressed_tensors_bit_for_bit(tmp_path, made, text, dtype):
     plain = made(text, dtype=dtype)
-    assert all((scales.scale_OG < 0).any() for scales in read_scales(plain / FILE).values())
+    assert all((scales.scale_OG < 0).any() for scales in read_scales(plain / SCALES_FILE).values())
     result = export(plain, "compressed-tensors", tmp_path / "out")
     assert len(result["layers"]) == 21
     assert not result["left"]
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / SCALES_FILE).exists()
     assert "model.layers.0.mlp.up_proj.weight" not in load_all(tmp_path / "out")
     wanted, got = (AutoModelForCausalLM.from_pretrained(f) for f in (plain, tmp_path / "out"))
     assert torch.equal(logits(got), logits(wanted))
@@ -181,7 +181,7 @@ def test_a_wider_group_is_blocks_of_one_scale_and_bf16_rounds_as_in_the_folder(t
     got = torch.from_numpy(gguf.dequantize(read[name].data, read[name].tensor_type).copy())
     want = load_all(plain)[f"{layer}.weight"]
     assert torch.equal(got.bfloat16(), want)
-    assert torch.equal(got, read_scales(plain / FILE)[layer].rounded(want))
+    assert torch.equal(got, read_scales(plain / SCALES_FILE)[layer].rounded(want))
     # vectors are fp32, other matrices what they were
     assert read["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     assert read["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
@@ -190,7 +190,7 @@ def test_a_wider_group_is_blocks_of_one_scale_and_bf16_rounds_as_in_the_folder(t
 def test_scales_that_fp16_does_not_hold_are_refused(tmp_path, made):
     plain = made("int8/32", dtype=torch.bfloat16)
     tensors = load_all(plain)
-    scales = read_scales(plain / FILE)
+    scales = read_scales(plain / SCALES_FILE)
     name = "model.layers.0.mlp.up_proj"
     # 2^-20 * 1.0078125 has seven bits more than fp16 has there
     small = Scales(scales[name].grid, torch.full_like(scales[name].scale_OG, 1.0078125 * 2**-20))
@@ -204,7 +204,7 @@ def test_scales_that_fp16_does_not_hold_are_refused(tmp_path, made):
 def stage_scales(place, scales):
     from secateurs.model.scales import write_scales
 
-    write_scales(place / FILE, scales)
+    write_scales(place / SCALES_FILE, scales)
 
 
 def test_rows_that_are_no_whole_blocks_stay_plain_and_are_named(tmp_path):
@@ -380,7 +380,7 @@ def test_onnxruntime_gives_the_same(tmp_path):
     int8, uint4, int4 = onnx.TensorProto.INT8, onnx.TensorProto.UINT4, onnx.TensorProto.INT4
     assert sorted(t.data_type for t in integers.values()) == sorted([int8, *[uint4] * 3, *[int4] * 3])
     weights = load_all(plain)
-    for name, scales in read_scales(plain / FILE).items():
+    for name, scales in read_scales(plain / SCALES_FILE).items():
         weight_OI = weights[f"{name}.weight"]
         want_OI = scales.integers(weight_OI).int()
         want_OI += 0 if scales.zero_OG is None else scales.grid.spread(scales.zero_OG.int(), weight_OI.shape[1])
@@ -412,7 +412,7 @@ def test_onnx_of_other_kinds_of_models_is_refused(tmp_path):
 def test_dense_is_the_folder_without_its_scales(tmp_path, made):
     plain = made("int3/row", dtype=torch.bfloat16)
     export(plain, "dense", tmp_path / "out")
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / SCALES_FILE).exists()
     assert same(*(AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "out", plain)))
 
 
@@ -438,7 +438,7 @@ def test_scales_of_other_weights_are_noticed_and_nothing_is_left(tmp_path, made,
 
 def test_a_fused_layer_is_refused(tmp_path, made):
     plain = made("int8/row", "mixtral", skip="experts")
-    scales = read_scales(plain / FILE)
+    scales = read_scales(plain / SCALES_FILE)
     some = next(iter(scales.values()))
     stage_scales(plain, {"model.layers.0.mlp.experts.gate_up_proj.0": some})
     with pytest.raises(PackError, match="experts.gate_up_proj.0 .* larger tensor"):

@@ -15,7 +15,7 @@ from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import PackedLinear
 from secateurs.matrix.grids import Scales, tensors_of
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.scales import FILE, read_scales, write_scales
+from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.pack import folder as stage
 from secateurs.prune.verify import _check_packed
 
@@ -37,7 +37,7 @@ def bits(folder):
     """The bits of all weights of a folder, and its scales."""
     checkpoint = Checkpoint(folder)
     tensors = checkpoint.read(checkpoint.file_of)
-    scales, grids = tensors_of(read_scales(folder / FILE))
+    scales, grids = tensors_of(read_scales(folder / SCALES_FILE))
     return {name: t.contiguous().view(torch.uint8) for name, t in (tensors | scales).items()}, grids
 
 
@@ -58,12 +58,12 @@ def test_there_and_back_bit_for_bit_with_the_scales(tmp_path, made, text, model_
     monkeypatch.setattr(stage, "choose", lambda *given: replace(c, format=kind) if (c := choose(*given)).grid else c)
     plain, result, packed = made(text, model_type, skip="head")
     assert {r["format"] for r in result["layers"] if r["grid"]} == {kind}
-    assert result["totals"]["layers_packed"] == len(read_scales(plain / FILE))
+    assert result["totals"]["layers_packed"] == len(read_scales(plain / SCALES_FILE))
     assert {r["grid"] for r in result["layers"]} - {None} == {text}
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 2
     # all scales are in the packed layers
-    assert not (packed / FILE).exists()
+    assert not (packed / SCALES_FILE).exists()
     stage.unpack(packed, tmp_path / "back")
     same(bits(tmp_path / "back"), bits(plain))
 
@@ -105,7 +105,7 @@ def test_scales_of_layers_that_stay_plain_are_kept_beside_them(tmp_path, monkeyp
     result = stage.pack(plain, tmp_path / "packed")
     (record,) = [r for r in result["layers"] if r["name"] == UP]
     assert (record["format"], record["grid"]) == ("dense", None)
-    assert list(read_scales(tmp_path / "packed" / FILE)) == [UP]
+    assert list(read_scales(tmp_path / "packed" / SCALES_FILE)) == [UP]
     stage.unpack(tmp_path / "packed", tmp_path / "back")
     same(bits(tmp_path / "back"), bits(plain))
 
@@ -115,7 +115,7 @@ def test_a_weight_that_is_not_on_its_grid_is_named(tmp_path):
     tensors = load_file(plain / "model.safetensors")
     tensors[f"{UP}.weight"][7, 9] += 1e-3
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PackError, match=rf"{UP}: 1 of 2048 .*row 7, input 9.*{FILE} belongs to other weights"):
+    with pytest.raises(PackError, match=rf"{UP}: 1 of 2048 .*row 7, input 9.*{SCALES_FILE} belongs to other weights"):
         stage.pack(plain, tmp_path / "packed")
 
 
@@ -195,13 +195,13 @@ def test_verify_compares_weights_and_scales(made):
     plain, _, packed = made("int4/32")
     result = Checkpoint(plain)
     _check_packed(packed, result)
-    scales = read_scales(plain / FILE)
+    scales = read_scales(plain / SCALES_FILE)
     # the weight of a group of zeros says nothing of its scale
     changed = Scales(scales[UP].grid, scales[UP].scale_OG * 2)
-    write_scales(plain / FILE, {**scales, UP: changed})
+    write_scales(plain / SCALES_FILE, {**scales, UP: changed})
     with pytest.raises(VerifyError, match=f"{UP}.scale in .* is not what"):
         _check_packed(packed, result)
-    write_scales(plain / FILE, {name: s for name, s in scales.items() if name != UP})
+    write_scales(plain / SCALES_FILE, {name: s for name, s in scales.items() if name != UP})
     with pytest.raises(VerifyError, match=f"{UP}.scale"):
         _check_packed(packed, result)
 

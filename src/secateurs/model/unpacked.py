@@ -12,7 +12,7 @@ from secateurs.kernels.formats import Packed
 from secateurs.kernels.packed_linear import linears
 from secateurs.matrix.grids import Scales, parse
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.scales import FILE, read_scales
+from secateurs.model.scales import SCALES_FILE, read_scales
 
 # what may lie beside a packed weight, by the end of its name
 PARTS = ("_mask", "_scale", "_zero")
@@ -45,7 +45,7 @@ def plain_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
 def packed_scales(checkpoint: Checkpoint) -> dict[str, Scales]:
     """The scales of a packed folder's layers on grids, of integers and of plain weights. Raises as plain_reader() does."""
     packed = _packed_reader(checkpoint)
-    found = read_scales(checkpoint.folder / FILE)
+    found = read_scales(checkpoint.folder / SCALES_FILE)
     for key, target in checkpoint.target_of.items():
         if f"{key}_scale" in checkpoint.file_of:
             matrix = packed(key)

@@ -20,7 +20,7 @@ from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
-from secateurs.model.scales import FILE, read_scales, write_scales
+from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.model.shards import shard_name, write_index, write_shard
 from secateurs.model.unpacked import PARTS, packed_scales, packed_tensors, plain_reader
 from secateurs.pack.on_grids import check
@@ -40,7 +40,7 @@ def pack(
     PackError for a weight that is not on its grid, OutputError for a place that cannot be written.
     """
     checkpoint = Checkpoint(source)
-    scales = read_scales(checkpoint.folder / FILE)
+    scales = read_scales(checkpoint.folder / SCALES_FILE)
     skeleton = checkpoint.skeleton()
     modules = {f"{name}.weight": (name, transposed) for name, _, transposed in linears(skeleton)}
     uses: dict[int, int] = {}
@@ -115,9 +115,9 @@ def pack(
     }
     # of layers that are stored as plain weights
     rest = {name: found for name, found in scales.items() if not layers.get(name, {}).get("grid")}
-    (out / FILE).unlink(missing_ok=True)
+    (out / SCALES_FILE).unlink(missing_ok=True)
     if rest:
-        write_scales(out / FILE, rest)
+        write_scales(out / SCALES_FILE, rest)
     if layers:
         config["quantization_config"] = {
             "quant_method": "secateurs",
@@ -200,7 +200,7 @@ def unpack(source: str | Path, out: Path, progress: Progress = silent) -> dict[s
 
     _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
     if scales:
-        write_scales(out / FILE, scales)
+        write_scales(out / SCALES_FILE, scales)
     config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
     (out / "pack.json").unlink(missing_ok=True)
     (out / "README.md").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from secateurs.base.errors import CheckpointError, PackError
 from secateurs.kernels.packed_linear import linears
 from secateurs.matrix.grids import Scales
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.scales import FILE, read_scales
+from secateurs.model.scales import SCALES_FILE, read_scales
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class OnGrids:
         """Raises CheckpointError, and PackError for a layer that has scales and no tensor of its own."""
         checkpoint = Checkpoint(source)
         model = checkpoint.skeleton()
-        scales = read_scales(checkpoint.folder / FILE)
+        scales = read_scales(checkpoint.folder / SCALES_FILE)
         key_of = {target: key for key, target in checkpoint.target_of.items() if key not in checkpoint.converted}
         layer_of = {}
         for name in scales:
@@ -70,7 +70,7 @@ def check(name: str, scales: Scales, weight_OI: Tensor) -> None:
     """Raises PackError for a layer's weight that is not on its grid."""
     off = scales.off(weight_OI)
     if off:
-        raise PackError(f"{name}: {off}; {FILE} belongs to other weights: prune again, or take it away")
+        raise PackError(f"{name}: {off}; {SCALES_FILE} belongs to other weights: prune again, or take it away")
 
 
 def exactly(scale_OG: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -83,6 +83,6 @@ def needs_grids(found: OnGrids, to: str) -> None:
     """Raises CheckpointError for a folder without scales."""
     if not found.scales:
         raise CheckpointError(
-            f"{found.checkpoint.folder} has no {FILE}, so its weights are on no grid and {to} would be all of it unquantized; "
+            f"{found.checkpoint.folder} has no {SCALES_FILE}, so its weights are on no grid and {to} would be unquantized; "
             "prune with --bits, or use --to dense"
         )

@@ -14,7 +14,7 @@ from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.discover import STEPPED, assume, layout_of
 from secateurs.model.layers import Layer
-from secateurs.model.scales import FILE, read_scales
+from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.model.shards import checksum
 from secateurs.model.unpacked import packed_scales, plain_reader
 from secateurs.model.walk import layers_at
@@ -111,7 +111,9 @@ def _check_packed(folder: Path, result: Checkpoint) -> None:
         before, after = result.read([name])[name], plain(name)
         if before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after):
             raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
-    (wanted, grids), (found, others) = map(tensors_of, (read_scales(result.folder / FILE), packed_scales(packed)))
+    (wanted, grids), (found, others) = map(
+        tensors_of, (read_scales(result.folder / SCALES_FILE), packed_scales(packed))
+    )
     wrong = [name for name in wanted.keys() | found.keys() if not _same(wanted.get(name), found.get(name))]
     if wrong or grids != others:
         name = min(wrong) if wrong else min(n for n in grids if grids[n] != others.get(n))
