@@ -29,7 +29,7 @@ from secateurs.prune import permute
 from secateurs.prune.allocation import Shares
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord
-from secateurs.prune.tune_block import GRID_RATE, RATE, reconstruct
+from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving, movable
 
 # A row's error counts by this power of its sensitivity, E[g^2]. 1 is what a quadratic model of the loss asks for, 0 is
@@ -369,7 +369,6 @@ def _tune(
             lambda batch, part: step.targets(batch)[part],
             step.windows,
             plan.reconstruct or 0,
-            GRID_RATE if outcome.scales else RATE,
             seed=seed_of(plan.calibration.seed, step.name),
             tick=tick,
         )

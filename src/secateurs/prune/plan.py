@@ -161,6 +161,8 @@ class Plan:
         fixed = all(re.fullmatch(r"\d+:\d+", text) for text in self.pattern.split(","))
         # without zeros there is nothing to share out
         even = fixed or self.scope == "row" or (self.sparsity == 0 and not self.budget)
+        # weights on a grid gain from tuning as those of a fixed pattern do
+        tuned = even or self.bits is not None
         if self.damping is None and effort is PLAIN:
             object.__setattr__(self, "damping", solvers.DAMPING)
         allocation = self.allocation or ("measured" if self.budget else "uniform" if even else effort.allocation)
@@ -171,7 +173,7 @@ class Plan:
             "sensitivity": 0 if even and allocation == "uniform" else tokens,
             "blend": effort.blend,
             "permute": effort.permute,
-            "reconstruct": effort.fixed_reconstruct if even else effort.reconstruct,
+            "reconstruct": effort.fixed_reconstruct if tuned else effort.reconstruct,
             "distill": effort.distill,
             "allocation": allocation,
         }

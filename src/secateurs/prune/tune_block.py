@@ -16,8 +16,6 @@ from secateurs.prune.tuning import Moving, Outcome, loss_scale, tune, unscaled
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 8e-3
-# on a grid, where a step that is too long throws weights from one integer to the next and back
-GRID_RATE = 2e-3
 
 Place = tuple[int, slice]
 """Windows of a batch."""

@@ -20,6 +20,8 @@ from secateurs.prune.tuning import Memory, Moving, Outcome, loss_scale, tune, un
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
 RATE = 4e-3
+# the same in units of a grid's steps, where weights are on one (docs/log.md)
+GRID_RATE = 16e-3
 # logits compared at a time
 _ROWS = 128
 
@@ -55,7 +57,7 @@ def distill(
     ends: Callable[[int], Tensor],
     batches: Sequence[Batch],
     steps: int,
-    rate: float = RATE,
+    rate: float | None = None,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
     memory: Memory | None = None,
@@ -63,7 +65,7 @@ def distill(
     """Tune a whole model in place; None if it gives no logits. moving: of its blocks only (tuning.movable()).
 
     head: a model with the same embeddings and head, and their loader, for the dense logits; `model` itself will do. ends:
-    dense_ends(). Losses are in nats a token.
+    dense_ends(). Losses are in nats a token. rate: None for RATE, or GRID_RATE.
     """
     trained = [m.parameter for m in moving]
     places = [(b, i) for b, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
@@ -89,6 +91,7 @@ def distill(
     with torch.no_grad():
         if getattr(whole(model, {name: value[:1] for name, value in batches[0].items()}), "logits", None) is None:
             return None
+    rate = rate or (GRID_RATE if any(m.on_grid for m in moving) else RATE)
     return tune(moving, loss, gradients, places, steps, rate, seed, tick, memory)
 
 

@@ -64,11 +64,16 @@ class Moving:
         cls, parameter: nn.Parameter, mask: Tensor | None = None, on_grid: Sequence[tuple[Layer, Scales]] = ()
     ) -> "Moving":
         """Where the mask says, or else a matrix where it is not zero and a vector everywhere; the root mean square of what may
-        move.
+        move, or of the grid's steps: on a coarse grid shorter ones would move nothing, on a fine one longer ones all at once.
         """
         if mask is None and parameter.dim() > 1:
             mask = parameter.detach() != 0
-        return cls(parameter, mask, max(_size(parameter.detach().float(), mask), 1e-6), tuple(on_grid))
+        if on_grid:
+            steps = torch.cat([scales.scale_OG.float().flatten() for _, scales in on_grid])
+            size = float(steps.square().mean().sqrt())
+        else:
+            size = _size(parameter.detach().float(), mask)
+        return cls(parameter, mask, max(size, 1e-6), tuple(on_grid))
 
 
 class Memory(Protocol):
