@@ -430,6 +430,8 @@ source, words, out, method = sys.argv[1:]
 how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if method == "best" else {"method": method}
 if method == "measured":
     how = {"method": "sparsegpt", "budget": "bytes=0.6", "blend": 0.5}
+if method == "grid":
+    how = {"effort": "best", "budget": "bits=2.3", "reconstruct": 8, "distill": 96}
 plan = asked(sc.Plan, **how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
@@ -461,17 +463,18 @@ def _start(source, words, out, method="sparsegpt+refit"):
     return process.Running(_RUN, source, words, out, method, SECATEURS_CACHE=out.with_name(f"{out.name}-cache"))
 
 
-@pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best", "measured"])
+@pytest.mark.parametrize("method", ["sparsegpt+refit", "random", "best", "measured", "grid"])
 def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, words):
     lines = _start(llama, words, tmp_path / "whole", method).all()
     assert lines[-1] == "finished", lines
     # die after each thing that is written, in one run directory, then go on
     kills = 0
     # what `best` finds out beforehand is kept, too
-    early = {"best": ["shares.json None"], "measured": ["options.json 0", "options.json 2"]}.get(method, [])
+    early = {"best": ["shares.json None"], "measured": ["options.json 0", "options.json 2"]}
+    early = {**early, "grid": ["options.json 1", "shares.json None"]}.get(method, [])
     # and what it has tuned of the whole, also while that is being written
     late = ["ends.json 2", "ends.json 3", "distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"]
-    late = late if method == "best" else []
+    late = late if method in ("best", "grid") else []
     for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
         running = _start(llama, words, tmp_path / "killed", method)
         state = ""
@@ -497,7 +500,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
         for record in report["layers"]:
             record.pop("seconds")
     assert reports[0] == reports[1]
-    if method == "best":
+    if method in ("best", "grid"):
         assert reports[0]["distillation"]["after"] < reports[0]["distillation"]["before"]
 
 

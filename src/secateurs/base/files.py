@@ -118,11 +118,11 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file. metadata: beside its "format"."""
+    """A safetensors file. metadata: instead of {"format": "pt"}; with one key, because the library writes several in any order."""
     from safetensors.torch import save_file
 
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace(file, lambda part: save_file(held, part, metadata={"format": "pt", **(metadata or {})}))
+    replace(file, lambda part: save_file(held, part, metadata=metadata or {"format": "pt"}))
 
 
 def _write_text(part: Path, text: str) -> None:
