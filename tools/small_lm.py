@@ -2,7 +2,7 @@
 
     python tools/small_lm.py              # trains it (less than an hour on two cores), or continues a run that was ended
 
-Where others use the cores too, OMP_WAIT_POLICY=passive makes it twice as fast: threads then wait without taking a core.
+Where others use the cores too, set OMP_WAIT_POLICY=passive: threads then wait without taking a core.
 SmolLM2 comes out of a 4-bit file; these weights have never been on a grid: fp32 while they were trained, rounded once, to the bf16
 that is saved. Beside model/ lie train.txt and held_out.txt, as they were trained on and evaluated on, and recipe.json. The held-out
 text chooses when to stop. LAMBADA, PIQA, ARC and GSM8K are trained on and say nothing about the model; WikiText-2 is not.
