@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy
@@ -364,6 +365,20 @@ def test_llama_cpp_gives_the_same(tmp_path, made, model_type, text, off):
     with torch.no_grad():
         want = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
     assert (got - want).abs().mean() <= off
+
+
+@pytest.mark.real
+def test_llama_cpp_reads_the_text_of_a_trained_model_of_pieces_as_transformers_does(tmp_path):
+    source = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "stories260K"
+    if not source.is_dir():
+        pytest.skip(f"{source} is absent")
+    export(source, "gguf", tmp_path / "out.gguf")
+    texts = ["Once upon a time, there was", "Once upon  a time,\n\tI'm 1234 years — old!", "Ünïcode 猫 🙂 x"]
+    got = llama_cpp(tmp_path / "out.gguf", texts, 512)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    with torch.no_grad():
+        want = [model(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1) for text in texts]
+    assert (got - torch.stack(want)).abs().max() < 0.03
 
 
 # --------------------------------------------------------------------------------------------------------------- ONNX

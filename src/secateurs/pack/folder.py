@@ -187,8 +187,9 @@ def pack_run(
 
 
 def unpack(source: str | Path, out: Path, progress: Progress = silent) -> dict[str, Any]:
-    """The inverse of pack(): a plain folder and its scales, every weight bit for bit. Raises as pack() does, and for damaged
-    tensors.
+    """The inverse of pack(): a plain folder and its scales, every weight bit for bit, but that zeros on a grid are positive.
+
+    Raises as pack() does, and for damaged tensors.
     """
     checkpoint = Checkpoint(source, packed=True)
     plain = plain_reader(checkpoint)
