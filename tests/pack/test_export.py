@@ -13,12 +13,13 @@ import tiny
 import torch
 from command import fails, run
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from gridded import on_grid
+from gridded import nearest, on_grid
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 
 from secateurs import cli
 from secateurs.base.errors import CheckpointError, OutputError, PackError, PlanError
+from secateurs.matrix import grids
 from secateurs.matrix.grids import Grid, Scales
 from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.pack import export as stage
@@ -206,6 +207,47 @@ def stage_scales(place, scales):
     from secateurs.model.scales import write_scales
 
     write_scales(place / SCALES_FILE, scales)
+
+
+def test_an_embedding_and_a_head_on_a_grid_are_quantized_too(tmp_path, made):
+    plain = made("q4_0", skip="none")
+    tensors, scales = load_all(plain), read_scales(plain / SCALES_FILE)
+    assert "lm_head" in scales
+    key, name = "model.embed_tokens.weight", "model.embed_tokens"
+    scales[name] = nearest(tensors[key], grids.parse("q8_0"))
+    tensors[key] = scales[name].rounded(tensors[key])
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    stage_scales(plain, scales)
+    export(plain, "gguf", tmp_path / "out.gguf")
+    read = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert (read["token_embd.weight"], read["output.weight"]) == ("Q8_0", "Q4_0")
+    got = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="out.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    assert same(got, AutoModelForCausalLM.from_pretrained(plain))
+    # compressed-tensors keeps the embedding plain and says so
+    (left,) = export(plain, "compressed-tensors", tmp_path / "out")["left"]
+    assert left == f"{name}: it is no Linear layer, and only Linear layers are loaded quantized"
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(got), logits(AutoModelForCausalLM.from_pretrained(plain)))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_a_tied_head_is_one_tensor_under_either_name(tmp_path, name):
+    plain = on_grid(save(tmp_path / "plain", tie_word_embeddings=True), "q4_0")
+    tensors, scales = load_all(plain), read_scales(plain / SCALES_FILE)
+    key = "model.embed_tokens.weight"
+    scales[name] = nearest(tensors[key], grids.parse("q8_0"))
+    tensors[key] = scales[name].rounded(tensors[key])
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    stage_scales(plain, scales)
+    export(plain, "gguf", tmp_path / "out.gguf")
+    read = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert read["token_embd.weight"] == "Q8_0"
+    assert "output.weight" not in read
+    assert export(plain, "compressed-tensors", tmp_path / "out")["left"][0].startswith(f"{name}: it")
+    got, wanted = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "out", plain))
+    assert torch.equal(logits(got), logits(wanted))
 
 
 def test_rows_that_are_no_whole_blocks_stay_plain_and_are_named(tmp_path):

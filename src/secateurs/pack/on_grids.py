@@ -30,10 +30,16 @@ class OnGrids:
         checkpoint = Checkpoint(source)
         model = checkpoint.skeleton()
         scales = read_scales(checkpoint.folder / SCALES_FILE)
-        key_of = {target: key for key, target in checkpoint.target_of.items() if key not in checkpoint.converted}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # a tied weight is stored under one of its names
+        key_of = {
+            id(parameters[target]): key
+            for key, target in checkpoint.target_of.items()
+            if key not in checkpoint.converted and target in parameters
+        }
         layer_of = {}
         for name in scales:
-            key = key_of.get(f"{name}.weight")
+            key = key_of.get(id(parameters.get(f"{name}.weight")))
             if key is None:
                 raise PackError(
                     f"{name} is on a grid and is a part of a larger tensor (fused experts, or query, key and value in one), which "
@@ -46,6 +52,11 @@ class OnGrids:
     def transposed(self) -> set[str]:
         """The layers that are stored as inputs x outputs."""
         return {name for name, _, transposed in linears(self.model) if transposed}
+
+    def shared(self, name: str) -> bool:
+        """Whether a layer's weight has another name too, as that of a head tied to the embedding."""
+        weight: Any = self.model.get_submodule(name).weight
+        return sum(p is weight for _, p in self.model.named_parameters(remove_duplicate=False)) > 1
 
     def shape(self, name: str) -> tuple[int, int]:
         """(O, I) of a layer."""

@@ -30,8 +30,10 @@ def prepare(found: OnGrids) -> Callable[[Path, Progress], dict[str, Any]]:
     left = []
     stored = {}
     for name, scales in found.scales.items():
-        if not isinstance(found.model.get_submodule(name), nn.Linear):
-            left.append(f"{name}: it is no Linear layer, and those alone are loaded quantized")
+        linear = isinstance(found.model.get_submodule(name), nn.Linear)
+        if not linear or found.shared(name):
+            why = "its weight is that of the embedding too" if linear else "it is no Linear layer"
+            left.append(f"{name}: {why}, and only Linear layers are loaded quantized")
             continue
         _check(name, scales, found.shape(name)[1])
         # scales take the dtype of the weights: a loader multiplies in it
