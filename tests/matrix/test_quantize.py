@@ -69,6 +69,7 @@ def test_weights_are_on_their_grid_and_hold_their_pattern(wide, grid, pattern, s
     ):
         assert scales.off(new) is None
         assert scales.scale_OG.dtype == grid.scale_dtype
+        assert not new[new == 0].signbit().any()
         assert pattern.violation(new != 0, sparsity) is None
 
 

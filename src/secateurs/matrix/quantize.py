@@ -232,7 +232,8 @@ def polish(
         if i:
             new_OI, scales = refit_scales(weight_OI, new_OI, scales, hessian_II)
         new_OI = descend(weight_OI, new_OI, scales, keep_OI, hessian_II, passes=2)
-    return new_OI, scales
+    # 0 times a negative scale is -0, which a format without a grid stores
+    return new_OI + 0.0, scales
 
 
 def quantize(
