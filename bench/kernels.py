@@ -3,6 +3,7 @@
     .venv/bin/python bench/kernels.py [--rounds 15]
     SECATEURS_MAX_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 .venv/bin/python bench/kernels.py
 
+Then weights on a grid: all integers against the best dense bf16, survivors' integers against all integers of the same bits.
 Weights are rotated past the last cache and all ways are interleaved. Dense ways: torch and prepacked oneDNN in the stored dtype
 and in fp32, and our own dense kernels. Peers (openvino, onnxruntime) are timed if they can be imported. Writes
 results/kernels.json; results/kernels-avx2.json under SECATEURS_MAX_ISA=avx2.
@@ -20,6 +21,8 @@ from secateurs.kernels.dispatch import Call, kernels, select
 from secateurs.kernels.formats import pack
 from secateurs.machine.probe import bandwidth
 from secateurs.machine.timing import dense_runs, interleaved
+from secateurs.matrix.grids import Scales
+from secateurs.matrix.grids import parse as parse_grid
 from secateurs.matrix.patterns import parse
 
 SHAPE = (11008, 4096)
@@ -44,6 +47,18 @@ MARKS = {
         ("bf16", 1, "unstructured", 0.9): 4.0,
         **{("bf16", t, p, s): 1.3 if s == 0.9 else 1.0 for t in (16, 64, 256) for p, s in CASES},
     },
+}  # fmt: skip
+# grid, tokens; each for all integers and for GRID_CASES
+GRIDS = [(grid, tokens) for grid in ("int8", "int4") for tokens in (1, 16, 64, 256)] + [("int3", 1), ("int2", 1)]
+GRID_CASES = [("unstructured", 0.5), ("2:4", 0.5), ("unstructured", 0.7), ("unstructured", 0.9)]
+# as MARKS: over the best dense bf16 where no zeros are left out (None), else over all integers of the same bits
+GRID_MARKS = {
+    "avx512": {
+        ("int8", 1, None, 0.0): 1.7, ("int4", 1, None, 0.0): 2.8, ("int8", 1, "unstructured", 0.5): 1.35,
+        ("int4", 1, "unstructured", 0.5): 1.15, ("int4", 1, "2:4", 0.5): 1.2, ("int4", 1, "unstructured", 0.7): 1.4,
+        **{(g, t, p, s): 0.95 for g, t in GRIDS if t > 1 for p, s in GRID_CASES},
+    },
+    "avx2": {("int8", 1, None, 0.0): 1.7, ("int4", 1, None, 0.0): 2.8},
 }  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -124,6 +139,68 @@ def overhead():
     return seconds(lambda: layer(x)) - seconds(lambda: function(*arguments))
 
 
+def rounded(weight_OI, grid):
+    """The nearest weights on a symmetric grid whose scales are a group's greatest weight, and the scales."""
+    parts = grid.grouped(weight_OI.float())
+    scales = Scales(grid, (parts.abs().amax(-1) / max(1, grid.middle - 1)).to(grid.scale_dtype))
+    return scales.rounded(weight_OI).to(weight_OI.dtype), scales
+
+
+def checked(packed, weight_OI, x_TI, kernel):
+    """The run of a kernel, after its outputs were found right: off by less than rounding x to 127 steps a block can do."""
+    call = Call([packed], [None])
+    found = call(x_TI, kernel.index).view(len(x_TI), -1).double()
+    want = x_TI.double() @ weight_OI.double().T
+    # the errors of integers of x are even within half a step, 1/254 of a block's greatest; weights round at 2^-9
+    spread = (x_TI.abs().double().amax() / 254 + 2**-8) * weight_OI.double().norm(dim=1)
+    assert bool(((found - want).abs() <= 6 * spread + want.abs() * 2**-7).all()), kernel.name
+    return partial(call, x_TI, kernel.index)
+
+
+def integer_rows(weights, isa, given):
+    """Timed rows of matrices on grids."""
+    rows = []
+    for text, tokens in GRIDS:
+        grid = parse_grid(text)
+        x = torch.randn(tokens, SHAPE[1]).to(weights[0].dtype)
+        runs, nbytes, ways = dense_runs(weights, x), {}, {}
+        dense = set(runs)
+        for pattern, sparsity in [(None, 0.0), *GRID_CASES]:
+            kept = [
+                w if pattern is None else w.masked_fill(~parse(pattern).keep(torch.rand(SHAPE), sparsity), 0)
+                for w in weights
+            ]
+            on_grid = [rounded(w, grid) for w in kept]
+            format = "dense" if pattern is None else "bitmask"
+            packed = [pack(w, format, scales) for w, scales in on_grid]
+            chosen = select(packed[0], tokens)
+            ways[pattern, sparsity] = f"{chosen.name} {pattern or 'all'} {sparsity:.0%}"
+            nbytes[pattern, sparsity] = packed[0].nbytes
+            runs[ways[pattern, sparsity]] = [
+                checked(p, w, x, chosen) for p, (w, _) in zip(packed, on_grid, strict=True)
+            ]
+        found = interleaved(runs, given.rounds, given.seconds, droppable=dense)
+        best = min(dense, key=lambda n: found[n].seconds)
+        for (pattern, sparsity), way in ways.items():
+            over = best if pattern is None else ways[None, 0.0]
+            row = {
+                "isa": isa, "dtype": text, "tokens": tokens, "pattern": pattern, "sparsity": sparsity, "kernel": way.split()[0],
+                "nbytes": nbytes[pattern, sparsity], "over": over, "speedup": found[over].seconds / found[way].seconds,
+                "fastest_speedup": found[over].low / found[way].low,
+                "mark": GRID_MARKS.get(isa, {}).get((text, tokens, pattern, sparsity)),
+                "seconds": {n: [found[n].seconds, found[n].low, found[n].high] for n in (way, over)},
+            }  # fmt: skip
+            rows.append(row)
+            mark = f", mark {row['mark']}x" if row["mark"] else ""
+            print(
+                f"{text} {tokens:3d} tokens, {pattern or 'all integers'} {sparsity:.0%}: {found[way].seconds * 1e3:.2f} ms "
+                f"[{found[way].low * 1e3:.2f}-{found[way].high * 1e3:.2f}], {row['nbytes'] / 1e6:.1f} MB, "
+                f"{row['speedup']:.2f}x {over} ({row['fastest_speedup']:.2f}x of the 10th percentiles){mark}",
+                flush=True,
+            )
+    return rows
+
+
 def useful(tokens):
     """Strategies that may be the fastest for so many tokens."""
     return ("stream", "gather") if tokens <= 8 else ("tile", "skip")
@@ -136,6 +213,7 @@ def main():
         "--seconds", type=float, default=20.0, help="at most so long for a row, three rounds at least"
     )
     arguments.add_argument("--no-peers", action="store_true")
+    arguments.add_argument("--only-integers", action="store_true", help="print those rows and write nothing")
     given = arguments.parse_args()
     torch.manual_seed(0)
     rows = []
@@ -144,6 +222,9 @@ def main():
         f"{machine()['processor']}, {isa} kernels, torch with {machine()['isa']}, {torch.get_num_threads()} threads",
         flush=True,
     )
+    integers = integer_rows([torch.randn(SHAPE).bfloat16() for _ in range(2)], isa, given)
+    if given.only_integers:
+        return
     weights = []
     for dtype, tokens, cases in TABLE:
         name = NAMES[dtype]
@@ -197,7 +278,15 @@ def main():
     file = Path(__file__).parent / "results" / ("kernels.json" if isa == "avx512" else f"kernels-{isa}.json")
     file.write_text(
         json.dumps(
-            {"machine": machine(), "isa": isa, "shape": SHAPE, "rows": rows, "call_overhead_seconds": above}, indent=2
+            {
+                "machine": machine(),
+                "isa": isa,
+                "shape": SHAPE,
+                "rows": rows,
+                "integers": integers,
+                "call_overhead_seconds": above,
+            },
+            indent=2,
         )
         + "\n"
     )

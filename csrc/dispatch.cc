@@ -167,7 +167,8 @@ int32_t multiply(Work& work, int32_t threads) {
 uint8_t zero_code(const secateurs_weight& w, int64_t row, int64_t input) {
   if (!w.zero) return static_cast<uint8_t>(1 << (w.bits - 1));
   const int64_t last = groups(w) - 1, group = w.group ? input / w.group : 0;
-  return w.zero[(row / SECATEURS_PANEL * (last + 1) + (group < last ? group : last)) * SECATEURS_PANEL + row % SECATEURS_PANEL];
+  const int64_t before = row / SECATEURS_PANEL * (last + 1);
+  return w.zero[(before + (group < last ? group : last)) * SECATEURS_PANEL + row % SECATEURS_PANEL];
 }
 
 /* Calls fn(row, first input, bits of the mask) for each run of integers, in the order in which they are stored. */

@@ -8,12 +8,17 @@
      Bytes                            64 bytes: codes of weights, or integers of x;  load(from)
      Ints                             the products of a word, summed within its two blocks;  none()
      Sum                              fp32 sums of a row;  zero(), reduce
-     Codes<BITS>(bits), get(from)     64 codes of so many bits, packed one after the other; may read 64 bytes. BITS: 8, 4 or 0 for any
+     Codes<BITS>(bits, shift), get(from)   64 codes of so many bits, packed one after the other, less shift; may read 64 bytes. BITS: 8,
+                                      4 if `fours`, or 0 for any
+     ahead<BITS>()                    true if spread() takes codes from memory, where they are best stored a while before
+     spread(kept, codes, fill)        the next codes where bits are set, else those of fill
+     spread<BITS, ZEROS>(kept, codes, fill, middle)   the same from memory; unless ZEROS, fill is `middle` everywhere
      fill(low, high)                  `low` 32 times, then `high` 32 times, as codes
-     spread(bits, codes, fill)        the next codes where bits are set, else those of fill
-     dot<BITS>(ints, codes, x)        ints + codes * x
+     signs<BITS>()                    true if codes are made signed by a shift of 2^(bits - 1), because products are faster then
+     dot<SIGNED>(ints, codes, x)      ints + codes * x
      Scales(low, high, half)          two times 4 scales, of a panel's rows in both blocks of a word
-     madd(sum, ints, x_scales, scales, row)   sum + ints * x's scale * the row's scale
+     factors(scales, x_scales)        Factors: the same times the scales of x
+     madd<SIGNED>(sum, ints, factors, row)   sum + ints * the row's factor
      lanes, Lane, Floats              tokens in a register, of int32 and of fp32; see multiply()
      rows(c), columns                 rows of weights that are multiplied together with c registers of tokens, at most `columns`
    Shapes: as in loops.h. */
@@ -107,6 +112,23 @@ struct Integers {
   }
   static int64_t run_bytes(uint64_t kept, int bits) { return (__builtin_popcountll(kept) * bits + 7) >> 3; }
 
+  /* The codes of the next words of a panel as bytes, for Maths that spread them from memory. */
+  template <int BITS>
+  struct Ahead {
+    static constexpr int WORDS = 8;
+    alignas(64) uint8_t codes[WORDS * P][WORD];
+    uint8_t beyond[WORD];
+    /* values: the panel's next; returns those after `words` words */
+    const uint8_t* fill(const typename Math::template Codes<BITS>& unpack, const uint64_t* mask, const uint8_t* values, int64_t words,
+                        int bits) {
+      for (int64_t run = 0; run < words * P; ++run) {
+        Math::store(codes[run], unpack.get(values));
+        values += run_bytes(mask[run], bits);
+      }
+      return values;
+    }
+  };
+
   /* ------------------------------------------------------------------------------------------------------ stream */
 
   static int64_t stream_bytes(const Call& call) { return call.tokens * call.words * static_cast<int64_t>(sizeof(XWord)); }
@@ -137,12 +159,17 @@ struct Integers {
     const uint16_t* scales = w.scale + panel * groups.count * P;
     const uint8_t* zeros = ZEROS ? w.zero + panel * groups.count * P : nullptr;
     const int bits = BITS ? BITS : w.bits;
-    const typename Math::template Codes<BITS> codes(bits);
-    Bytes fill = Math::template fill<BITS>(static_cast<uint8_t>(1 << (bits - 1)), static_cast<uint8_t>(1 << (bits - 1)));
+    constexpr bool SIGNED = Math::template signs<BITS>();
+    const int middle = 1 << (bits - 1), shift = SIGNED ? middle : 0;
+    const typename Math::template Codes<BITS> codes(bits, shift);
+    Bytes fill = Math::fill(middle - shift, middle - shift);
+    constexpr bool AHEAD = MASKED && Math::template ahead<BITS>();
+    Ahead<BITS> ahead;
     Sum sum[P][TOKENS];
     for (int r = 0; r < P; ++r)
       for (int t = 0; t < TOKENS; ++t) sum[r][t] = Math::zero();
     for (int64_t j = 0; j < words; ++j) {
+      if (AHEAD && j % ahead.WORDS == 0) values = ahead.fill(codes, mask, values, least(ahead.WORDS, words - j), bits);
       /* a page ahead: hardware prefetching stops at the end of a page */
 #pragma GCC unroll 4
       for (int line = 0; line < 4; ++line)
@@ -153,24 +180,34 @@ struct Integers {
       Ints start[TOKENS];
       if (!ZEROS)
         for (int t = 0; t < TOKENS; ++t)
-          start[t] = Math::template dot<BITS>(Math::none(), fill, Math::load(x[t * words + j].negative));
+          start[t] = SIGNED ? Math::none() : Math::template dot<SIGNED>(Math::none(), fill, Math::load(x[t * words + j].negative));
+      typename Math::Factors factor[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) factor[t] = Math::factors(scale, x[t * words + j].scale);
 #pragma GCC unroll 4
       for (int r = 0; r < P; ++r) {
-        if (ZEROS) fill = Math::template fill<BITS>(zeros[low + r], zeros[high + r]);
-        Bytes row = codes.get(values);
-        if (MASKED) {
+        if (ZEROS) fill = Math::fill(zeros[low + r] - shift, zeros[high + r] - shift);
+        Bytes row;
+        if constexpr (MASKED) {
           const uint64_t kept = *mask++;
-          row = Math::spread(kept, row, fill);
-          values += run_bytes(kept, bits);
+          if constexpr (AHEAD) {
+            row = Math::template spread<BITS, ZEROS>(kept, ahead.codes[j % ahead.WORDS * P + r], fill, middle);
+          } else {
+            if constexpr (BITS == 8)
+              row = Math::template spread<BITS, ZEROS>(kept, values, fill, middle);
+            else
+              row = Math::spread(kept, codes.get(values), fill);
+            values += run_bytes(kept, bits);
+          }
         } else {
+          row = codes.get(values);
           values += 8 * bits;
         }
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
           const XWord& here = x[t * words + j];
-          Ints ints = ZEROS ? Math::template dot<BITS>(Math::none(), fill, Math::load(here.negative)) : start[t];
-          ints = Math::template dot<BITS>(ints, row, Math::load(here.x));
-          sum[r][t] = Math::madd(sum[r][t], ints, here.scale, scale, r);
+          Ints ints = ZEROS ? Math::template dot<SIGNED>(Math::none(), fill, Math::load(here.negative)) : start[t];
+          ints = Math::template dot<SIGNED>(ints, row, Math::load(here.x));
+          sum[r][t] = Math::template madd<SIGNED>(sum[r][t], ints, factor[t], r);
         }
       }
     }
@@ -254,27 +291,37 @@ struct Integers {
   static const uint8_t* expand_panel(const Call& call, const secateurs_weight& w, int64_t panel, int64_t deep, int64_t depth,
                                      const uint8_t* values, int64_t row, Tile& tile) {
     const int bits = BITS ? BITS : w.bits;
-    const typename Math::template Codes<BITS> codes(bits);
+    const int middle = 1 << (bits - 1), shift = Math::template signs<BITS>() ? middle : 0;
+    const typename Math::template Codes<BITS> codes(bits, shift);
     const Groups groups(w);
     const uint64_t* mask = MASKED ? w.mask + (panel * call.words + deep) * P : nullptr;
-    const uint8_t middle = static_cast<uint8_t>(1 << (bits - 1));
+    constexpr bool AHEAD = MASKED && Math::template ahead<BITS>();
+    Ahead<BITS> ahead;
+    static_assert(ahead.WORDS == DEPTH, "a pass is unpacked at once");
+    if (AHEAD) values = ahead.fill(codes, mask, values, depth, bits);
     for (int64_t j = 0; j < depth; ++j) {
       const int64_t low = (panel * groups.count + groups.low(deep + j)) * P, high = (panel * groups.count + groups.high(deep + j)) * P;
 #pragma GCC unroll 4
       for (int r = 0; r < P; ++r) {
-        const uint8_t zero[2] = {w.zero ? w.zero[low + r] : middle, w.zero ? w.zero[high + r] : middle};
-        Bytes found = codes.get(values);
-        if (MASKED) {
+        const int zero[2] = {(w.zero ? w.zero[low + r] : middle) - shift, (w.zero ? w.zero[high + r] : middle) - shift};
+        Bytes found;
+        if constexpr (MASKED) {
           const uint64_t kept = *mask++;
-          found = Math::spread(kept, found, Math::template fill<BITS>(zero[0], zero[1]));
-          values += run_bytes(kept, bits);
+          const uint8_t* from = AHEAD ? ahead.codes[j * P + r] : values;
+          const Bytes fill = Math::fill(zero[0], zero[1]);
+          if constexpr (!AHEAD && BITS != 8)
+            found = Math::spread(kept, codes.get(from), fill);
+          else
+            found = w.zero ? Math::template spread<BITS, true>(kept, from, fill, middle) : Math::template spread<BITS, false>(kept, from, fill, middle);
+          if (!AHEAD) values += run_bytes(kept, bits);
         } else {
+          found = codes.get(values);
           values += 8 * bits;
         }
         Math::store(tile.codes[row + r] + j * WORD, found);
         for (int b = 0; b < 2; ++b) {
           tile.scale[row + r][2 * j + b] = scale_of(w, (b ? high : low) + r);
-          tile.zero[row + r][2 * j + b] = zero[b] - Math::template shifted<BITS>();
+          tile.zero[row + r][2 * j + b] = zero[b];
         }
       }
     }
@@ -282,7 +329,7 @@ struct Integers {
   }
 
   /* ROWS rows x COLUMNS registers of tokens += codes * x. A register has 4 inputs of LANES tokens. */
-  template <int BITS, int ROWS, int COLUMNS>
+  template <bool SIGNED, int ROWS, int COLUMNS>
   static void multiply(const Tile& tile, int64_t row, int64_t blocks, const XBlock* x, int64_t step, float* sums, int64_t stride) {
     using Lane = typename Math::Lane;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -300,9 +347,9 @@ struct Integers {
         for (int c = 0; c < COLUMNS; ++c) column[c] = Math::load_lane(x[c * step + b].x[q]);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          const auto four = Math::template splat<BITS>(tile.codes[row + r] + b * BLOCK + 4 * q);
+          const auto four = Math::template splat<SIGNED>(tile.codes[row + r] + b * BLOCK + 4 * q);
 #pragma GCC unroll 8
-          for (int c = 0; c < COLUMNS; ++c) part[r][c] = Math::template dot4<BITS>(part[r][c], four, column[c]);
+          for (int c = 0; c < COLUMNS; ++c) part[r][c] = Math::template dot4<SIGNED>(part[r][c], four, column[c]);
         }
       }
 #pragma GCC unroll 8
@@ -312,17 +359,18 @@ struct Integers {
           Math::add_to(sums + r * stride + c * LANES, part[r][c], x[c * step + b].scale, tile.scale[row + r][b]);
     }
   }
-  template <int BITS, int COLUMNS>
+  template <bool SIGNED, int COLUMNS>
   static void multiply_rows(const Tile& tile, int64_t rows, int64_t blocks, const XBlock* x, int64_t step, float* sums, int64_t stride) {
     constexpr int R = Math::int_rows(COLUMNS);
     int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply<BITS, R, COLUMNS>(tile, r, blocks, x, step, sums + r * stride, stride);
-    for (; r < rows; r += 2) multiply<BITS, 2, COLUMNS>(tile, r, blocks, x, step, sums + r * stride, stride);
+    for (; r + R <= rows; r += R) multiply<SIGNED, R, COLUMNS>(tile, r, blocks, x, step, sums + r * stride, stride);
+    for (; r < rows; r += 2) multiply<SIGNED, 2, COLUMNS>(tile, r, blocks, x, step, sums + r * stride, stride);
   }
 
   template <bool MASKED, int BITS>
   static void tile_bits(const Call& call, const Product& product, int64_t begin, int64_t end, void* scratch) {
     const secateurs_weight& w = product.weight;
+    constexpr bool SIGNED = Math::template signs<BITS>();
     Tile& tile = *static_cast<Tile*>(scratch);
     float* sums = reinterpret_cast<float*>(&tile + 1);
     const int64_t columns = columns_of(call), stride = columns * LANES, step = 2 * call.words;
@@ -339,10 +387,10 @@ struct Integers {
           const XBlock* x = static_cast<const XBlock*>(call.packed) + c * step + 2 * deep;
           float* to = sums + c * LANES;
           switch (least(Math::int_columns, columns - c)) {
-            case 1: multiply_rows<BITS, 1>(tile, rows, 2 * depth, x, step, to, stride); break;
-            case 2: multiply_rows<BITS, 2>(tile, rows, 2 * depth, x, step, to, stride); break;
-            case 3: multiply_rows<BITS, Math::int_columns < 3 ? 1 : 3>(tile, rows, 2 * depth, x, step, to, stride); break;
-            default: multiply_rows<BITS, Math::int_columns < 4 ? 1 : 4>(tile, rows, 2 * depth, x, step, to, stride);
+            case 1: multiply_rows<SIGNED, 1>(tile, rows, 2 * depth, x, step, to, stride); break;
+            case 2: multiply_rows<SIGNED, 2>(tile, rows, 2 * depth, x, step, to, stride); break;
+            case 3: multiply_rows<SIGNED, Math::int_columns < 3 ? 1 : 3>(tile, rows, 2 * depth, x, step, to, stride); break;
+            default: multiply_rows<SIGNED, Math::int_columns < 4 ? 1 : 4>(tile, rows, 2 * depth, x, step, to, stride);
           }
         }
       }
@@ -368,14 +416,14 @@ struct Integers {
   static double spin(int64_t rounds) {
     const uint8_t code[4] = {1, 1, 1, 1};
     alignas(64) int8_t ones[LANES][4] = {};
-    const auto four = Math::template splat<0>(code);
+    const auto four = Math::template splat<false>(code);
     const auto x = Math::load_lane(ones);
     typename Math::Lane sum[16];
     for (int s = 0; s < 16; ++s) sum[s] = x;
     for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
       for (int s = 0; s < 16; ++s) {
-        sum[s] = Math::template dot4<0>(sum[s], four, x);
+        sum[s] = Math::template dot4<false>(sum[s], four, x);
         Math::keep(sum[s]);
       }
     }

@@ -1,4 +1,5 @@
-/* AVX2 with FMA and F16C: eight weights at a time, expanded by a table of permutations. */
+/* AVX2 with FMA and F16C: eight weights at a time, expanded by a table of permutations. Integers: products of bytes without sign and
+   bytes with one, so signed codes give their sign to x. */
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -6,12 +7,14 @@
 namespace {
 #include "number.h"
 #include "loops.h"
+#include "integers.h"
 
 /* For each byte of the mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none does. */
 struct Tables {
   alignas(64) uint8_t bytes[256][16]; /* of 16-bit values */
   alignas(64) uint8_t highs[256][32]; /* of 16-bit values, into the high halves of 32-bit places */
   alignas(64) uint8_t lanes[256][8];  /* of 32-bit values */
+  alignas(64) uint8_t codes[256][16]; /* of bytes, to 8 places; 0x80 for the others */
   alignas(64) uint8_t places[256][8]; /* the places of the set bits */
 };
 constexpr Tables make_tables() {
@@ -25,7 +28,8 @@ constexpr Tables make_tables() {
       t.highs[m][4 * i] = t.highs[m][4 * i + 1] = 0x80;
       t.highs[m][4 * i + 2] = t.bytes[m][2 * i];
       t.highs[m][4 * i + 3] = t.bytes[m][2 * i + 1];
-      t.lanes[m][i] = static_cast<uint8_t>(set ? n : 0x80);
+      t.lanes[m][i] = t.codes[m][i] = static_cast<uint8_t>(set ? n : 0x80);
+      t.codes[m][8 + i] = 0x80;
       if (set) t.places[m][n++] = static_cast<uint8_t>(i);
     }
   }
@@ -175,8 +179,167 @@ struct Fp32 : Floats {
     for (int64_t i = 0; i < n; ++i) out[i] = from_float(sums[i]);
   }
 };
+
+struct Whole {
+  static constexpr bool fours = true;
+  struct Bytes {
+    __m256i at[2];
+  };
+  /* SIGNED: sums of four products in 32 bits; else of two in 16 */
+  using Ints = Bytes;
+  using Sum = __m256;
+  using Lane = __m256i;
+  static constexpr int lanes = 8, int_columns = 2;
+  static constexpr int int_rows(int) { return 4; }
+  static float from_half(uint16_t half) { return _cvtsh_ss(half); }
+  static uint16_t to_half(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+  /* two products with codes of 8 bits would not fit 16 bits */
+  template <int BITS>
+  static constexpr bool signs() {
+    return BITS == 8;
+  }
+  template <int BITS>
+  static constexpr bool ahead() {
+    return BITS != 8;
+  }
+
+  template <int BITS>
+  struct Codes {
+    int bits;
+    __m256i shift;
+    Codes(int bits, int shift) : bits(bits), shift(_mm256_set1_epi8(static_cast<char>(shift))) {}
+    Bytes get(const uint8_t* from) const {
+      Bytes out;
+      const __m128i* in = reinterpret_cast<const __m128i*>(from);
+      if (BITS == 8) {
+        for (int b = 0; b < 2; ++b) out.at[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + b);
+      } else if (BITS == 4) {
+        for (int b = 0; b < 2; ++b) {
+          const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(in + b));
+          out.at[b] = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+        }
+      } else {
+        /* eight codes of a group take `bits` bytes */
+        const uint64_t places = 0x0101010101010101u * ((uint64_t{1} << bits) - 1);
+        const auto eight = [=](int g) {
+          uint64_t packed;
+          __builtin_memcpy(&packed, from + g * bits, 8);
+          return static_cast<int64_t>(_pdep_u64(packed, places));
+        };
+        for (int b = 0; b < 2; ++b) out.at[b] = _mm256_setr_epi64x(eight(4 * b), eight(4 * b + 1), eight(4 * b + 2), eight(4 * b + 3));
+      }
+      for (int b = 0; b < 2; ++b) out.at[b] = _mm256_sub_epi8(out.at[b], shift);
+      return out;
+    }
+  };
+  static Bytes load(const int8_t* from) {
+    const __m256i* in = reinterpret_cast<const __m256i*>(from);
+    return {{_mm256_load_si256(in), _mm256_load_si256(in + 1)}};
+  }
+  static void store(uint8_t* to, const Bytes& bytes) {
+    for (int b = 0; b < 2; ++b) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + b, bytes.at[b]);
+  }
+  static Bytes fill(int low, int high) {
+    return {{_mm256_set1_epi8(static_cast<char>(low)), _mm256_set1_epi8(static_cast<char>(high))}};
+  }
+  /* Eight codes at a time, as floats are. The byte shuffle writes zeros where no weight is stored; codes less `middle` make that the
+     code of zero. Codes of 8 bits are as they are stored. */
+  template <int BITS, bool ZEROS>
+  static Bytes spread(uint64_t kept, const uint8_t* next, const Bytes& fill, int middle) {
+    const __m128i less = _mm_set1_epi8(static_cast<char>(middle));
+    Bytes out;
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; ++b) {
+      __m128i half[2], empty[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        __m128i part[2], places[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const uint64_t row = row_of<16>(kept, 4 * b + 2 * h + v);
+          places[v] = *at(TABLES.codes, row);
+          const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+          part[v] = _mm_shuffle_epi8(BITS == 8 || !ZEROS ? _mm_sub_epi8(codes, less) : codes, places[v]);
+          next += __builtin_popcountll(row);
+        }
+        half[h] = _mm_unpacklo_epi64(part[0], part[1]);
+        empty[h] = _mm_unpacklo_epi64(places[0], places[1]);
+      }
+      out.at[b] = _mm256_set_m128i(half[1], half[0]);
+      /* the sign bit of a place says that nothing goes there */
+      if (ZEROS)
+        out.at[b] = _mm256_blendv_epi8(out.at[b], fill.at[b], _mm256_set_m128i(empty[1], empty[0]));
+      else if (BITS != 8)
+        out.at[b] = _mm256_add_epi8(out.at[b], _mm256_set1_epi8(static_cast<char>(middle)));
+    }
+    return out;
+  }
+  static Ints none() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static __m256i fours_of(__m256i twos) { return _mm256_madd_epi16(twos, _mm256_set1_epi16(1)); }
+  template <bool SIGNED>
+  static Ints dot(Ints ints, const Bytes& codes, const Bytes& x) {
+    for (int b = 0; b < 2; ++b)
+      if (SIGNED) {
+        const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(codes.at[b]), _mm256_sign_epi8(x.at[b], codes.at[b]));
+        ints.at[b] = _mm256_add_epi32(ints.at[b], fours_of(twos));
+      } else {
+        ints.at[b] = _mm256_add_epi16(ints.at[b], _mm256_maddubs_epi16(codes.at[b], x.at[b]));
+      }
+    return ints;
+  }
+  struct Scales {
+    __m256 of; /* 4 of the first block, 4 of the second */
+    Scales(const uint16_t* low, const uint16_t* high, int32_t half) {
+      const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
+                                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
+      of = half ? _mm256_cvtph_ps(both) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(both), 16));
+    }
+  };
+  struct Factors {
+    alignas(32) float of[8];
+  };
+  static Factors factors(const Scales& scales, const float* x) {
+    Factors out;
+    _mm256_store_ps(out.of, _mm256_mul_ps(scales.of, _mm256_loadu_ps(x + 4)));
+    return out;
+  }
+  static Sum zero() { return _mm256_setzero_ps(); }
+  template <bool SIGNED>
+  static Sum madd(Sum sum, const Ints& ints, const Factors& factors, int row) {
+    for (int b = 0; b < 2; ++b) {
+      const __m256i fours = SIGNED ? ints.at[b] : fours_of(ints.at[b]);
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_broadcast_ss(factors.of + 4 * b + row), sum);
+    }
+    return sum;
+  }
+  static float reduce(Sum sum) { return Floats::reduce(sum); }
+
+  static Lane load_lane(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static Lane times(Lane a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
+  struct Four {
+    __m256i codes, absolute;
+  };
+  template <bool SIGNED>
+  static Four splat(const uint8_t* from) {
+    int four;
+    __builtin_memcpy(&four, from, 4);
+    const __m256i codes = _mm256_set1_epi32(four);
+    return {codes, SIGNED ? _mm256_abs_epi8(codes) : codes};
+  }
+  template <bool SIGNED>
+  static Lane dot4(Lane sum, const Four& four, Lane x) {
+    const __m256i twos = _mm256_maddubs_epi16(four.absolute, SIGNED ? _mm256_sign_epi8(x, four.codes) : x);
+    return _mm256_add_epi32(sum, fours_of(twos));
+  }
+  static void add_to(float* sums, Lane part, const float* x, float scale) {
+    const __m256 scales = _mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(scale));
+    _mm256_storeu_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), scales, _mm256_loadu_ps(sums)));
+  }
+  static void keep(Lane& sum) { asm volatile("" : "+x"(sum)); }
+};
 }  // namespace
 
+SECATEURS_INTEGERS(avx2, Whole)
 SECATEURS_STREAM(bitmask_bf16_avx2_stream, Bf16)
 SECATEURS_STREAM(bitmask_fp16_avx2_stream, Fp16)
 SECATEURS_STREAM(bitmask_fp32_avx2_stream, Fp32)

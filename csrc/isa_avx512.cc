@@ -214,7 +214,7 @@ constexpr Rows make_rows() {
 constexpr Rows ROWS_OF_SCALES = make_rows();
 
 struct Whole {
-  static constexpr bool fours = false;
+  static constexpr bool fours = true;
   using Bytes = __m512i;
   using Ints = __m512i;
   using Sum = __m512;
@@ -224,18 +224,26 @@ struct Whole {
   static float from_half(uint16_t half) { return _cvtsh_ss(half); }
   static uint16_t to_half(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
   template <int BITS>
-  static constexpr int shifted() {
-    return 0;
+  static constexpr bool signs() {
+    return false;
+  }
+  template <int BITS>
+  static constexpr bool ahead() {
+    return false;
   }
 
   template <int BITS>
   struct Codes {
     __m512i bytes, shifts, low;
-    explicit Codes(int bits)
+    Codes(int bits, int)
         : bytes(_mm512_load_si512(UNPACKING.bytes[bits])),
           shifts(_mm512_load_si512(UNPACKING.shifts[bits])),
           low(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
     Bytes get(const uint8_t* from) const {
+      if (BITS == 4) {
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), low);
+      }
       const __m512i packed = _mm512_loadu_si512(from);
       if (BITS == 8) return packed;
       return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, packed)), low);
@@ -243,43 +251,52 @@ struct Whole {
   };
   static Bytes load(const int8_t* from) { return _mm512_load_si512(from); }
   static void store(uint8_t* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
-  template <int BITS>
-  static Bytes fill(uint8_t low, uint8_t high) {
+  static Bytes fill(int low, int high) {
     return _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(low)), _mm256_set1_epi8(static_cast<char>(high)), 1);
   }
   static Bytes spread(uint64_t bits, Bytes codes, Bytes fill) {
     asm("vpexpandb %1, %0%{%2%}" : "+v"(fill) : "v"(codes), "Yk"(bits));
     return fill;
   }
+  template <int BITS, bool ZEROS>
+  static Bytes spread(uint64_t bits, const uint8_t* codes, Bytes fill, int) {
+    return spread(bits, _mm512_loadu_si512(codes), fill);
+  }
   static Ints none() { return _mm512_setzero_si512(); }
-  template <int BITS>
+  template <bool SIGNED>
   static Ints dot(Ints ints, Bytes codes, Bytes x) {
     return _mm512_dpbusd_epi32(ints, codes, x);
   }
   struct Scales {
-    __m512 of;
+    __m256 of;
     Scales(const uint16_t* low, const uint16_t* high, int32_t half) {
       const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
                                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
-      of = _mm512_castps256_ps512(half ? _mm256_cvtph_ps(both) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(both), 16)));
+      of = half ? _mm256_cvtph_ps(both) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(both), 16));
     }
   };
   static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum madd(Sum sum, Ints ints, const float* x, const Scales& scales, int row) {
-    const __m512 scale = _mm512_permutexvar_ps(_mm512_load_si512(ROWS_OF_SCALES.of[row]), scales.of);
-    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(ints), _mm512_load_ps(x)), scale, sum);
+  using Factors = __m512;
+  /* four times the first block's scale, four times the second's: the middle of x's 16 */
+  static Factors factors(const Scales& scales, const float* x) {
+    return _mm512_castps256_ps512(_mm256_mul_ps(scales.of, _mm256_loadu_ps(x + 4)));
+  }
+  template <bool SIGNED>
+  static Sum madd(Sum sum, Ints ints, Factors factors, int row) {
+    const __m512 factor = _mm512_permutexvar_ps(_mm512_load_si512(ROWS_OF_SCALES.of[row]), factors);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), factor, sum);
   }
   static float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
   static Lane load_lane(const void* from) { return _mm512_loadu_si512(from); }
   static Lane times(Lane a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
-  template <int BITS>
+  template <bool SIGNED>
   static Lane splat(const uint8_t* from) {
     int four;
     __builtin_memcpy(&four, from, 4);
     return _mm512_set1_epi32(four);
   }
-  template <int BITS>
+  template <bool SIGNED>
   static Lane dot4(Lane sum, Lane codes, Lane x) {
     return _mm512_dpbusd_epi32(sum, codes, x);
   }

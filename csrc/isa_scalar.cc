@@ -62,14 +62,18 @@ struct Whole {
   static float from_half(uint16_t half) { return fp16_to_float(half); }
   static uint16_t to_half(float x) { return fp16_from_float(x); }
   template <int BITS>
-  static constexpr int shifted() {
-    return 0;
+  static constexpr bool signs() {
+    return false;
+  }
+  template <int BITS>
+  static constexpr bool ahead() {
+    return false;
   }
 
   template <int BITS>
   struct Codes {
     int bits;
-    explicit Codes(int bits) : bits(bits) {}
+    Codes(int bits, int) : bits(bits) {}
     Bytes get(const uint8_t* from) const {
       Bytes out;
       uint64_t waiting = 0;
@@ -92,10 +96,9 @@ struct Whole {
     return out;
   }
   static void store(uint8_t* to, const Bytes& bytes) { __builtin_memcpy(to, bytes.at, 64); }
-  template <int BITS>
-  static Bytes fill(uint8_t low, uint8_t high) {
+  static Bytes fill(int low, int high) {
     Bytes out;
-    for (int i = 0; i < 64; ++i) out.at[i] = i < 32 ? low : high;
+    for (int i = 0; i < 64; ++i) out.at[i] = static_cast<uint8_t>(i < 32 ? low : high);
     return out;
   }
   static Bytes spread(uint64_t bits, const Bytes& codes, Bytes fill) {
@@ -104,14 +107,19 @@ struct Whole {
       if (bits >> i & 1) fill.at[i] = codes.at[n++];
     return fill;
   }
+  template <int BITS, bool ZEROS>
+  static Bytes spread(uint64_t bits, const uint8_t* codes, const Bytes& fill, int) {
+    return spread(bits, load(reinterpret_cast<const int8_t*>(codes)), fill);
+  }
   static Ints none() { return {}; }
-  template <int BITS>
+  template <bool SIGNED>
   static Ints dot(Ints ints, const Bytes& codes, const Bytes& x) {
     for (int i = 0; i < 64; ++i) ints.at[i / 32] += codes.at[i] * static_cast<int8_t>(x.at[i]);
     return ints;
   }
   struct Scales {
     float of[2][4];
+    Scales() = default;
     Scales(const uint16_t* low, const uint16_t* high, int32_t half) {
       for (int r = 0; r < 4; ++r) {
         of[0][r] = half ? fp16_to_float(low[r]) : bf16_to_float(low[r]);
@@ -120,8 +128,14 @@ struct Whole {
     }
   };
   static Sum zero() { return 0; }
-  static Sum madd(Sum sum, const Ints& ints, const float* x, const Scales& scales, int row) {
-    return sum + static_cast<float>(ints.at[0]) * x[0] * scales.of[0][row] + static_cast<float>(ints.at[1]) * x[8] * scales.of[1][row];
+  using Factors = Scales;
+  static Factors factors(Scales scales, const float* x) {
+    for (int r = 0; r < 8; ++r) scales.of[r / 4][r % 4] *= x[r / 4 * 8];
+    return scales;
+  }
+  template <bool SIGNED>
+  static Sum madd(Sum sum, const Ints& ints, const Factors& factors, int row) {
+    return sum + static_cast<float>(ints.at[0]) * factors.of[0][row] + static_cast<float>(ints.at[1]) * factors.of[1][row];
   }
   static float reduce(Sum sum) { return sum; }
 
@@ -131,11 +145,11 @@ struct Whole {
     return out;
   }
   static Lane times(Lane a, int32_t b) { return a * b; }
-  template <int BITS>
+  template <bool SIGNED>
   static Lane splat(const uint8_t* from) {
     return load_lane(from);
   }
-  template <int BITS>
+  template <bool SIGNED>
   static Lane dot4(Lane sum, Lane codes, Lane x) {
     uint8_t code[4];
     int8_t with[4];

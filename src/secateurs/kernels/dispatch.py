@@ -146,7 +146,7 @@ CHOICES = {
 # dense matrices: up to so many tokens our kernels use stream, beyond that tile; by isa
 DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
 # the same of integers, in either format
-INTEGER_STREAM_TOKENS = {"avx512": 8, "avx2": 4, "neon": 4, "scalar": 4}
+INTEGER_STREAM_TOKENS = {"avx512": 8, "avx2": 6, "neon": 4, "scalar": 4}
 # what csrc/secateurs.h calls the dtypes of x
 CODES = {dtype: code for code, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32))}
 

@@ -128,7 +128,7 @@ def peak_flops() -> dict[str, float]:
     """Multiply-adds (as two) a second by dtype, of the fastest kernel's own instructions on all threads."""
     found: dict[str, float] = {}
     for kernel in kernels():
-        if kernel.lacks or kernel.dtype in found or kernel.strategy != "tile":
+        if kernel.lacks or kernel.dtype not in DTYPES.values() or kernel.dtype in found or kernel.strategy != "tile":
             continue
         threads, rounds, best = torch.get_num_threads(), 200_000, 0.0
         for _ in range(5):
