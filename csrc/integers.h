@@ -170,10 +170,9 @@ struct Integers {
       for (int t = 0; t < TOKENS; ++t) sum[r][t] = Math::zero();
     for (int64_t j = 0; j < words; ++j) {
       if (AHEAD && j % ahead.WORDS == 0) values = ahead.fill(codes, mask, values, least(ahead.WORDS, words - j), bits);
-      /* a page ahead: hardware prefetching stops at the end of a page */
+      /* a page ahead, of a mask as much as half of the weights take: hardware prefetching stops at the end of a page */
 #pragma GCC unroll 4
-      for (int line = 0; line < 4; ++line)
-        if (line < (BITS == 8 ? 4 : 2)) __builtin_prefetch(values + 4096 + 64 * line);
+      for (int line = 0; line < (BITS == 8 ? 4 : 2) / (MASKED ? 2 : 1); ++line) __builtin_prefetch(values + 4096 + 64 * line);
       if (MASKED) __builtin_prefetch(reinterpret_cast<const char*>(mask) + 1024);
       const int64_t low = groups.low(j) * P, high = groups.high(j) * P;
       const typename Math::Scales scale(scales + low, scales + high, w.half);
@@ -188,7 +187,7 @@ struct Integers {
         if (ZEROS) fill = Math::fill(zeros[low + r] - shift, zeros[high + r] - shift);
         Bytes row;
         if constexpr (MASKED) {
-          const uint64_t kept = *mask++;
+          const uint64_t& kept = *mask++;
           if constexpr (AHEAD) {
             row = Math::template spread<BITS, ZEROS>(kept, ahead.codes[j % ahead.WORDS * P + r], fill, middle);
           } else {
@@ -306,7 +305,7 @@ struct Integers {
         const int zero[2] = {(w.zero ? w.zero[low + r] : middle) - shift, (w.zero ? w.zero[high + r] : middle) - shift};
         Bytes found;
         if constexpr (MASKED) {
-          const uint64_t kept = *mask++;
+          const uint64_t& kept = *mask++;
           const uint8_t* from = AHEAD ? ahead.codes[j * P + r] : values;
           const Bytes fill = Math::fill(zero[0], zero[1]);
           if constexpr (!AHEAD && BITS != 8)

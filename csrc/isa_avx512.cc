@@ -254,12 +254,16 @@ struct Whole {
   static Bytes fill(int low, int high) {
     return _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(low)), _mm256_set1_epi8(static_cast<char>(high)), 1);
   }
-  static Bytes spread(uint64_t bits, Bytes codes, Bytes fill) {
-    asm("vpexpandb %1, %0%{%2%}" : "+v"(fill) : "v"(codes), "Yk"(bits));
+  /* The bits go from memory to a mask register. Else the compiler would count them there, by way of a general register: two more
+     operations of the units that expand and multiply. */
+  static Bytes spread(const uint64_t& bits, Bytes codes, Bytes fill) {
+    __mmask64 keep;
+    asm("kmovq %1, %0" : "=Yk"(keep) : "m"(bits));
+    asm("vpexpandb %1, %0%{%2%}" : "+v"(fill) : "v"(codes), "Yk"(keep));
     return fill;
   }
   template <int BITS, bool ZEROS>
-  static Bytes spread(uint64_t bits, const uint8_t* codes, Bytes fill, int) {
+  static Bytes spread(const uint64_t& bits, const uint8_t* codes, Bytes fill, int) {
     return spread(bits, _mm512_loadu_si512(codes), fill);
   }
   static Ints none() { return _mm512_setzero_si512(); }
