@@ -11,6 +11,7 @@ from secateurs.machine import timing
 from secateurs.machine.probe import Question, probe, read_shapes, shapes_of
 from secateurs.machine.profile import DeviceProfile, default_file
 from secateurs.machine.timing import Timing, dense_runs, interleaved
+from secateurs.matrix.grids import parse
 
 SMALL = ["--shapes", "64x128", "--tokens", "1,20", "--sparsity", "0.5", "--dtype", "fp32"]
 
@@ -28,6 +29,21 @@ def test_probe_answers_every_cell_and_the_textbook(tmp_path):
         assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
         assert row["dense_seconds"] == min(row["all_dense_seconds"].values())
         assert ("no gain" in row["verdict"]) == (row["speedup"] < 1.05)
+    integers = [r for r in profile.rows if r.get("grid")]
+    assert {(r["grid"], r["pattern"], r["sparsity"], r["tokens"]) for r in integers} == {
+        (f"int{b}/64", *cell, t)
+        for b in (8, 4) for cell in (("dense", 0.0), ("unstructured", 0.5), ("2:4", 0.5)) for t in (1, 20)
+    }  # fmt: skip
+    for row in integers:
+        assert row["kernel"].startswith("dense_int" if row["pattern"] == "dense" else "bitmask_int")
+        assert row["integers"].startswith("dense_" + row["grid"].partition("/")[0])
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["over_integers"] == pytest.approx(row["integers_seconds"] / row["seconds"])
+        # a scale for 64 inputs, two groups of them, and 64 bytes behind the last integer; of half of them also a bit a position
+        bits = int(row["grid"][3])
+        held = bits if row["pattern"] == "dense" else 1 + bits / 2
+        # the integers of a row and word begin at a byte
+        assert 0 <= row["nbytes"] - (64 * 128 * held / 8 + 64 * 2 * 2 + 64) <= 64 * 2 / 2
     stored = {r["pattern"]: r for r in profile.rows if r["kernel"] == "stored densely"}
     assert stored["unstructured"]["sparsity"] == 0.95
     assert "needs a packed format" in stored["unstructured"]["verdict"]
@@ -78,6 +94,7 @@ def test_bad_questions_are_one_sentence(tmp_path, capsys, llama):
         (["--sparsity", "1.5"], "sparsity 1.5 is not a fraction"),
         (["--sparsity", "half"], "sparsity 'half' cannot be read"),
         (["--tokens", "0"], "0 tokens cannot be measured"),
+        (["--bits", "7"], "integers of 7 bits cannot be measured; known: 8, 6, 5, 4, 3, 2"),
         (["--dtype", "int8"], "unknown dtype 'int8'; known: bf16, fp16, fp32"),
         (["--pattern", "4:2"], "unknown pattern '4:2'"),
         (["--pattern", "2:4", "--shapes", "8x9"], "pattern 2:4 on 8x9"),
@@ -104,6 +121,38 @@ def test_speedups_between_sparsities_by_hand():
     assert profile.speedup("bf16", 0.1, 2) == pytest.approx(1 / (0.8 + 0.2 / 1.7))
     assert profile.speedup("bf16", 0.0, 1) == 1.0
     assert profile.speedup("bf16", 0.6, 500) == pytest.approx(0.9)
+
+
+def test_seconds_of_integers_by_hand():
+    def row(grid, kernel, sparsity, tokens, speedup, over=1.0):
+        return {"dtype": "bf16", "grid": grid, "kernel": kernel, "sparsity": sparsity, "tokens": tokens, "speedup": speedup,
+                "over_integers": over}  # fmt: skip
+
+    rows = [
+        row("int8/64", "dense_int8", 0.0, 1, 1.5), row("int8/64", "dense_int8", 0.0, 1, 2.5), row("int8/64", "dense_int8", 0.0, 64, 0.8),
+        row("int8/64", "bitmask_int8", 0.5, 1, 3.0, 1.25), row("int8/64", "bitmask_int8", 0.5, 64, 0.4, 0.5),
+        row("int4/64", "dense_int4", 0.0, 1, 4.0), row("int4/64", "bitmask_int4", 0.5, 1, 3.6, 0.9),
+        row("int4/64", "bitmask_int4", 0.9, 1, 6.0, 1.5),
+        {"dtype": "bf16", "kernel": "bitmask_bf16", "sparsity": 0.5, "tokens": 1, "speedup": 1.6},
+    ]  # fmt: skip
+    profile = DeviceProfile("m", {}, 1.0, {}, rows, {})
+    int8, int4 = parse("int8"), parse("int4/128")
+    # the median of two shapes, 1 / 1.5 and 1 / 2.5
+    dense = (1 / 1.5 + 1 / 2.5) / 2
+    assert profile.relative("bf16", int8, 0.0, 1) == pytest.approx(dense)
+    assert profile.relative("bf16", int8, 0.5, 1) == pytest.approx(dense / 1.25)
+    # what is stored without zeros for the sake of one token is so for many
+    assert profile.relative("bf16", int8, 0.5, 64) == pytest.approx(1 / 0.8 / 0.5)
+    # half of int4 without its zeros is slower: pack stores all integers; so are few zeros, which take more bytes
+    assert profile.relative("bf16", int4, 0.5, 1) == pytest.approx(1 / 4)
+    assert profile.relative("bf16", int8, 0.1, 1) == pytest.approx(dense)
+    assert profile.relative("bf16", int4, 0.9, 1) == pytest.approx(1 / 4 / 1.5)
+    assert profile.leaves_zeros_out("bf16", int4, 0.9)
+    assert not profile.leaves_zeros_out("bf16", int4, 0.5)
+    # rows of integers are none of bf16's
+    assert profile.relative("bf16", None, 0.5, 1) == pytest.approx(1 / 1.6)
+    assert profile.relative("bf16", parse("int3"), 0.0, 1) is None
+    assert profile.relative("fp32", int8, 0.0, 1) is None
 
 
 def test_more_zeros_are_never_promised_less():

@@ -21,6 +21,9 @@ def probe(
     dtype: Annotated[str | None, option(SPEED, "bf16, fp16 or fp32, commas between. Default: bf16.")] = None,
     sparsity: Annotated[str | None, option(PATTERN, "Fractions of zeros. Default: 0.5,0.7,0.9.")] = None,
     pattern: Annotated[str | None, option(PATTERN, "Patterns. Default: unstructured,2:4.")] = None,
+    bits: Annotated[
+        str | None, option(PATTERN, "Bits of integers, beside the dtype; none for none. Default: 8,4.")
+    ] = None,
     out: Annotated[
         Path | None, option(OUTPUT, "Where the profile goes. Default: the cache, where `pack` looks.")
     ] = None,
@@ -52,6 +55,8 @@ def probe(
         given["tokens"] = read_list(tokens, int, "tokens")
     if dtype:
         given["dtypes"] = tuple(dtype.split(","))
+    if bits:
+        given["bits"] = () if bits == "none" else read_list(bits, int, "bits")
     with progress_bars(not quiet and not as_json) as progress:
         profile = measure(Question(**given), progress)
     file = (out or default_file()).expanduser()

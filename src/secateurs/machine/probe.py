@@ -1,9 +1,12 @@
 """Measures what zeros are worth on this machine: peak rates, then shape x pattern x sparsity x tokens against the best dense.
 
-Every cell times our packed kernel and all dense products, interleaved, on weights larger than the last cache: torch's in the
-stored dtype and in fp32, and ours. A cell without a gain says so. `secateurs probe` is the command to run first.
+Every cell times our packed kernels and all dense products, interleaved, on weights larger than the last cache: torch's in the
+stored dtype and in fp32, and ours. Integers are timed in the same cells, with all zeros and without, so that a row of theirs has
+its speed over the best 16-bit product and over all integers of the same bits. A cell without a gain says so. `secateurs probe` is
+the command to run first.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -20,10 +23,11 @@ from secateurs.base.errors import DeviceError, PlanError
 from secateurs.base.progress import Progress, silent
 from secateurs.kernels import semi_structured
 from secateurs.kernels.dispatch import Call, kernels, select
-from secateurs.kernels.formats import DTYPES, pack
+from secateurs.kernels.formats import DTYPES, Packed, pack, unpack
 from secateurs.kernels.library import library, threads_note
 from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing, dense_runs, interleaved
+from secateurs.matrix.grids import BITS, Grid, Scales
 from secateurs.matrix.patterns import parse
 
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
@@ -35,13 +39,15 @@ COLD_BYTES = 160 << 20
 
 @dataclass(frozen=True)
 class Question:
-    """What to measure. shapes: outputs x inputs. patterns: unstructured takes each sparsity, N:M its own."""
+    """What to measure. shapes: outputs x inputs. patterns: unstructured takes each sparsity, N:M its own. bits: of integers, in
+    groups of 64, beside each dtype; () for none."""
 
     shapes: tuple[tuple[int, int], ...] = ((11008, 4096),)
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
     patterns: tuple[str, ...] = ("unstructured", "2:4")
     tokens: tuple[int, ...] = (1, 16, 256)
     dtypes: tuple[str, ...] = ("bf16",)
+    bits: tuple[int, ...] = (8, 4)
     seconds_per_cell: float = 2.0
 
     def __post_init__(self) -> None:
@@ -57,6 +63,9 @@ class Question:
         for d in self.dtypes:
             if d not in NAMES:
                 raise PlanError(f"unknown dtype '{d}'; known: {', '.join(NAMES)}")
+        for b in self.bits:
+            if b not in BITS:
+                raise PlanError(f"integers of {b} bits cannot be measured; known: {', '.join(map(str, BITS))}")
 
     def cells(self) -> list[tuple[str, float]]:
         """(pattern, sparsity) in order."""
@@ -172,7 +181,8 @@ def probe(question: Question, progress: Progress = silent) -> DeviceProfile:
     if note := threads_note():
         here["note"] = note
     cells = question.cells()
-    total = 1 + len(question.shapes) * len(question.dtypes) * (len(question.tokens) * len(cells) + 1)
+    each = len(question.tokens) * (len(cells) + bool(question.bits))
+    total = 1 + len(question.shapes) * len(question.dtypes) * (each + 1)
     done = 0
     progress("probe", done, total)
     rate, flops = bandwidth(), peak_flops()
@@ -184,11 +194,18 @@ def probe(question: Question, progress: Progress = silent) -> DeviceProfile:
             weights = _weights(shape, NAMES[name])
             wide = weights if NAMES[name] == torch.float32 else [w.float() for w in weights]
             rows += _stored_densely(weights, question)
-            for pattern, sparsity in cells:
-                pruned = [_prune(w, pattern, sparsity) for w in weights]
-                packed = [pack(w) for w in pruned]
+            integers = {b: _copies(_integers(shape, NAMES[name], b), len(weights)) for b in question.bits}
+            bench = _Bench(name, weights, wide, integers, question.seconds_per_cell)
+            for pattern, sparsity in ([("dense", 0.0)] if integers else []) + cells:
+                packed = []
+                if pattern != "dense":
+                    sparse = (
+                        pack(_prune(weights[0], pattern, sparsity)),
+                        *(_integers(shape, NAMES[name], b, pattern, sparsity) for b in question.bits),
+                    )
+                    packed = [_copies(p, len(weights)) for p in sparse]
                 for tokens in question.tokens:
-                    rows.append(_row(shape, name, pattern, sparsity, tokens, weights, wide, packed, question))
+                    rows += bench.rows(pattern, sparsity, tokens, packed)
                     done += 1
                     progress("probe", done, total)
             rows += _gpu_rows(shape, NAMES[name], question)
@@ -211,41 +228,89 @@ def _prune(weight_OI: Tensor, pattern: str, sparsity: float) -> Tensor:
     return weight_OI.masked_fill(~mask, 0)
 
 
-def _row(
-    shape: tuple[int, int], dtype: str, pattern: str, sparsity: float, tokens: int,
-    weights: Sequence[Tensor], wide: Sequence[Tensor], packed: Sequence[Any], question: Question,
-) -> dict[str, Any]:  # fmt: skip
-    x = torch.randn(tokens, shape[1]).to(NAMES[dtype])
-    runs: dict[str, Any] = dense_runs(weights, x, wide)
-    dense_names = set(runs)
-    kernel = select(packed[0], tokens)
-    calls = [Call([p], [None]) for p in packed]
-    want = torch.nn.functional.linear(x.float(), _unpacked(packed[0]).float())
-    got = calls[0](x, kernel.index).view(tokens, -1).float()
-    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
-    if not error < 0.01:
-        raise DeviceError(
-            f"{kernel.name} is wrong on {shape[0]}x{shape[1]}, {tokens} tokens: relative error {error:.3g}"
-        )
-    runs[kernel.name] = [lambda c=c: c(x, kernel.index) for c in calls]
-    found = interleaved(runs, rounds=25, budget_seconds=question.seconds_per_cell, droppable=dense_names)
-    best = min(dense_names, key=lambda n: found[n].seconds)
-    ours, dense = found[kernel.name], found[best]
-    speedup = dense.seconds / ours.seconds
-    return {
-        "shape": list(shape), "dtype": dtype, "pattern": pattern, "sparsity": sparsity, "tokens": tokens,
-        "kernel": kernel.name, "seconds": ours.seconds, "low": ours.low, "high": ours.high, "samples": ours.samples,
-        "nbytes": packed[0].nbytes, "dense": best, "dense_seconds": dense.seconds, "dense_nbytes": packed[0].dense_nbytes,
-        "all_dense_seconds": {n: found[n].seconds for n in sorted(dense_names)},
-        "speedup": speedup, "bytes_per_second": packed[0].nbytes / ours.seconds,
-        "verdict": f"{speedup:.2f}x" if speedup >= GAIN else "no gain" if speedup > 1 / GAIN else f"no gain: {speedup:.2f}x",
-    }  # fmt: skip
+def _integers(
+    shape: tuple[int, int], dtype: torch.dtype, bits: int, pattern: str = "dense", sparsity: float = 0.0
+) -> Packed:
+    """Random integers, none of which is zero but where the pattern says so."""
+    grid = Grid(bits)
+    integer_OI = torch.randint(1, grid.middle, shape) * (1 - 2 * torch.randint(0, 2, shape))
+    if pattern != "dense":
+        integer_OI = _prune(integer_OI, pattern, sparsity)
+    scales = Scales(grid, torch.full((shape[0], grid.groups(shape[1])), 1 / grid.levels, dtype=grid.scale_dtype))
+    return pack(scales.weights(integer_OI).to(dtype), "dense" if pattern == "dense" else "bitmask", scales)
 
 
-def _unpacked(packed: Any) -> Tensor:
-    from secateurs.kernels.formats import unpack
+def _copies(packed: Packed, count: int) -> list[Packed]:
+    """The matrix, and the same at other addresses."""
+    names = ("values", "mask_PJ4", "scale_PG4")
+    held = {name: tensor for name in names if (tensor := getattr(packed, name)) is not None}
+    return [
+        packed,
+        *(dataclasses.replace(packed, **{n: t.clone() for n, t in held.items()}) for _ in range(1, count)),
+    ]
 
-    return unpack(packed)
+
+@dataclass(frozen=True)
+class _Bench:
+    """One shape in one dtype. weights: dense copies; wide: in fp32; integers: all of them, by bits."""
+
+    dtype: str
+    weights: Sequence[Tensor]
+    wide: Sequence[Tensor]
+    integers: dict[int, list[Packed]]
+    seconds_per_cell: float
+
+    def rows(self, pattern: str, sparsity: float, tokens: int, packed: Sequence[list[Packed]]) -> list[dict[str, Any]]:
+        """A row for each packed matrix, beside all dense products; of none, a row for all integers of each number of bits."""
+        shape = tuple(self.weights[0].shape)
+        x = torch.randn(tokens, shape[1]).to(NAMES[self.dtype])
+        runs: dict[str, Any] = dense_runs(self.weights, x, self.wide)
+        dense_names = set(runs)
+        names = [self._run(runs, copies, x) for copies in (*packed, *self.integers.values())]
+        of_all = dict(zip(self.integers, names[len(packed) :], strict=True))
+        found = interleaved(runs, rounds=25, budget_seconds=self.seconds_per_cell, droppable=dense_names)
+        best = min(dense_names, key=lambda n: found[n].seconds)
+        dense, rows = found[best], []
+        for name, copies in zip(names, packed or self.integers.values(), strict=False):
+            one, ours = copies[0], found[name]
+            speedup = dense.seconds / ours.seconds
+            row = {
+                "shape": list(shape), "dtype": self.dtype, "pattern": pattern, "sparsity": sparsity, "tokens": tokens,
+                "kernel": name, "seconds": ours.seconds, "low": ours.low, "high": ours.high, "samples": ours.samples,
+                "nbytes": one.nbytes, "dense": best, "dense_seconds": dense.seconds, "dense_nbytes": one.dense_nbytes,
+                "all_dense_seconds": {n: found[n].seconds for n in sorted(dense_names)},
+                "speedup": speedup, "bytes_per_second": one.nbytes / ours.seconds, "verdict": _verdict(speedup),
+            }  # fmt: skip
+            if one.grid is not None:
+                every = of_all[one.grid.bits]
+                over = found[every].seconds / ours.seconds
+                row |= {"grid": str(one.grid), "integers": every, "integers_seconds": found[every].seconds}
+                row |= {"over_integers": over}
+                if packed:
+                    row["verdict"] = f"{row['verdict']}; {_verdict(over)} over int{one.grid.bits} with its zeros"
+            rows.append(row)
+        return rows
+
+    @staticmethod
+    def _run(runs: dict[str, Any], copies: list[Packed], x: Tensor) -> str:
+        """Add the matrix to what is timed, under its kernel's name. Raises DeviceError if its product is wrong."""
+        first, tokens = copies[0], len(x)
+        kernel = select(first, tokens)
+        calls = [Call([p], [None]) for p in copies]
+        want = torch.nn.functional.linear(x.float(), unpack(first).float())
+        got = calls[0](x, kernel.index).view(tokens, -1).float()
+        error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+        # beside integers few tokens are rounded to 8 bits, half a percent off
+        if not error < (0.01 if first.grid is None else 0.02):
+            raise DeviceError(
+                f"{kernel.name} is wrong on {first.shape[0]}x{first.shape[1]}, {tokens} tokens: relative error {error:.3g}"
+            )
+        runs[kernel.name] = [lambda c=c: c(x, kernel.index) for c in calls]
+        return kernel.name
+
+
+def _verdict(speedup: float) -> str:
+    return f"{speedup:.2f}x" if speedup >= GAIN else "no gain" if speedup > 1 / GAIN else f"no gain: {speedup:.2f}x"
 
 
 def _stored_densely(weights: Sequence[Tensor], question: Question) -> list[dict[str, Any]]:

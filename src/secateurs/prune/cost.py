@@ -54,11 +54,15 @@ def cost_of(plan: Plan) -> Cost:
 
     def seconds(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-        speedup = profile.speedup(name, sparsity, 1)
-        if speedup is None:
-            raise PlanError(f"the profile of this machine has no row for {name}; run `secateurs probe --dtype {name}`")
+        ratio = profile.relative(name, grid, sparsity, 1)
+        if ratio is None:
+            every = ",".join(str(g.bits) for g in plan.layer_grids)
+            asked = f"int{grid.bits} beside {name}" if grid else name
+            raise PlanError(
+                f"the profile of this machine has no row for {asked}; run `secateurs probe --dtype {name}"
+                f"{f' --bits {every}' if grid else ''}`"
+            )
         dense = shape[0] * shape[1] * dtype.itemsize / profile.bytes_per_second
-        # a layer is packed only where that is faster
-        return dense / max(1.0, speedup if sparsity else 1.0)
+        return dense * ratio
 
     return seconds

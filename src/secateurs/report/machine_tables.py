@@ -23,7 +23,9 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
         console.print(f"GPU: none ({gpu['why_not']})")
     for shape, dtype in dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in profile.rows):
         console.print(f"[bold]{shape[0]}x{shape[1]}, {dtype}[/]")
-        table = new_table("zeros", "pattern", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth")
+        table = new_table(
+            "zeros", "pattern", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth", "of its bits"
+        )
         for row in profile.rows:
             if (tuple(row["shape"]), row["dtype"]) != (shape, dtype):
                 continue
@@ -32,9 +34,14 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
                 _short(row["kernel"], dtype, isa), f"{row['seconds'] * 1e3:.2f}",
                 _short(row["dense"], dtype, isa), f"{row['dense_seconds'] * 1e3:.2f}",
                 f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
-                "no gain" if "needs" in row["verdict"] else row["verdict"],
+                "no gain" if "needs" in row["verdict"] else row["verdict"].partition("; ")[0],
+                f"{row['over_integers']:.2f}x" if row.get("grid") else "",
             )  # fmt: skip
         console.print(table)
+    if any(r.get("grid") for r in profile.rows):
+        console.print(
+            "Worth: over the best dense product of the dtype; of its bits: over all integers of the same bits."
+        )
     for verdict in dict.fromkeys(r["verdict"] for r in profile.rows if "needs" in r["verdict"]):
         rows = [r for r in profile.rows if r["verdict"] == verdict]
         console.print(f"{rows[0]['sparsity']:.0%} {rows[0]['pattern']} stored densely: {escape(verdict)}.")
@@ -43,7 +50,7 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
 
 def _short(kernel: str, dtype: str, isa: str) -> str:
     """bitmask_bf16_avx512_stream -> bitmask_stream; dtype and isa are in the headings."""
-    return kernel.replace(f"_{dtype}_{isa}_", "_")
+    return kernel.replace(f"_{dtype}_{isa}_", "_").replace(f"_{isa}_", "_")
 
 
 def print_bench(result: dict[str, Any], console: Console) -> None:
