@@ -71,6 +71,6 @@ def plan(llama, words, tmp_path, **more):
     given = {
         "gate": ("ppl<=+900%",), "candidates": ("0.5", "2:4"), "profile": profile(tmp_path / "profile.json"), "effort": "fast",
         "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
-        "prompt": 10, "new": 11, "repeats": 5, "multiple": 8,
+        "prompt": 10, "new": 11, "repeats": 5, "multiple": 8, "integers": False,
     }  # fmt: skip
     return asked(DecidePlan, str(llama), **{**given, **more})

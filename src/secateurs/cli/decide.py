@@ -20,8 +20,8 @@ def decide(
         str | None,
         option(
             METHOD,
-            "E.g. 0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x, shrink:layers:params=0.8x; commas between. "
-            "Default: 0.5,0.7,2:4,shrink:latency=0.8x.",
+            "E.g. 0.7 (unstructured), 2:4, 16x16:0.5, shrink:latency=0.8x, 0.5+int8, 2:4+int4/128, bits=3.3; commas between. "
+            "Default: 0.5, 0.5+int8, 2:4+int4, 0.7+int4, shrink:latency=0.8x and the same +int4. Dense int8 and int4 come in.",
         ),
     ] = None,
     budget: Annotated[
@@ -54,6 +54,9 @@ def decide(
     allow_foreign_profile: Annotated[
         bool, option(RARE, "Decide for another machine by its profile's estimates.", "--allow-foreign-profile")
     ] = False,
+    integers: Annotated[
+        bool | None, option(RARE, "Dense int8 and int4 are candidates, too. Default: yes.", "--integers/--no-integers")
+    ] = None,
     repeats: Annotated[int | None, option(RARE, "Runs of each model, in turn. Default: 5.")] = None,
     multiple: Annotated[int | None, option(RARE, "MLP widths of shrink are multiples of this. Default: 64.")] = None,
     tasks_path: options.TasksPath = None,
@@ -74,7 +77,7 @@ def decide(
     chosen = None if candidates is None else tuple(c.strip() for c in candidates.split(",") if c.strip())
     values = {
         "candidates": chosen, "budget": budget, "effort": effort, "prompt": prompt, "new": new, "profile": profile,
-        "repeats": repeats, "multiple": multiple,
+        "repeats": repeats, "multiple": multiple, "integers": integers,
     }  # fmt: skip
     plan = DecidePlan(
         model,

@@ -7,6 +7,7 @@ timing.json) and decide.json. After a kill, what was measured is read and not me
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from secateurs.base.files import write_json
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import claim, locked, resolved, unchanged
-from secateurs.decide.plan import DecidePlan
+from secateurs.decide import beside_dense, through_kernels
+from secateurs.decide.plan import INTEGERS, DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
 from secateurs.kernels.formats import DTYPES
 from secateurs.kernels.packed_linear import linears
-from secateurs.machine.bench import bench, variants_of
+from secateurs.machine.bench import Variant, bench, dense_variants, variants_of
 from secateurs.machine.hardware import Hardware
 from secateurs.machine.probe import Question, probe, shapes_of
 from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
+from secateurs.matrix.grids import Grid
 from secateurs.model import checkpoint
 from secateurs.model.blocks import prefixes_of
 from secateurs.pack.folder import pack_run
+from secateurs.prune.record import Report
 from secateurs.prune.run import Run
 from secateurs.quality import evaluation
 from secateurs.shrink.budget import Budget
@@ -84,7 +88,7 @@ class _Decision:
             self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]
             self.show(self.rows)
             # the mildest of a kind first: if it misses the floor, those that remove more are not tried
-            order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept)
+            order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept * self.plan.parsed[i].bits)
             for i in order:
                 self._settle(i)
                 self.show(self.rows)
@@ -122,28 +126,42 @@ class _Decision:
                 )
             return profile
         at_hand = DeviceProfile.at_hand()
-        if at_hand is None or not any(r["dtype"] == self.dtype for r in at_hand.rows):
+        bits = {c.grid.bits for c in self.plan.parsed if c.grid}
+        if any(c.kind == "bits" for c in self.plan.parsed):
+            bits |= {8, 4}
+        if at_hand is None or not self._tells(at_hand, bits):
             masks = [c for c in self.plan.parsed if c.kind == "mask"]
-            sparsities = tuple(sorted({c.sparsity for c in masks} or {0.5}))
+            # what would have to change is said of more zeros than were asked for
+            sparsities = tuple(sorted({0.5, 0.7, 0.9} | {c.sparsity for c in masks if c.sparsity}))
             question = Question(
                 shapes_of(self.plan.model, 2), sparsities, ("unstructured",), tokens=(1, 256), dtypes=(self.dtype,),
-                seconds_per_cell=1.0,
+                bits=tuple(sorted(bits)), seconds_per_cell=1.0,
             )  # fmt: skip
             at_hand = probe(question, self.progress)
         at_hand.write(file)
         return at_hand
 
+    def _tells(self, profile: DeviceProfile, bits: set[int]) -> bool:
+        """True if a profile has rows for this dtype, and beside it for integers of so many bits."""
+        known = profile.speedup(self.dtype, 0.5, 1) is not None
+        return known and all(profile.relative(self.dtype, Grid(b), 0.5, 1) is not None for b in bits)
+
     def _estimate(self, candidate: Candidate) -> dict[str, Any]:
         worth = realize(candidate, self.here, self.dtype)
         timed = candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
-        nbytes, seconds = self._of_all(worth.nbytes, candidate), self._estimated_seconds(worth, candidate)
+        all_of_them = None
+        if candidate.kind == "mask" and candidate.grid and not candidate.plain:
+            whole = dataclasses.replace(candidate, text=str(candidate.grid), pattern="unstructured", sparsity=0.0)
+            all_of_them = realize(whole, self.here, self.dtype)
         row: dict[str, Any] = {
             "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
-            "gate": [], "passed": None, "bytes_ratio": nbytes, "seconds_ratio": seconds, "prefill": 1 / worth.prefill,
-            "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [],
+            "gate": [], "passed": None, **self._as_row(worth, candidate), "prefill": 1 / worth.prefill,
+            "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [], "bits": None, "through": None,
         }  # fmt: skip
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
+        elif all_of_them and not worth.pays_beside(all_of_them):
+            row |= {"status": "dropped", "reason": f"would not pay beside {all_of_them.candidate}: {worth.why}"}
         elif self.estimated and timed:
             why = "its budget is a time, which can only be measured on the machine itself; give params, bytes or flops"
             row |= {"status": "dropped", "reason": why}
@@ -151,9 +169,16 @@ class _Decision:
             row |= {"status": "dropped", "reason": f"by estimate, {reason}"}
         return row
 
+    def _as_row(self, worth: Worth, candidate: Candidate) -> dict[str, Any]:
+        """Estimated bytes and seconds of a request, over the dense model's."""
+        seconds = self._estimated_seconds(worth, candidate)
+        return {"bytes_ratio": self._of_all(worth.nbytes, candidate), "seconds_ratio": seconds}
+
     def _of_all(self, fraction: float, candidate: Candidate) -> float:
-        """A fraction of the pruned layers as a fraction of the whole model, whose embeddings and head stay as they are."""
-        return fraction if candidate.kind == "shrink" else 1 - (1 - fraction) * self.share
+        """A fraction of the pruned layers as a fraction of the whole model, whose embeddings and head stay as they are, but for
+        what shrink removes of them."""
+        shrunk = candidate.kept if candidate.kind == "shrink" else 1.0
+        return shrunk * (1 - (1 - fraction / shrunk) * self.share)
 
     def _estimated_seconds(self, worth: Worth, candidate: Candidate) -> dict[str, float]:
         """Seconds of a request over the dense model's, as if prompts were bound by arithmetic and tokens by memory bandwidth."""
@@ -172,9 +197,8 @@ class _Decision:
         if row["status"] == "dropped":
             return
         for other, settled in zip(self.plan.parsed, self.rows, strict=True):
-            milder = other.family == candidate.family and other.kept > candidate.kept
             missed = [g["missed"] for g in settled["gate"] if g["verdict"] == "missed"]
-            if milder and missed:
+            if missed and other.milder(candidate):
                 row |= {"status": "dropped", "reason": f"{other.text} removes less and already fails: {missed[0]}"}
                 return
         row["status"] = "running"
@@ -187,26 +211,33 @@ class _Decision:
             self.errors.append(error)
 
     def _measure(self, row: dict[str, Any], candidate: Candidate) -> None:
-        folder = self.out / "candidates" / re.sub(r"[^\w.=]+", "-", candidate.text)
-        asked = self.plan.plan_of(candidate)
-        if isinstance(asked, ShrinkPlan) and not candidate.units:
-            asked = dataclasses.replace(asked, units=self.units)
-        label = candidate.text
+        folder, label = self._folder(candidate.text), candidate.text
 
         def progress(what: str, done: int, total: int) -> None:
             self.progress(f"{label}: {what}", done, total)
 
+        asked, smaller = self.plan.plan_of(candidate), None
+        if candidate.kind == "shrink":
+            first = self.plan.shrink_plan(candidate)
+            first = first if candidate.units else dataclasses.replace(first, units=self.units)
+            base = candidate.text.rpartition("+")[0] if candidate.grid else candidate.text
+            smaller = shrink(first, self._folder(base), progress, self.out / "work")
+            asked = dataclasses.replace(asked, model=str(self._folder(base) / "model"))
         if isinstance(asked, ShrinkPlan):
-            report = shrink(asked, folder, progress, self.out / "work")
-            nbytes = report["bytes"]
+            assert smaller is not None
+            report, nbytes = smaller, smaller["bytes"]
         else:
-            Run(asked, folder, progress, self.out / "work").complete()
+            made = Run(asked, folder, progress, self.out / "work").complete()
+            if smaller is not None and not made.gate:
+                self._against_dense(folder, made, smaller["bytes"]["dense"], progress)
             report = json.loads((folder / "report.json").read_text())
             if report["packed"] is None:
                 profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
                 pack_run(folder, None, profile, progress)
                 report = json.loads((folder / "report.json").read_text())
-            nbytes = report["bytes"]
+            nbytes, row["bits"] = report["bytes"], report["totals"]["bits"]
+            if row["bits"] is not None:
+                row["through"] = through_kernels.of_run(folder, self.plan.model, self.plan.evaluation, progress)
         row |= {
             "quality": report["quality"], "gate": report["gate"], "compared": report.get("compared", {}),
             "passed": all(g["passed"] for g in report["gate"]), "warnings": report["warnings"], "bytes": nbytes,
@@ -215,19 +246,44 @@ class _Decision:
         if [g["gate"] for g in row["gate"]] != list(self.plan.evaluation.gates):
             raise PlanError(f"{candidate.text} was not held to every floor of {', '.join(self.plan.evaluation.gates)}")
         # the packed file has the bytes that count, unless another machine would store a format of its own
-        if not self.estimated or row["worth"]["kernel"] in ("bitmask", "dense"):
+        if not self.estimated or row["worth"]["kernel"] in ("bitmask", "integers", "dense"):
             row["bytes_ratio"] = nbytes.get("packed", nbytes.get("left")) / nbytes["dense"]
         if not self.estimated:
-            self._time(row, folder, progress)
+            self._time(row, candidate, folder, progress)
         self._judge(row)
 
-    def _time(self, row: dict[str, Any], folder: Path, progress: Progress) -> None:
+    def _folder(self, text: str) -> Path:
+        return self.out / "candidates" / re.sub(r"[^\w.=]+", "-", text)
+
+    def _against_dense(self, folder: Path, report: Report, nbytes: int, progress: Progress) -> None:
+        """Measure a smaller model that was quantized against the dense model, not against the smaller one that it was made from."""
+        dense, result = checkpoint.Checkpoint(self.plan.model), checkpoint.Checkpoint(folder / "model")
+        work, calibration = folder / "work", self.plan.calibration
+        work.mkdir(exist_ok=True)
+        found = evaluation.measured(
+            dense, result, self.plan.evaluation, calibration.seed, progress, work, self.out / "work", calibration.source
+        )
+        for name, value in found.as_dict().items():
+            setattr(report, name, value)
+        report.warnings += [
+            *found.warnings,
+            f"quality and bytes are held against {self.plan.model}, before it was shrunk",
+        ]
+        report.bytes["dense"] = nbytes
+        report.write(folder / "report.json")
+        shutil.rmtree(work)
+
+    def _time(self, row: dict[str, Any], candidate: Candidate, folder: Path, progress: Progress) -> None:
         plan, file = self.plan, folder / "timing.json"
         asked = {"prompt": plan.prompt, "new": plan.new, "repeats": plan.repeats}
         if not file.is_file():
             # the longer prompts are for `fleet`: what a token of context costs
             prompts = (plan.prompt, _LONGER * plan.prompt)
-            write_json(file, bench(variants_of(folder), prompts, plan.new, plan.repeats, progress, fit=True))
+            ways = variants_of(folder)
+            if candidate.kind == "shrink" and candidate.grid:
+                # its run knows the smaller model as the dense one
+                ways = [*dense_variants(plan.model), Variant("packed", str(folder / "packed"), "packed")]
+            write_json(file, bench(ways, prompts, plan.new, plan.repeats, progress, fit=True))
         found = json.loads(file.read_text())
         if {name: found[name] for name in asked} != asked:
             raise PlanError(f"{file} was not measured by this plan; delete it, and it is measured again")
@@ -278,8 +334,10 @@ class _Decision:
     # ------------------------------------------------------------------------------------------------- the decision
 
     def _result(self) -> dict[str, Any]:
-        fit = [r for r in self.rows if _chosen(r)]
-        best = min(fit, key=lambda r: (r["seconds_ratio"]["value"], r["bytes_ratio"]), default=None)
+        texts = {c.text: c for c in self.plan.parsed}
+        best, zeros = beside_dense.compare(
+            self.rows, texts, lambda c: self._as_row(realize(c, self.here, self.dtype), c)
+        )
         return {
             "format": FORMAT,
             "plan": self.plan.as_dict(),
@@ -289,9 +347,16 @@ class _Decision:
             "estimated": self.estimated,
             "rows": self.rows,
             "front": [r["candidate"] for r in front(self.rows)],
+            "zeros": zeros,
+            "left_out": [] if self.plan.integers else [_LEFT_OUT],
             "recommended": best["candidate"] if best else "dense",
-            "sentence": _sentence(best, self.rows, self.here.name, self.estimated),
+            "sentence": _sentence(best, texts, self.rows, zeros, self.here.name, self.estimated),
         }
+
+
+_LEFT_OUT = (
+    f"dense {' and '.join(INTEGERS)} were left out, as asked (--no-integers): whether zeros beat them is not known"
+)
 
 
 def _fits(config: Any, plan: DecidePlan) -> None:
@@ -311,10 +376,6 @@ def _units(skeleton: Any) -> tuple[str, ...]:
     except PlanError:
         return ShrinkPlan.units
     return tuple(unit for unit in ShrinkPlan.units if not cuts.refuses(unit)) or ShrinkPlan.units
-
-
-def _chosen(row: dict[str, Any]) -> bool:
-    return row["status"] == "measured" and row["reason"] is None
 
 
 def _share(skeleton: Any) -> float:
@@ -340,7 +401,14 @@ def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(kept, key=point)
 
 
-def _sentence(best: dict[str, Any] | None, rows: list[dict[str, Any]], where: str, estimated: bool) -> str:
+def _sentence(
+    best: dict[str, Any] | None,
+    candidates: dict[str, Candidate],
+    rows: list[dict[str, Any]],
+    zeros: str,
+    where: str,
+    estimated: bool,
+) -> str:
     how = f"by estimate for {where}" if estimated else f"measured on {where}"
     if best is None:
         reasons = "; ".join(f"{r['candidate']}: {r['reason']}" for r in rows)
@@ -355,7 +423,8 @@ def _sentence(best: dict[str, Any] | None, rows: list[dict[str, Any]], where: st
         change = f"{ratio['value'] - 1:+.1%}, 95% interval {ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%}"
         lost = f" Perplexity against the dense model's: {change}."
     passed = ", ".join(g["gate"] for g in best["gate"])
+    dense = "dense " if candidates[best["candidate"]].plain else ""
     return (
-        f"Ship {best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), and it "
-        f"passes {passed}.{lost}"
+        f"Ship {dense}{best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), "
+        f"and it passes {passed}.{lost}{f' {zeros}' if zeros else ''}"
     )

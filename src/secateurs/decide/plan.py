@@ -8,11 +8,16 @@ from typing import Any
 
 from secateurs.base.errors import PlanError
 from secateurs.decide.realize import Candidate
+from secateurs.matrix import grids
 from secateurs.prune.plan import Plan
 from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink.plan import ShrinkPlan
 
-DEFAULT_CANDIDATES: tuple[str, ...] = ("0.5", "0.7", "2:4", "shrink:latency=0.8x")
+DEFAULT_CANDIDATES: tuple[str, ...] = (
+    "0.5", "0.5+int8", "2:4+int4", "0.7+int4", "shrink:latency=0.8x", "shrink:latency=0.8x+int4",
+)  # fmt: skip
+# fewer bits and no zeros: what candidates with zeros have to beat
+INTEGERS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class DecidePlan:
     'seconds=0.8x' (of a request of `prompt` tokens and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of
     `secateurs probe`, or a name of HARDWARE; None for the one at hand, which is measured where there is none. foreign: let a
     profile of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn.
-    multiple: as in ShrinkPlan.
+    multiple: as in ShrinkPlan. integers: dense int8 and int4 are candidates too, whatever was named.
     """
 
     model: str
@@ -38,6 +43,7 @@ class DecidePlan:
     new: int = 64
     repeats: int = 5
     multiple: int = 64
+    integers: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(text.strip() for text in self.candidates))
@@ -49,12 +55,15 @@ class DecidePlan:
         for candidate in self.parsed:
             # whatever is wrong with a plan is found before the first one is run
             self.plan_of(candidate)
+            if candidate.kind == "shrink":
+                self.shrink_plan(candidate)
         if min(self.prompt, self.repeats) < 1 or self.new < 2:
             raise PlanError(f"prompt {self.prompt}, new {self.new}, repeats {self.repeats}: give at least 1, 2 and 1")
 
     @property
     def parsed(self) -> list[Candidate]:
-        return [Candidate.parse(text) for text in dict.fromkeys(self.candidates) if text.strip() != "dense"]
+        texts = dict.fromkeys((*(INTEGERS if self.integers else ()), *self.candidates))
+        return [Candidate.parse(text) for text in texts if text != "dense"]
 
     @property
     def limit(self) -> tuple[str, float] | None:
@@ -69,22 +78,38 @@ class DecidePlan:
         return found[1], float(found[2])
 
     def plan_of(self, candidate: Candidate) -> Plan | ShrinkPlan:
-        """What prune or shrink is asked for."""
-        shared: dict[str, Any] = {"calibration": self.calibration, "evaluation": self.evaluation}
+        """What prune or shrink is asked for. Of a smaller model that is quantized it is what prune is asked for, where the model is
+        still the dense one; its quality is measured by the decision, because the smaller model is not what it is held against."""
+        if candidate.kind == "shrink" and not candidate.grid:
+            return self.shrink_plan(candidate)
+        evaluation = self.evaluation
         if candidate.kind == "shrink":
-            if candidate.units:
-                shared["units"] = candidate.units
-            return ShrinkPlan(
-                self.model, candidate.budget, prompt=self.prompt, new=self.new, multiple=self.multiple, **shared
-            )
+            evaluation = dataclasses.replace(evaluation, windows=0, tasks=(), gates=())
+        chosen: dict[str, Any] = {"budget": candidate.budget} if candidate.kind == "bits" else {}
+        if candidate.kind != "bits":
+            chosen = {"pattern": candidate.pattern or "unstructured", "sparsity": candidate.sparsity}
+        grid = candidate.grid
+        if grid in grids.NAMED.values():
+            chosen["grid"] = str(grid)
+        elif grid:
+            chosen |= {"bits": str(grid.bits), "group": str(grid.group or "row")}
+            chosen["grid"] = "symmetric" if grid.symmetric else "asymmetric"
         return Plan(
             self.model,
-            pattern=candidate.pattern,
-            sparsity=candidate.sparsity,
             effort=self.effort,
             allow_skips=True,
-            **shared,
+            calibration=self.calibration,
+            evaluation=evaluation,
+            **chosen,
         )
+
+    def shrink_plan(self, candidate: Candidate) -> ShrinkPlan:
+        """What shrink is asked for."""
+        units: dict[str, Any] = {"units": candidate.units} if candidate.units else {}
+        return ShrinkPlan(
+            self.model, candidate.budget, prompt=self.prompt, new=self.new, multiple=self.multiple,
+            calibration=self.calibration, evaluation=self.evaluation, **units,
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))

@@ -14,6 +14,7 @@ from secateurs.base.errors import PlanError
 from secateurs.decide.realize import Candidate
 from secateurs.quality.compare import named
 from secateurs.quality.gates import Gate
+from secateurs.report.bits import Bits
 from secateurs.report.cited import Cited
 
 Point = dict[str, Any]
@@ -65,13 +66,17 @@ def words_of(candidate: str) -> str:
         parsed = Candidate.parse(candidate)
     except PlanError:
         return ""
+    if parsed.kind == "dense":
+        return ""
+    if parsed.kind == "bits":
+        return f"zeros and bits chosen for each layer, {parsed.bits:g} bits a weight"
+    grid = f"{parsed.grid.bits}-bit integers, grid {parsed.grid}" if parsed.grid else ""
+    if parsed.plain:
+        return f"all weights kept, as {grid}"
+    words = f"{' and '.join(parsed.units) or 'neurons, heads or blocks'} removed until {parsed.budget}"
     if parsed.kind == "mask":
-        return pattern_words(parsed.pattern, parsed.sparsity)
-    return (
-        f"{' and '.join(parsed.units) or 'neurons, heads or blocks'} removed until {parsed.budget}"
-        if parsed.budget
-        else ""
-    )
+        words = pattern_words(parsed.pattern, parsed.sparsity)
+    return f"{words}; what is left as {grid}" if grid else words
 
 
 def pattern_words(pattern: str, sparsity: float) -> str:
@@ -192,10 +197,18 @@ def _verdict(decided: Cited, where: Markup, gates: Sequence[str]) -> Markup:
             decided.show(f"{ratio}/high", "{:.3f}x"), floors,
         )  # fmt: skip
     words = words_of(row["candidate"])
-    return Markup("<strong>Ship {}</strong>{}: {} and the weights {} the bytes{}, {}.").format(
-        decided.show(f"{path}/candidate"), f" ({words})" if words else "", time,
-        decided.show(f"{path}/bytes_ratio", "{:.2f}x"), price, where,
+    zeros = Markup(" {}").format(decided.show("zeros")) if decision.get("zeros") else ""
+    return Markup("<strong>Ship {}{}</strong>{}: {} and the weights {} the bytes{}, {}.{}").format(
+        "dense " if _plain(row["candidate"]) else "", decided.show(f"{path}/candidate"), f" ({words})" if words else "", time,
+        decided.show(f"{path}/bytes_ratio", "{:.2f}x"), price, where, zeros,
     )  # fmt: skip
+
+
+def _plain(candidate: str) -> bool:
+    try:
+        return Candidate.parse(candidate).plain
+    except PlanError:
+        return False
 
 
 def _state(row: dict[str, Any], recommended: str) -> tuple[str, Markup]:
@@ -266,6 +279,10 @@ def _candidate(decided: Cited, i: int, verdict: Markup, state: str, other: Measu
         nbytes += Markup(" <span class=interval>estimated</span>")
     elif kind and not decided.data["estimated"]:
         nbytes += Markup(" <span class=interval>{}</span>").format(decided.show(f"{path}/bytes/{kind}", "{:,}"))
+    if row.get("bits"):
+        nbytes += Markup(" <span class=interval>{} bits a weight of its layers</span>").format(
+            decided.show(f"{path}/bits", "{:.2f}")
+        )
     cells = [quality, seconds, nbytes, verdict]
     if other:
         cells.insert(
@@ -373,7 +390,7 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
         said.append(
             Markup("weights in {} of {} bytes{}").format(
                 reported.show(f"bytes/{kind}", "{:,}"), reported.show("bytes/dense", "{:,}"),
-                " (zeros are still stored: not packed)" if kind == "pruned" else "",
+                " (still stored in full: not packed)" if kind == "pruned" else "",
             )
         )  # fmt: skip
     if gates:
@@ -408,4 +425,7 @@ def _run_words(report: dict[str, Any]) -> str:
         return f"shrunk to {report['plan']['budget']}"
     if "training" in report:
         return "trained after pruning; zeros stay"
-    return pattern_words(report["plan"]["pattern"], report["totals"]["sparsity"])
+    bits, zeros = Bits.of(report), pattern_words(report["plan"]["pattern"], report["totals"]["sparsity"])
+    if bits is None:
+        return zeros
+    return f"{f'{zeros}; what is left as ' if bits.asked else ''}{bits.grid}: {bits.words}"

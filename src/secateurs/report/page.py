@@ -20,6 +20,7 @@ from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.compare import named
 from secateurs.quality.settings import FLAGS
 from secateurs.report import charts
+from secateurs.report.bits import Bits
 from secateurs.report.cited import Cited
 from secateurs.report.first_screen import of_decision, of_run
 
@@ -133,7 +134,8 @@ def _model(folder: Path, name: str) -> dict[str, Any]:
     return {
         "name": name, "folder": str(folder), "report": report, "reported": reported, "plan": flat(plan),
         "timed": _cited(timed) if timed else None, "fleet": _cited_or_none(folder / "fleet.json"),
-        "kind": kind, "parts": _parts(report), "layers": _layers(report), "left_dense": _left_dense(report),
+        "kind": kind, "bits": Bits.of(report), "parts": _parts(report), "layers": _layers(report),
+        "left_dense": _left_dense(report),
         "command": _command({"shrunk": "shrink", "recovered": "recover"}.get(kind, "prune"), plan, folder),
     }  # fmt: skip
 
@@ -213,7 +215,7 @@ def _products(profile: DeviceProfile | None, models: Sequence[dict[str, Any]]) -
 
 
 # options that --no-… turns off
-_ON_BY_DEFAULT = ("permute", "refit")
+_ON_BY_DEFAULT = ("permute", "refit", "integers")
 
 
 def flat(plan: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.quality.compare import named
+from secateurs.report.bits import Bits
 from secateurs.report.terminal import megabytes, new_table
 
 
@@ -40,7 +41,8 @@ def _cells(layers: Sequence[Any], cell: Any) -> tuple[list[str], dict[str, dict[
 
 def print_report(report: Report, console: Console, out: str) -> None:
     """Print a finished pruning run: layers, totals, tuning, quality, gates, warnings, time and files."""
-    plan, totals = report.plan, report.totals
+    plan, totals, bits = report.plan, report.totals, Bits.of(report.as_dict())
+    several = bits is not None and len(bits.grids) > 1
 
     def cell(group: list[LayerRecord]) -> str:
         pruned = [r for r in group if r.skipped is None]
@@ -48,7 +50,8 @@ def print_report(report: Report, console: Console, out: str) -> None:
             return "dense"
         zeros = 1 - sum(r.kept for r in pruned) / sum(r.numel for r in pruned)
         error = (sum((r.error or 0) ** 2 for r in pruned) / len(pruned)) ** 0.5
-        return f"{zeros:.1%} {error:.3f}"
+        grid = "/".join(dict.fromkeys(r.grid or "16 bits" for r in pruned)) + " " if several else ""
+        return f"{grid}{zeros:.1%} {error:.3f}"
 
     columns, rows = _cells([r for r in report.layers if r.skipped_by != "kind"], cell)
     source = {
@@ -58,16 +61,13 @@ def print_report(report: Report, console: Console, out: str) -> None:
     }
     kinds = {r.error_from for r in report.layers if r.error_from}
     meaning = "; ".join(source[k] for k in sorted(kinds))
-    console.print(f"[bold]Zeros and relative output error per layer[/] ({meaning})")
+    what = "Grid, zeros" if several else "Zeros"
+    console.print(f"[bold]{what} and relative output error per layer[/] ({meaning})")
     table = new_table("block", *columns)
     for block, row in rows.items():
         table.add_row(block, *(row.get(column, "") for column in columns))
     console.print(table)
-    console.print(
-        f"Pruned {_layers(totals['layers_pruned'])} to {totals['sparsity']:.2%} zeros ({totals['zeros']:,} of "
-        f"{totals['weights']:,} weights): {plan['pattern']}, {plan['method']}, scope {plan['scope']}, "
-        f"allocation {plan['allocation']}, effort {plan['effort']}."
-    )
+    console.print(_done(plan, totals, bits))
     if report.shrunk:
         console.print(_shrunk(report.shrunk, report.quality))
     if report.reconstruction:
@@ -96,7 +96,13 @@ def print_report(report: Report, console: Console, out: str) -> None:
         )
     for warning in report.warnings:
         console.print(f"[yellow]Warning:[/] {escape(warning)}.")
-    if report.bytes and not report.packed:
+    if report.bytes and not report.packed and bits:
+        console.print(
+            f"{out}/model stores these integers as plain weights: {megabytes(report.bytes['pruned'])}, dense "
+            f"{megabytes(report.bytes['dense'])}. `secateurs pack {out}` stores them in {bits.words}, about "
+            f"{megabytes(report.bytes['stored'])} in all; `secateurs bench {out}` measures the gain."
+        )
+    elif report.bytes and not report.packed:
         console.print(
             f"The zeros are still stored as zeros: {megabytes(report.bytes['pruned'])} after, "
             f"{megabytes(report.bytes['dense'])} before, and dense kernels still multiply them. "
@@ -117,6 +123,23 @@ def print_compute(compute: dict[str, Any], console: Console) -> None:
         )
     else:
         console.print(f"Matrices were multiplied in {compute['products']}, the dtype of the weights.")
+
+
+def _done(plan: dict[str, Any], totals: dict[str, Any], bits: Bits | None) -> str:
+    """What was done to how many layers, in a sentence."""
+    layers, zeros = _layers(totals["layers_pruned"]), f"({totals['zeros']:,} of {totals['weights']:,} weights)"
+    how = f"{plan['method']}, scope {plan['scope']}, allocation {plan['allocation']}, effort {plan['effort']}."
+    if bits is None:
+        return f"Pruned {layers} to {totals['sparsity']:.2%} zeros {zeros}: {plan['pattern']}, {how}"
+    if not bits.asked:
+        return (
+            f"Quantized {layers} to {bits.grid}: {bits.layers:.2f} bits a weight, {totals['sparsity']:.0%} of the integers are "
+            f"zero {zeros}: {how}"
+        )
+    return (
+        f"Pruned {layers} to {totals['sparsity']:.2%} zeros {zeros} and rounded what is left to {bits.grid}: {bits.layers:.2f} "
+        f"bits a weight; {bits.rounded:,} survivors became zero by rounding: {plan['pattern']}, {how}"
+    )
 
 
 def _layers(count: int) -> str:

@@ -135,7 +135,7 @@ def print_iterative(rows: Sequence[Iterative], console: Console) -> None:
 
 def decision_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table of candidates, measured or not yet; estimates are in brackets."""
-    table = new_table("candidate", "perplexity", "floor", "prefill", "decode", "request", "bytes", "state")
+    table = new_table("candidate", "perplexity", "floor", "prefill", "decode", "request", "bytes", "bits", "state")
     for row in rows:
         quality = row["quality"]
         numbers = [
@@ -152,6 +152,7 @@ def decision_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{quality['ppl_ratio']['value'] - 1:+.1%}" if quality else "",
             floor,
             *numbers,
+            f"{row['bits']:.2f}" if row.get("bits") else "",
             row["status"],
         )
     return table
@@ -165,8 +166,51 @@ def print_decision(result: dict[str, Any], console: Console, folder: str) -> Non
             console.print(f"{row['candidate']}: {escape(row['reason'])}.", highlight=False)
         for warning in row["warnings"]:
             console.print(f"[yellow]Warning[/] ({row['candidate']}): {escape(warning)}.")
+        if beside := _beside(row):
+            console.print(f"{row['candidate']}: {beside}.", highlight=False)
+    if through := [row for row in result["rows"] if row.get("through")]:
+        _print_through(through, console)
+    for sentence in result.get("left_out", []):
+        console.print(f"[yellow]Note:[/] {escape(sentence)}.")
     if result["front"]:
         console.print(f"No candidate is both faster and better than one of these: {', '.join(result['front'])}.")
     print_compute(result["compute"], console)
     console.print(f"[bold]{escape(result['sentence'])}[/]")
     console.print(f"[bold]{folder}/decide.json[/] has the rest; `secateurs report {folder}` makes a page of it.")
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """What a measured candidate takes of the dense one of the same bits and of the best dense one, in words."""
+    found = row.get("beside") or {}
+    same, best = found.get("same_bits"), found.get("best_dense")
+    if row["status"] != "measured":
+        return ""
+    told = []
+    for dense, which in ((same, "of the same bits"), (best, "the best that holds the floor")):
+        if dense and not (which != "of the same bits" and same and same["candidate"] == dense["candidate"]):
+            kl = "" if dense["kl"] is None else f", KL {dense['kl']:+.4f} nats"
+            told.append(
+                f"beside dense {dense['candidate']}, {which}: {dense['seconds']:.2f}x the seconds, {dense['bytes']:.2f}x the "
+                f"bytes{kl}"
+            )
+    return "; ".join(told)
+
+
+def _print_through(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the quality of packed models through their kernels, beside that of the same weights without them."""
+    first = rows[0]["through"]
+    console.print(
+        f"[bold]Through the packed kernels[/]: KL to dense in nats a token, perplexity over dense, of {first['windows']} windows "
+        f"of {first['tokens']} tokens; kernels for few tokens round their inputs to 8 bits"
+    )
+    table = new_table("candidate", "plain weights", "", "few at once", "", "many at once", "", "kernels")
+    for row in rows:
+        told = row["through"]
+        cells = [
+            text
+            for way in ("plain", "few", "many")
+            for text in (f"{told[way]['kl']:.4f}", f"{told[way]['ppl_ratio']:.3f}x")
+        ]
+        names = dict.fromkeys((*told["few"]["kernels"], *told["many"]["kernels"]))
+        table.add_row(row["candidate"], *cells, ", ".join(names))
+    console.print(table)

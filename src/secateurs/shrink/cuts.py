@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import PlanError, said
 from secateurs.base.progress import quiet
 from secateurs.matrix.solvers import DAMPING
 from secateurs.model.batches import embeddings_of, text_config
@@ -347,8 +347,16 @@ class Cuts:
         return True
 
     def config_of(self, shape: Shape, kept_layers: Sequence[int]) -> Any:
-        """The config of a model of that shape."""
-        return type(self.config).from_dict(self.stated(self.config.to_dict(), shape, kept_layers))
+        """The config of a model of that shape. Raises PlanError for one that the class does not take."""
+        kind = type(self.config)
+        try:
+            return kind.from_dict(self.stated(self.config.to_dict(), shape, kept_layers))
+        # a class may raise anything for a config that is not to its liking
+        except Exception as error:
+            raise PlanError(
+                f"{kind.__name__} cannot be of {shape.heads} x {shape.queries} heads, {shape.mlp} neurons, {shape.layers} blocks "
+                f"and width {shape.hidden}: {said(error, 2)}; name other units, e.g. --units mlp,layers"
+            ) from error
 
     def skeleton(self, shape: Shape, kept_layers: Sequence[int]) -> Any:
         """A model of that shape on the meta device."""
