@@ -22,6 +22,13 @@ def profile(file, here=True, speedup=1.6):
          "shape": [8, 8], "pattern": "unstructured", "seconds": 1e-3, "dense": "torch", "dense_seconds": 2e-3, "verdict": "2x"}
         for dtype in ("fp32", "bf16") for s in (0.5, 0.9) for tokens, value in ((1, speedup), (256, 1.0))
     ]  # fmt: skip
+    # integers: eight bits are worth leaving zeros out of, four are not
+    rows += [
+        {**row, "grid": f"int{bits}/64", "kernel": f"{form}_int{bits}_x", "sparsity": s, "speedup": value * over, "over_integers": over,
+         "integers": f"dense_int{bits}_x", "integers_seconds": 1e-3}
+        for row in rows[::4] for bits, value, left_out in ((8, 2.0, 1.3), (4, 3.0, 0.8))
+        for form, s, over in (("dense", 0.0, 1.0), ("bitmask", 0.5, left_out))
+    ]  # fmt: skip
     of = {
         **machine(),
         "kernels": [k.name for k in kernels() if not k.lacks],

@@ -1,15 +1,18 @@
 """Decisions: what is dropped and why, the front, the recommendation, resuming; speeds are stated, pruning is real."""
 
 import json
+import math
 import os
 import shutil
 
 import pytest
 import tiny
+import torch
 from decisions import SPEEDS, module, plan, profile, stated_bench
 
 from secateurs.base.errors import CalibrationError, CheckpointError, DeviceError, OutputError, PlanError
 from secateurs.decide.decide import decide, front
+from secateurs.decide.through_kernels import difference
 from secateurs.machine.profile import DeviceProfile
 from secateurs.quality import compare
 
@@ -313,3 +316,71 @@ def test_nothing_is_made_for_a_model_that_is_not_there(tmp_path, llama, words):
 def test_decide_json_is_plain(tmp_path, llama, words, stated):
     result = decide(plan(llama, words, tmp_path, candidates=("0.5",)), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "decide.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_dense_integers_are_candidates_whatever_was_named(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("0.5+int8", "0.5+int4"), integers=True)
+    result = decide(chosen, tmp_path / "run")
+    rows = {r["candidate"]: r for r in result["rows"]}
+    assert list(rows) == ["int8", "int4", "0.5+int8", "0.5+int4"]
+    # groups are as wide as the layers' 32 inputs, of down_proj 64: 8 bits and a scale of 16 for each
+    shapes = [(64, 32), (64, 32), (32, 64), (32, 32), (16, 32), (16, 32), (32, 32)]
+    scales = sum(16 * o for o, _ in shapes)
+    weights = sum(o * i for o, i in shapes)
+    assert rows["int8"]["bits"] == pytest.approx(8 + scales / weights)
+    assert rows["int4"]["bits"] == pytest.approx(4 + scales / weights)
+    assert rows["0.5+int4"]["status"] == "dropped"
+    assert rows["0.5+int4"]["reason"].startswith(
+        "would not pay beside int4/64: at 50% zeros int4 without them is 0.80x"
+    )
+    # all are stated to be as fast, and zeros take fewer bytes than int8 but not than int4
+    assert rows["0.5+int8"]["reason"].startswith(
+        "does not pay beside dense int4, which holds the floor too: 1.00x its seconds"
+    )
+    assert result["recommended"] == "int4"
+    assert result["sentence"].startswith("Ship dense int4: a request takes 0.70x the time")
+    assert "Zeros do not pay here." in result["sentence"]
+    assert json.loads((tmp_path / "run" / "decide.json").read_text())["zeros"] == result["zeros"]
+
+
+def test_left_out_integers_are_said(tmp_path, llama, words, stated):
+    (said,) = decide(plan(llama, words, tmp_path, candidates=("0.5",)), tmp_path / "run")["left_out"]
+    assert said == "dense int8 and int4 were left out, as asked (--no-integers): whether zeros beat them is not known"
+
+
+def test_a_smaller_model_on_a_grid_is_held_against_the_dense_one(tmp_path, llama, words, stated):
+    chosen = plan(llama, words, tmp_path, candidates=("shrink:params=0.9x", "shrink:params=0.9x+int8"))
+    result = decide(chosen, tmp_path / "run")
+    smaller, quantized = result["rows"]
+    assert quantized["status"] == "measured"
+    assert quantized["quality"]["ppl_dense"] == smaller["quality"]["ppl_dense"]
+    assert quantized["bytes"]["dense"] == smaller["bytes"]["dense"]
+    assert quantized["bytes_ratio"] < smaller["bytes_ratio"]
+    # made once
+    assert len(list((tmp_path / "run" / "candidates").iterdir())) == 2
+    # the dense model is timed beside it, not the smaller one
+    timed = json.loads((tmp_path / "run" / quantized["folder"] / "timing.json").read_text())
+    assert [v["folder"] for v in timed["variants"]] == [
+        str(llama),
+        str(tmp_path / "run" / quantized["folder"] / "packed"),
+    ]
+    assert decide(chosen, tmp_path / "run") == result
+
+
+def test_quality_through_the_kernels_is_that_of_the_packed_model(tmp_path, llama, words, stated):
+    (row,) = decide(plan(llama, words, tmp_path, candidates=("int4",)), tmp_path / "run")["rows"]
+    told = row["through"]
+    assert (told["windows"], told["tokens"]) == (4, 32)
+    assert all("_int4_" in name and name.endswith("stream") for name in told["few"]["kernels"])
+    assert all("_int4_" in name and name.endswith("tile") for name in told["many"]["kernels"])
+    # inputs in 8 bits move predictions a little, and no more than that
+    assert told["few"]["kl"] == pytest.approx(told["plain"]["kl"], rel=0.5)
+    assert told["few"]["kl"] != told["plain"]["kl"]
+
+
+def test_differences_of_predictions_by_hand():
+    # two tokens of which the second is predicted: 1/2 and 1/2 by the dense model, 3/4 and 1/4 by ours; the second one comes
+    dense, ours = torch.zeros(2, 2), torch.tensor([[3.0, 1.0], [9.0, 9.0]]).log()
+    found = difference([dense], [ours], [torch.tensor([0, 1])])
+    assert found["kl"] == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert found["ppl_ratio"] == pytest.approx(2.0)

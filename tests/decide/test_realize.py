@@ -4,9 +4,11 @@ import pytest
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError
+from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import Candidate, machine_named, rank, realize
 from secateurs.machine.hardware import HARDWARE
 from secateurs.machine.profile import DeviceProfile
+from secateurs.quality.settings import Evaluation
 
 
 def of(text, where="a100", dtype="bf16"):
@@ -129,3 +131,106 @@ def test_nobody_knows_yet_what_a_budget_in_seconds_is_worth(text):
 def test_unknown_machines_are_refused():
     with pytest.raises(DeviceError, match="no profile 'b200'.*none of a100, h100"):
         machine_named("b200")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "pattern", "sparsity", "grid"),
+    [
+        ("int4", "mask", "unstructured", 0.0, "int4/64"),
+        ("int4/128", "mask", "unstructured", 0.0, "int4/128"),
+        ("0.5+int8", "mask", "unstructured", 0.5, "int8/64"),
+        ("2:4+int4/row/asymmetric", "mask", "2:4", 0.5, "int4/row/asymmetric"),
+        ("16x16:0.5+q4_0", "mask", "16x16", 0.5, "q4_0"),
+        ("shrink:mlp+heads:params=0.8x+int4", "shrink", "", 0.0, "int4/64"),
+        ("bits=3.3", "bits", "", 0.0, "None"),
+    ],
+)
+def test_candidates_have_bits(text, kind, pattern, sparsity, grid):
+    found = Candidate.parse(text)
+    assert (found.kind, found.pattern, found.sparsity, str(found.grid)) == (kind, pattern, sparsity, grid)
+    assert found.plain == text.startswith("int")
+
+
+@pytest.mark.parametrize("text", ["0.5+int7", "int4+int4", "dense+int4", "bits=3+int4", "bits=", "0.5+", "+int4+"])
+def test_bits_that_cannot_be_are_refused(text):
+    with pytest.raises(PlanError, match="cannot read candidate|unknown grid|bits=B with B"):
+        plan_for(text)
+
+
+def plan_for(text):
+    return DecidePlan("m", Evaluation(gates=("ppl<=+5%",)), (text,))
+
+
+def test_plans_of_candidates_say_their_bits():
+    plan = plan_for("2:4+int4/128")
+    asked = plan.plan_of(Candidate.parse("2:4+int4/128"))
+    assert (asked.pattern, asked.sparsity, str(asked.layer_grids[0])) == ("2:4", 0.5, "int4/128")
+    assert [c.text for c in plan.parsed] == ["int8", "int4", "2:4+int4/128"]
+    plain = plan.plan_of(plan.parsed[0])
+    assert (plain.sparsity, str(plain.layer_grids[0])) == (0.0, "int8/64")
+    assert str(plan.plan_of(Candidate.parse("0.5+q4_0")).layer_grids[0]) == "q4_0"
+    assert str(plan.plan_of(Candidate.parse("int3/row/asymmetric")).layer_grids[0]) == "int3/row/asymmetric"
+    assert plan.plan_of(Candidate.parse("bits=3.3")).budgeted == ("bits", 3.3)
+    # what a smaller model is held against is the decision's to say
+    assert plan.plan_of(Candidate.parse("shrink:params=0.8x+int4")).evaluation.gates == ()
+
+
+def test_milder_is_less_of_the_same():
+    def milder(a, b):
+        return Candidate.parse(a).milder(Candidate.parse(b))
+
+    for a, b in (
+        ("0.5", "0.7"), ("0.5", "0.5+int8"), ("0.5+int8", "0.5+int4"), ("int8", "int4"), ("int4", "2:4+int4"), ("int8", "0.5+int4"),
+        ("shrink:params=0.8x", "shrink:params=0.8x+int4"), ("int4", "shrink:params=0.8x+int4"), ("bits=4", "bits=3"),
+    ):  # fmt: skip
+        assert milder(a, b)
+        assert not milder(b, a)
+    # more zeros and more bits, other kinds of zeros, other groups
+    for a, b in (
+        ("0.5+int4", "0.7+int8"),
+        ("0.5", "2:4"),
+        ("int4", "int4/128"),
+        ("int4", "bits=3"),
+        ("int4", "0.5+int8"),
+    ):
+        assert not milder(a, b)
+        assert not milder(b, a)
+
+
+def on_integers():
+    rows = [
+        {"dtype": "bf16", "grid": "int4/64", "kernel": kernel, "tokens": t, "sparsity": s, "speedup": v, "over_integers": o}
+        for kernel, t, s, v, o in (
+            ("dense_int4", 1, 0.0, 4.0, 1.0), ("dense_int4", 256, 0.0, 0.5, 1.0), ("bitmask_int4", 1, 0.5, 3.6, 0.9),
+            ("bitmask_int4", 256, 0.5, 0.5, 1.0), ("bitmask_int4", 1, 0.9, 8.0, 2.0), ("bitmask_int4", 256, 0.9, 0.5, 1.0),
+        )
+    ]  # fmt: skip
+    return DeviceProfile("here", machine(), 1e10, {"bf16": 1e11}, rows, {"device": None})
+
+
+def test_integers_are_worth_what_their_rows_say():
+    dense = of("int4", on_integers())
+    # 4 bits and a scale of 16 for 64 weights
+    assert (dense.nbytes, dense.decode, dense.prefill) == pytest.approx((4.25 / 16, 1 / 4, 2.0))
+    # half of them zeros: all integers are faster, so they are stored
+    half = of("0.5+int4", on_integers())
+    assert (half.nbytes, half.decode, half.kernel) == (dense.nbytes, dense.decode, "integers")
+    assert not half.pays_beside(dense)
+    assert "is 0.90x as fast for one token as all integers, and takes 0.76x the bytes" in half.why
+    most = of("0.9+int4", on_integers())
+    assert (most.nbytes, most.decode, most.kernel) == (pytest.approx((1 + 0.4 + 0.25) / 16), 1 / 8, "bitmask")
+    assert most.pays_beside(dense)
+    smaller = of("shrink:params=0.8x+int4", on_integers())
+    assert (smaller.nbytes, smaller.decode) == pytest.approx((0.8 * 4.25 / 16, 0.8 / 4))
+    # of a mixture: between the bits that were measured and 16
+    assert of("bits=10", on_integers()).decode == pytest.approx((1 / 4 + 1) / 2)
+    with pytest.raises(PlanError, match="no row for int8 beside bf16; run `secateurs probe --dtype bf16 --bits 8`"):
+        of("int8", on_integers())
+
+
+def test_published_machines_have_no_integer_kernels_to_count():
+    there = of("int4", "a100")
+    assert (there.nbytes, there.decode) == (pytest.approx(4.25 / 16), 1.0)
+    assert "no figure is published for integer kernels on a100" in there.why
+    assert not of("0.5+int4", "a100").pays_beside(there)
+    assert of("int4", "avx2").decode == pytest.approx(4.25 / 16)

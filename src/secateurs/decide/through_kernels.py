@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateurs.base.files import write_json
-from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.progress import Progress, no_bars, silent, ticker
 from secateurs.kernels.dispatch import select
 from secateurs.kernels.packed_linear import PackedLinear
 from secateurs.machine.bench import load
@@ -47,7 +47,8 @@ def of_run(run: Path, dense: str, asked: Evaluation, progress: Progress = silent
     logits: dict[str, list[Tensor]] = {}
     used: dict[str, list[str]] = {}
     for name, (folder, at_once) in models.items():
-        model = load(folder, "packed" if name in ("few", "many") else "dense")
+        with no_bars():
+            model = load(folder, "packed" if name in ("few", "many") else "dense")
         used[name] = _kernels(model, at_once)
         logits[name] = []
         for ids in text.windows:
