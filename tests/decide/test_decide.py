@@ -330,9 +330,7 @@ def test_dense_integers_are_candidates_whatever_was_named(tmp_path, llama, words
     assert rows["int8"]["bits"] == pytest.approx(8 + scales / weights)
     assert rows["int4"]["bits"] == pytest.approx(4 + scales / weights)
     assert rows["0.5+int4"]["status"] == "dropped"
-    assert rows["0.5+int4"]["reason"].startswith(
-        "would not pay beside int4/64: at 50% zeros int4 without them is 0.80x"
-    )
+    assert rows["0.5+int4"]["reason"].startswith("would not pay beside int4: at 50% zeros int4 without them is 0.80x")
     # all are stated to be as fast, and zeros take fewer bytes than int8 but not than int4
     assert rows["0.5+int8"]["reason"].startswith(
         "does not pay beside dense int4, which holds the floor too: 1.00x its seconds"

@@ -151,7 +151,9 @@ class _Decision:
         timed = candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
         all_of_them = None
         if candidate.kind == "mask" and candidate.grid and not candidate.plain:
-            whole = dataclasses.replace(candidate, text=str(candidate.grid), pattern="unstructured", sparsity=0.0)
+            named = (c.text for c in self.plan.parsed if c.plain and c.grid == candidate.grid)
+            text = next(named, str(candidate.grid))
+            whole = dataclasses.replace(candidate, text=text, pattern="unstructured", sparsity=0.0)
             all_of_them = realize(whole, self.here, self.dtype)
         row: dict[str, Any] = {
             "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,

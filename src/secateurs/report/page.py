@@ -168,9 +168,7 @@ def _parts(report: dict[str, Any]) -> list[dict[str, Any]]:
         parts["padding"] += padding
         parts["scales"] += r["nbytes"] - kept - positions - padding
     parts["rest, dense"] = report["bytes"]["packed"] - sum(parts.values())
-    if not parts["scales"]:
-        del parts["scales"]
-    return rows + [{"model": "shipped", "part": part, "nbytes": n} for part, n in parts.items()]
+    return rows + [{"model": "shipped", "part": part, "nbytes": n} for part, n in parts.items() if n]
 
 
 def _layers(report: dict[str, Any]) -> list[dict[str, Any]]:

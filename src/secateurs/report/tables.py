@@ -200,17 +200,18 @@ def _print_through(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the quality of packed models through their kernels, beside that of the same weights without them."""
     first = rows[0]["through"]
     console.print(
-        f"[bold]Through the packed kernels[/]: KL to dense in nats a token, perplexity over dense, of {first['windows']} windows "
-        f"of {first['tokens']} tokens; kernels for few tokens round their inputs to 8 bits"
+        f"[bold]Through the packed kernels[/]: KL to dense in nats a token (perplexity over dense), {first['windows']} windows of "
+        f"{first['tokens']} tokens; kernels of integers for few tokens round their inputs to 8 bits"
     )
-    table = new_table("candidate", "plain weights", "", "few at once", "", "many at once", "", "kernels")
+    ways = {"plain": "plain weights"}
+    ways |= {way: f"{first[way]['at_once']} tokens at once" for way in ("few", "many")}
+    table = new_table("candidate", *ways.values())
     for row in rows:
         told = row["through"]
-        cells = [
-            text
-            for way in ("plain", "few", "many")
-            for text in (f"{told[way]['kl']:.4f}", f"{told[way]['ppl_ratio']:.3f}x")
-        ]
-        names = dict.fromkeys((*told["few"]["kernels"], *told["many"]["kernels"]))
-        table.add_row(row["candidate"], *cells, ", ".join(names))
+        table.add_row(row["candidate"], *(f"{told[way]['kl']:.4f} ({told[way]['ppl_ratio']:.3f}x)" for way in ways))
     console.print(table)
+    for row in rows:
+        few, many = (", ".join(row["through"][way]["kernels"]) for way in ("few", "many"))
+        console.print(
+            f"{row['candidate']}: {few}; at {row['through']['many']['at_once']} tokens {many}.", highlight=False
+        )
