@@ -142,13 +142,24 @@ def test_descent_stops_where_no_single_integer_helps(layer):
     scales = fit(weight, grid, hessian.diagonal())
     keep = torch.ones_like(weight, dtype=torch.bool)
     new = descend(weight, scales.rounded(weight), scales, keep, hessian, 100)
-    best = loss(weight, new, stats)
-    integers = scales.integers(new)
-    for row, i in ((0, 0), (3, 17), (23, 31)):
-        for step in (-1, 1):
-            other = integers.clone()
-            other[row, i] = (other[row, i] + step).clamp(-4, 3)
-            assert loss(weight, scales.weights(other), stats) >= best - 1e-4 * best
+    integers, step = scales.integers(new), scales.scale_OG.float().double()
+    slope, diagonal = (new - weight).double() @ hessian.double(), hessian.double().diagonal()
+    for change in (-1, 1):
+        delta = torch.where((integers + change).clamp(-4, 3) == integers, 0, change) * step
+        assert (2 * delta * slope + delta.square() * diagonal).min() > -1e-3
+
+
+def test_passes_together_are_passes_one_after_the_other(wide):
+    weight, stats = wide
+    hessian, scales = stats.damped(0.01), fit(weight, Grid(3))
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    start = scales.rounded(weight)
+    one_by_one = start
+    for _ in range(3):
+        one_by_one = descend(weight, one_by_one, scales, keep, hessian, 1)
+    together = descend(weight, start, scales, keep, hessian, 3)
+    assert (together == one_by_one).float().mean() > 0.99
+    assert loss(weight, together, stats) == pytest.approx(loss(weight, one_by_one, stats), rel=1e-2)
 
 
 def test_scales_are_refit_by_least_squares(layer):

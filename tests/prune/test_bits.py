@@ -84,6 +84,7 @@ def windows():
 @pytest.mark.parametrize("options", [
     {"sparsity": 0, "bits": 4}, {"sparsity": 0.5, "bits": 3, "group": "32"}, {"pattern": "2:4", "bits": 8},
     {"sparsity": 0.5, "bits": 4, "method": "magnitude"}, {"sparsity": 0, "bits": 2, "method": "sparsegpt"},
+    {"sparsity": 0, "bits": 2, "reconstruct": 48},
 ], ids=str)  # fmt: skip
 def test_a_live_model_ends_on_its_grid(options):
     model = tiny.make("llama")
@@ -148,3 +149,17 @@ def test_a_folder_holds_its_scales_and_says_what_they_take(tmp_path, llama, word
     wide = report.bytes["pruned"] - numel * 4
     assert report.bytes["stored"] == wide + math.ceil(numel * report.totals["bits"] / 8)
     assert not list((tmp_path / "run").glob("work"))
+
+
+def test_weights_that_tuning_brought_back_are_no_longer_counted_as_rounded_to_zero():
+    from secateurs.matrix.grids import Scales
+    from secateurs.model.layers import Layer
+    from secateurs.prune.block import _tuned
+
+    linear = torch.nn.Linear(8, 1, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0, 3.0, -4.0, 1.0, 2.0, 0.0, 0.0]])
+    layer = Layer("y", linear, linear.weight, "linear")
+    scales = Scales(Grid(3, 32), torch.ones(1, 1).bfloat16())
+    before = LayerRecord("y", (1, 8), 0.0, 5, pattern="unstructured", grid="int3/32", rounded_to_zero=3)
+    after = _tuned(layer, before, linear.weight.data, None, sc.Plan(bits=3, sparsity=0), scales)
+    assert (after.kept, after.rounded_to_zero) == (6, 2)
