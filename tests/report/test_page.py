@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from decisions import module, plan, stated_bench
 from plans import asked
 from visit import Visit, needs_browser
 
 from secateurs.base.errors import OutputError
+from secateurs.decide.decide import decide
 from secateurs.report import page
 
 
@@ -85,6 +87,34 @@ def test_incomplete_runs_are_refused(run, tmp_path):
     (inside / "report.json").unlink()
     with pytest.raises(OutputError, match=r"is incomplete: it has no report\.json"):
         page.write([inside])
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory, llama, words):
+    """A decision between dense integers and zeros with bits."""
+    folder = tmp_path_factory.mktemp("integers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "bench", stated_bench([]))
+        decide(plan(llama, words, folder, candidates=("0.5+int8",), integers=True), folder / "run")
+    return folder / "run"
+
+
+@needs_browser
+def test_integers_have_a_page_whose_numbers_are_those_of_the_files(integers):
+    visit = Visit(page.write([integers]), details=True)
+    assert visit.errors == []
+    text = " ".join(visit.text.split())
+    assert "Ship dense int4 (all weights kept, as int4/64)" in text
+    assert "Zeros do not pay here." in text
+    assert "There are no scales" not in text
+    assert "layers quantized, their weights as int4/64 in" in text
+    for source, key, form, shown in visit.numbers:
+        at = json.loads(Path(source).read_text())
+        for part in key.split("/"):
+            at = at[int(part)] if isinstance(at, list) else at[part]
+        assert form.format(at) == shown, (source, key)
+    keys = {key for _, key, _, _ in visit.numbers}
+    assert {"zeros", "rows/0/bits", "rows/2/beside/best_dense/seconds", "rows/0/through/few/kl", "totals/bits"} <= keys
 
 
 def test_what_a_model_is_called_cannot_break_the_page(run):

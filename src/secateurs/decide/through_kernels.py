@@ -1,6 +1,6 @@
-"""Quality of a packed folder through the kernels that multiply it: few tokens at once, with inputs in 8 bits, and many.
+"""Quality of a packed folder through the kernels that multiply it, with few tokens at once and with many, on a few windows.
 
-Evaluation reads a folder's plain weights. Kernels of integers round the other factor too, which this measures on a few windows.
+Evaluation reads a folder's plain weights. Kernels of integers round their inputs to 8 bits, too, which this measures.
 """
 
 import json

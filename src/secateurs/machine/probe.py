@@ -300,7 +300,7 @@ class _Bench:
         want = torch.nn.functional.linear(x.float(), unpack(first).float())
         got = calls[0](x, kernel.index).view(tokens, -1).float()
         error = float((got - want).norm() / want.norm().clamp_min(1e-30))
-        # beside integers few tokens are rounded to 8 bits, half a percent off
+        # kernels of integers round x to 8 bits, half a percent off
         if not error < (0.01 if first.grid is None else 0.02):
             raise DeviceError(
                 f"{kernel.name} is wrong on {first.shape[0]}x{first.shape[1]}, {tokens} tokens: relative error {error:.3g}"

@@ -58,6 +58,7 @@ class Screen:
 
 
 _NONE = Markup("&ndash;")
+_BITS = "; bits: of a weight in the quantized layers, with scales and positions"
 
 
 def words_of(candidate: str) -> str:
@@ -70,13 +71,12 @@ def words_of(candidate: str) -> str:
         return ""
     if parsed.kind == "bits":
         return f"zeros and bits chosen for each layer, {parsed.bits:g} bits a weight"
-    grid = f"{parsed.grid.bits}-bit integers, grid {parsed.grid}" if parsed.grid else ""
     if parsed.plain:
-        return f"all weights kept, as {grid}"
+        return f"all weights kept, as {parsed.grid}"
     words = f"{' and '.join(parsed.units) or 'neurons, heads or blocks'} removed until {parsed.budget}"
     if parsed.kind == "mask":
         words = pattern_words(parsed.pattern, parsed.sparsity)
-    return f"{words}; what is left as {grid}" if grid else words
+    return f"{words}, as {parsed.grid}" if parsed.grid else words
 
 
 def pattern_words(pattern: str, sparsity: float) -> str:
@@ -164,8 +164,8 @@ def of_decision(decided: Cited, timed: dict[str, Cited]) -> Screen:
         ("Perplexity", *other, "Seconds", "Bytes", "Verdict"),
         tuple(table),
         f"1x is the dense model. Seconds: of a request, a prompt of {decision['plan']['prompt']} tokens and "
-        f"{decision['plan']['new']} new ones. Bytes: of the weight files. Brackets: 95% intervals of perplexity, 10th to 90th "
-        "percentile of seconds.",
+        f"{decision['plan']['new']} new ones. Bytes: of the weight files{_BITS if any(r.get('bits') for r in rows) else ''}. "
+        "Brackets: 95% intervals of perplexity, 10th to 90th percentile of seconds.",
         measure,
         _with_dense(points, measure),
         "seconds of a request" + (", estimated" if decision["estimated"] else ""),
@@ -280,9 +280,7 @@ def _candidate(decided: Cited, i: int, verdict: Markup, state: str, other: Measu
     elif kind and not decided.data["estimated"]:
         nbytes += Markup(" <span class=interval>{}</span>").format(decided.show(f"{path}/bytes/{kind}", "{:,}"))
     if row.get("bits"):
-        nbytes += Markup(" <span class=interval>{} bits a weight of its layers</span>").format(
-            decided.show(f"{path}/bits", "{:.2f}")
-        )
+        nbytes += Markup(" <span class=interval>{} bits</span>").format(decided.show(f"{path}/bits", "{:.2f}"))
     cells = [quality, seconds, nbytes, verdict]
     if other:
         cells.insert(
@@ -428,4 +426,4 @@ def _run_words(report: dict[str, Any]) -> str:
     bits, zeros = Bits.of(report), pattern_words(report["plan"]["pattern"], report["totals"]["sparsity"])
     if bits is None:
         return zeros
-    return f"{f'{zeros}; what is left as ' if bits.asked else ''}{bits.grid}: {bits.words}"
+    return f"{f'{zeros}, as ' if bits.asked else ''}{bits.grid}: {bits.words}"

@@ -201,7 +201,7 @@ def _print_through(rows: Sequence[dict[str, Any]], console: Console) -> None:
     first = rows[0]["through"]
     console.print(
         f"[bold]Through the packed kernels[/]: KL to dense in nats a token (perplexity over dense), {first['windows']} windows of "
-        f"{first['tokens']} tokens; kernels of integers for few tokens round their inputs to 8 bits"
+        f"{first['tokens']} tokens; kernels of integers round their inputs to 8 bits, in blocks of 32"
     )
     ways = {"plain": "plain weights"}
     ways |= {way: f"{first[way]['at_once']} tokens at once" for way in ("few", "many")}
