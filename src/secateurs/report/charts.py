@@ -99,7 +99,9 @@ def tradeoff(
     quality_ticks, quality_log = round_axis(heights)
 
     def axis(name: str, title: str, ticks: list[float], log: bool) -> Spec:
-        scale = {"domain": [ticks[0], ticks[-1]], "nice": False, "zero": False, "type": "log" if log else "linear"}
+        scale: Spec = {"domain": [ticks[0], ticks[-1]], "nice": False}
+        # a logarithmic scale has no zero, and Vega-Lite warns of one that is asked for or not
+        scale |= {"type": "log"} if log else {"type": "linear", "zero": False}
         return _field(
             name,
             "quantitative",
