@@ -5,9 +5,12 @@ import importlib
 import pytest
 import tiny
 import torch
+from gridded import on_grid
 
 from secateurs.base.errors import PlanError
-from secateurs.machine.bench import Variant
+from secateurs.machine.bench import Variant, load
+from secateurs.model.checkpoint import Checkpoint
+from secateurs.pack.folder import pack
 
 module = importlib.import_module("secateurs.machine.bench")
 
@@ -106,3 +109,16 @@ def test_a_cache_holds_keys_and_values_of_the_kv_heads(dtype, size):
     # a width that the config states is not that of the hidden states over the heads
     model.config.head_dim = 24
     assert module._kv_bytes_per_token(model) == 2 * 3 * 2 * 24 * size
+
+
+def test_integers_weigh_what_they_take_as_packed_and_their_cache_does_not_shrink(tmp_path):
+    plain = on_grid(tiny.save(tmp_path / "plain", "llama", torch.bfloat16), "int4")
+    pack(plain, tmp_path / "packed")
+    files = sum(f.stat().st_size for f in (tmp_path / "packed").glob("*.safetensors"))
+    nbytes = Checkpoint(tmp_path / "packed", packed=True).nbytes
+    # what `fleet` takes from memory for the weights: all of the files but their headers, and less than the plain weights
+    assert 0.5 * files < nbytes <= files
+    assert nbytes < 0.8 * Checkpoint(plain).nbytes
+    assert module._kv_bytes_per_token(load(str(tmp_path / "packed"), "packed")) == module._kv_bytes_per_token(
+        load(str(plain), "dense")
+    )

@@ -225,12 +225,14 @@ def _state(row: dict[str, Any], recommended: str) -> tuple[str, Markup]:
             f"misses {g['gate']}" if g["verdict"] == "missed" else f"{g['gate']} undecided" for g in missed
         )
         return state, Markup("{}").format(words)
-    return "holds the floor", Markup("holds the floor{}").format(f", but {reason}" if reason else ", but is slower")
+    return "holds the floor", Markup("holds the floor{}").format(
+        f", but {_first_part(reason)}" if reason else ", but is slower"
+    )
 
 
 def _first_part(reason: str) -> str:
-    """A reason up to its first colon or semicolon; the rest is in the section below."""
-    found = min((reason.find(mark) for mark in (": ", "; ") if mark in reason), default=len(reason))
+    """A reason up to its first colon, semicolon or aside; the rest is in the section below."""
+    found = min((reason.find(mark) for mark in (": ", "; ", ", which") if mark in reason), default=len(reason))
     return reason[:found]
 
 
