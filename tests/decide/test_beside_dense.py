@@ -23,7 +23,7 @@ def compared(*rows, estimated=None):
 
 def test_zeros_that_are_no_faster_than_dense_integers_are_not_shipped():
     sparse = row("0.5+int8", 0.59, 0.35, kl=0.14)
-    best, sentence = compared(row("int8", 0.60, 0.55, kl=0.01), row("int4", 0.5, 0.3, kl=0.04), sparse)
+    best, sentence = compared(row("int4", 0.5, 0.3, kl=0.04), row("int8", 0.60, 0.55, kl=0.01), sparse)
     assert best == "int4"
     assert sparse["beside"]["same_bits"] == {
         "candidate": "int8", "seconds": pytest.approx(0.59 / 0.6), "bytes": pytest.approx(0.35 / 0.55), "kl": pytest.approx(0.13),

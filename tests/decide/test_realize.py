@@ -5,7 +5,7 @@ import pytest
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError
 from secateurs.decide.plan import DecidePlan
-from secateurs.decide.realize import Candidate, machine_named, rank, realize
+from secateurs.decide.realize import Candidate, machine_named, rank, realize, usual
 from secateurs.machine.hardware import HARDWARE
 from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.settings import Evaluation
@@ -226,6 +226,18 @@ def test_integers_are_worth_what_their_rows_say():
     assert of("bits=10", on_integers()).decode == pytest.approx((1 / 4 + 1) / 2)
     with pytest.raises(PlanError, match="no row for int8 beside bf16; run `secateurs probe --dtype bf16 --bits 8`"):
         of("int8", on_integers())
+
+
+def test_a_profile_without_integers_leaves_them_out_and_says_so():
+    found, said = usual(profile(**{"0.5": (1.6, 1.0)}), "bf16")
+    assert not any(c.grid for c in found)
+    assert (
+        said
+        == "here has no rows for 0.5+int8, 0.7+int4, 2:4+int4, int4, int8 beside bf16; `secateurs probe` measures them"
+    )
+    found, said = usual(on_integers(), "bf16")
+    assert {c.text for c in found if c.grid} == {"int4", "2:4+int4", "0.7+int4"}
+    assert usual(HARDWARE["a100"], "bf16")[1] is None
 
 
 def test_published_machines_have_no_integer_kernels_to_count():

@@ -71,7 +71,7 @@ def realize(
     candidates: Annotated[
         list[str] | None,
         typer.Argument(
-            help="E.g. 0.7, 2:4, 16x16:0.5, shrink:mlp:flops=0.7x. Default: a range of them.", show_default=False
+            help="E.g. 0.7, 2:4, 0.5+int8, int4, shrink:mlp:flops=0.7x. Default: a range of them.", show_default=False
         ),
     ] = None,
     profile: Annotated[
@@ -88,11 +88,15 @@ def realize(
 
     Example: secateurs realize 0.5 2:4 --profile a100
     """
-    from secateurs.decide.realize import USUAL, Candidate, machine_named, rank
+    from secateurs.decide.realize import Candidate, machine_named, rank, usual
     from secateurs.report.machine_tables import print_worth
 
     machine = machine_named(profile)
-    rows = rank([Candidate.parse(text) for text in candidates or USUAL], machine, dtype)
+    asked, unknown = usual(machine, dtype)
+    if candidates:
+        asked, unknown = [Candidate.parse(text) for text in candidates], None
+    note(unknown, quiet)
+    rows = rank(asked, machine, dtype)
     if as_json:
         print_json({"machine": machine.name, "rows": [dataclasses.asdict(row) for row in rows]})
     elif not quiet:

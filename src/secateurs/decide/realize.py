@@ -202,6 +202,18 @@ def rank(candidates: Sequence[Candidate], machine: DeviceProfile | Hardware, dty
     return sorted(found, key=lambda w: (w.flops, w.prefill + w.decode, w.nbytes))
 
 
+def usual(machine: DeviceProfile | Hardware, dtype: str) -> tuple[list[Candidate], str | None]:
+    """USUAL without those on grids that a profile has no rows for, and a sentence if there are such."""
+    found = [Candidate.parse(text) for text in USUAL]
+    if isinstance(machine, Hardware):
+        return found, None
+    unknown = {c.text for c in found if c.grid and machine.relative(dtype, c.grid, c.sparsity, 1) is None}
+    said = (
+        f"{machine.name} has no rows for {', '.join(sorted(unknown))} beside {dtype}; `secateurs probe` measures them"
+    )
+    return [c for c in found if c.text not in unknown], said if unknown else None
+
+
 def _stored(kept: float, extra_bits: float, dtype: str) -> float:
     """Bytes of the kept values and `extra_bits` for each weight, over the dense bytes."""
     return min(1.0, kept + extra_bits / (32 if dtype == "fp32" else 16))

@@ -23,24 +23,23 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
         console.print(f"GPU: none ({gpu['why_not']})")
     for shape, dtype in dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in profile.rows):
         console.print(f"[bold]{shape[0]}x{shape[1]}, {dtype}[/]")
-        table = new_table(
-            "zeros", "pattern", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth", "of its bits"
-        )
+        table = new_table("zeros", "as", "tokens", "kernel", "ms", "best dense", "ms", "bytes", "worth", "same bits")
         for row in profile.rows:
             if (tuple(row["shape"]), row["dtype"]) != (shape, dtype):
                 continue
+            grid = row.get("grid") or ""
             table.add_row(
-                f"{row['sparsity']:.0%}", row["pattern"], str(row["tokens"]),
-                _short(row["kernel"], dtype, isa), f"{row['seconds'] * 1e3:.2f}",
-                _short(row["dense"], dtype, isa), f"{row['dense_seconds'] * 1e3:.2f}",
+                f"{row['sparsity']:.0%}" + (f", {row['pattern']}" if row["pattern"] not in ("dense", "unstructured") else ""),
+                grid.partition("/")[0] or dtype, str(row["tokens"]),
+                _short(row["kernel"]), f"{row['seconds'] * 1e3:.2f}", _short(row["dense"]), f"{row['dense_seconds'] * 1e3:.2f}",
                 f"{row['nbytes'] / row['dense_nbytes']:.2f}x",
                 "no gain" if "needs" in row["verdict"] else row["verdict"].partition("; ")[0],
-                f"{row['over_integers']:.2f}x" if row.get("grid") else "",
+                f"{row['over_integers']:.2f}x" if grid else "",
             )  # fmt: skip
         console.print(table)
     if any(r.get("grid") for r in profile.rows):
         console.print(
-            "Worth: over the best dense product of the dtype; of its bits: over all integers of the same bits."
+            "Worth: speed over the best dense product of the dtype; same bits: over all integers of as many bits."
         )
     for verdict in dict.fromkeys(r["verdict"] for r in profile.rows if "needs" in r["verdict"]):
         rows = [r for r in profile.rows if r["verdict"] == verdict]
@@ -48,9 +47,16 @@ def print_profile(profile: Any, file: str, console: Console) -> None:
     console.print(f"Saved to {file}.", soft_wrap=True)
 
 
-def _short(kernel: str, dtype: str, isa: str) -> str:
-    """bitmask_bf16_avx512_stream -> bitmask_stream; dtype and isa are in the headings."""
-    return kernel.replace(f"_{dtype}_{isa}_", "_").replace(f"_{isa}_", "_")
+def _short(kernel: str) -> str:
+    """bitmask_bf16_avx512_stream -> bitmask stream, oneDNN bfloat16 prepacked -> oneDNN bf16; other names as they are."""
+    kernel = (
+        kernel.replace("bfloat16", "bf16")
+        .replace("float16", "fp16")
+        .replace("float32", "fp32")
+        .removesuffix(" prepacked")
+    )
+    parts = kernel.split("_")
+    return f"{parts[0]} {parts[-1]}" if len(parts) == 4 else kernel
 
 
 def print_bench(result: dict[str, Any], console: Console) -> None:
