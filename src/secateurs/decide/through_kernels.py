@@ -3,6 +3,7 @@
 Evaluation reads a folder's plain weights. Kernels of integers round their inputs to 8 bits, too, which this measures.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def of_run(run: Path, dense: str, asked: Evaluation, progress: Progress = silent
     """What run/packed predicts beside the dense model, in run/through.json: {"windows", "tokens", "plain", "few", "many"}.
 
     plain: the same weights without kernels. Each has kl and ppl_ratio (means over all tokens), few and many also tokens (at once)
-    and kernels. None where nothing is measured on text.
+    and kernels. None where nothing is measured on text, or the model keeps no cache of keys and values.
     """
     file = run / "through.json"
     if file.is_file():
@@ -49,11 +50,15 @@ def of_run(run: Path, dense: str, asked: Evaluation, progress: Progress = silent
     for name, (folder, at_once) in models.items():
         with no_bars():
             model = load(folder, "packed" if name in ("few", "many") else "dense")
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            return None
         used[name] = _kernels(model, at_once)
         logits[name] = []
         for ids in text.windows:
             logits[name].append(predict(model, ids, at_once))
             tick()
+        # before the next one is loaded
+        del model
     told: dict[str, Any] = {"windows": len(text.windows), "tokens": length}
     for name in ("plain", "few", "many"):
         told[name] = difference(logits["dense"], logits[name], list(text.windows))
