@@ -189,6 +189,7 @@ def test_milder_is_less_of_the_same():
     for a, b in (
         ("0.5+int4", "0.7+int8"),
         ("0.5", "2:4"),
+        ("0.4", "2:4"),
         ("int4", "int4/128"),
         ("int4", "bits=3"),
         ("int4", "0.5+int8"),

@@ -57,5 +57,5 @@ def test_zeros_with_bits_say_which_rounding_made():
     assert "Pruned 2 layers to 75.00% zeros (384 of 512 weights) and rounded what is left to" in text
     assert "1 layer int4/64, 1 layer int8/64: 2.75 bits a weight; 11 survivors became zero by rounding" in text
     # grids differ by layer
-    assert "int4/64 75.0% 0.100" in text
-    assert "int8/64 75.0% 0.100" in text
+    assert "4b 75% 0.100" in text
+    assert "8b 75% 0.100" in text

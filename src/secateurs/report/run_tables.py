@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from secateurs.matrix.grids import parse
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.quality.compare import named
 from secateurs.report.bits import Bits
@@ -50,8 +51,10 @@ def print_report(report: Report, console: Console, out: str) -> None:
             return "dense"
         zeros = 1 - sum(r.kept for r in pruned) / sum(r.numel for r in pruned)
         error = (sum((r.error or 0) ** 2 for r in pruned) / len(pruned)) ** 0.5
-        grid = "/".join(dict.fromkeys(r.grid or "16 bits" for r in pruned)) + " " if several else ""
-        return f"{grid}{zeros:.1%} {error:.3f}"
+        if several:
+            grids = dict.fromkeys(str(parse(r.grid).bits) if r.grid else "16" for r in pruned)
+            return f"{'/'.join(grids)}b {zeros:.0%} {error:.3f}"
+        return f"{zeros:.1%} {error:.3f}"
 
     columns, rows = _cells([r for r in report.layers if r.skipped_by != "kind"], cell)
     source = {
@@ -61,7 +64,7 @@ def print_report(report: Report, console: Console, out: str) -> None:
     }
     kinds = {r.error_from for r in report.layers if r.error_from}
     meaning = "; ".join(source[k] for k in sorted(kinds))
-    what = "Grid, zeros" if several else "Zeros"
+    what = "Bits, zeros" if several else "Zeros"
     console.print(f"[bold]{what} and relative output error per layer[/] ({meaning})")
     table = new_table("block", *columns)
     for block, row in rows.items():
