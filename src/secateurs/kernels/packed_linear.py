@@ -221,7 +221,13 @@ class LayerChoice:
 
 # The sparsity from which a bitmask of integers is at least as fast for one token as all integers, by (numbers, isa), as measured
 # (docs/log.md); where a pair is missing it never is.
-BITMASK_FROM: dict[tuple[str, str], float] = {("int8", "avx512"): 0.4}
+BITMASK_FROM: dict[tuple[str, str], float] = {
+    ("int8", "avx512"): 0.3,
+    ("int6", "avx512"): 0.4,
+    ("int5", "avx512"): 0.45,
+    ("int4", "avx512"): 0.5,
+    ("int3", "avx512"): 0.7,
+}
 
 
 def choose(name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | None = None) -> LayerChoice:
