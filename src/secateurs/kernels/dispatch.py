@@ -323,16 +323,13 @@ def _read(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.d
 def _call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> Call:
     """The Call of these tensors: checked and made once, then kept until one of them changes or the first is freed."""
     state: list[Any] = [dtype, *layouts]
-    for i, part in enumerate(parts):
-        if part is None:
-            state.append(0)
-            continue
-        state.append(part.data_ptr())
+    for i in range(0, len(parts), len(PARTS)):
+        values, mask, scale, zero, bias = parts[i : i + len(PARTS)]
+        state += (None if values is None else values.data_ptr(), None if bias is None else bias.data_ptr())
         # a mask with another version was written to and is checked again, as are scales and zeros; survivors too, since a Call may
         # hold copies of them; not dense floats and biases, of which any bits will do
-        place = i % len(PARTS)
-        if 0 < place < 4 or (place == 0 and parts[i + 1] is not None):
-            state.append(_version(part))
+        for part in (mask, scale, zero):
+            state += (None,) if part is None else (part.data_ptr(), _version(part), _version(values))
     first = parts[0]
     key = id(first)
     kept = _calls.get(key)
@@ -350,9 +347,9 @@ def _call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torc
     return call
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: Tensor | None) -> int:
     """How often a tensor was written to; -1 for an inference tensor, of which nobody keeps count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 # by the id of the first tensor, as long as that exists
