@@ -152,6 +152,13 @@ def test_every_choice_has_a_kernel(isa):
         "      p = pack(torch.ones(8, 640).masked_fill(torch.rand(8, 640) < s, 0).to(d), f)\n"
         "      for t in (1, 4, 8, 16, 64, 256):\n"
         "        row = k.select(p, t); assert row.accepts(p, t) is None; k.linear(torch.ones(t, 640).to(d), p)\n"
+        "from secateurs.matrix.grids import Scales, parse\n"
+        "for bits in (8, 6, 5, 4, 3, 2):\n"
+        "  scales = Scales(parse(f'int{bits}/row'), torch.ones(8, 1).bfloat16())\n"
+        "  for f in ('bitmask', 'dense'):\n"
+        "    p = pack(torch.ones(8, 640).masked_fill(torch.rand(8, 640) < .5, 0), f, scales)\n"
+        "    for t in (1, 16):\n"
+        "      row = k.select(p, t); assert row.accepts(p, t) is None; k.linear(torch.ones(t, 640), p)\n"
         "print('done')"
     )
     found = limited(isa, code)

@@ -310,7 +310,10 @@ def test_a_layer_is_loaded_copied_and_cast(format, grid):
     y = layer(x).float()
     layer.to(torch.float32)
     assert torch.allclose(layer(x.float()), y, rtol=1e-2, atol=1e-2)
-    assert layer.packed().dtype == torch.float16
+    dense = layer.dense()
+    assert dense.weight.dtype == dense(x.float()).dtype == torch.float32
+    assert torch.equal(dense.weight.half(), weight)
+    assert torch.equal(layer.weight_scale, parts_of(packed)[2])
     assert f"format={format}, grid={scales.grid}" in repr(layer)
 
 

@@ -83,6 +83,13 @@ class PackedLinear(nn.Module):
         packed = Packed(format, shape, values, dtype, survivors, mask, grid=grid, scale_PG4=scale, zero_PG4=zero)
         return cls(packed, torch.empty(shape[0], dtype=dtype, device="meta") if bias else None, transposed)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.grid is not None:
+            # a cast leaves integers and scales as they are; the weights that they stand for have the new dtype
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
     def packed(self) -> Packed:
         """The stored matrix, checked. Raises PackError."""
         mask: Any = self.weight_mask
