@@ -67,6 +67,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/fronts.py
+	$(BIN)/python bench/fronts.py --seconds
 	$(BIN)/python bench/structured.py
 	$(BIN)/python bench/channels.py
 	$(BIN)/python bench/lottery.py
