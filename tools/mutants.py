@@ -74,7 +74,7 @@ class Tree:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
-        for name in ("src", "csrc", "tests", "tools"):
+        for name in ("src", "csrc", "tests", "tools", "bench"):
             if (root / name).is_dir():
                 shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         for name in ("pyproject.toml", "CMakeLists.txt"):

@@ -49,7 +49,7 @@ def test_every_point_has_a_plan(monkeypatch, name):
 
 def test_the_front_holds_what_no_other_point_beats():
     points = {
-        "int4": point(4.25, [0.1, 0.1]), "int3": point(3.25, [0.4, 0.4]), "0.5+int4": point(3.25, [0.5, 0.5], 7),
+        "int4": point(4.25, [0.1, 0.1]), "0.5+int4": point(3.25, [0.5, 0.5], 7), "int3": point(3.25, [0.4, 0.4]),
         "int2": point(2.25, [2.0, 2.0]), "0.6+int3": point(2.45, [1.8, 1.8], 7), "0.5": point(9.0, [0.3, 0.3], 7),
     }  # fmt: skip
     assert fronts.front(points) == ["int4", "int3", "0.6+int3", "int2"]
