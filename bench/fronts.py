@@ -48,10 +48,10 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "matrix")]
 import gptq  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
-DENSE = ("int8", "int6", "int5", "int4", "int3", "int2", "int2/32")
+DENSE = ("int8", "int6", "int5", "int4", "int3", "int2", "int2/32", "int2/128", "int2/row")
 ZEROS = [f"{s}+int{b}" for b in (4, 3, 2) for s in (0.5, 0.6, 0.7, 0.8)] + ["2:4+int4", "2:4+int8"]
 SIXTEEN = ("0.5", "0.6", "0.7", "0.8")
-BUDGETS = [f"bits={b}{more}" for b in (4.3, 3.3, 2.5, 2.26) for more in ("", ", dense")]
+BUDGETS = [f"bits={b}{more}" for b in (4.3, 3.3, 2.7, 2.5, 2.26) for more in ("", ", dense")]
 RIVALS = ("nearest int4", "gptq int4", "gptq int3", "gptq int2", "wanda, gptq 2:4+int4", "wanda mask, gptq 2:4+int4")
 ALL = [*DENSE, *RIVALS, *ZEROS, *BUDGETS, *SIXTEEN]
 SHAPE = (11008, 4096)
@@ -148,7 +148,7 @@ def plan_of(point: str, group: int) -> sc.Plan:
         return sc.Plan(budget=budget, **chosen, **({"sparsity": 0, "max_sparsity": 0} if dense else {}))
     if grid is None:
         return sc.Plan(sparsity=float(name), effort=chosen["effort"])
-    chosen |= {"bits": str(grid.bits), "group": str(grid.group)}
+    chosen |= {"bits": str(grid.bits), "group": str(grid.group or "row")}
     zeros = name.rpartition("+")[0]
     return sc.Plan(**({"pattern": zeros} if ":" in zeros else {"sparsity": float(zeros or 0)}), **chosen)
 
@@ -329,10 +329,16 @@ def three(value: dict[str, float]) -> str:
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
+def models_of(found: dict[str, Any]) -> list[str]:
+    """The models that have points, in the order of SUBJECTS."""
+    return [name for name in SUBJECTS if name in found["models"]]
+
+
 def tables(found: dict[str, Any]) -> str:
     """Two tables a model."""
     lines = []
-    for model, subject in found["models"].items():
+    for model in models_of(found):
+        subject = found["models"][model]
         points = subject["points"]
         on = front(of_kind(points, "dense", "zeros"))
         lines += [
@@ -364,7 +370,7 @@ def milliseconds(timing: dict[str, Any]) -> str:
 
 def speeds(found: dict[str, Any]) -> str:
     """A table of products, with every model's excess, in bold where it is on the front of loss and seconds."""
-    timed, models = found["seconds"]["points"], list(found["models"])
+    timed, models = found["seconds"]["points"], models_of(found)
     threads = found["seconds"]["machine"]["threads"]
     on = {}
     for model in models:
@@ -415,7 +421,8 @@ def draw(found: dict[str, Any], plot: Path) -> None:
         "rival": ("#999999", "x", "plain GPTQ, rounding to nearest"), "best dense": ("#56B4E9", "*", "dense, effort best"),
         "best zeros": ("#E69F00", "*", "with zeros, effort best"),
     }  # fmt: skip
-    for axes, (model, subject) in zip(panels[0], found["models"].items(), strict=True):
+    for axes, model in zip(panels[0], models_of(found), strict=True):
+        subject = found["models"][model]
         for kind, (colour, marker, label) in marks.items():
             points = of_kind(subject["points"], kind)
             places = {n: (p["bits"], p["excess"]["value"]) for n, p in points.items()}
@@ -432,7 +439,9 @@ def draw(found: dict[str, Any], plot: Path) -> None:
                 on = front(points)
                 axes.plot(*zip(*(places[n] for n in on), strict=True), color=colour, alpha=0.6)
                 for n in on:
-                    axes.annotate(n, places[n], fontsize=6, textcoords="offset points", xytext=(3, 3))
+                    axes.annotate(
+                        n.removesuffix(", dense"), places[n], fontsize=6, textcoords="offset points", xytext=(3, 3)
+                    )
         axes.set(title=model, xlabel="bits a weight as stored", xscale="log")
         # linear about 0, on either side of which int8 may fall
         axes.set_yscale("symlog", linthresh=0.01)
@@ -441,7 +450,7 @@ def draw(found: dict[str, Any], plot: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("excess loss on held-out text, nats a token")
-    panels[0][0].legend()
+    panels[0][0].legend(loc="lower left")
     figure.suptitle("Lower and further left is better", fontsize=9)
     figure.savefig(plot, metadata={"Date": None})
 
@@ -452,6 +461,7 @@ _MARKS = ("<!-- tables of bench/fronts.py -->", "<!-- end of the tables -->")
 
 def page(found: dict[str, Any], file: Path) -> None:
     """Writes the picture, and the tables into the page."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     draw(found, file.parent / "fronts.svg")
     text = file.read_text(encoding="utf-8") if file.is_file() else "\n".join(_MARKS)
     head, tail = text.split(_MARKS[0])[0], text.split(_MARKS[1])[1]

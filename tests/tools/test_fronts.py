@@ -22,6 +22,7 @@ def point(bits, losses, zeros=0):
     ("name", "pattern", "sparsity", "bits", "group", "effort", "budget"),
     [
         ("int2/32", "unstructured", 0.0, "2", "32", "balanced", None),
+        ("int2/row", "unstructured", 0.0, "2", "row", "balanced", None),
         ("0.6+int3", "unstructured", 0.6, "3", "64", "balanced", None),
         ("0.5+int3, best", "unstructured", 0.5, "3", "64", "best", None),
         ("2:4+int8", "2:4", 0.5, "8", "64", "balanced", None),
