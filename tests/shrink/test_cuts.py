@@ -194,3 +194,12 @@ def test_sizes_are_tried_in_all_blocks_where_the_class_makes_none_of_one(monkeyp
     # and in one where it does, a size that the class refuses is
     monkeypatch.undo()
     assert "not a multiple" in Cuts(model).not_loadable(replace(cuts.shape, heads=3, queries=1))
+
+
+def test_a_number_of_heads_that_the_config_refuses_is_a_sentence():
+    cuts = cuts_of(tiny.make("llama"))
+    # 32 wide: three query heads of each of two KV heads are six, which does not divide it
+    with pytest.raises(
+        PlanError, match=r"LlamaConfig cannot be of 2 x 3 heads, .* name other units, e\.g\. --units mlp,layers"
+    ):
+        cuts.config_of(replace(cuts.shape, heads=2, queries=3), range(cuts.shape.layers))
