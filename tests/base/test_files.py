@@ -146,3 +146,12 @@ def test_of_two_that_write_one_file_at_once_each_writes_it_whole(tmp_path):
         list(pool.map(write, ["a" * 100, "b" * 200]))
     assert file.read_text() in ("a" * 100, "b" * 200)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_same_tensors_have_the_same_bytes_each_time(tmp_path):
+    # safetensors writes two entries of metadata in either order
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for i in range(20):
+        write_tensors(tmp_path / f"{i}", tensors, {"grids": "{}"})
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(20)}) == 1
+    assert load_file(tmp_path / "0").keys() == tensors.keys()
