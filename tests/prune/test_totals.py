@@ -13,5 +13,5 @@ def test_totals_by_hand():
     ]
     assert Report({}, {}, layers).totals == {
         "layers_pruned": 2, "layers_skipped_by_plan": 1, "layers_skipped_by_shape": 2, "layers_skipped_by_kind": 1, "weights": 32, "zeros": 18,
-        "sparsity": 18 / 32, "weights_on_grid": 0, "bits": None, "rounded_to_zero": 0,
+        "sparsity": 18 / 32, "weights_on_grid": 0, "bits": None, "file_bits": None, "rounded_to_zero": 0,
     }  # fmt: skip

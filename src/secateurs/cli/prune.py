@@ -40,10 +40,7 @@ def prune(
     ] = None,
     bits: Annotated[
         str | None,
-        option(
-            PATTERN,
-            "Bits of an integer, 8, 6, 5, 4, 3 or 2; with --budget several, e.g. 8,4,3. Default: weights as they are.",
-        ),
+        option(PATTERN, "An integer's: 8, 6, 5, 4, 3 or 2, several with --budget. Default: none."),
     ] = None,
     effort: Annotated[
         str | None,
@@ -90,6 +87,12 @@ def prune(
     grid: Annotated[
         str | None,
         option(RARE, "symmetric, asymmetric, or llama.cpp's q4_0 or q8_0. Default: symmetric, e.g. q4_0."),
+    ] = None,
+    head_bits: Annotated[
+        int | None, option(RARE, "Bits of the output head; one that is the embedding too, once. Default: none, e.g. 8.")
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, option(RARE, "Bits of the input embedding. Default: none, or --head-bits where both are one.")
     ] = None,
     min_sparsity: Annotated[
         float | None, option(RARE, "Least of any layer. Default: 0.2 below the target; 0 with --budget.")
@@ -158,7 +161,7 @@ def prune(
     values: dict[str, Any] = {
         "model": model, "pattern": pattern, "sparsity": sparsity, "effort": effort, "method": method,
         "allocation": allocation, "budget": budget, "bits": bits, "group": group, "grid": grid,
-        "scope": scope, "min_sparsity": min_sparsity,
+        "head_bits": head_bits, "embedding_bits": embedding_bits, "scope": scope, "min_sparsity": min_sparsity,
         "max_sparsity": max_sparsity, "sensitivity": sensitivity, "blend": blend, "permute": permute,
         "reconstruct": reconstruct, "distill": distill, "propagate": propagate, "damping": damping, "skip": skip,
         "part": part, "allow_skips": allow_skips,

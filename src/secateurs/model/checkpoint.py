@@ -133,6 +133,15 @@ class Checkpoint:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in set(self.file_of.values()))
 
+    @property
+    def numel(self) -> int:
+        """The numbers in the weight files."""
+        total = 0
+        for key, file in self.file_of.items():
+            with shards.opened(file) as handle:
+                total += math.prod(handle.get_slice(key).get_shape())
+        return total
+
     def ordered_keys(self) -> list[str]:
         """All stored names in natural order."""
         return sorted(self.file_of, key=shards.natural)

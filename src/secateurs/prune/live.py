@@ -44,6 +44,8 @@ def prune_live(
         raise PlanError(
             "a live module is not evaluated here, so it can have no gate; prune a folder, or call sc.evaluate"
         )
+    if plan.head_bits or plan.embedding_bits:
+        raise PlanError("head and embedding bits are for a folder: a live module has its layers quantized alone")
     began, cost = time.perf_counter(), cost_of(plan)
     absent = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
     if absent is not None:

@@ -47,6 +47,8 @@ class Plan:
     layer; None for weights as they are, and for all of these with a budget in bits. group: inputs that share a scale, 32, 64,
     128 or 'row'; None for 64. grid: 'symmetric', 'asymmetric', or llama.cpp's 'q4_0' or 'q8_0', which say bits and group; None
     for symmetric.
+    head_bits, embedding_bits: bits of the output head and of the input embedding, on grids of the same group and kind; None for
+    weights as they are. Where both are one matrix, either asks for it.
     calibration: the text that is looked at. propagate: 'pruned' calibrates a block on what pruned blocks give it, 'dense' on
     what dense blocks would. damping: ridge, in units of the Gram matrix's mean diagonal;
     None for what damping_for() says of each layer's tokens, and for 0.01 where only a method was named.
@@ -75,6 +77,8 @@ class Plan:
     bits: str | None = None
     group: str | None = None
     grid: str | None = None
+    head_bits: int | None = None
+    embedding_bits: int | None = None
     calibration: Calibration = Calibration()
     propagate: str = "pruned"
     damping: float | None = None
@@ -122,20 +126,23 @@ class Plan:
                 )
             object.__setattr__(self, "bits", said[0])
             object.__setattr__(self, "group", said[1])
+            self._check_outside(tuple(grid.bits for grid in grids.NAMED.values()))
             return
+        self._check_outside(grids.BITS)
         if self.bits is None and (self.budget or "").startswith("bits="):
             object.__setattr__(self, "bits", ",".join(map(str, grids.BITS)))
-        if self.bits is None:
+        if self.bits is None and self.head_bits is None and self.embedding_bits is None:
             if self.group is not None or self.grid is not None:
                 raise PlanError(f"a group or grid ({self.group or self.grid}) is for --bits, and none were given")
             return
-        unknown = [b for b in self.bits.split(",") if b not in map(str, grids.BITS)]
+        asked = self.bits.split(",") if self.bits else []
+        unknown = [b for b in asked if b not in map(str, grids.BITS)]
         if unknown:
             raise PlanError(
                 f"cannot store weights in '{unknown[0]}' bits; write one of {', '.join(map(str, grids.BITS))}, or with a budget "
                 "several with commas between them"
             )
-        if "," in self.bits and self.budget is None:
+        if len(asked) > 1 and self.budget is None:
             raise PlanError(
                 f"bits {self.bits} leave a choice for every layer, which only a budget decides; add e.g. --budget bits=3.5"
             )
@@ -146,6 +153,14 @@ class Plan:
         if self.grid not in SYMMETRY:
             known = (*SYMMETRY, *grids.NAMED)
             raise PlanError(f"unknown grid '{self.grid}'; write {', '.join(known)}{nearest(str(self.grid), known)}")
+
+    def _check_outside(self, known: tuple[int, ...]) -> None:
+        for name in ("head_bits", "embedding_bits"):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise PlanError(
+                    f"{name.replace('_', ' ')} {value} are on no grid that is known here; write one of {', '.join(map(str, known))}"
+                )
 
     def _resolve_effort(self) -> None:
         if self.effort is None:
@@ -273,10 +288,14 @@ class Plan:
     @property
     def layer_grids(self) -> list[grids.Grid]:
         """The grid, or those that a budget may choose from; empty where weights stay as they are."""
+        return [self.grid_of(int(b)) for b in self.bits.split(",")] if self.bits else []
+
+    def grid_of(self, bits: int) -> grids.Grid:
+        """The grid of so many bits, of the plan's group and kind."""
         if self.grid in grids.NAMED:
-            return [grids.NAMED[self.grid]]
+            return next(grid for grid in grids.NAMED.values() if grid.bits == bits)
         group = grids.ROW if self.group == "row" else int(self.group or 0)
-        return [grids.Grid(int(b), group, self.grid == SYMMETRY[0]) for b in self.bits.split(",")] if self.bits else []
+        return grids.Grid(bits, group, self.grid == SYMMETRY[0])
 
     @property
     def budgeted(self) -> tuple[str, float] | None:

@@ -25,6 +25,7 @@ class LayerRecord:
     note: what else a reader should know, or None. tokens: calibration tokens it saw. pattern: which it holds.
     emptied_rows, emptied_groups: outputs, and groups of M inputs of an N:M pattern, that had weights and have none.
     grid: what its weights were rounded to, or None; rounded_to_zero: survivors of the mask that became zero by that.
+    role: of a matrix outside the blocks that is on a grid, 'embedding', 'head' or 'embedding and head'.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerRecord:
     emptied_groups: int = 0
     grid: str | None = None
     rounded_to_zero: int = 0
+    role: str | None = None
 
     @property
     def numel(self) -> int:
@@ -50,11 +52,15 @@ class LayerRecord:
 
     @property
     def stored_bits(self) -> float | None:
-        """Bits of the layer as stored on its grid: a bit a position and the survivors, or all weights, whichever is less."""
+        """Bits of the layer as stored on its grid: a bit a position and the survivors, or all weights, whichever is less; of an
+        embedding, whose rows are looked up, all weights.
+        """
         if self.grid is None:
             return None
         grid = parse(self.grid)
-        return self.numel * min(bits_a_weight(grid, self.shape), bits_a_weight(grid, self.shape, self.kept))
+        whole = bits_a_weight(grid, self.shape)
+        looked_up = self.role is not None and "embedding" in self.role
+        return self.numel * (whole if looked_up else min(whole, bits_a_weight(grid, self.shape, self.kept)))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerRecord":
@@ -69,7 +75,8 @@ class Report:
     model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
     calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype. bytes: of
-    weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid.
+    weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid. parameters: the numbers in
+    these files.
     """
 
     plan: dict[str, Any]
@@ -87,6 +94,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
     shards: dict[str, str] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
@@ -100,13 +108,13 @@ class Report:
 
     @property
     def pruned(self) -> list[LayerRecord]:
-        """The records of the layers that were pruned."""
-        return [r for r in self.layers if r.skipped is None]
+        """The records of the layers that were pruned; all lie in blocks."""
+        return [r for r in self.layers if r.skipped is None and r.role is None]
 
     @property
     def totals(self) -> dict[str, Any]:
         """Counts over layers: pruned, left dense by the plan, their shape or their kind; weights, zeros, sparsity; and of layers on
-        a grid the weights, and bits a weight as stored.
+        a grid the weights, and bits a weight as stored; file_bits: those of all that is in the files.
         """
         weights = sum(r.numel for r in self.pruned)
         zeros = weights - sum(r.kept for r in self.pruned)
@@ -122,6 +130,9 @@ class Report:
             "sparsity": zeros / weights if weights else 0.0,
             "weights_on_grid": weights_on_grid,
             "bits": sum(r.stored_bits or 0.0 for r in on_grid) / weights_on_grid if on_grid else None,
+            "file_bits": self.bytes["stored"] * 8 / self.parameters
+            if self.parameters and "stored" in self.bytes
+            else None,
             "rounded_to_zero": sum(r.rounded_to_zero for r in on_grid),
         }
 

@@ -37,6 +37,7 @@ from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, cost_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.model_card import model_card
+from secateurs.prune.outside import on_grid_outside, quantize_outside
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
@@ -88,6 +89,7 @@ class Run:
         plan, state = self.plan, self._state()
         model = source.skeleton()
         # what cannot be is said before anything is measured
+        on_grid_outside(model, plan)
         plan, _ = within(plan, layout_of(model))
         self._check_memory(plan, source, model)
         cost = cost_of(plan)
@@ -138,6 +140,8 @@ class Run:
         self.progress("pruning", done, total)
         if start == 0:
             source.copy_small_files(self.model_folder)
+        # what is quantized last is dense again in a run that goes on
+        if start == 0 or plan.head_bits or plan.embedding_bits:
             for i, keys in enumerate(outside):
                 shards.write_shard(self.model_folder, i, count, source.read(keys))
         walk = stream(
@@ -173,7 +177,8 @@ class Run:
             self._save_state(state, len(names), records, report)
             self._distill(plan, source, model, batches, report, count)
             self.clock.spend("distill")
-        if scales := self._scales():
+        scales = {**self._scales(), **self._quantize_outside(plan, model, batches, report, outside, count)}
+        if scales:
             write_scales(self.model_folder / SCALES_FILE, scales)
         report.warnings += emptied(report.layers)
         for i in range(count):
@@ -183,8 +188,9 @@ class Run:
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
+        report.parameters = source.numel
         if scales:
-            held = [r for r in report.pruned if r.name in scales]
+            held = [r for r in report.layers if r.name in scales]
             wide = sum(r.numel for r in held) * model.config.dtype.itemsize
             report.bytes["stored"] = report.bytes["pruned"] - wide + round(sum(r.stored_bits or 0 for r in held) / 8)
         self.clock.spend("prune")
@@ -326,6 +332,25 @@ class Run:
         edited = {name for name, _ in model.named_parameters()}
         for i, name in enumerate(names, count - len(names)):
             shards.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
+
+    def _quantize_outside(
+        self, plan: Plan, model: nn.Module, batches: list[Batch], report: Report, groups: list[list[str]], count: int
+    ) -> dict[str, Scales]:
+        """Put the embedding and the head on grids, as the plan says, and write their shards again. model: without weights."""
+        if not on_grid_outside(model, plan):
+            return {}
+        pruned = checkpoint.Checkpoint(self.model_folder)
+        pruned.skeleton()
+        tick = ticker(self.progress, "looking at the pruned model", len(pruned.block_names(model)) * len(batches))
+        records, scales = quantize_outside(model, plan, pruned, batches, OnDisk(self.work / "left"), tick)
+        known = {record.name: record for record in records}
+        report.layers = [known.get(record.name, record) for record in report.layers]
+        edited = {f"{name}.weight" for name in known}
+        for i, keys in enumerate(groups):
+            shards.write_shard(self.model_folder, i, count, pruned.edited_keys(model, keys, edited))
+        pruned.release(model)
+        self.clock.spend("outside")
+        return scales
 
     def _scales_file(self, block: int | str) -> Path:
         return self.work / "scales" / f"{block}.safetensors"

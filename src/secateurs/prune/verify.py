@@ -1,7 +1,7 @@
 """Re-read a run directory from disk and check everything that the report claims."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 
 from secateurs.base.errors import CheckpointError, VerifyError
 from secateurs.base.progress import Progress, silent
-from secateurs.matrix.grids import tensors_of
+from secateurs.matrix.grids import Scales, tensors_of
 from secateurs.matrix.patterns import parse
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.discover import STEPPED, assume, layout_of
@@ -18,6 +18,7 @@ from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.model.shards import checksum
 from secateurs.model.unpacked import packed_scales, plain_reader
 from secateurs.model.walk import layers_at
+from secateurs.prune.outside import matrix_at
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
 
@@ -27,8 +28,8 @@ def verify(folder: str | Path, progress: Progress = silent) -> Report:
 
     Checked: the checksum of every shard; the names, shapes and dtypes of all tensors against the source, and that
     nothing but pruned layers and what the report lists as tuned differs from it (where the source is still there, else a
-    warning); every layer's count and pattern; that no weight is NaN or infinite; that a packed model unpacks to the same
-    weights.
+    warning); every layer's count, pattern and grid; that no weight is NaN or infinite; that a packed model unpacks to the
+    same weights.
     """
     folder = Path(folder).expanduser()
     # plans of shrink, recover and decide
@@ -68,6 +69,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
         # the run's own, where another kind of input shows other lists
         assume(model, replace(layout_of(model), lists=tuple(report.lists), how=STEPPED))
     names = result.block_names(model)
+    scales = read_scales(model_folder / SCALES_FILE)
     seen: set[str] = set()
     pruned: set[str] = set()
     for i, name in enumerate(names):
@@ -75,22 +77,33 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
         for layer in layers_at(model, name):
             if layer.name not in records:
                 raise VerifyError(f"{layer.name} is in the model and not in report.json")
-            _check_layer(layer, records[layer.name], plan.scope)
+            _check_layer(layer, records[layer.name], plan.scope, scales)
             seen.add(layer.name)
             if records[layer.name].skipped is None:
                 pruned |= {layer.tensor_name, *layer.also, *(f"{other}.weight" for other in layer.also)}
         result.release(model)
         progress("verifying", i + 1, len(names))
+    if outside := [records[name] for name in sorted(records) if records[name].role]:
+        result.load_outside(model)
+        for record in outside:
+            layer = matrix_at(model, record.name)
+            _check_layer(layer, record, None, scales)
+            seen.add(layer.name)
+            pruned |= {f"{name}.weight" for name in (layer.name, *layer.also)}
+        result.release(model)
     # what is no layer is compared with the dense model, like all that was not pruned
     missing = sorted(name for name in set(records) - seen if records[name].skipped_by != "kind")
     if missing:
         raise VerifyError(f"{missing[0]} is in report.json and not in the model")
+    unknown = sorted(name for name in scales if name not in records or records[name].grid is None)
+    if unknown:
+        raise VerifyError(f"{unknown[0]} has scales in {SCALES_FILE} and no grid in report.json")
     if report.packed:
         _check_packed(folder / report.packed["folder"], result)
     return _check_source(plan, result, pruned | set(report.tuned))
 
 
-def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
+def _check_layer(layer: Layer, record: LayerRecord, scope: str | None, scales: Mapping[str, Scales]) -> None:
     weight_OI = layer.read()
     if layer.shape != record.shape:
         raise VerifyError(f"{layer.name} has shape {layer.shape}, report.json says {record.shape}")
@@ -101,6 +114,13 @@ def _check_layer(layer: Layer, record: LayerRecord, scope: str | None) -> None:
         broken = parse(record.pattern, scope).violation(weight_OI != 0, record.sparsity)
         if broken:
             raise VerifyError(f"{layer.name} does not hold {record.pattern}: {broken}")
+    if record.grid is not None:
+        found = scales.get(layer.name)
+        if found is None or str(found.grid) != record.grid:
+            has = "no scales" if found is None else f"scales of {found.grid}"
+            raise VerifyError(f"{layer.name} has {has} in {SCALES_FILE}, report.json says {record.grid}")
+        if off := found.off(weight_OI):
+            raise VerifyError(f"{layer.name}: {off}")
 
 
 def _check_packed(folder: Path, result: Checkpoint) -> None:
