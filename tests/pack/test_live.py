@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import secateurs
-from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, make_dense
+from secateurs.kernels.packed_embedding import make_dense
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear
 from secateurs.model.miniature import small_instance
 
 

@@ -237,11 +237,13 @@ BITMASK_FROM: dict[tuple[str, str], float] = {
 }
 
 
-def choose(name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | None = None) -> LayerChoice:
+def choose(
+    name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | None = None, looked_up: bool = False
+) -> LayerChoice:
     """bitmask where it is smaller and, on the profile's machine, not slower for one token; else dense, with the reason.
 
-    scales: of a layer on a grid, which is stored as integers, whichever is smaller of both formats and not slower. Raises PackError
-    for a weight that is not on the grid.
+    scales: of a layer on a grid, which is stored as integers, whichever is smaller of both formats and not slower. looked_up: of an
+    embedding, which needs all of them. Raises PackError for a weight that is not on the grid.
     """
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     dense_nbytes = weight_OI.numel() * weight_OI.element_size()
@@ -250,7 +252,7 @@ def choose(name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | N
         reason = f"no kernel for {str(weight_OI.dtype).removeprefix('torch.')}"
         return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
     if scales is not None:
-        return _choose_integers(name, weight_OI, profile, scales)
+        return _choose_integers(name, weight_OI, profile, scales, looked_up)
     survivors = count_stored(weight_OI)
     nbytes = bitmask_nbytes(shape, survivors, weight_OI.dtype)
     sparsity = 1 - survivors / max(1, weight_OI.numel())
@@ -270,7 +272,7 @@ def choose(name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | N
     )
 
 
-def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales) -> LayerChoice:
+def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales, looked_up: bool) -> LayerChoice:
     if off := scales.off(weight_OI):
         raise PackError(f"{name}: {off}; quantize the layer again, or leave its scales out")
     grid, shape = scales.grid, (weight_OI.shape[0], weight_OI.shape[1])
@@ -281,14 +283,17 @@ def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales)
     sparsity = 1 - survivors / max(1, weight_OI.numel())
     of_all = packed_nbytes(shape, None, weight_OI.dtype, grid)
     of_some = of_all - packed_length(shape, grid) + masked_length(kept, grid) + 8 * math.prod(mask_shape(shape))
-    if min(of_all, of_some) >= dense_nbytes:
-        reason = f"on {grid} it would take {min(of_all, of_some)} bytes of {dense_nbytes}"
+    least = of_all if looked_up else min(of_all, of_some)
+    if least >= dense_nbytes:
+        reason = f"on {grid} it would take {least} bytes of {dense_nbytes}"
         return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
 
     def chosen(format: str, nbytes: int, why: str) -> LayerChoice:
         reason = f"{grid}, {nbytes / dense_nbytes:.2f}x the bytes; {sparsity:.1%} zeros{why}"
         return LayerChoice(name, shape, format, survivors, nbytes, dense_nbytes, reason, grid)
 
+    if looked_up:
+        return chosen("dense", of_all, ", rows are looked up")
     if of_some >= of_all:
         return chosen("dense", of_all, f" would take {of_some / of_all:.2f}x the bytes of all integers")
     speedup = None if profile is None else profile.speedup(numbers, sparsity, tokens=1)
@@ -297,12 +302,12 @@ def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales)
         if speedup < 1:
             return chosen("dense", of_all, f" are {where}")
         return chosen("bitmask", of_some, f" left out, {where}")
-    least = BITMASK_FROM.get((numbers, isa))
-    if least is None:
+    from_here = BITMASK_FROM.get((numbers, isa))
+    if from_here is None:
         return chosen("dense", of_all, f" left out would be slower than all integers with {isa} kernels")
-    if sparsity < least:
+    if sparsity < from_here:
         return chosen(
-            "dense", of_all, f" left out would be slower than all integers below {least:.0%} with {isa} kernels"
+            "dense", of_all, f" left out would be slower than all integers below {from_here:.0%} with {isa} kernels"
         )
     return chosen("bitmask", of_some, " left out")
 
@@ -336,13 +341,3 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.train(False)
     setattr(model.get_submodule(parent), child, module)
-
-
-def make_dense(model: nn.Module) -> nn.Module:
-    """Undo accelerate(): every packed layer becomes the dense one that it replaced, bit for bit."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            put(model, name, module.dense())
-        elif type(module) is DenseLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    return model

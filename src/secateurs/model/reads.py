@@ -2,10 +2,9 @@
 
 Most code calls the module that holds a weight. Mamba's mixers multiply by `dt_proj.weight`, routers by a copy in fp32: a module
 with another kind of weight in its place would fail there. Found out on a small random instance (miniature.py), watched while it
-runs. A weight that another module holds too (a head tied to the embeddings) counts as that one's.
+runs. Of a weight that several modules hold (a head tied to the embeddings) any of them may run.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -28,7 +27,8 @@ READ = "the model's code reads its weight itself"
 
 
 def read_by_code(model: Any) -> tuple[set[str], str | None]:
-    """The names of the linear layers of a Hugging Face model whose weight its code reads; and why that is not known, or None.
+    """The names of the linear layers and embeddings of a Hugging Face model whose weight its code reads; and why that is not known,
+    or None.
 
     A layer that no made-up input reaches is not among them. Layers whose names differ by numbers only count as one.
     """
@@ -47,10 +47,15 @@ def read_by_code(model: Any) -> tuple[set[str], str | None]:
 
 @contextmanager
 def _reads(model: nn.Module) -> Iterator[set[str]]:
-    """A context that collects the names of linear layers whose weight is used while their own module does not run."""
-    layers = {name: module for name, module in model.named_modules() if kind_of(module) in ("linear", "conv1d")}
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    weights = {id(module.weight): name for name, module in layers.items() if uses[id(module.weight)] == 1}
+    """A context that collects the names of layers whose weight is used while no module that holds it runs."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if kind_of(module) in ("linear", "conv1d") or isinstance(module, nn.Embedding)
+    }
+    weights: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        weights.setdefault(id(module.weight), []).append(name)
     running: set[int] = set()
     found: set[str] = set()
 
@@ -58,7 +63,7 @@ def _reads(model: nn.Module) -> Iterator[set[str]]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func not in _SAME:
                 used = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-                found.update(weights[x] for x in used & weights.keys() - running)
+                found.update(name for x in used & weights.keys() - running for name in weights[x])
             return func(*args, **(kwargs or {}))
 
     def begin(module: nn.Module, _: Any) -> None:

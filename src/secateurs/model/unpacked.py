@@ -9,6 +9,7 @@ from torch import Tensor
 from secateurs.base.errors import CheckpointError, PackError
 from secateurs.kernels import formats
 from secateurs.kernels.formats import Packed
+from secateurs.kernels.packed_embedding import tables
 from secateurs.kernels.packed_linear import linears
 from secateurs.matrix.grids import Scales, parse
 from secateurs.model.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ def _packed_reader(checkpoint: Checkpoint) -> Callable[[str], Packed | None]:
         )
     skeleton = checkpoint.skeleton()
     modules = {f"{name}.weight": (name, module, transposed) for name, module, transposed in linears(skeleton)}
+    modules |= {f"{name}.weight": (name, module, False) for name, module, _ in tables(skeleton)}
 
     def packed(key: str) -> Packed | None:
         beside = {part: f"{key}{part}" for part in PARTS if f"{key}{part}" in checkpoint.file_of}

@@ -17,6 +17,7 @@ from secateurs.base.files import PART, write_json, write_text
 from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
+from secateurs.kernels.packed_embedding import tables
 from secateurs.kernels.packed_linear import LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
@@ -34,10 +35,11 @@ def pack(
 ) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
-    Each Linear (and Conv1D) takes the format of packed_linear.choose(), integers where the source has its scales; all other tensors
-    are copied as they are, and what scales they have. Negative zeros, which weight * mask leaves behind, are kept as weights, for a
-    dense export has every bit; merge_zeros drops them. Integers have none. Raises CheckpointError for a source that cannot be read,
-    PackError for a weight that is not on its grid, OutputError for a place that cannot be written.
+    Each Linear (and Conv1D) takes the format of packed_linear.choose(), integers where the source has its scales, and so does an
+    embedding on a grid, with the head that is tied to it; all other tensors are copied as they are, and what scales they have.
+    Negative zeros, which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops
+    them. Integers have none. Raises CheckpointError for a source that cannot be read, PackError for a weight that is not on its
+    grid, OutputError for a place that cannot be written.
     """
     checkpoint = Checkpoint(source)
     scales = read_scales(checkpoint.folder / SCALES_FILE)
@@ -51,6 +53,14 @@ def pack(
         key: modules[target]
         for key, target in checkpoint.target_of.items()
         if target in modules and key not in checkpoint.converted and uses[id(skeleton.get_parameter(target))] == 1
+    }
+    # embeddings have integers to gain, or nothing
+    looked_up = {f"{name}.weight": (name, why) for name, _, why in tables(skeleton) if name in scales}
+    embeddings = {target: name for target, (name, why) in looked_up.items() if why is None}
+    layer_of |= {
+        key: (embeddings[target], False)
+        for key, target in checkpoint.target_of.items()
+        if target in embeddings and key not in checkpoint.converted
     }
     read, unknown = read_by_code(skeleton)
     packable = {name for name, _ in layer_of.values()}
@@ -84,7 +94,7 @@ def pack(
             if followed(key, PARTS if grid else ("_mask",))
             else "transformers would not find its mask by its stored name"
         )
-        choice = choose(name, weight_OI, profile, grid).but(stays)
+        choice = choose(name, weight_OI, profile, grid, checkpoint.target_of[key] in embeddings).but(stays)
         record = {
             **_record(choice),
             "transposed": transposed,
@@ -124,9 +134,11 @@ def pack(
             "format_version": formats.VERSION,
             "layers": layers,
         }
-    left = [
-        f"{n}: its weight is shared or fused with others"
-        for n in sorted({name for name, _ in modules.values()} - packable)
+    tied = {id(skeleton.get_parameter(target)) for target, name in embeddings.items() if name in packable}
+    left = [f"{name}: {why}" for name, why in looked_up.values() if why is not None] + [
+        f"{name}: its weight is shared or fused with others"
+        for target, (name, _) in sorted(modules.items())
+        if name not in packable and id(skeleton.get_parameter(target)) not in tied
     ]
     result = {
         "format_version": formats.VERSION,

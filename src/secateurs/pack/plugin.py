@@ -13,7 +13,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
 from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
-from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, make_dense, put
+from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, put
 from secateurs.matrix.grids import Grid, parse
 
 METHOD = "secateurs"
@@ -57,17 +58,29 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
             transposed = bool(layer.get("transposed"))
             module = model.get_submodule(found)
             shape = tuple(module.weight.shape)
-            packed = PackedLinear.empty(
+            of = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
+            packed = of.empty(
                 (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
-                survivors, module.weight.dtype, module.bias is not None, transposed, str(kind), grid, length,
+                survivors, module.weight.dtype, getattr(module, "bias", None) is not None, transposed, str(kind), grid, length,
             )  # fmt: skip
             put(model, found, packed)
+            if isinstance(packed, PackedEmbedding):
+                self._tie(model, found, packed)
             # some classes initialize by a module's name, or all in a module that has no weights of its own, and would take the
             # survivors for a matrix; none of them is missing, or the folder does not load
             above = model.get_submodule(found.rpartition(".")[0])
             for done in (packed, *(() if above is model or _holds(above) else (above,))):
                 done._is_hf_initialized = True
         return model
+
+    @staticmethod
+    def _tie(model: Any, name: str, embedding: PackedEmbedding) -> None:
+        """Let the head that the class ties to an embedding multiply with what that stores."""
+        for tied, to in model.all_tied_weights_keys.items():
+            if to == f"{name}.weight":
+                head: Any = TiedHead(embedding)
+                head._is_hf_initialized = True
+                put(model, tied.removesuffix(".weight"), head)
 
     @staticmethod
     def _find(model: Any, name: str) -> str | None:
