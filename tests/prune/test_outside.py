@@ -141,6 +141,22 @@ def test_a_head_is_solved_on_what_reaches_it_and_an_embedding_row_by_row(model_t
         assert looked_up.error_from == "weights"
 
 
+def test_an_encoder_decoder_s_head_is_solved_on_what_its_decoder_gives():
+    options = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = tiny.random("T5ForConditionalGeneration", "t5", {"vocab_size": 260, **options}).eval()
+    batch = {"input_ids": tiny.tokens(), "decoder_input_ids": tiny.tokens()[:, :7]}
+    rows = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    head = model.lm_head.weight.detach().clone()
+    (record,), _ = quantize_outside(model, sc.Plan(head_bits=4), AllLoaded(), [batch], InMemory())
+    assert (record.name, record.role, record.tokens) == ("shared", "embedding and head", 14)
+    change = rows[0] @ (model.lm_head.weight - head).T
+    assert record.error == pytest.approx(float(change.norm() / (rows[0] @ head.T).norm()), rel=1e-4)
+
+
 def test_rows_are_solved_in_pieces(monkeypatch):
     models = [tiny.make("llama") for _ in range(2)]
     batches = [{"input_ids": tiny.tokens()}]
