@@ -51,10 +51,16 @@ SHARED = ROOT.parent / "shared" / "data"
 DENSE = ("int8", "int6", "int5", "int4", "int3", "int2", "int2/32", "int2/128", "int2/row")
 ZEROS = [f"{s}+int{b}" for b in (4, 3, 2) for s in (0.5, 0.6, 0.7, 0.8)] + ["2:4+int4", "2:4+int8"]
 SIXTEEN = ("0.5", "0.6", "0.7", "0.8")
-BUDGETS = [f"bits={b}{more}" for b in (4.3, 3.3, 2.7, 2.5, 2.26) for more in ("", ", dense")]
+BUDGETS = [f"bits={b}{more}" for b in (4.3, 3.3, 2.5, 2.4, 2.26) for more in ("", ", dense")]
 RIVALS = ("nearest int4", "gptq int4", "gptq int3", "gptq int2", "wanda, gptq 2:4+int4", "wanda mask, gptq 2:4+int4")
 ALL = [*DENSE, *RIVALS, *ZEROS, *BUDGETS, *SIXTEEN]
 SHAPE = (11008, 4096)
+# a point, and what its excess is divided by
+RATIOS = (
+    ("int4", "gptq int4"), ("int3", "gptq int3"), ("int3, best", "gptq int3"), ("int2", "gptq int2"), ("int2, best", "gptq int2"),
+    ("2:4+int4", "wanda, gptq 2:4+int4"), ("2:4+int4", "wanda mask, gptq 2:4+int4"), ("bits=3.3", "int3"), ("bits=2.5", "int2/32"),
+    ("bits=2.5", "0.6+int3"), ("bits=2.26", "int2"),
+)  # fmt: skip
 BEST = ["int3, best", "int2, best", "0.5+int3, best", "0.6+int2, best"]
 
 
@@ -307,8 +313,8 @@ def of_kind(points: dict[str, dict[str, Any]], *kinds: str) -> dict[str, dict[st
 
 
 def dense_beside(points: dict[str, dict[str, Any]], bits: float) -> str | None:
-    """The best dense point that takes no more than so many bits."""
-    fits = {n: p for n, p in of_kind(points, "dense").items() if p["bits"] <= bits + 1e-9}
+    """The best dense point that takes no more than so many bits, or 1% more: two budgets of 2.5 end at 2.48 and 2.49."""
+    fits = {n: p for n, p in of_kind(points, "dense").items() if p["bits"] <= 1.01 * bits}
     return min(fits, key=lambda n: fits[n]["excess"]["value"], default=None)
 
 
@@ -316,13 +322,6 @@ def less(point: dict[str, Any], other: dict[str, Any]) -> Estimate:
     """The loss of a point less another's, on the same windows."""
     a, b = (torch.tensor(p["excess_by_window"], dtype=torch.float64) for p in (point, other))
     return estimate(a - b)
-
-
-def plain(name: str) -> str | None:
-    """The rival that a point is held against."""
-    name = name.removesuffix(", best")
-    beside = f"wanda, gptq {name}" if ":" in name else f"gptq {name}"
-    return beside if beside in RIVALS else None
 
 
 def three(value: dict[str, float]) -> str:
@@ -343,17 +342,15 @@ def tables(found: dict[str, Any]) -> str:
         on = front(of_kind(points, "dense", "zeros"))
         lines += [
             f"### {model}", "", f"Dense: {subject['dense']['value']:.3f} nats a token, {subject['dense']['n']} windows.", "",
-            "| point | bits | zeros | excess, nats a token | of the rival's | front | seconds |", "|---|---|---|---|---|---|---|",
+            "| point | bits | zeros | excess, nats a token | front | seconds to make |", "|---|---|---|---|---|---|",
         ]  # fmt: skip
         for name, point in sorted(points.items(), key=lambda p: (-p[1]["bits"], p[1]["excess"]["value"])):
-            beside = points.get(plain(name) or "")
-            ratio = f"{point['excess']['value'] / beside['excess']['value']:.2f}x" if beside else ""
             lines.append(
-                f"| {name} | {point['bits']:.2f} | {point['zeros']:.0%} | {three(point['excess'])} | {ratio} | "
+                f"| {name} | {point['bits']:.2f} | {point['zeros']:.0%} | {three(point['excess'])} | "
                 f"{'yes' if name in on else ''} | {point['seconds']:.0f} |"
             )
         lines += [
-            "", "Each point with zeros and the best dense one, of one grid or several, that takes no more bits:", "",
+            "", "Each point with zeros and the best dense one, of one grid or several, that takes no more bits (1% at most):", "",
             "| with zeros | bits | excess | dense | bits | excess | difference | zeros |", "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for name, point in sorted(of_kind(points, "zeros").items(), key=lambda p: -p[1]["bits"]):
@@ -361,7 +358,26 @@ def tables(found: dict[str, Any]) -> str:
                 f"| {name} | {point['bits']:.2f} | {point['excess']['value']:.3f} | {beside_dense(points, point)} |"
             )
         lines.append("")
-    return "\n".join(lines + ([speeds(found)] if "seconds" in found else []))
+    return "\n".join([ratios(found), *lines, *([speeds(found)] if "seconds" in found else [])])
+
+
+def ratios(found: dict[str, Any]) -> str:
+    """A table of RATIOS, where a model has both points."""
+    models = models_of(found)
+    lines = [
+        "### Excess over another's",
+        "",
+        f"| point | over | {' | '.join(models)} |",
+        f"|---|---|{'---|' * len(models)}",
+    ]
+    for name, other in RATIOS:
+        cells = []
+        for model in models:
+            a, b = (found["models"][model]["points"].get(n, {}).get("excess") for n in (name, other))
+            cells.append(f"{a['value']:.4f} / {b['value']:.4f} = {a['value'] / b['value']:.2f}x" if a and b else "")
+        if any(cells):
+            lines.append(f"| {name} | {other} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def milliseconds(timing: dict[str, Any]) -> str:

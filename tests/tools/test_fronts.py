@@ -63,7 +63,8 @@ def test_zeros_are_held_against_the_best_dense_point_that_is_no_larger():
         "gptq int3": point(3.25, [0.0, 0.0, 0.0]),
     }  # fmt: skip
     assert fronts.dense_beside(points, 4.0) == "int3"
-    assert fronts.dense_beside(points, 3.25) == "int3"
+    assert fronts.dense_beside(points, 3.23) == "int3"
+    assert fronts.dense_beside(points, 3.2) == "int2"
     assert fronts.dense_beside(points, 2.2) is None
     # on the same windows each differs by the same 0.1, so that nothing is left to chance
     gap = fronts.less(point(4.0, [0.4, 0.6, 0.5], 7), points["int3"])
