@@ -163,3 +163,20 @@ def test_weights_that_tuning_brought_back_are_no_longer_counted_as_rounded_to_ze
     before = LayerRecord("y", (1, 8), 0.0, 5, pattern="unstructured", grid="int3/32", rounded_to_zero=3)
     after = _tuned(layer, before, linear.weight.data, None, sc.Plan(bits=3, sparsity=0), scales)
     assert (after.kept, after.rounded_to_zero) == (6, 2)
+
+
+@pytest.mark.parametrize(("grid", "sparsity", "title", "tags"), [
+    (None, 0.5, "# A pruned model", "[pruning, sparsity, secateurs]"),
+    ("int4/64", 0.0, "# A quantized model", "[quantization, secateurs]"),
+    ("int4/64", 0.5, "# A pruned and quantized model", "[pruning, sparsity, quantization, secateurs]"),
+])  # fmt: skip
+def test_a_model_card_says_what_was_done(grid, sparsity, title, tags):
+    from secateurs.prune.model_card import model_card
+
+    bits = {"bits": 4} if grid else {}
+    record = LayerRecord("a", (8, 128), sparsity, 512, pattern="unstructured", grid=grid)
+    plan = sc.Plan(model="m", sparsity=sparsity, **bits)
+    card = model_card(Report(plan.as_dict(), {"versions": {"secateurs": "1"}}, [record]))
+    assert title in card.splitlines()
+    assert f"tags: {tags}" in card.splitlines()
+    assert ("int4/64: " in card) == ("stores integers and scales" in card) == bool(grid)

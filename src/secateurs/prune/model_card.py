@@ -7,18 +7,21 @@ from secateurs.quality.compare import named
 def model_card(report: Report, loader: str = "AutoModelForCausalLM") -> str:
     """Markdown with front matter. Everything in it is in report.json, too. loader: the class that loads the folder."""
     plan, totals = report.plan, report.totals
+    grids = sorted({r.grid for r in report.layers if r.grid and r.skipped is None})
+    asked = bool(totals["sparsity"] and (plan["sparsity"] or plan["budget"]))
+    done = " and ".join(word for word, so in (("pruned", asked or not grids), ("quantized", grids)) if so)
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [pruning, sparsity, secateurs]",
+        f"tags: [{'pruning, sparsity, ' if asked or not grids else ''}{'quantization, ' if grids else ''}secateurs]",
         f"base_model: {plan['model']}"
         if "/" in plan["model"] and not plan["model"].startswith(("/", ".", "~"))
         else "",
         "---",
         "",
-        "# A pruned model",
+        f"# A {done} model",
         "",
-        f"Made by secateurs {report.machine['versions']['secateurs']} from a dense model, by one-shot pruning.",
+        f"Made by secateurs {report.machine['versions']['secateurs']} from a dense model, {done} in one shot.",
         "",
         "| | |",
         "|---|---|",
@@ -28,6 +31,8 @@ def model_card(report: Report, loader: str = "AutoModelForCausalLM") -> str:
         f"| layers pruned, left dense | {totals['layers_pruned']}, "
         f"{sum(totals[f'layers_skipped_by_{by}'] for by in ('plan', 'shape', 'kind'))} |",
     ]
+    if grids:
+        lines.append(f"| grids | {', '.join(grids)}: {totals['bits']:.2f} bits a weight as packed |")
     if report.reconstruction or report.distillation:
         lines.append(
             f"| survivors tuned on calibration text | {plan['reconstruct']} steps a block against the dense block, "
@@ -44,7 +49,10 @@ def model_card(report: Report, loader: str = "AutoModelForCausalLM") -> str:
         lines += [f"| {named(q)[key]} | {_interval(q[key])} |" for key in shown]
     lines += [
         "",
-        "The zeros are stored as zeros: this folder is as large as the dense one and a dense kernel runs it no faster. "
+        "The integers are stored as plain weights: this folder is as large as the dense one and no faster. "
+        "`secateurs pack` stores integers and scales."
+        if grids
+        else "The zeros are stored as zeros: this folder is as large as the dense one and a dense kernel runs it no faster. "
         "`secateurs pack` stores it without them.",
         f"It loads with `{loader}.from_pretrained` and needs no code of secateurs.",
         "",
