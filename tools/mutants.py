@@ -101,7 +101,8 @@ class Tree:
             return True
 
     def _pytest(self, tests: Sequence[str]) -> bool:
-        out = self.folder / "out.txt"
+        out, left = self.folder / "out.txt", self.folder / "code.txt"
+        left.unlink(missing_ok=True)
         process = _FORKED.Process(
             target=_pytest, args=(self.folder, out, ["-x", "-q", "-p", "no:cacheprovider", *tests])
         )
@@ -111,10 +112,12 @@ class Tree:
             process.kill()
             return True
         said = out.read_text(errors="replace").strip() or "nothing was said"
-        # 2 and above: nothing could be collected or found
-        if process.exitcode == 1 or (process.exitcode or 0) < 0:
+        # not process.exitcode: another thread that starts a process polls this one too, and of two readers one is told 255
+        code = int(left.read_text()) if left.is_file() else None
+        # none where the process was killed; 2 and above: nothing could be collected or found
+        if code in (1, None):
             return True
-        if process.exitcode or " passed" not in said.rsplit("\n", 1)[-1]:
+        if code or " passed" not in said.rsplit("\n", 1)[-1]:
             raise RefusedError(f"its tests do not run: {said.rsplit(chr(10), 1)[-1]}")
         return False
 
@@ -157,6 +160,7 @@ def _pytest(folder: Path, out: Path, arguments: Sequence[str]) -> None:
 
     code = int(pytest.main(list(arguments)))
     sys.stdout.flush()
+    (out.parent / "code.txt").write_text(str(code))
     # nothing that a test left behind may hold the process
     os._exit(code)
 
