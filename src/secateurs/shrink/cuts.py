@@ -328,9 +328,10 @@ class Cuts:
             one = replace(shape, layers=1) if self._of_one_block else shape
             with quiet():
                 empty(self.cls, self.config_of(one, range(one.layers)))
-        # transformers raises its own exception, which wraps a ValueError
+        # transformers raises its own exception, which wraps a ValueError; config_of() wraps that once more
         except Exception as error:
-            return stating.sentence(error)
+            inner = error.__cause__ if isinstance(error, PlanError) else None
+            return stating.sentence(inner if isinstance(inner, Exception) else error)
         return None
 
     @cached_property
