@@ -199,7 +199,7 @@ def stored_bits(report: Report, grid: grids.Grid | None) -> float:
         if grid is None:
             total += min(16 * r.numel, r.numel + 16 * r.kept)
         else:
-            total += r.numel * min(grids.bits_a_weight(grid, r.shape, n) for n in (None, r.kept))
+            total += grids.least_bits(grid, r.shape, r.kept)
     return total / sum(r.numel for r in report.pruned)
 
 

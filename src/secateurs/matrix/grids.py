@@ -177,6 +177,11 @@ def scales_from(tensors: Any, grids: dict[str, str]) -> Iterator[tuple[str, Scal
         yield name, Scales(grid, scale_OG, zero_OG)
 
 
+def least_bits(grid: Grid, shape: tuple[int, int], survivors: int) -> float:
+    """Bits of a matrix in the smaller format: a bit a position and the survivors' integers, or all integers."""
+    return math.prod(shape) * min(bits_a_weight(grid, shape), bits_a_weight(grid, shape, survivors))
+
+
 def bits_a_weight(grid: Grid, shape: tuple[int, int], survivors: int | None = None) -> float:
     """Bits a weight as stored: integers, scales and zeros; with `survivors`, a bit a position and the survivors' integers."""
     numel = math.prod(shape)

@@ -7,7 +7,7 @@ import torch
 from secateurs.base.errors import PlanError
 from secateurs.kernels.formats import bitmask_nbytes
 from secateurs.machine.profile import DeviceProfile
-from secateurs.matrix.grids import Grid, bits_a_weight
+from secateurs.matrix.grids import Grid, least_bits
 from secateurs.matrix.patterns import count_zeros
 from secateurs.prune.plan import Plan
 
@@ -22,12 +22,12 @@ def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, gr
 
 
 def stored_bits(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
-    """Bits of a layer as stored: a bit a position and the survivors, or all weights, whichever is less; with scales and zeros."""
+    """The least bits that a layer can be stored in, with scales; `pack` keeps zeros where leaving them out is slower."""
     numel = shape[0] * shape[1]
     survivors = numel - count_zeros(numel, sparsity)
     if grid is None:
         return 8 * _packed_bytes(shape, dtype, sparsity, grid)
-    return numel * min(bits_a_weight(grid, shape), bits_a_weight(grid, shape, survivors))
+    return least_bits(grid, shape, survivors)
 
 
 def _packed_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_json
 from secateurs.base.run_directory import REPORT_FORMAT
-from secateurs.matrix.grids import Scales, bits_a_weight, parse
+from secateurs.matrix.grids import Scales, least_bits, parse
 
 FORMAT = REPORT_FORMAT
 
@@ -52,15 +52,14 @@ class LayerRecord:
 
     @property
     def stored_bits(self) -> float | None:
-        """Bits of the layer as stored on its grid: a bit a position and the survivors, or all weights, whichever is less; of an
-        embedding, whose rows are looked up, all weights.
+        """The least bits that the layer can be stored in on its grid; of an embedding, whose rows are looked up, those of all
+        weights. `secateurs pack` takes more where leaving zeros out would be slower on its machine.
         """
         if self.grid is None:
             return None
         grid = parse(self.grid)
-        whole = bits_a_weight(grid, self.shape)
         looked_up = self.role is not None and "embedding" in self.role
-        return self.numel * (whole if looked_up else min(whole, bits_a_weight(grid, self.shape, self.kept)))
+        return least_bits(grid, self.shape, self.numel if looked_up else self.kept)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerRecord":

@@ -17,6 +17,9 @@ from secateurs.quality.compare import named
 from secateurs.report.bits import Bits
 from secateurs.report.terminal import megabytes, new_table
 
+# what a reader of bits should know where zeros were asked for
+MORE = ", or more where leaving zeros out would be slower here"
+
 
 def _place(name: str) -> tuple[str, str]:
     """Split a layer's name into block and path: ('model.layers.3', 'mlp.down_proj'). Expert numbers are dropped."""
@@ -103,7 +106,7 @@ def print_report(report: Report, console: Console, out: str) -> None:
         console.print(
             f"{out}/model stores these integers as plain weights: {megabytes(report.bytes['pruned'])}, dense "
             f"{megabytes(report.bytes['dense'])}. `secateurs pack {out}` stores them in {bits.words}, about "
-            f"{megabytes(report.bytes['stored'])} in all; `secateurs bench {out}` measures the gain."
+            f"{megabytes(report.bytes['stored'])} in all{MORE if bits.asked else ''}; `secateurs bench {out}` measures the gain."
         )
     elif report.bytes and not report.packed:
         console.print(
