@@ -1,23 +1,37 @@
-"""Decoding of a 1B-shaped random Llama, end to end through generate: 50% zeros packed, against every dense way to run it.
+"""Decoding of a 1B-shaped random Llama end to end: packed zeros and integers against torch's ways and llama.cpp's.
 
-    .venv/bin/python bench/decode.py [--work FOLDER] [--repeats 5] [--new 32]
+    .venv/bin/python bench/decode.py [--bits 16 8 4] [--work FOLDER] [--repeats 5] [--new 32]
 
-2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary, bf16. Writes results/decode.json.
+2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary. All ways of one number of bits run in turn.
+16 bits: dense, and 50% zeros. 8 and 4 bits: all integers, 50% zeros and 2:4 on llama.cpp's own grids (q8_0, q4_0), rounded to
+nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need its package: pip install
+xllamacpp. Needs 10 GB of disk for each number of bits. Writes results/decode-BITS.json.
 """
 
 import argparse
 import json
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from kernels import rounded
 
 from secateurs.machine.bench import Variant, bench
+from secateurs.machine.llama_cpp import PACKAGE
+from secateurs.matrix.grids import parse as parse_grid
+from secateurs.matrix.patterns import parse as parse_pattern
+from secateurs.model.scales import SCALES_FILE, write_scales
 from secateurs.pack import folder
+from secateurs.pack.export import export
+
+TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
+GRIDS = {16: None, 8: "q8_0", 4: "q4_0"}
+CASES = {"all weights": None, "50% zeros": "unstructured", "2:4": "2:4"}
 
 
-def make(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make(folder: Path, pattern: str | None, grid: str | None) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -26,47 +40,81 @@ def make(folder: Path) -> None:
         head_dim=64, vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=4096, dtype="bfloat16",
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name:
-            parameter.data.masked_fill_(torch.rand(parameter.shape) < 0.5, 0)
+    torch.set_default_dtype(torch.float32)
+    scales = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim < 2 or name == "lm_head":
+            continue
+        embedding = "embed" in name
+        if pattern and not embedding:
+            weight.data.masked_fill_(~parse_pattern(pattern).keep(torch.rand(weight.shape), 0.5), 0)
+        if grid:
+            weight.data, scales[name] = rounded(weight.data, parse_grid("q8_0" if embedding else grid))
     model.save_pretrained(folder)
+    if TOKENIZER.is_dir():
+        # a GGUF file has to have one
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    if scales:
+        write_scales(folder / SCALES_FILE, scales)
+
+
+def variants(work: Path, bits: int) -> list[Variant]:
+    """The ways to run the model with so many bits; makes what they need."""
+    there = []
+    for case, pattern in CASES.items():
+        if bits == 16 and pattern == "2:4":
+            continue
+        plain, packed = (work / f"{bits} {case} {kind}" for kind in ("plain", "packed"))
+        if not (plain / "config.json").is_file():
+            make(plain, pattern, GRIDS[bits])
+        if pattern or bits != 16:
+            if not (packed / "config.json").is_file():
+                folder.pack(plain, packed)
+            there.append(Variant(f"{case}, packed", str(packed), "packed"))
+            there.append(Variant(f"{case}, packed, torch.compile", str(packed), "packed compiled"))
+        else:
+            there.append(Variant("dense, torch", str(plain), "dense"))
+            there.append(Variant("dense, torch.compile with frozen weights", str(plain), "compiled"))
+            there.append(Variant("dense, our kernels", str(plain), "accelerated dense"))
+        if pattern is None and find_spec(PACKAGE) and TOKENIZER.is_dir():
+            file = work / f"{bits}.gguf"
+            if not file.is_file():
+                export(plain, "gguf", file)
+            there.append(Variant("all weights, llama.cpp", str(file), "llama.cpp"))
+    return there
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--bits", type=int, nargs="+", choices=tuple(GRIDS), default=list(GRIDS))
     arguments.add_argument("--work", type=Path)
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--new", type=int, default=32)
     given = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = given.work or Path(temporary)
-        plain, packed = work / "plain", work / "packed"
-        if not (plain / "config.json").is_file():
-            make(plain)
-        if not (packed / "config.json").is_file():
-            folder.pack(plain, packed)
-        ways = {
-            "dense, torch": (plain, "dense"),
-            "dense, torch.compile with frozen weights": (plain, "compiled"),
-            "dense, our kernels": (plain, "accelerated dense"),
-            "packed": (packed, "packed"),
-            "packed, torch.compile": (packed, "packed compiled"),
-        }
-        variants = [Variant(name, str(folder), how) for name, (folder, how) in ways.items()]
-        result = bench(variants, (64,), new=given.new, repeats=given.repeats)
-    for row in result["variants"]:
-        speeds = ", ".join(
-            f"{stage} {row[stage]['tokens_per_second']:.2f} tokens/s ({row[stage]['speedup']:.2f}x)"
-            for stage in ("prefill", "decode")
+    if not find_spec(PACKAGE):
+        print(f"no rows of llama.cpp: {PACKAGE} is not installed; pip install {PACKAGE}")
+    for bits in given.bits:
+        with tempfile.TemporaryDirectory() as temporary:
+            result = bench(variants(given.work or Path(temporary), bits), (64,), new=given.new, repeats=given.repeats)
+        rows = {row["name"]: row for row in result["variants"]}
+        base = max(
+            (r for r in rows.values() if "zeros" not in r["name"] and "2:4" not in r["name"]),
+            key=lambda r: ("llama.cpp" in r["name"], r["decode"]["tokens_per_second"]),
         )
-        print(f"{row['name']:42s} {speeds}, peak {row['peak_memory_bytes'] / 1e9:.2f} GB")
-    dense = max(r["decode"]["tokens_per_second"] for r in result["variants"] if r["how"] in ("dense", "compiled"))
-    best = max(r["decode"]["tokens_per_second"] for r in result["variants"] if r["how"].startswith("packed"))
-    print(f"decode, packed over the best dense way of torch: {best / dense:.2f}x")
-    for row in result["variants"]:
-        row["folder"] = Path(row["folder"]).name
-    file = Path(__file__).parent / "results" / "decode.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{bits} bits; over {base['name']}:")
+        for row in rows.values():
+            speeds = ", ".join(
+                f"{stage} {row[stage]['tokens_per_second']:.2f} tokens/s "
+                f"({row[stage]['tokens_per_second'] / base[stage]['tokens_per_second']:.2f}x)"
+                for stage in ("prefill", "decode")
+            )
+            print(
+                f"{row['name']:42s} {speeds}, {row['weights_bytes'] / 1e6:.0f} MB, peak {row['peak_memory_bytes'] / 1e9:.2f} GB"
+            )
+            row["folder"] = Path(row["folder"]).name
+        file = Path(__file__).parent / "results" / f"decode-{bits}.json"
+        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

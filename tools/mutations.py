@@ -1480,5 +1480,14 @@ ROWS = (
     _row("csrc/isa_avx2.cc", COMPILED,
          "return BITS == 8;",
          "return false;"),
+    _row("src/secateurs/machine/llama_cpp.py", "tests/machine/test_llama_cpp.py",
+         "rest * (new - 1) / (times[\"predicted_n\"] - 1)",
+         "rest * new / (times[\"predicted_n\"] - 1)"),
+    _row("src/secateurs/machine/llama_cpp.py", "tests/machine/test_llama_cpp.py",
+         'kept = value(".attention.head_count_kv") or heads',
+         "kept = heads"),
+    _row("src/secateurs/machine/bench.py", "tests/machine/test_bench.py",
+         'vocabulary = getattr(words, "num_embeddings", None) or words.weight.shape[0]',
+         "vocabulary = words.weight.shape[0]"),
 )
 # fmt: on

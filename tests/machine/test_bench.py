@@ -1,15 +1,18 @@
 """Tokens a second by hand: workers that state their seconds in place of processes that take them."""
 
 import importlib
+import json
 
 import pytest
 import tiny
 import torch
-from gridded import on_grid
+from gridded import nearest, on_grid
 
 from secateurs.base.errors import PlanError
 from secateurs.machine.bench import Variant, load
+from secateurs.matrix.grids import parse
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.pack.folder import pack
 
 module = importlib.import_module("secateurs.machine.bench")
@@ -122,3 +125,19 @@ def test_integers_weigh_what_they_take_as_packed_and_their_cache_does_not_shrink
     assert module._kv_bytes_per_token(load(str(tmp_path / "packed"), "packed")) == module._kv_bytes_per_token(
         load(str(plain), "dense")
     )
+
+
+def test_prompts_of_a_packed_embedding_are_of_its_words(tmp_path, monkeypatch, capsys):
+    plain = on_grid(tiny.save(tmp_path / "plain", "llama", torch.bfloat16), "int4")
+    model = load(str(plain), "dense")
+    words = model.get_input_embeddings().weight.data
+    scales = read_scales(plain / SCALES_FILE)
+    scales["model.embed_tokens"] = nearest(words, parse("int8"))
+    words.copy_(scales["model.embed_tokens"].rounded(words.float()))
+    model.save_pretrained(plain)
+    write_scales(plain / SCALES_FILE, scales)
+    pack(plain, tmp_path / "packed")
+    monkeypatch.setattr("sys.stdin", ["1 8\n", "finish\n"])
+    module._work({"folder": str(tmp_path / "packed"), "how": "packed", "dtype": None, "new": 3})
+    run = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert 0 < run["first"] < run["all"]

@@ -37,6 +37,11 @@ class PackedEmbedding(PackedLinear):
         rows = integer_TI.float() * grid.spread(scale_TG, self.in_features) + 0.0
         return rows.to(self.dtype).view(*ids.shape, self.in_features)
 
+    @property
+    def num_embeddings(self) -> int:
+        """V, by the name that nn.Embedding gives it."""
+        return self.out_features
+
     def dense(self) -> nn.Module:
         plain = nn.Embedding(1, 1, device="meta")
         plain.num_embeddings, plain.embedding_dim = self.shape

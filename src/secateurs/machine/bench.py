@@ -2,7 +2,8 @@
 
 prefill: from the prompt to the first new token. decode: the new tokens after that. A variant is a folder and a way to
 run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerated dense' (our dense kernels where they are faster),
-'compiled' and 'packed compiled' (under torch.compile, with a static cache). Speedups are over the fastest dense variant.
+'compiled' and 'packed compiled' (under torch.compile, with a static cache), 'llama.cpp' (a GGUF file, where xllamacpp is
+installed). Speedups are over the fastest dense variant.
 """
 
 import json
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from secateurs.base.errors import CheckpointError, PlanError
 from secateurs.base.precision import compute_dtype
 from secateurs.base.progress import Progress, silent, ticker
 from secateurs.base.run_directory import models_of
+from secateurs.machine import llama_cpp
 from secateurs.machine.profile import DeviceProfile
 from secateurs.machine.timing import Timing
 from secateurs.model.checkpoint import Checkpoint
@@ -91,7 +94,7 @@ def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
     there = machine()["memory_bytes"]
     kept, left_out = list(variants), []
     for variant in variants:
-        needed = sum(Checkpoint(v.folder, packed=True).nbytes * (2 if v.dtype == "float32" else 1) for v in kept)
+        needed = sum(_nbytes(v) * (2 if v.dtype == "float32" else 1) for v in kept)
         others = [v for v in kept if v is not variant and v.folder == variant.folder]
         if needed > there and variant.dtype == "float32" and others:
             kept.remove(variant)
@@ -100,6 +103,12 @@ def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
                 f"{there / 1e9:.1f}"
             )
     return kept, left_out
+
+
+def _nbytes(variant: Variant) -> int:
+    """Bytes of a variant's weights as stored."""
+    place = Path(variant.folder)
+    return place.stat().st_size if place.is_file() else Checkpoint(variant.folder, packed=True).nbytes
 
 
 def record_of(folder: Path) -> Path | None:
@@ -186,7 +195,7 @@ def bench(
                 "folder": variant.folder,
                 "how": variant.how,
                 "peak_memory_bytes": peak,
-                "weights_bytes": Checkpoint(variant.folder, packed=True).nbytes,
+                "weights_bytes": _nbytes(variant),
                 "kv_bytes_per_token": worker.kv_bytes_per_token,
                 "positions": worker.positions,
                 "prefill": measured[0]["prefill"],
@@ -327,6 +336,20 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
 
 
 def _work(request: dict[str, Any]) -> None:
+    run = llama_cpp.load if request["how"] == "llama.cpp" else partial(_in_transformers, request)
+    seconds, facts = run(request["folder"], request["new"])
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            print(json.dumps({"peak": peak_memory()}), flush=True)
+            return
+        print(json.dumps(seconds(*map(int, line.split()))), flush=True)
+
+
+def _in_transformers(
+    request: dict[str, Any], folder: str, new: int
+) -> tuple[Callable[[int, int], dict[str, float]], dict[str, Any]]:
+    """(seconds of so many prompts of so many tokens, facts on the model), through generate."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -340,13 +363,13 @@ def _work(request: dict[str, Any]) -> None:
             self.ticks.append(time.perf_counter())
             return scores
 
-    model = load(request["folder"], request["how"], request["dtype"])
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    model = load(folder, request["how"], request["dtype"])
+    words = model.get_input_embeddings()
+    # the weight of a packed one is not a matrix
+    vocabulary = getattr(words, "num_embeddings", None) or words.weight.shape[0]
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if "compiled" in request["how"]:
         settings["cache_implementation"] = "static"
-
-    new = request["new"]
 
     def seconds(batch: int, prompt: int) -> dict[str, float]:
         """Seconds until the first new token, and until the last."""
@@ -362,12 +385,7 @@ def _work(request: dict[str, Any]) -> None:
         return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    print(json.dumps({"kv_bytes_per_token": _kv_bytes_per_token(model), "positions": positions}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "finish":
-            print(json.dumps({"peak": peak_memory()}), flush=True)
-            return
-        print(json.dumps(seconds(*map(int, line.split()))), flush=True)
+    return seconds, {"kv_bytes_per_token": _kv_bytes_per_token(model), "positions": positions}
 
 
 def _kv_bytes_per_token(model: Any) -> int:
