@@ -4,8 +4,8 @@
 
 2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary. All ways of one number of bits run in turn.
 16 bits: dense, and 50% zeros. 8 and 4 bits: all integers, 50% zeros and 2:4 on llama.cpp's own grids (q8_0, q4_0), rounded to
-nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need its package: pip install
-xllamacpp. Needs 10 GB of disk for each number of bits. Writes results/decode-BITS.json.
+nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need its package (pip
+install xllamacpp). Each number of bits needs 10 GB of disk. Writes results/decode-BITS.json.
 """
 
 import argparse
