@@ -132,11 +132,12 @@ def test_prompts_of_a_packed_embedding_are_of_its_words(tmp_path, monkeypatch, c
     model = load(str(plain), "dense")
     words = model.get_input_embeddings().weight.data
     scales = read_scales(plain / SCALES_FILE)
-    scales["model.embed_tokens"] = nearest(words, parse("int8"))
+    scales["model.embed_tokens"] = nearest(words, parse("int4"))
     words.copy_(scales["model.embed_tokens"].rounded(words.float()))
     model.save_pretrained(plain)
     write_scales(plain / SCALES_FILE, scales)
     pack(plain, tmp_path / "packed")
+    assert load(str(tmp_path / "packed"), "packed").get_input_embeddings().weight.ndim == 1
     monkeypatch.setattr("sys.stdin", ["1 8\n", "finish\n"])
     module._work({"folder": str(tmp_path / "packed"), "how": "packed", "dtype": None, "new": 3})
     run = json.loads(capsys.readouterr().out.splitlines()[1])
