@@ -29,6 +29,7 @@ from secateurs.prune import permute
 from secateurs.prune.allocation import Shares
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord
+from secateurs.prune.straight_through import OnGrid
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving, movable
 
@@ -296,16 +297,24 @@ def survivors_of(model: nn.Module, records: Sequence[LayerRecord], scales: Mappi
     found: list[Moving] = []
     for name in names:
         layers = [layer for layer in layers_at(model, name) if layer.name in pruned]
-        found += _moving(model.get_submodule(name), layers, pruned, scales)
+        # from the middle of their steps: leaning again gains nothing more (docs/log.md)
+        found += _moving(model.get_submodule(name), layers, pruned, scales, {})
     return found
 
 
 def _moving(
-    block: nn.Module, layers: Sequence[Layer], records: Mapping[str, LayerRecord], scales: Mapping[str, Scales]
+    block: nn.Module,
+    layers: Sequence[Layer],
+    records: Mapping[str, LayerRecord],
+    scales: Mapping[str, Scales],
+    dense: Mapping[str, Tensor],
 ) -> list[Moving]:
-    """What of a block tuning may move. Where nothing was pruned, weights that a grid rounded to zero may move too."""
+    """What of a block tuning may move. Where nothing was pruned, weights that a grid rounded to zero may move too.
+
+    dense: the weights before, towards which those on a grid lean.
+    """
     whole = [layer for layer in layers if layer.name in scales and records[layer.name].sparsity == 0]
-    on_grid = [(layer, scales[layer.name]) for layer in layers if layer.name in scales]
+    on_grid = [OnGrid(y, scales[y.name], dense.get(y.name)) for y in layers if y.name in scales]
     return movable(block, survivors(layers, whole), on_grid)
 
 
@@ -364,7 +373,7 @@ def _tune(
     records = {record.name: record for record in outcome.records}
     with step.evaluating():
         found = reconstruct(
-            _moving(step.block, pruned, records, outcome.scales),
+            _moving(step.block, pruned, records, outcome.scales, outcome.dense),
             lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
             lambda batch, part: step.targets(batch)[part],
             step.windows,

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from secateurs.base.files import write_tensors
 from secateurs.base.processes import Ranks
-from secateurs.matrix.grids import Scales
-from secateurs.model.layers import Layer
-from secateurs.prune.straight_through import StraightThrough
+from secateurs.prune.straight_through import OnGrid, StraightThrough
 
 BETAS = (0.9, 0.95)
 # of the steps, in which the learning rate climbs; after that it falls along a cosine to 0
@@ -51,25 +49,23 @@ class Outcome:
 @dataclass(frozen=True)
 class Moving:
     """A parameter that is tuned. mask: where it may move, None for everywhere. scale: of its steps, times the rate. on_grid: the
-    layers of the parameter that are on grids, and their scales, which are tuned in place.
+    layers of the parameter that are on grids; their scales are tuned in place.
     """
 
     parameter: nn.Parameter
     mask: Tensor | None
     scale: float
-    on_grid: tuple[tuple[Layer, Scales], ...] = ()
+    on_grid: tuple[OnGrid, ...] = ()
 
     @classmethod
-    def of(
-        cls, parameter: nn.Parameter, mask: Tensor | None = None, on_grid: Sequence[tuple[Layer, Scales]] = ()
-    ) -> "Moving":
+    def of(cls, parameter: nn.Parameter, mask: Tensor | None = None, on_grid: Sequence[OnGrid] = ()) -> "Moving":
         """Where the mask says, or else a matrix where it is not zero and a vector everywhere; the root mean square of what may
         move, or of the grid's steps: on a coarse grid shorter ones would move nothing, on a fine one longer ones all at once.
         """
         if mask is None and parameter.dim() > 1:
             mask = parameter.detach() != 0
         if on_grid:
-            steps = torch.cat([scales.scale_OG.float().flatten() for _, scales in on_grid])
+            steps = torch.cat([on.scales.scale_OG.float().flatten() for on in on_grid])
             size = float(steps.square().mean().sqrt())
         else:
             size = _size(parameter.detach().float(), mask)
@@ -99,16 +95,14 @@ def unscaled(gradients: Sequence[Tensor | None], scale: float) -> Sequence[Tenso
 def movable(
     block: nn.Module,
     pruned: Sequence[tuple[nn.Parameter, Tensor]],
-    on_grid: Sequence[tuple[Layer, Scales]] = (),
+    on_grid: Sequence[OnGrid] = (),
 ) -> list[Moving]:
     """The parameters of a block that are tuned: the `pruned` parameters where their masks say, and its vectors (norms, biases).
     on_grid: those of the layers that stay on a grid.
     """
     masks = {id(p): mask for p, mask in pruned}
     wanted = (p for p in block.parameters() if id(p) in masks or (p.dim() == 1 and p.is_floating_point()))
-    return [
-        Moving.of(p, masks.get(id(p)), [(layer, s) for layer, s in on_grid if layer.parameter is p]) for p in wanted
-    ]
+    return [Moving.of(p, masks.get(id(p)), [on for on in on_grid if on.layer.parameter is p]) for p in wanted]
 
 
 def tune(
@@ -195,7 +189,7 @@ class _Survivors:
         self.kept = [p.detach().clone() for p in self.trained]
         self.scales = [m.scale for m in trained]
         self.rounded = [
-            [StraightThrough(layer, scales, copy) for layer, scales in m.on_grid]
+            [StraightThrough(on, copy, m.mask) for on in m.on_grid]
             for m, copy in zip(trained, self.copies, strict=True)
         ]
         groups = [{"params": [copy]} for copy in self.copies]
