@@ -359,6 +359,25 @@ def test_what_is_smallest_and_not_slower_is_chosen(monkeypatch):
     assert choose("layer", tall, None, scales).plain
 
 
+def test_who_wants_bytes_gets_the_smallest_form_and_hears_that_it_is_slower(monkeypatch):
+    monkeypatch.setattr(packed_linear, "BITMASK_FROM", {("int4", isa()): 0.9})
+    some, scales = on_grid((64, 256), "int4", 0.5)
+    fast, small = (choose("layer", some, None, scales, optimize=wanted) for wanted in ("speed", "size"))
+    assert (fast.format, fast.slower, fast.least_nbytes) == ("dense", False, small.nbytes)
+    assert (small.format, small.slower, small.least_nbytes) == ("bitmask", True, small.nbytes)
+    assert small.nbytes == pack(some, "bitmask", scales).nbytes < fast.nbytes == pack(some, "dense", scales).nbytes
+    assert small.reason.endswith(f"% zeros left out, slower than all integers below 90% with {isa()} kernels")
+    # rows that are looked up have no other form
+    table = choose("layer", some, None, scales, True, "size")
+    assert (table.format, table.slower, table.nbytes, table.least_nbytes) == ("dense", False, fast.nbytes, fast.nbytes)
+    # where a bit per position costs more than it saves there is nothing to ask for
+    few, scales = on_grid((64, 256), "int4", 0.1)
+    choice = choose("layer", few, None, scales, optimize="size")
+    assert (choice.format, choice.slower, choice.least_nbytes) == ("dense", False, choice.nbytes)
+    as_it_is = small.but("it is read")
+    assert (as_it_is.nbytes, as_it_is.least_nbytes, as_it_is.slower) == (2 * 64 * 256, 2 * 64 * 256, False)
+
+
 def test_a_profile_that_measured_integers_decides():
     weight, scales = on_grid((64, 256), "int4", 0.5)
     for speedup, format, words in ((0.8, "dense", "0.80x as fast as all integers on here"), (1.3, "bitmask", "1.30x")):
@@ -366,3 +385,6 @@ def test_a_profile_that_measured_integers_decides():
         choice = choose("layer", weight, DeviceProfile("here", {}, 1.0, {}, rows, {}), scales)
         assert choice.format == format
         assert words in choice.reason
+        small = choose("layer", weight, DeviceProfile("here", {}, 1.0, {}, rows, {}), scales, optimize="size")
+        assert (small.format, small.slower) == ("bitmask", speedup < 1)
+        assert f"left out, {words}" in small.reason

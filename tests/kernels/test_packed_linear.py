@@ -23,6 +23,11 @@ def test_a_profile_can_advise_against():
     choice = choose("layer", weight, slow)
     assert choice.format == "dense"
     assert "0.80x as fast as dense on a slow machine" in choice.reason
+    # whoever wants bytes gets them
+    small = choose("layer", weight, slow, optimize="size")
+    assert (small.format, small.slower, small.nbytes) == ("bitmask", True, choice.least_nbytes)
+    assert small.nbytes == pack(weight).nbytes < choice.nbytes
+    assert small.reason.endswith("x the bytes, 0.80x as fast for one token on a slow machine")
 
 
 def siblings():

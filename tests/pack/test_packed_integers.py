@@ -1,5 +1,6 @@
 """Packed folders whose layers lie on grids: format version 2."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import pytest
 import tiny
 import torch
 from gridded import on_grid
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from secateurs.base.errors import CheckpointError, PackError, VerifyError
+from secateurs.base.errors import CheckpointError, PackError, PlanError, VerifyError
 from secateurs.kernels import formats
 from secateurs.kernels.packed_linear import PackedLinear
 from secateurs.matrix.grids import Scales, tensors_of
@@ -18,6 +20,7 @@ from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.pack import folder as stage
 from secateurs.prune.verify import _check_packed
+from secateurs.report.run_tables import print_packed
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -85,6 +88,40 @@ def test_it_loads_generates_and_is_saved_again(tmp_path, made):
     assert all(
         torch.equal(a, b) for a, b in zip(wanted.state_dict().values(), dense.state_dict().values(), strict=True)
     )
+
+
+def test_a_folder_is_packed_for_speed_or_for_size(tmp_path, made, monkeypatch):
+    """40% zeros on int8, which no crossing says to leave out."""
+    monkeypatch.setattr("secateurs.kernels.packed_linear.BITMASK_FROM", {})
+    plain, fast, _ = made("int8/64")
+    assert {r["format"] for r in fast["layers"] if r["grid"]} == {"dense"}
+    small = stage.pack(plain, tmp_path / "small", optimize="size")
+    assert {r["format"] for r in small["layers"] if r["grid"]} == {"bitmask"}
+    assert (fast["optimize"], small["optimize"]) == ("speed", "size")
+    layers = len(read_scales(plain / SCALES_FILE))
+    assert (fast["totals"]["layers_slower"], small["totals"]["layers_slower"]) == (0, layers)
+    assert small["totals"]["nbytes"] == small["totals"]["least_nbytes"] == fast["totals"]["least_nbytes"]
+    # of 32 inputs all integers take a word of 64, those that are left what they are
+    assert small["totals"]["folder_nbytes"] < fast["totals"]["folder_nbytes"]
+    stage.unpack(tmp_path / "small", tmp_path / "back")
+    same(bits(tmp_path / "back"), bits(plain))
+    # both say what the other would give
+    first = next(r["name"] for r in small["layers"] if r["slower"])
+    said = printed(small)
+    assert f"Slower: {layers} layers take longer for one token than with their zeros, first {first}: int8/64" in said
+    assert "--optimize size" not in said
+    saved = fast["totals"]["nbytes"] - small["totals"]["nbytes"]
+    assert f"{layers} layers keep zeros that would take less left out" in (said := printed(fast))
+    assert f"--optimize size saves {saved / 1e6:.1f} MB more." in said
+    assert "Slower" not in said
+    with pytest.raises(PlanError, match="cannot optimize for 'bytes'; write speed or size"):
+        stage.pack(plain, tmp_path / "none", optimize="bytes")
+
+
+def printed(result):
+    text = io.StringIO()
+    print_packed(result, "run/packed", Console(file=text, width=10_000))
+    return text.getvalue()
 
 
 def test_layers_of_different_grids_and_without_one(tmp_path, made):

@@ -22,6 +22,13 @@ def pack(
     profile: Annotated[
         Path | None, option(SPEED, "A profile of `secateurs probe`. Default: the one of this machine, if any.")
     ] = None,
+    optimize: Annotated[
+        str,
+        option(
+            SPEED,
+            "speed: leave zeros out where one token is not slower for it. size: wherever that takes fewer bytes. Default: speed.",
+        ),
+    ] = "speed",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     merge_zeros: Annotated[
@@ -51,11 +58,11 @@ def pack(
         else:
             chosen = DeviceProfile.read(profile) if profile else DeviceProfile.at_hand()
             if run is not None:
-                result = stage.pack_run(run, out, chosen, progress, merge_zeros)
+                result = stage.pack_run(run, out, chosen, progress, merge_zeros, optimize)
                 out = out or run / "packed"
             else:
                 assert out is not None
-                result = stage.pack(model, out, chosen, progress, merge_zeros)
+                result = stage.pack(model, out, chosen, progress, merge_zeros, optimize)
     if as_json:
         print_json(result)
     elif not quiet:

@@ -198,6 +198,7 @@ class DenseLinear(nn.Linear):
 class LayerChoice:
     """The format chosen for one layer. reason: why this one. nbytes: as stored; dense_nbytes: of the plain matrix; without bias.
 
+    least_nbytes: of the smallest form that a kernel runs. slower: True if the chosen one takes longer for one token than another.
     grid: of a layer that is stored as integers; `format` is then theirs. A layer that stays as it is is dense without a grid.
     """
 
@@ -207,7 +208,9 @@ class LayerChoice:
     survivors: int
     nbytes: int
     dense_nbytes: int
+    least_nbytes: int
     reason: str
+    slower: bool = False
     grid: Grid | None = None
 
     @property
@@ -223,7 +226,8 @@ class LayerChoice:
         """The layer as it is for that reason; itself if there is none, or where it stays as it is already."""
         if not why or self.plain:
             return self
-        return replace(self, format="dense", nbytes=self.dense_nbytes, reason=why, grid=None)
+        nbytes = self.dense_nbytes
+        return replace(self, format="dense", nbytes=nbytes, least_nbytes=nbytes, reason=why, slower=False, grid=None)
 
 
 # The sparsity from which a bitmask of integers is at least as fast for one token as all integers, by (numbers, isa), as measured
@@ -237,42 +241,52 @@ BITMASK_FROM: dict[tuple[str, str], float] = {
 }
 
 
+# what a layer's format is chosen for: the time of one token, or bytes
+OPTIMIZE = ("speed", "size")
+
+
 def choose(
-    name: str, weight_OI: Tensor, profile: Any = None, scales: Scales | None = None, looked_up: bool = False
+    name: str,
+    weight_OI: Tensor,
+    profile: Any = None,
+    scales: Scales | None = None,
+    looked_up: bool = False,
+    optimize: str = "speed",
 ) -> LayerChoice:
     """bitmask where it is smaller and, on the profile's machine, not slower for one token; else dense, with the reason.
 
     scales: of a layer on a grid, which is stored as integers, whichever is smaller of both formats and not slower. looked_up: of an
-    embedding, which needs all of them. Raises PackError for a weight that is not on the grid.
+    embedding, which needs all of them. optimize: 'size' takes the smaller format where it is slower, too, and says so. Raises
+    PackError for a weight that is not on the grid.
     """
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     dense_nbytes = weight_OI.numel() * weight_OI.element_size()
     if weight_OI.dtype not in DTYPES:
         survivors = int(torch.count_nonzero(weight_OI))
         reason = f"no kernel for {str(weight_OI.dtype).removeprefix('torch.')}"
-        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
+        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, dense_nbytes, reason)
     if scales is not None:
-        return _choose_integers(name, weight_OI, profile, scales, looked_up)
+        return _choose_integers(name, weight_OI, profile, scales, looked_up, optimize)
     survivors = count_stored(weight_OI)
     nbytes = bitmask_nbytes(shape, survivors, weight_OI.dtype)
     sparsity = 1 - survivors / max(1, weight_OI.numel())
     if nbytes >= dense_nbytes:
         reason = f"{sparsity:.1%} zeros: packed it would take {nbytes} bytes of {dense_nbytes}"
-        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
-    if profile is not None:
-        speedup = profile.speedup(DTYPES[weight_OI.dtype], sparsity, tokens=1)
-        if speedup is not None and speedup < 1:
-            reason = f"{sparsity:.1%} zeros: {speedup:.2f}x as fast as dense on {profile.name}"
-            return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
-        if speedup is not None:
-            reason = f"{nbytes / dense_nbytes:.2f}x the bytes, {speedup:.2f}x as fast for one token on {profile.name}"
-            return LayerChoice(name, shape, "bitmask", survivors, nbytes, dense_nbytes, reason)
-    return LayerChoice(
-        name, shape, "bitmask", survivors, nbytes, dense_nbytes, f"{nbytes / dense_nbytes:.2f}x the bytes"
-    )
+        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, dense_nbytes, reason)
+    speedup = None if profile is None else profile.speedup(DTYPES[weight_OI.dtype], sparsity, tokens=1)
+    slower = speedup is not None and speedup < 1
+    if slower and optimize == "speed":
+        reason = f"{sparsity:.1%} zeros: {speedup:.2f}x as fast as dense on {profile.name}"
+        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, nbytes, reason)
+    reason = f"{nbytes / dense_nbytes:.2f}x the bytes"
+    if speedup is not None:
+        reason += f", {speedup:.2f}x as fast for one token on {profile.name}"
+    return LayerChoice(name, shape, "bitmask", survivors, nbytes, dense_nbytes, nbytes, reason, slower)
 
 
-def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales, looked_up: bool) -> LayerChoice:
+def _choose_integers(
+    name: str, weight_OI: Tensor, profile: Any, scales: Scales, looked_up: bool, optimize: str
+) -> LayerChoice:
     if off := scales.off(weight_OI):
         raise PackError(f"{name}: {off}; quantize the layer again, or leave its scales out")
     grid, shape = scales.grid, (weight_OI.shape[0], weight_OI.shape[1])
@@ -286,11 +300,11 @@ def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales,
     least = of_all if looked_up else min(of_all, of_some)
     if least >= dense_nbytes:
         reason = f"on {grid} it would take {least} bytes of {dense_nbytes}"
-        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, reason)
+        return LayerChoice(name, shape, "dense", survivors, dense_nbytes, dense_nbytes, dense_nbytes, reason)
 
-    def chosen(format: str, nbytes: int, why: str) -> LayerChoice:
+    def chosen(format: str, nbytes: int, why: str, slower: bool = False) -> LayerChoice:
         reason = f"{grid}, {nbytes / dense_nbytes:.2f}x the bytes; {sparsity:.1%} zeros{why}"
-        return LayerChoice(name, shape, format, survivors, nbytes, dense_nbytes, reason, grid)
+        return LayerChoice(name, shape, format, survivors, nbytes, dense_nbytes, least, reason, slower, grid)
 
     if looked_up:
         return chosen("dense", of_all, ", rows are looked up")
@@ -298,18 +312,14 @@ def _choose_integers(name: str, weight_OI: Tensor, profile: Any, scales: Scales,
         return chosen("dense", of_all, f" would take {of_some / of_all:.2f}x the bytes of all integers")
     speedup = None if profile is None else profile.speedup(numbers, sparsity, tokens=1)
     if speedup is not None:
-        where = f"{speedup:.2f}x as fast as all integers on {profile.name}"
-        if speedup < 1:
-            return chosen("dense", of_all, f" are {where}")
-        return chosen("bitmask", of_some, f" left out, {where}")
-    from_here = BITMASK_FROM.get((numbers, isa))
-    if from_here is None:
-        return chosen("dense", of_all, f" left out would be slower than all integers with {isa} kernels")
-    if sparsity < from_here:
-        return chosen(
-            "dense", of_all, f" left out would be slower than all integers below {from_here:.0%} with {isa} kernels"
-        )
-    return chosen("bitmask", of_some, " left out")
+        slower, found = speedup < 1, f"{speedup:.2f}x as fast as all integers on {profile.name}"
+    else:
+        from_here = BITMASK_FROM.get((numbers, isa), math.inf)
+        slower, below = sparsity < from_here, f" below {from_here:.0%}" if from_here < 1 else ""
+        found = f"slower than all integers{below} with {isa} kernels" if slower else ""
+    if slower and optimize == "speed":
+        return chosen("dense", of_all, f" left out would be {found}")
+    return chosen("bitmask", of_some, f" left out, {found}" if found else " left out", slower)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.base.errors import OutputError, PackError
+from secateurs.base.errors import OutputError, PackError, PlanError, nearest
 from secateurs.base.files import PART, write_json, write_text
 from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_embedding import tables
-from secateurs.kernels.packed_linear import LayerChoice, choose, linears
+from secateurs.kernels.packed_linear import OPTIMIZE, LayerChoice, choose, linears
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
@@ -31,16 +31,24 @@ SHARD_BYTES = 1 << 29
 
 
 def pack(
-    source: str | Path, out: Path, profile: Any = None, progress: Progress = silent, merge_zeros: bool = False
+    source: str | Path,
+    out: Path,
+    profile: Any = None,
+    progress: Progress = silent,
+    merge_zeros: bool = False,
+    optimize: str = "speed",
 ) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
     Each Linear (and Conv1D) takes the format of packed_linear.choose(), integers where the source has its scales, and so does an
     embedding on a grid, with the head that is tied to it; all other tensors are copied as they are, and what scales they have.
     Negative zeros, which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops
-    them. Integers have none. Raises CheckpointError for a source that cannot be read, PackError for a weight that is not on its
-    grid, OutputError for a place that cannot be written.
+    them. Integers have none. optimize: 'speed' never takes a format that is slower for one token, 'size' takes the smallest. Raises
+    CheckpointError for a source that cannot be read, PackError for a weight that is not on its grid, OutputError for a place that
+    cannot be written, PlanError for another word in optimize.
     """
+    if optimize not in OPTIMIZE:
+        raise PlanError(f"cannot optimize for '{optimize}'; write {' or '.join(OPTIMIZE)}{nearest(optimize, OPTIMIZE)}")
     checkpoint = Checkpoint(source)
     scales = read_scales(checkpoint.folder / SCALES_FILE)
     skeleton = checkpoint.skeleton()
@@ -68,6 +76,7 @@ def pack(
         "source": checkpoint.fingerprint(),
         "profile": profile.name if profile is not None else None,
         "merge_zeros": merge_zeros,
+        "optimize": optimize,
     }
 
     def followed(key: str, parts: tuple[str, ...]) -> bool:
@@ -94,7 +103,7 @@ def pack(
             if followed(key, PARTS if grid else ("_mask",))
             else "transformers would not find its mask by its stored name"
         )
-        choice = choose(name, weight_OI, profile, grid, checkpoint.target_of[key] in embeddings).but(stays)
+        choice = choose(name, weight_OI, profile, grid, checkpoint.target_of[key] in embeddings, optimize).but(stays)
         record = {
             **_record(choice),
             "transposed": transposed,
@@ -147,7 +156,9 @@ def pack(
         "totals": {
             "layers_packed": len(layers),
             "layers_dense": len(records) - len(layers),
+            "layers_slower": sum(r["slower"] for r in records),
             "nbytes": sum(r["nbytes"] for r in records),
+            "least_nbytes": sum(r["least_nbytes"] for r in records),
             "dense_nbytes": sum(r["dense_nbytes"] for r in records),
             "packed_layers_nbytes": sum(r["nbytes"] for r in stored),
             "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in stored),
@@ -173,6 +184,7 @@ def pack_run(
     profile: Any = None,
     progress: Progress = silent,
     merge_zeros: bool = False,
+    optimize: str = "speed",
 ) -> dict[str, Any]:
     """pack() for a run directory: writes its packed model to `out`, or to its folder `packed`, and the choices into its report."""
     run = Path(run).expanduser()
@@ -185,10 +197,10 @@ def pack_run(
         raise OutputError(f"{file} cannot be read: {error}; finish the run first") from None
     if status != "complete":
         raise OutputError(f"{run} is not finished (status '{status}'); rerun the command that began it")
-    result = pack(run / "model", folder, profile, progress, merge_zeros)
+    result = pack(run / "model", folder, profile, progress, merge_zeros, optimize)
     report["packed"] = {
         "folder": str(folder if out else "packed"),
-        **{k: result[k] for k in ("profile", "totals", "layers", "left_out", "warnings")},
+        **{k: result[k] for k in ("profile", "optimize", "totals", "layers", "left_out", "warnings")},
     }
     if "bytes" not in report:
         dense, _ = models_of(run)
@@ -288,7 +300,7 @@ def _record(choice: LayerChoice) -> dict[str, Any]:
     return {
         "name": choice.name, "shape": list(choice.shape), "sparsity": choice.sparsity, "format": choice.format,
         "grid": str(choice.grid) if choice.grid else None, "survivors": choice.survivors, "nbytes": choice.nbytes,
-        "dense_nbytes": choice.dense_nbytes, "reason": choice.reason,
+        "dense_nbytes": choice.dense_nbytes, "least_nbytes": choice.least_nbytes, "slower": choice.slower, "reason": choice.reason,
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def kept_weights(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, gr
 
 
 def stored_bits(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
-    """The least bits that a layer can be stored in, with scales; `pack` keeps zeros where leaving them out is slower."""
+    """The least bits that a layer can be stored in, with scales, as `pack --optimize size` does."""
     numel = shape[0] * shape[1]
     survivors = numel - count_zeros(numel, sparsity)
     if grid is None:

@@ -53,7 +53,7 @@ class LayerRecord:
     @property
     def stored_bits(self) -> float | None:
         """The least bits that the layer can be stored in on its grid; of an embedding, whose rows are looked up, those of all
-        weights. `secateurs pack` takes more where leaving zeros out would be slower on its machine.
+        weights. `secateurs pack` takes more where leaving zeros out would be slower, unless it is told to optimize size.
         """
         if self.grid is None:
             return None

@@ -284,6 +284,19 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
         f"{megabytes(totals['packed_layers_dense_nbytes'])} ({ratio:.3f}x); whole folder {megabytes(totals['folder_nbytes'])} "
         f"instead of {megabytes(totals['source_folder_nbytes'])}."
     )
+    slower = [r for r in result["layers"] if r["slower"]]
+    if slower:
+        console.print(
+            f"[yellow]Slower: {_layers(len(slower))}[/] take longer for one token than with their zeros, first "
+            f"{slower[0]['name']}: {escape(slower[0]['reason'])}. --optimize speed stores those."
+        )
+    larger = [r for r in result["layers"] if r["least_nbytes"] < r["nbytes"]]
+    if larger:
+        saved = totals["nbytes"] - totals["least_nbytes"]
+        console.print(
+            f"{_layers(len(larger))} keep zeros that would take less left out, and be slower for one token: --optimize size saves "
+            f"{megabytes(saved)} more."
+        )
     dense = [r for r in result["layers"] if r["format"] == "dense" and not r["grid"]]
     if dense:
         reasons = list(dict.fromkeys(r["reason"] for r in dense))
