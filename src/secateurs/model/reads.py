@@ -66,13 +66,17 @@ def _reads(model: nn.Module) -> Iterator[set[str]]:
                 found.update(name for x in used & weights.keys() - running for name in weights[x])
             return func(*args, **(kwargs or {}))
 
-    def begin(module: nn.Module, _: Any) -> None:
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.add(id(module.weight))
+        whole = all(isinstance(x, Tensor) and not x.is_floating_point() for x in args)
+        # one that multiplies, too, or is told more than which rows
+        if isinstance(module, nn.Embedding) and (len(args) != 1 or kwargs or not whole):
+            found.update(weights[id(module.weight)])
 
     def end(module: nn.Module, _: Any, __: Any) -> None:
         running.discard(id(module.weight))
 
-    handles = [module.register_forward_pre_hook(begin) for module in layers.values()]
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in layers.values()]
     handles += [module.register_forward_hook(end, always_call=True) for module in layers.values()]
     try:
         with Mode():

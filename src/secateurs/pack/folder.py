@@ -63,7 +63,11 @@ def pack(
         if target in modules and key not in checkpoint.converted and uses[id(skeleton.get_parameter(target))] == 1
     }
     # embeddings have integers to gain, or nothing
-    looked_up = {f"{name}.weight": (name, why) for name, _, why in tables(skeleton) if name in scales}
+    looked_up = {
+        f"{name}.weight": (name, why or _stored_once(checkpoint, skeleton, f"{name}.weight"))
+        for name, _, why in tables(skeleton)
+        if name in scales
+    }
     embeddings = {target: name for target, (name, why) in looked_up.items() if why is None}
     layer_of |= {
         key: (embeddings[target], False)
@@ -294,6 +298,13 @@ def shards_of(checkpoint: Checkpoint) -> list[list[str]]:
         groups[-1].append(key)
         room -= nbytes
     return groups
+
+
+def _stored_once(checkpoint: Checkpoint, skeleton: Any, target: str) -> str | None:
+    """Why an embedding cannot be packed, or None: from_pretrained ties what is stored once, or twice with the same bits."""
+    names = {target, *(tied for tied, to in skeleton.all_tied_weights_keys.items() if to == target)}
+    stored = [found for found in checkpoint.target_of.values() if found in names]
+    return None if stored == [target] else f"it is stored as {' and as '.join(stored)}"
 
 
 def _record(choice: LayerChoice) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
 from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
-from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense
+from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense, tied_to
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, put
 from secateurs.matrix.grids import Grid, parse
 
@@ -65,6 +65,7 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
             )  # fmt: skip
             put(model, found, packed)
             if isinstance(packed, PackedEmbedding):
+                packed.keep(module)
                 self._tie(model, found, packed)
             # some classes initialize by a module's name, or all in a module that has no weights of its own, and would take the
             # survivors for a matrix; none of them is missing, or the folder does not load
@@ -75,12 +76,13 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @staticmethod
     def _tie(model: Any, name: str, embedding: PackedEmbedding) -> None:
-        """Let the head that the class ties to an embedding multiply with what that stores."""
+        """Let what the class ties to an embedding multiply with what that stores, or look rows up there."""
         for tied, to in model.all_tied_weights_keys.items():
             if to == f"{name}.weight":
-                head: Any = TiedHead(embedding)
-                head._is_hf_initialized = True
-                put(model, tied.removesuffix(".weight"), head)
+                place = tied.removesuffix(".weight")
+                made: Any = tied_to(embedding, model.get_submodule(place))
+                made._is_hf_initialized = True
+                put(model, place, made)
 
     @staticmethod
     def _find(model: Any, name: str) -> str | None:
@@ -103,6 +105,8 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise CheckpointError(
                         f"{model.config._name_or_path}: {place}: {error}; copy or pack it again"
                     ) from None
+            elif isinstance(module, TiedHead):
+                module.fit_bias()
             elif type(module) is nn.Linear and module.weight.device.type == "cpu":
                 module.__class__ = DenseLinear
         group_shared_inputs(model)
