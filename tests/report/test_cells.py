@@ -51,6 +51,14 @@ def test_plain_quantization_is_not_called_pruning():
     assert "`secateurs pack run` stores them in 4.25 bits a weight, 10.16 in the whole file, about" in text
 
 
+def test_a_budget_of_bytes_says_what_it_is_of():
+    budget = {"asked": 3_000_000, "weights": 10_000_000, "rest": 1_200_000, "stored": 2_900_000}
+    text = printed({"sparsity": 0.5, "budget": "bytes=0.3"}, [on_grid("a", 192)], budget=budget)
+    said = "Budget bytes=0.3: 3.0 MB of the 10.0 MB that all weights take. They come to 2.9 MB, 1.2 MB of it outside the pruned layers"
+    assert said in text
+    assert "Budget" not in printed({"sparsity": 0.5, "budget": "bits=3.3"}, [on_grid("a", 192)])
+
+
 def test_zeros_with_bits_say_which_rounding_made():
     text = printed({"sparsity": 0.5}, [on_grid("a", 64, rounded=8), on_grid("b", 64, "int8/64", rounded=3)])
     # a bit a position, a quarter of the weights, a scale: 1 + 1 + .25 and 1 + 2 + .25

@@ -61,7 +61,8 @@ def prune(
         str | None,
         option(
             METHOD,
-            "Instead of --sparsity: bytes=F or seconds=F of the dense layers', e.g. bytes=0.6, or bits=B a weight, e.g. bits=3.3.",
+            "Instead of --sparsity: bytes=F of the whole model's, e.g. bytes=0.6, seconds=F of the layers', or bits=B a weight of "
+            "the layers, e.g. bits=3.3.",
         ),
     ] = None,
     calibration: options.Source = None,

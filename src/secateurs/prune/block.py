@@ -128,13 +128,16 @@ def _left_out(other: Other) -> LayerRecord:
 
 def skip(layer: Layer, plan: Plan) -> LayerRecord | None:
     """The record of a layer that stays dense, or None."""
-    glob = matches(layer.name, plan.skip)
+    found = left_dense(layer, plan)
+    return None if found is None else _dense(layer, *found)
+
+
+def left_dense(layer: Layer, plan: Plan) -> tuple[str, str] | None:
+    """Why a layer stays dense and LayerRecord.skipped_by, or None."""
+    if glob := matches(layer.name, plan.skip):
+        return f"matches --skip {glob}", "plan"
     refusals = [layer.refused or pattern.refuses(*layer.shape) for pattern in plan.layer_patterns]
-    refused = refusals[0] if all(refusals) else None
-    if glob is None and refused is None:
-        return None
-    reason, by = (f"matches --skip {glob}", "plan") if glob is not None else (refused, "shape")
-    return _dense(layer, reason, by)
+    return (refusals[0], "shape") if refusals[0] and all(refusals) else None
 
 
 def _dense(layer: Layer, reason: str | None, by: str) -> LayerRecord:

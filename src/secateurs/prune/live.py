@@ -19,7 +19,7 @@ from secateurs.model.blocks import AllLoaded, device_of
 from secateurs.model.walk import settle, stream
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
-from secateurs.prune.cost import cost_of
+from secateurs.prune.cost import cost_of, whole_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
@@ -64,6 +64,7 @@ def prune_live(
     plan, report.warnings = within(plan, layout)
     plan, left = chosen(model, plan, layout)
     report.warnings += left
+    whole = whole_of(plan, model)
     config: Any = getattr(model, "config", None)
     kind = kind_of_class(type(model), config) if hasattr(config, "model_type") else None
     if plan.sensitivity:
@@ -77,7 +78,7 @@ def prune_live(
         report.warnings.append(ALIKE)
         shares = None
     else:
-        shares = assign(model, None, batches, plan, found, norms, cost)
+        shares = assign(model, None, batches, whole.of_layers(plan) if whole else plan, found, norms, cost)
     guide = guide_of(model, plan, shares, found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
@@ -110,6 +111,7 @@ def prune_live(
             model, plan, report, found_out, batches, dense.__getitem__, report.scales, InMemory(), progress
         )
     report.warnings += emptied(report.layers)
+    report.budget = whole.as_dict(report.pruned, dtype) if whole else None
     report.seconds["prune"] = time.perf_counter() - began
     report.peak_memory_bytes = peak_memory()
     return report

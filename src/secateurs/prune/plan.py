@@ -41,8 +41,8 @@ class Plan:
     scope: where counts are equal ('row', 'layer'); None for the method's own. allocation: a row of ALLOCATIONS.
     min_sparsity, max_sparsity: bounds of a layer when zeros are shared out, but for N:M, which says itself; None for 0.2 below
     and above the target, where every layer keeps at least a third of the target's density, and with a budget for 0 and 0.9.
-    budget: 'bytes=0.5' or 'seconds=0.7', as a fraction of the dense layers', or 'bits=3.3', bits a weight as stored, for
-    allocation 'measured', in place of a count of zeros.
+    budget: for allocation 'measured', in place of a count of zeros: 'bytes=0.5', a fraction of what all weights of the model take,
+    embedding and head included; 'seconds=0.7', of the dense layers'; 'bits=3.3', bits a weight of the layers as stored.
     bits: of the survivors' integers, 8, 6, 5, 4, 3 or 2; several with commas between them where a budget is to choose for each
     layer; None for weights as they are, and for all of these with a budget in bits. group: inputs that share a scale, 32, 64,
     128 or 'row'; None for 64. grid: 'symmetric', 'asymmetric', or llama.cpp's 'q4_0' or 'q8_0', which say bits and group; None
@@ -219,8 +219,8 @@ class Plan:
         most = 16.0 if found and found[1] == "bits" else 1.0
         if not found or not 0 < float(found[2]) <= most:
             raise PlanError(
-                f"cannot read budget '{self.budget}'; write bytes=F or seconds=F with 0 < F <= 1, a fraction of the dense layers', "
-                "or bits=B with B <= 16, bits a weight"
+                f"cannot read budget '{self.budget}'; write bytes=F, a fraction of all weights' bytes, or seconds=F, of the dense "
+                "layers', with 0 < F <= 1, or bits=B with B <= 16, bits a weight of the layers"
             )
 
     def _resolve_sparsity(self, pattern: patterns.Pattern) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from secateurs.base.errors import OutputError
 from secateurs.base.files import write_json
 from secateurs.base.run_directory import REPORT_FORMAT
-from secateurs.matrix.grids import Scales, least_bits, parse
+from secateurs.matrix.grids import Grid, Scales, least_bits, parse
 
 FORMAT = REPORT_FORMAT
 
@@ -51,15 +51,19 @@ class LayerRecord:
         return self.shape[0] * self.shape[1]
 
     @property
+    def on(self) -> Grid | None:
+        """The grid, parsed."""
+        return None if self.grid is None else parse(self.grid)
+
+    @property
     def stored_bits(self) -> float | None:
         """The least bits that the layer can be stored in on its grid; of an embedding, whose rows are looked up, those of all
         weights. `secateurs pack` takes more where leaving zeros out would be slower, unless it is told to optimize size.
         """
-        if self.grid is None:
+        if self.on is None:
             return None
-        grid = parse(self.grid)
         looked_up = self.role is not None and "embedding" in self.role
-        return least_bits(grid, self.shape, self.numel if looked_up else self.kept)
+        return least_bits(self.on, self.shape, self.numel if looked_up else self.kept)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LayerRecord":
@@ -75,7 +79,7 @@ class Report:
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
     calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype. bytes: of
     weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid. parameters: the numbers in
-    these files.
+    these files. budget: of bytes, what was asked of the whole model and what it came to (cost.Whole), or None.
     """
 
     plan: dict[str, Any]
@@ -94,6 +98,7 @@ class Report:
     peak_memory_bytes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
+    budget: dict[str, Any] | None = None
     shards: dict[str, str] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
     reconstruction: list[dict[str, Any]] = field(default_factory=list)

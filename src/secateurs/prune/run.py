@@ -34,7 +34,7 @@ from secateurs.model.walk import settle, stream
 from secateurs.prune.allocation import Share, Shares
 from secateurs.prune.assign import assign
 from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
-from secateurs.prune.cost import Cost, cost_of
+from secateurs.prune.cost import Cost, Whole, cost_of, whole_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.model_card import model_card
 from secateurs.prune.outside import on_grid_outside, quantize_outside
@@ -90,6 +90,7 @@ class Run:
         model = source.skeleton()
         # what cannot be is said before anything is measured
         on_grid_outside(model, plan)
+        whole_of(plan, model)
         plan, _ = within(plan, layout_of(model))
         self._check_memory(plan, source, model)
         cost = cost_of(plan)
@@ -115,7 +116,9 @@ class Run:
         store: Activations = OnDisk(self.work / "activations")
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
-        guide = self._guide(plan, source, model, batches, cost)
+        # of the layers that are pruned after all
+        whole = whole_of(plan, model)
+        guide = self._guide(plan, source, model, batches, cost, whole)
         if plan.sensitivity and not guide.sensitivity:
             report.warnings.append(UNMEASURED)
         if alike(plan, self.plan.sensitivity, guide.sensitivity):
@@ -189,6 +192,7 @@ class Run:
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
         report.parameters = source.numel
+        report.budget = whole.as_dict(report.pruned, model.config.dtype) if whole else None
         if scales:
             held = [r for r in report.layers if r.name in scales]
             wide = sum(r.numel for r in held) * model.config.dtype.itemsize
@@ -256,8 +260,9 @@ class Run:
         return found.batches()
 
     def _guide(
-        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost
-    ) -> Guide:
+        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost,
+        whole: Whole | None,
+    ) -> Guide:  # fmt: skip
         """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
         from safetensors.torch import load_file
 
@@ -291,7 +296,8 @@ class Run:
             shares: Shares | None = {name: Share(*share) for name, share in json.loads(shares_file.read_text()).items()}
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
-            shares = assign(model, source, batches, plan, found, norms, cost, tick, self.work)
+            shared = whole.of_layers(plan) if whole else plan
+            shares = assign(model, source, batches, shared, found, norms, cost, tick, self.work)
             if shares is not None:
                 write_json(shares_file, shares)
                 # until now a kill could go back to them

@@ -74,6 +74,12 @@ def print_report(report: Report, console: Console, out: str) -> None:
         table.add_row(block, *(row.get(column, "") for column in columns))
     console.print(table)
     console.print(_done(plan, totals, bits))
+    if report.budget:
+        asked, weights, rest, stored = (megabytes(report.budget[k]) for k in ("asked", "weights", "rest", "stored"))
+        console.print(
+            f"Budget {plan['budget']}: {asked} of the {weights} that all weights take. They come to {stored}, {rest} of it outside "
+            "the pruned layers (embedding, head, norms)."
+        )
     if report.shrunk:
         console.print(_shrunk(report.shrunk, report.quality))
     if report.reconstruction:
