@@ -857,6 +857,12 @@ ROWS = (
          "weights[shape] = weights.get(shape, 0) + math.prod(shape)",
          "weights[shape] = math.prod(shape)"),
     # --------------------------------------------------------------------------------------------------------------- prune
+    _row(PRUNE, "prune/test_outside.py::test_a_run_writes_them_and_their_scales_and_is_verified",
+         'write_scales(self._scales_file("outside"), scales)',
+         "pass"),
+    _row(PRUNE, "prune/test_prune.py::test_a_killed_run_resumes_and_ends_bit_identical[grid]",
+         'if start == 0 or (on_grid_outside(model, plan) and "outside" not in state):',
+         "if start == 0 or on_grid_outside(model, plan):"),
     _row(PRUNE, "prune/test_cost.py::test_a_budget_of_bytes_is_of_all_weights_by_hand",
          "rest = float(weights - dense)",
          "rest = 0.0"),

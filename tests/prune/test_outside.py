@@ -249,6 +249,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(folders, tmp_path, monk
     assert (tmp_path / "run/model" / name).read_bytes() == (where / "run/model" / name).read_bytes()
 
 
+@pytest.mark.parametrize("model_type", NAMES)
+def test_all_blocks_are_tuned_on_the_embedding_s_grid_towards_the_dense_model(model_type, tmp_path, words, monkeypatch):
+    seen, tune = {}, prune_run.distill
+
+    def watched(model, moving, teacher, ends, batches, *args, **kwargs):
+        dense, loader = teacher
+        seen["tuned"] = {name: model.get_submodule(name).weight.detach().clone() for name in NAMES[model_type]}
+        loader.load_outside(dense)
+        seen["teacher"] = dense.get_output_embeddings().weight.detach().clone()
+        loader.release(dense)
+        return tune(model, moving, teacher, ends, batches, *args, **kwargs)
+
+    monkeypatch.setattr(prune_run, "distill", watched)
+    plan = asked(sc.Plan, bits="4", sparsity=0.0, method="sparsegpt", embedding_bits=3, head_bits=3, distill=8,
+                 calibration=str(words), **FAST)  # fmt: skip
+    report = sc.prune(tiny.save(tmp_path / "dense", model_type), plan, out=tmp_path / "run")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    for name, weight in seen["tuned"].items():
+        assert torch.equal(weight, written.get_submodule(name).weight)
+    assert torch.equal(seen["teacher"], AutoModelForCausalLM.from_pretrained(tmp_path / "dense").lm_head.weight)
+    assert not torch.equal(seen["teacher"], written.lm_head.weight)
+    assert report.distillation["after"] <= report.distillation["before"]
+    assert sc.verify(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

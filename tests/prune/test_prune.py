@@ -435,7 +435,7 @@ how = {"effort": "best", "sparsity": 0.8, "reconstruct": 8, "distill": 96} if me
 if method == "measured":
     how = {"method": "sparsegpt", "budget": "bytes=0.6", "blend": 0.5}
 if method == "grid":
-    how = {"effort": "best", "budget": "bits=2.3", "reconstruct": 8, "distill": 96}
+    how = {"effort": "best", "budget": "bits=2.3", "reconstruct": 8, "distill": 96, "embedding_bits": 3, "head_bits": 4}
 plan = asked(sc.Plan, **how, calibration=words, eval_text=words, samples=8, seqlen=64, eval_windows=12, eval_seqlen=64)
 slow = prune.write_json
 def write_json(file, data):
@@ -478,7 +478,8 @@ def test_a_killed_run_resumes_and_ends_bit_identical(method, tmp_path, llama, wo
     early = {**early, "grid": ["options.json 1", "shares.json None"]}.get(method, [])
     # and what it has tuned of the whole, also while that is being written
     late = ["ends.json 2", "ends.json 3", "distill.safetensors 24", "distill.safetensors 48", "state.json 3, shard 2"]
-    late = late if method in ("best", "grid") else []
+    # embedding and head before that
+    late = [*(["state.json 3, shard 0"] if method == "grid" else []), *late] if method in ("best", "grid") else []
     for wanted in (*early, "state.json 0", "state.json 1", "state.json 2", *late, "windows.json 8"):
         running = _start(llama, words, tmp_path / "killed", method)
         state = ""

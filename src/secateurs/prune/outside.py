@@ -1,4 +1,4 @@
-"""Puts the input embedding and the output head on grids, once the blocks are done.
+"""Puts the input embedding and the output head on grids, once the blocks are done and before they are tuned together.
 
 An embedding's rows are looked up, so they are rounded with the least squared error, all rows alike. A head multiplies what leaves
 the last block, so it is solved on the Gram matrix of that, like any layer, after the pruned blocks. Where both are one matrix, both

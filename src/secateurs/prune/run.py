@@ -143,8 +143,8 @@ class Run:
         self.progress("pruning", done, total)
         if start == 0:
             source.copy_small_files(self.model_folder)
-        # what is quantized last is dense again in a run that goes on
-        if start == 0 or plan.head_bits or plan.embedding_bits:
+        # what is quantized after the blocks is dense again until that is noted
+        if start == 0 or (on_grid_outside(model, plan) and "outside" not in state):
             for i, keys in enumerate(outside):
                 shards.write_shard(self.model_folder, i, count, source.read(keys))
         walk = stream(
@@ -178,9 +178,18 @@ class Run:
         source.release(model)
         if plan.distill and batches:
             self._save_state(state, len(names), records, report)
+        # before all blocks are tuned, which makes up for it
+        if on_grid_outside(model, plan):
+            if "outside" not in state:
+                found = self._quantize_outside(plan, model, batches, outside, count)
+                state["outside"] = [dataclasses.asdict(record) for record in found]
+                self._save_state(state, len(names), records, report)
+            known = {r["name"]: LayerRecord.from_dict(r) for r in state["outside"]}
+            report.layers = [known.get(record.name, record) for record in report.layers]
+        if plan.distill and batches:
             self._distill(plan, source, model, batches, report, count)
             self.clock.spend("distill")
-        scales = {**self._scales(), **self._quantize_outside(plan, model, batches, report, outside, count)}
+        scales = self._scales()
         if scales:
             write_scales(self.model_folder / SCALES_FILE, scales)
         report.warnings += emptied(report.layers)
@@ -340,23 +349,22 @@ class Run:
             shards.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
 
     def _quantize_outside(
-        self, plan: Plan, model: nn.Module, batches: list[Batch], report: Report, groups: list[list[str]], count: int
-    ) -> dict[str, Scales]:
-        """Put the embedding and the head on grids, as the plan says, and write their shards again. model: without weights."""
-        if not on_grid_outside(model, plan):
-            return {}
+        self, plan: Plan, model: nn.Module, batches: list[Batch], groups: list[list[str]], count: int
+    ) -> list[LayerRecord]:
+        """Put the embedding and the head on grids, as the plan says, and write their shards again and their scales: their records.
+        model: without weights.
+        """
         pruned = checkpoint.Checkpoint(self.model_folder)
         pruned.skeleton()
         tick = ticker(self.progress, "looking at the pruned model", len(pruned.block_names(model)) * len(batches))
         records, scales = quantize_outside(model, plan, pruned, batches, OnDisk(self.work / "left"), tick)
-        known = {record.name: record for record in records}
-        report.layers = [known.get(record.name, record) for record in report.layers]
-        edited = {f"{name}.weight" for name in known}
+        edited = {f"{record.name}.weight" for record in records}
         for i, keys in enumerate(groups):
             shards.write_shard(self.model_folder, i, count, pruned.edited_keys(model, keys, edited))
         pruned.release(model)
+        write_scales(self._scales_file("outside"), scales)
         self.clock.spend("outside")
-        return scales
+        return records
 
     def _scales_file(self, block: int | str) -> Path:
         return self.work / "scales" / f"{block}.safetensors"

@@ -1,8 +1,8 @@
 """Tunes the survivors of all blocks together against the dense model's predictions: masks frozen.
 
 The loss is the mean over tokens of KL(dense || pruned) of the next-token distributions (Hinton et al. 2015, arXiv 1503.02531,
-at temperature 1). Embeddings, the last norm and the head are not pruned and not tuned, so the dense logits are the
-same head on what left the last dense block: that is kept, and the dense blocks are not. Memory holds the whole pruned
+at temperature 1). Embeddings, the last norm and the head are not tuned. The dense logits are the dense head on what left the last
+dense block: that is kept, and the dense blocks are not. Memory holds the whole pruned
 model, and for every weight that moves 12 bytes of Adam's, 4 of gradients and a copy of the best. T tokens, V vocabulary.
 """
 
