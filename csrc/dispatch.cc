@@ -233,6 +233,44 @@ void fill_part(int64_t begin, int64_t end, void* context) {
   }
 }
 
+struct Pairing {
+  const secateurs_weight* weight;
+  int64_t parts;
+};
+
+void pair_part(int64_t begin, int64_t end, void* context) {
+  const Pairing& pairing = *static_cast<const Pairing*>(context);
+  const secateurs_weight& w = *pairing.weight;
+  const int64_t words = (w.inputs + SECATEURS_WORD - 1) / SECATEURS_WORD, step = 32 + 16 * w.bits;
+  for (int64_t p = panels(w) * begin / pairing.parts; p < panels(w) * end / pairing.parts; ++p) {
+    const uint64_t* mask = w.mask + p * words * SECATEURS_PANEL;
+    const uint8_t* from = static_cast<const uint8_t*>(w.values) + w.starts[p];
+    for (int64_t j = 0; j < words; ++j) {
+      uint8_t* to = static_cast<uint8_t*>(const_cast<void*>(w.pairs)) + (p * words + j) * step;
+      memset(to, 0, 32);
+      memset(to + 32, w.bits == 8 ? 0 : 0x88, static_cast<size_t>(step - 32));
+      for (int64_t r = 0; r < SECATEURS_PANEL; ++r, ++mask) {
+        int64_t bit = 0, four = -1, place = 0;
+        for (uint64_t kept = *mask; kept; kept &= kept - 1, bit += w.bits) {
+          const int64_t i = __builtin_ctzll(kept), k = i % 32 / 8;
+          place = i / 4 == four ? 1 : 0;
+          four = i / 4;
+          const int64_t lane = i / 32 * 16 + r * 4 + four % 2 * 2 + place;
+          to[lane] = static_cast<uint8_t>(to[lane] | i % 4 << 2 * k);
+          if (w.bits == 8) {
+            to[32 + 32 * k + lane] = static_cast<uint8_t>(from[bit / 8] ^ 0x80);
+          } else {
+            uint8_t& both = to[32 + 32 * (k / 2) + lane];
+            const int code = from[bit / 8] >> bit % 8 & 15;
+            both = static_cast<uint8_t>(k % 2 ? (both & 15) | code << 4 : (both & 0xf0) | code);
+          }
+        }
+        from += (bit + 7) / 8;
+      }
+    }
+  }
+}
+
 struct Reading {
   const char* buffer;
   int64_t nbytes;
@@ -293,12 +331,14 @@ int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int3
   if (tokens == 0) return SECATEURS_OK;
   const int64_t inputs = products[0].weight.inputs;
   const bool dense = !strcmp(ROWS[kernel].format, "dense"), gather = !strcmp(ROWS[kernel].strategy, "gather");
+  const bool pairs = !strcmp(ROWS[kernel].strategy, "pairs");
   const char* stored = ROWS[kernel].dtype;
   const int32_t bits = strncmp(stored, "int", 3) ? 0 : stored[3] - '0';
   if (dtype < SECATEURS_BF16 || dtype > SECATEURS_FP32 || (!bits && strcmp(stored, DTYPES[dtype]))) return SECATEURS_BAD_ARGUMENT;
   for (int32_t p = 0; p < count; ++p) {
     const secateurs_weight& w = products[p].weight;
-    if (w.inputs != inputs || dense != !w.mask || w.bits != bits || (gather && !w.step_starts)) return SECATEURS_BAD_ARGUMENT;
+    if (w.inputs != inputs || dense != !w.mask || w.bits != bits || (gather && !w.step_starts) || (pairs && (!w.pairs || w.zero)))
+      return SECATEURS_BAD_ARGUMENT;
     if (bits && (!w.scale || (w.group != 0 && w.group != 32 && w.group != 64 && w.group != 128))) return SECATEURS_BAD_ARGUMENT;
   }
 
@@ -330,6 +370,7 @@ int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t i
   const int64_t last = inputs % SECATEURS_WORD;
   int64_t found = 0, survivors = 0;
   int64_t most = 0;
+  uint64_t crowded = 0;
   for (int64_t p = 0; p < count; ++p) {
     starts[p] = found;
     for (int64_t j = 0; j < words; ++j)
@@ -346,6 +387,9 @@ int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t i
         const int64_t here = __builtin_popcountll(kept);
         survivors += here;
         found += bits ? run_bytes(here, bits) : here;
+        /* the counts of each four in four bits; one more than a count of three or four has the bit for four */
+        const uint64_t twos = kept - (kept >> 1 & 0x5555555555555555u);
+        crowded |= ((twos & 0x3333333333333333u) + (twos >> 2 & 0x3333333333333333u) + 0x1111111111111111u) & 0x4444444444444444u;
         for (uint64_t rest = kept; rest && most < 8; rest >>= 8) {
           const int64_t in_byte = __builtin_popcountll(rest & 255);
           if (in_byte > most) most = in_byte;
@@ -356,6 +400,7 @@ int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t i
   where[0] = found;
   where[1] = most;
   where[2] = survivors;
+  where[3] = crowded ? 0 : 1;
   return found == stored ? 0 : 3;
 }
 
@@ -414,6 +459,11 @@ int64_t secateurs_count_steps(const secateurs_weight* weight, int64_t* step_star
 void secateurs_fill_steps(const secateurs_weight* weight, int32_t itemsize, int32_t threads) {
   Filling filling = {weight, itemsize, threads};
   parallel(threads, fill_part, &filling);
+}
+
+void secateurs_fill_pairs(const secateurs_weight* weight, int32_t threads) {
+  Pairing pairing = {weight, threads};
+  parallel(threads, pair_part, &pairing);
 }
 
 double secateurs_read(const void* buffer, int64_t nbytes, int32_t threads) {

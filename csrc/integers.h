@@ -21,6 +21,8 @@
      madd<SIGNED>(sum, ints, factors, row)   sum + ints * the row's factor
      lanes, Lane, Floats              tokens in a register, of int32 and of fp32; see multiply()
      rows(c), columns                 rows of weights that are multiplied together with c registers of tokens, at most `columns`
+     Pairs<BITS>(from), dot(x)        a word of a panel as the strategy `pairs` has it: the sums of four rows in both of its blocks
+     PairSums                         fp32 sums of four rows;  no_pairs(), madd_pairs(sums, dot(x), scales, scales of x), totals
    Shapes: as in loops.h. */
 
 /* what a stream reads of x for a word */
@@ -28,6 +30,12 @@ struct XWord {
   int8_t x[64];
   int8_t negative[64];
   float scale[16]; /* of the first block eight times, then of the second */
+};
+
+/* The same for pairs: inputs 0-15, 32-47, 16-31 and 48-63, so that each half is 16 inputs of either block. */
+struct XPairs {
+  int8_t x[64];
+  float scale[8]; /* of the first block four times, then of the second */
 };
 
 /* x's integers, 32 of them, and their scale */
@@ -246,6 +254,63 @@ struct Integers {
       stream_bits<MASKED, false>(call, product, begin, end);
   }
 
+  /* ------------------------------------------------------------------------------------------------------- pairs */
+
+  static int64_t pairs_bytes(const Call& call) { return call.tokens * call.words * static_cast<int64_t>(sizeof(XPairs)); }
+  static void pairs_prepare(const Call& call, int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      XPairs& to = static_cast<XPairs*>(call.packed)[piece];
+      for (int b = 0; b < 2; ++b) {
+        float x[BLOCK];
+        int8_t whole[BLOCK];
+        const int64_t input = piece % call.words * WORD + b * BLOCK;
+        fetch(call, piece / call.words, least(input, call.inputs), x);
+        const float scale = quantize_block(x, whole);
+        for (int h = 0; h < 2; ++h) __builtin_memcpy(to.x + 32 * h + 16 * b, whole + 16 * h, 16);
+        for (int i = 0; i < 4; ++i) to.scale[4 * b + i] = scale;
+      }
+    }
+  }
+
+  /* At most two survivors of four: no bit is counted, and x is fetched for the survivors instead of spreading them. */
+  template <int BITS, int TOKENS>
+  static void pairs_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
+    const secateurs_weight& w = product.weight;
+    const int64_t words = call.words;
+    const XPairs* x = static_cast<const XPairs*>(call.packed) + token * words;
+    constexpr int64_t STEP = 32 + 16 * BITS;
+    const uint8_t* at = static_cast<const uint8_t*>(w.pairs) + panel * words * STEP;
+    const Groups groups(w);
+    const uint16_t* scales = w.scale + panel * groups.count * P;
+    typename Math::PairSums sum[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) sum[t] = Math::no_pairs();
+    for (int64_t j = 0; j < words; ++j, at += STEP) {
+#pragma GCC unroll 4
+      for (int line = 0; line < BITS / 4 + 1; ++line) __builtin_prefetch(at + 4096 + 64 * line);
+      const typename Math::Scales scale(scales + groups.low(j) * P, scales + groups.high(j) * P, w.half);
+      const typename Math::template Pairs<BITS> pairs(at);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) {
+        const XPairs& here = x[t * words + j];
+        sum[t] = Math::madd_pairs(sum[t], pairs.dot(here.x), scale, here.scale);
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      float total[P];
+      Math::totals(sum[t], total);
+      for (int r = 0; r < P && panel * P + r < w.outputs; ++r) finish(call, product, token + t, panel * P + r, total[r]);
+    }
+  }
+  template <int BITS>
+  static void pairs(const Call& call, const Product& product, int64_t begin, int64_t end, void*) {
+    for (int64_t p = begin; p < end; ++p) {
+      int64_t t = 0;
+      for (; t + 4 <= call.tokens; t += 4) pairs_panel<BITS, 4>(call, product, p, t);
+      for (; t + 2 <= call.tokens; t += 2) pairs_panel<BITS, 2>(call, product, p, t);
+      for (; t < call.tokens; ++t) pairs_panel<BITS, 1>(call, product, p, t);
+    }
+  }
+
   /* -------------------------------------------------------------------------------------------------------- tile */
 
   /* what a tile reads of x for a block: of LANES tokens */
@@ -440,7 +505,13 @@ struct Integers {
 #define SECATEURS_INTEGERS_BOTH(isa, bits, Math)            \
   SECATEURS_INTEGERS_OF(bitmask, isa, bits, Math, true)     \
   SECATEURS_INTEGERS_OF(dense, isa, bits, Math, false)
+#define SECATEURS_PAIRS(isa, bits, Math)                                                                              \
+  const KernelBody bitmask_int##bits##_##isa##_pairs = {                                                             \
+      Integers<Math>::pairs_bytes, Integers<Math>::stream_pieces, Integers<Math>::pairs_prepare, Integers<Math>::none, \
+      Integers<Math>::pairs<bits>, Integers<Math>::spin};
 #define SECATEURS_INTEGERS(isa, Math)   \
+  SECATEURS_PAIRS(isa, 8, Math)         \
+  SECATEURS_PAIRS(isa, 4, Math)         \
   SECATEURS_INTEGERS_BOTH(isa, 8, Math) \
   SECATEURS_INTEGERS_BOTH(isa, 6, Math) \
   SECATEURS_INTEGERS_BOTH(isa, 5, Math) \

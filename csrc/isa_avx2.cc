@@ -314,6 +314,53 @@ struct Whole {
   }
   static float reduce(Sum sum) { return Floats::reduce(sum); }
 
+  /* Rows are side by side in a register's lower half, which is the first block, and in its upper half: no sum crosses rows. */
+  template <int BITS>
+  struct Pairs {
+    __m256i places[4], codes[4];
+    explicit Pairs(const uint8_t* from) {
+      const __m256i* in = reinterpret_cast<const __m256i*>(from);
+      const __m256i packed = _mm256_loadu_si256(in), three = _mm256_set1_epi8(3), low = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        /* a half has 16 inputs of its block, and two fours of those belong to each k */
+        const __m256i fours = _mm256_set1_epi32(k % 2 ? 0x0c0c0808 : 0x04040000);
+        places[k] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(packed, 2 * k), three), fours);
+        if (BITS == 8) {
+          codes[k] = _mm256_loadu_si256(in + 1 + k);
+        } else {
+          const __m256i both = _mm256_loadu_si256(in + 1 + k / 2);
+          codes[k] = _mm256_and_si256(k % 2 ? _mm256_srli_epi16(both, 4) : both, low);
+        }
+      }
+    }
+    __m256i dot(const int8_t* x) const {
+      __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(x) + k / 2);
+        const __m256i here = _mm256_shuffle_epi8(half, places[k]);
+        if (BITS == 8) {
+          const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(codes[k]), _mm256_sign_epi8(here, codes[k]));
+          sum = _mm256_add_epi32(sum, fours_of(twos));
+        } else {
+          /* codes are integers plus 8 */
+          const __m256i eights = _mm256_maddubs_epi16(_mm256_set1_epi8(8), here);
+          sum = _mm256_add_epi16(sum, _mm256_sub_epi16(_mm256_maddubs_epi16(codes[k], here), eights));
+        }
+      }
+      return BITS == 8 ? sum : fours_of(sum);
+    }
+  };
+  using PairSums = __m256;
+  static PairSums no_pairs() { return _mm256_setzero_ps(); }
+  static PairSums madd_pairs(PairSums sums, __m256i ints, const Scales& scales, const float* x) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints), _mm256_mul_ps(scales.of, _mm256_loadu_ps(x)), sums);
+  }
+  static void totals(PairSums sums, float* out) {
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
+
   static Lane load_lane(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static Lane times(Lane a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
   struct Four {

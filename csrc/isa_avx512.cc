@@ -292,6 +292,54 @@ struct Whole {
   }
   static float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
+  /* As in isa_avx2.cc, two parts side by side. The byte shuffle stays in each 16 bytes, so x comes twice: to either part. */
+  template <int BITS>
+  struct Pairs {
+    __m512i places[2], codes[2];
+    static __m512i twice(const void* from) { return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(from))); }
+    /* the lower half shifted by `low`, the upper by `high` */
+    static __m512i shifted(__m512i v, int16_t low, int16_t high) {
+      return _mm512_srlv_epi16(v, _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1));
+    }
+    explicit Pairs(const uint8_t* from) {
+      const __m512i packed = twice(from), three = _mm512_set1_epi8(3), low = _mm512_set1_epi8(15);
+      const __m512i fours = _mm512_inserti64x4(_mm512_set1_epi32(0x04040000), _mm256_set1_epi32(0x0c0c0808), 1);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        places[h] = _mm512_or_si512(_mm512_and_si512(shifted(packed, 4 * h, 4 * h + 2), three), fours);
+        codes[h] = BITS == 8 ? _mm512_loadu_si512(from + 32 + 64 * h)
+                             : _mm512_and_si512(shifted(twice(from + 32 + 32 * h), 0, 4), low);
+      }
+    }
+    __m512i dot(const int8_t* x) const {
+      __m512i sum = _mm512_setzero_si512(), less = _mm512_setzero_si512();
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m512i here = _mm512_shuffle_epi8(twice(x + 32 * h), places[h]);
+        /* the unsigned ones are x + 128 and the code of zero, or codes of integers plus 8 */
+        if (BITS == 8) {
+          const __m512i high = _mm512_set1_epi8(static_cast<char>(0x80));
+          sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(here, high), codes[h]);
+          less = _mm512_dpbusd_epi32(less, high, codes[h]);
+        } else {
+          sum = _mm512_dpbusd_epi32(sum, codes[h], here);
+          less = _mm512_dpbusd_epi32(less, _mm512_set1_epi8(8), here);
+        }
+      }
+      return _mm512_sub_epi32(sum, less);
+    }
+  };
+  using PairSums = __m512;
+  static PairSums no_pairs() { return _mm512_setzero_ps(); }
+  static PairSums madd_pairs(PairSums sums, __m512i ints, const Scales& scales, const float* x) {
+    const __m512 factors = _mm512_broadcast_f32x8(_mm256_mul_ps(scales.of, _mm256_loadu_ps(x)));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), factors, sums);
+  }
+  static void totals(PairSums sums, float* out) {
+    const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  }
+
   static Lane load_lane(const void* from) { return _mm512_loadu_si512(from); }
   static Lane times(Lane a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
   template <bool SIGNED>

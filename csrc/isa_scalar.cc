@@ -139,6 +139,36 @@ struct Whole {
   }
   static float reduce(Sum sum) { return sum; }
 
+  template <int BITS>
+  struct Pairs {
+    const uint8_t* from;
+    explicit Pairs(const uint8_t* from) : from(from) {}
+    struct Dots {
+      int32_t at[2][4];
+    };
+    Dots dot(const int8_t* x) const {
+      Dots sums = {};
+      for (int k = 0; k < 4; ++k)
+        for (int lane = 0; lane < 32; ++lane) {
+          const int b = lane / 16, r = lane / 4 % 4, four = 2 * (k % 2) + lane / 2 % 2;
+          const int8_t here = x[k / 2 * 32 + 16 * b + 4 * four + (from[lane] >> 2 * k & 3)];
+          const int code = BITS == 8 ? static_cast<int8_t>(from[32 + 32 * k + lane]) : (from[32 + 32 * (k / 2) + lane] >> k % 2 * 4 & 15) - 8;
+          sums.at[b][r] += code * here;
+        }
+      return sums;
+    }
+  };
+  struct PairSums {
+    float of[4];
+  };
+  static PairSums no_pairs() { return {}; }
+  template <class Dots>
+  static PairSums madd_pairs(PairSums sums, const Dots& ints, const Scales& scales, const float* x) {
+    for (int i = 0; i < 8; ++i) sums.of[i % 4] += static_cast<float>(ints.at[i / 4][i % 4]) * (scales.of[i / 4][i % 4] * x[i]);
+    return sums;
+  }
+  static void totals(const PairSums& sums, float* out) { __builtin_memcpy(out, sums.of, sizeof(sums.of)); }
+
   static Lane load_lane(const void* from) {
     Lane out;
     __builtin_memcpy(&out, from, 4);

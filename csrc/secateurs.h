@@ -14,7 +14,7 @@ extern "C" {
 #define SECATEURS_API __attribute__((visibility("default")))
 
 /* version of this interface; the Python side refuses a library with another one */
-#define SECATEURS_ABI 3
+#define SECATEURS_ABI 4
 
 enum { SECATEURS_PANEL = 4, SECATEURS_WORD = 64 };
 /* of x, bias and y */
@@ -30,7 +30,8 @@ enum { SECATEURS_OK = 0, SECATEURS_BAD_KERNEL = 1, SECATEURS_BAD_ARGUMENT = 2, S
    bits: 0 if values are floats; else they are integers of so many bits, and a weight is scale * (integer - zero). The integers of
    one row and word begin at a byte; starts are then bytes, not survivors. Without a mask all 64 of a word are stored, also those
    beyond the last input or row. group: inputs that share a scale, 32, 64 or 128; 0: the whole row. half: scales are fp16, else
-   bf16. scale, zero: [panels][groups][4]; zero is null if it is 2^(bits - 1) everywhere. */
+   bf16. scale, zero: [panels][groups][4]; zero is null if it is 2^(bits - 1) everywhere. pairs: made by secateurs_fill_pairs for
+   kernels of the strategy `pairs`; else null. */
 typedef struct {
   int64_t outputs;
   int64_t inputs;
@@ -45,6 +46,7 @@ typedef struct {
   int32_t half;
   const uint16_t* scale;
   const uint8_t* zero;
+  const void* pairs;
 } secateurs_weight;
 
 /* y (tokens x outputs) = x weight' + bias; bias may be null. All of one dtype, but for integers. */
@@ -80,8 +82,9 @@ SECATEURS_API int32_t secateurs_linear(int32_t kernel, const secateurs_product* 
 
 /* Checks a mask and fills starts (panels + 1), which count survivors, or bytes if bits > 0. Returns 0 if no bit lies outside of
    outputs x inputs and the end is `stored`; where[0] is then the end, where[1] the most survivors in any byte of the mask, where[2]
-   the number of survivors. Else returns 1 (a bit beyond the last input) or 2 (a bit beyond the last output), with where[0] the row
-   and where[1] the input, or 3 (another end), with where[0] the end. */
+   the number of survivors, where[3] 1 if no four inputs, from a multiple of four on, keep more than two, and 0 if some do. Else
+   returns 1 (a bit beyond the last input) or 2 (a bit beyond the last output), with where[0] the row and where[1] the input, or 3
+   (another end), with where[0] the end. */
 SECATEURS_API int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outputs, int64_t inputs, int32_t bits, int64_t stored,
                                               int64_t* starts, int64_t* where);
 
@@ -98,6 +101,13 @@ SECATEURS_API void secateurs_read_integers(const secateurs_weight* weight, uint8
 SECATEURS_API int64_t secateurs_count_steps(const secateurs_weight* weight, int64_t* step_starts);
 /* Fills weight->steps: 8 * (1 + itemsize) bytes for each step. */
 SECATEURS_API void secateurs_fill_steps(const secateurs_weight* weight, int32_t itemsize, int32_t threads);
+
+/* The layout of the strategy `pairs`, for 8 or 4 bits, no zeros of groups and at most two survivors of four inputs: two places and
+   integers for each four, whether they are used or not. A panel's word takes 32 + 16 * bits bytes. Survivor s of 0 to 3 of row r
+   in part k of block b, which are 8 inputs from 32 b + 8 k on, is in lane 16 b + 4 r + s. First come 32 bytes, whose bits 2 k and
+   2 k + 1 in each lane say which of its four inputs it is. Then integers: of 8 bits with a sign, 32 lanes for each k; of 4 bits plus
+   8, 32 lanes for k = 0 and 1 and 32 for k = 2 and 3, the even k in the low halves. */
+SECATEURS_API void secateurs_fill_pairs(const secateurs_weight* weight, int32_t threads);
 
 /* For the probe, which times them. secateurs_read: `threads` threads read a buffer. secateurs_spin: they do independent
    multiply-adds with a kernel's instructions; returns the number of additions and multiplications. */

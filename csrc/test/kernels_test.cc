@@ -34,7 +34,7 @@ void products(int32_t kernel, const secateurs_kernel& row) {
         if (bits_of(row.dtype) && random.below(3)) continue;
         const std::string dtype = dtype_for(random, row.dtype);
         const size_t size = static_cast<size_t>(itemsize(dtype)), skew = static_cast<size_t>(random.below(4)) * size;
-        const Problem problem(random, row.dtype, dtype, o, i, density, skew);
+        const Problem problem = problem_for(random, row, dtype, o, i, density, skew);
         /* the longest rows are for positions, which do not depend on tokens */
         const int64_t t = tokens[random.below(i > 1000 ? 5 : 14)];
         Exact x(static_cast<size_t>(t * i) * size, skew), bias(static_cast<size_t>(o) * size, skew);
@@ -53,7 +53,7 @@ void products(int32_t kernel, const secateurs_kernel& row) {
 void together(int32_t kernel, const secateurs_kernel& row) {
   Random random{77};
   const std::string dtype = dtype_for(random, row.dtype);
-  const Problem a(random, row.dtype, dtype, 30, 130, 0.4, 0), b(random, row.dtype, dtype, 9, 130, 0.7, 0);
+  const Problem a = problem_for(random, row, dtype, 30, 130, 0.4, 0), b = problem_for(random, row, dtype, 9, 130, 0.7, 0);
   const bool packed = !strcmp(row.format, "bitmask");
   const int size = itemsize(dtype);
   for (int64_t tokens : {1, 7, 20}) {
@@ -73,7 +73,8 @@ void stale(int32_t kernel, const secateurs_kernel& row) {
   Random random{3};
   const std::string dtype = dtype_for(random, row.dtype);
   const int size = itemsize(dtype);
-  const Problem first(random, row.dtype, dtype, 8, 450, 0.5, 0), few(random, row.dtype, dtype, 9, 65, 0.5, 0), many(random, row.dtype, dtype, 9, 450, 0.5, 0);
+  const Problem first = problem_for(random, row, dtype, 8, 450, 0.5, 0);
+  const Problem few = problem_for(random, row, dtype, 9, 65, 0.5, 0), many = problem_for(random, row, dtype, 9, 450, 0.5, 0);
   const struct {
     const Problem& problem;
     int64_t tokens;
@@ -154,7 +155,7 @@ long resident() {
 void prompt(int32_t kernel, const secateurs_kernel& row) {
   Random random{11};
   const bool packed = !strcmp(row.format, "bitmask");
-  const Problem a(random, row.dtype, "fp32", 5, 65, 0.5, 0), b(random, row.dtype, "fp32", 3, 65, 0.5, 0);
+  const Problem a = problem_for(random, row, "fp32", 5, 65, 0.5, 0), b = problem_for(random, row, "fp32", 3, 65, 0.5, 0);
   const secateurs_product pair[] = {{a.weight(packed), nullptr}, {b.weight(packed), nullptr}};
   const int64_t few = 97, tokens = 100003, inputs = 65, outputs[] = {5, 3};
   const size_t size = static_cast<size_t>(itemsize("fp32"));
@@ -211,7 +212,7 @@ void numbers() {
 }
 
 void masks() {
-  int64_t starts[3], where[3];
+  int64_t starts[3], where[4];
   const uint64_t sound[8] = {1, 0, 3, 0, 7, 0, 0, 0};
   expect(secateurs_check_bitmask(sound, 5, 64, 0, 6, starts, where) == 0 && starts[1] == 3 && starts[2] == 6 && where[1] == 3, "a sound mask");
   expect(secateurs_check_bitmask(sound, 5, 64, 0, 7, starts, where) == 3 && where[0] == 6, "another count of survivors");
@@ -219,6 +220,11 @@ void masks() {
   expect(secateurs_check_bitmask(spread, 4, 64, 0, 11, starts, where) == 0 && where[0] == 11 && where[1] == 2, "the most survivors of a byte");
   const uint64_t alone[4] = {0x0101010101010101, 0, 1, 0};
   expect(secateurs_check_bitmask(alone, 4, 64, 0, 9, starts, where) == 0 && where[1] == 1, "no more than one survivor of a byte");
+  const uint64_t twos[4] = {0x9c53000000000000, 0, 0, 6}, three[4] = {0, 0xb0, 0, 0}, four[4] = {0, 0, 15ULL << 60, 0}, across[4] = {0x3c, 0, 0, 0};
+  expect(secateurs_check_bitmask(twos, 4, 64, 0, 10, starts, where) == 0 && where[3] == 1, "two of four");
+  expect(secateurs_check_bitmask(across, 4, 64, 0, 4, starts, where) == 0 && where[3] == 1, "four in a row, two of each four");
+  expect(secateurs_check_bitmask(three, 4, 64, 0, 3, starts, where) == 0 && where[3] == 0, "three of four");
+  expect(secateurs_check_bitmask(four, 4, 64, 0, 4, starts, where) == 0 && where[3] == 0, "four of four");
   const uint64_t beyond_row[8] = {0, 0, 0, 0, 0, 4, 0, 0};
   expect(secateurs_check_bitmask(beyond_row, 5, 64, 0, 1, starts, where) == 2 && where[0] == 5 && where[1] == 2, "a bit beyond the last row");
   const uint64_t beyond_input[4] = {0, 1ULL << 10, 0, 0};
@@ -258,7 +264,7 @@ void not_numbers(int32_t kernel, const secateurs_kernel& row) {
   for (const char* dtype : {"bf16", "fp16", "fp32"})
     for (double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()})
       for (int64_t tokens : {1, 3, 20}) {
-        const Problem problem(random, row.dtype, dtype, 6, 100, 0.5, 0);
+        const Problem problem = problem_for(random, row, dtype, 6, 100, 0.5, 0);
         const size_t size = static_cast<size_t>(itemsize(dtype));
         Exact x(static_cast<size_t>(tokens * 100) * size);
         for (int64_t k = 0; k < tokens * 100; ++k) put(dtype, x.data + static_cast<size_t>(k) * size, static_cast<float>(random.uniform()));
@@ -273,7 +279,7 @@ void ranges(int32_t kernel, const secateurs_kernel& row) {
   Random random{43};
   for (double size : {0.0, 0x1p-149, 0x1p-101, 0x1p-100, 0x1p-60, 0x1p100})
     for (int64_t tokens : {1, 20}) {
-      const Problem problem(random, row.dtype, "fp32", 6, 70, 0.5, 0);
+      const Problem problem = problem_for(random, row, "fp32", 6, 70, 0.5, 0);
       Exact x(static_cast<size_t>(tokens * 70 * 4));
       for (int64_t k = 0; k < tokens * 70; ++k) put("fp32", x.data + 4 * k, static_cast<float>(size * (random.uniform() - 0.5)));
       ++runs;
@@ -289,9 +295,9 @@ void steps() {
   mask[2] = 1ULL << 5;
   mask[16] = 3ULL << 44;
   const float values[] = {kept[0], kept[3], kept[1], kept[2]};
-  int64_t starts[2], where[3], step_starts[2];
+  int64_t starts[2], where[4], step_starts[2];
   expect(secateurs_check_bitmask(mask.data(), 4, 320, 0, 4, starts, where) == 0, "a mask of few survivors");
-  secateurs_weight w = {4, 320, mask.data(), values, starts, where[1], nullptr, nullptr, 0, 0, 0, nullptr, nullptr};
+  secateurs_weight w = {4, 320, mask.data(), values, starts, where[1], nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr};
   expect(secateurs_count_steps(&w, step_starts) == 3 && step_starts[0] == 0 && step_starts[1] == 3, "slots are counted with what is too far");
   Exact made(3 * 40);
   w.steps = made.data;
@@ -304,6 +310,37 @@ void steps() {
     bool same = !memcmp(made.data + 40 * s + 8, wanted[s], 32);
     for (int i = 0; i < 8; ++i) same = same && static_cast<unsigned char>(made.data[40 * s + i]) == distances[s][i];
     expect(same, "a step by hand");
+  }
+}
+
+/* A word by hand: row 0 keeps inputs 1 and 3, row 2 keeps 62; codes -128 and 5 of 8 bits, or -8 and 5 of 4; then -3. */
+void pairs() {
+  const uint64_t mask[4] = {10, 0, 1ULL << 62, 0};
+  const uint8_t of_eight[] = {0x00, 0x85, 0x7d}, of_four[] = {0xd0, 0x05};
+  const uint16_t scale[4] = {};
+  const int64_t starts[2] = {0, 3};
+  for (int bits : {8, 4}) {
+    secateurs_weight w = {3, 63, mask, bits == 8 ? of_eight : of_four, starts, 2, nullptr, nullptr, bits, 0, 0, scale, nullptr, nullptr};
+    Exact made(static_cast<size_t>(32 + 16 * bits));
+    memset(made.data, 0xff, made.nbytes);
+    w.pairs = made.data;
+    secateurs_fill_pairs(&w, 1);
+    std::string wanted(32, '\0');
+    wanted += bits == 8 ? std::string(128, '\0') : std::string(64, '\x88');
+    /* k = 0: lanes 0 and 1, places 1 and 3; k = 3 of the second block: the second four's first place, which is 2 */
+    wanted[0] = 1;
+    wanted[1] = 3;
+    wanted[16 + 8 + 2] = static_cast<char>(2 << 6);
+    if (bits == 8) {
+      wanted[32] = static_cast<char>(-128);
+      wanted[33] = 5;
+      wanted[32 + 3 * 32 + 26] = -3;
+    } else {
+      wanted[32] = static_cast<char>(0x80);
+      wanted[33] = static_cast<char>(0x8d);
+      wanted[32 + 32 + 26] = static_cast<char>(0x58);
+    }
+    expect(!memcmp(made.data, wanted.data(), wanted.size()), "pairs by hand");
   }
 }
 
@@ -324,7 +361,7 @@ void arguments() {
       expect(secateurs_linear(k, &product, 1, x, y, of_kernel, 0, 1) == SECATEURS_OK, "no tokens are no work");
     expect(secateurs_linear(k, &product, 1, x, y, 3, 1, 1) == SECATEURS_BAD_ARGUMENT, "there is no dtype 3");
     if (const int bits = bits_of(row.dtype)) {
-      const Problem whole(random, row.dtype, "fp32", 4, 64, 0.5, 0);
+      const Problem whole = problem_for(random, row, "fp32", 4, 64, 0.5, 0);
       const bool packed = !strcmp(row.format, "bitmask");
       const auto refuses = [&](const char* what, auto change) {
         secateurs_product other = {whole.weight(packed), nullptr};
@@ -335,6 +372,11 @@ void arguments() {
       refuses("floats", [](secateurs_weight& w) { w.bits = 0; });
       refuses("integers without scales", [](secateurs_weight& w) { w.scale = nullptr; });
       refuses("a group of 48", [](secateurs_weight& w) { w.group = 48; });
+      if (!strcmp(row.strategy, "pairs")) {
+        const uint8_t zeros[4] = {};
+        refuses("no pairs", [](secateurs_weight& w) { w.pairs = nullptr; });
+        refuses("zeros of groups", [&](secateurs_weight& w) { w.zero = zeros; });
+      }
       refuses("the other format", [&](secateurs_weight& w) { w = whole.weight(!packed); });
       continue;
     }
@@ -358,6 +400,7 @@ int main() {
   masks();
   integers();
   steps();
+  pairs();
   arguments();
   int ran = 0;
   for (int32_t k = 0; k < secateurs_kernels(); ++k) {

@@ -86,18 +86,27 @@ struct Problem {
   int bits = 0, group = 0, half = 0;
   int64_t groups = 1;
   bool zeros = false;
-  std::unique_ptr<Exact> values, matrix, steps, scale, zero;
+  std::unique_ptr<Exact> values, matrix, steps, scale, zero, pairs;
   std::vector<int64_t> step_starts;
 
-  /* density: of survivors at random places; or -n: exactly n of each 4 */
-  Problem(Random& random, const std::string& stored, const std::string& dtype, int64_t outputs, int64_t inputs, double density, size_t skew)
+  /* density: of survivors at random places; or -n: exactly n of each 4; or TWO: none to two of each 4. symmetric: no group has a zero */
+  static constexpr double TWO = -5;
+  Problem(Random& random, const std::string& stored, const std::string& dtype, int64_t outputs, int64_t inputs, double density, size_t skew,
+          bool symmetric = false)
       : stored(stored), dtype(dtype), outputs(outputs), inputs(inputs), bits(bits_of(stored)) {
     const int64_t panels = (outputs + 3) / 4, words = (inputs + 63) / 64;
     std::vector<bool> kept(static_cast<size_t>(outputs * inputs));
-    for (int64_t i = 0; i < outputs * inputs; ++i)
-      kept[static_cast<size_t>(i)] = density < 0 ? (i % inputs + i / inputs) % 4 < -density : random.uniform() < density;
+    int64_t of_four = 0;
+    for (int64_t i = 0; i < outputs * inputs; ++i) {
+      of_four = i % inputs % 4 ? of_four : 0;
+      const bool here = density == TWO ? of_four < 2 && random.below(2)
+                        : density < 0  ? (i % inputs + i / inputs) % 4 < -density
+                                       : random.uniform() < density;
+      of_four += here;
+      kept[static_cast<size_t>(i)] = here;
+    }
     if (bits)
-      make_integers(random, kept);
+      make_integers(random, kept, symmetric);
     else
       make_floats(random, kept);
     std::string bytes, all; /* of the survivors, and of a dense matrix of integers */
@@ -132,8 +141,11 @@ struct Problem {
     memcpy(values->data, bytes.data(), bytes.size());
     matrix = std::make_unique<Exact>(bits ? all.size() + 64 : dense.size(), skew);
     memcpy(matrix->data, bits ? all.data() : dense.data(), bits ? all.size() : dense.size());
-    if (bits) return;
     secateurs_weight w = weight(true);
+    if (bits) {
+      if (symmetric) make_pairs(w, panels * words);
+      return;
+    }
     step_starts.resize(static_cast<size_t>(panels) + 1);
     steps = steps_of(w, step_starts, itemsize(stored));
   }
@@ -150,11 +162,18 @@ struct Problem {
       exact.push_back(value_of(stored, &dense[i * size]));
     }
   }
-  void make_integers(Random& random, const std::vector<bool>& kept) {
+  /* the layout of the strategy `pairs` in a buffer of its size */
+  void make_pairs(secateurs_weight& w, int64_t count) {
+    pairs = std::make_unique<Exact>(static_cast<size_t>(count * (32 + 16 * bits)));
+    memset(pairs->data, 0xff, pairs->nbytes);
+    w.pairs = pairs->data;
+    secateurs_fill_pairs(&w, 3);
+  }
+  void make_integers(Random& random, const std::vector<bool>& kept, bool symmetric) {
     const int choices[] = {32, 64, 128, 0};
     group = choices[random.below(4)];
     half = static_cast<int>(random.below(2));
-    zeros = random.below(2);
+    zeros = !symmetric && random.below(2);
     groups = group ? (inputs + group - 1) / group : 1;
     const int64_t rows = (outputs + 3) / 4 * 4;
     scale = std::make_unique<Exact>(static_cast<size_t>(rows * groups * 2));
@@ -174,10 +193,10 @@ struct Problem {
   int64_t place(int64_t row, int64_t input) const { return (row / 4 * groups + (group ? input / group : 0)) * 4 + row % 4; }
 
   secateurs_weight weight(bool packed) const {
-    secateurs_weight w = {outputs, inputs, nullptr, matrix->data, nullptr, 0, nullptr, nullptr, bits, group, half, nullptr, nullptr};
+    secateurs_weight w = {outputs, inputs, nullptr, matrix->data, nullptr, 0, nullptr, nullptr, bits, group, half, nullptr, nullptr, nullptr};
     if (packed)
       w = {outputs, inputs, mask.data(), values->data, starts.data(), most, steps ? steps->data : nullptr,
-           step_starts.empty() ? nullptr : step_starts.data(), bits, group, half, nullptr, nullptr};
+           step_starts.empty() ? nullptr : step_starts.data(), bits, group, half, nullptr, nullptr, pairs ? pairs->data : nullptr};
     if (bits) w.scale = reinterpret_cast<const uint16_t*>(scale->data);
     if (zeros) w.zero = reinterpret_cast<const uint8_t*>(zero->data);
     return w;
@@ -217,6 +236,13 @@ struct Problem {
     return made;
   }
 };
+
+/* a problem that the kernel takes: any, or for `pairs` one with at most two survivors of four and no zeros of groups */
+inline Problem problem_for(Random& random, const secateurs_kernel& row, const std::string& dtype, int64_t outputs, int64_t inputs,
+                           double density, size_t skew) {
+  const bool pairs = !strcmp(row.strategy, "pairs");
+  return Problem(random, row.dtype, dtype, outputs, inputs, pairs && density > 0 ? Problem::TWO : density, skew, pairs);
+}
 
 /* Runs a kernel on x and compares with the double loop. The bound: any order of n additions in fp32 is off by at most
    n * eps * sum |terms| (Higham 2002, section 4.2), then one rounding to the dtype. Returns the number of bad values. */

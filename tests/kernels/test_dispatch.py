@@ -280,14 +280,14 @@ def test_positions_are_listed_once_for_all_threads(monkeypatch):
         pytest.skip("no gather kernel runs here")
     weights = [problem((37, 200), torch.float32, 0.9) for _ in range(2)]
     call = Call([pack(w) for w in weights], [None, None])
-    listed, make, together = [], Call._list_positions, threading.Barrier(4)
+    listed, make, together = [], Call._list, threading.Barrier(4)
 
-    def slow(self):
-        listed.append(1)
+    def slow(self, strategy):
+        listed.append(strategy)
         time.sleep(0.05)
-        make(self)
+        make(self, strategy)
 
-    monkeypatch.setattr(Call, "_list_positions", slow)
+    monkeypatch.setattr(Call, "_list", slow)
     x, found = torch.randn(1, 200), []
 
     def work():
@@ -299,7 +299,7 @@ def test_positions_are_listed_once_for_all_threads(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert listed == [1]
+    assert listed == ["gather"]
     assert len(found) == 4
     for y in found:
         check(y[:37].view(1, 37), x, weights[0])

@@ -42,6 +42,15 @@ def on_grid(shape, grid, sparsity=0.5, dtype=torch.bfloat16):
     return weight_OI.add(0.0).to(dtype), scales
 
 
+def two_of_four(weight):
+    """The same with none to two of each four inputs."""
+    outputs, inputs = weight.shape
+    ranks = torch.rand(outputs, -(-inputs // 4), 4).argsort(-1).argsort(-1) < torch.randint(
+        3, (outputs, -(-inputs // 4), 1)
+    )
+    return weight.masked_fill(~ranks.view(outputs, -1)[:, :inputs], 0)
+
+
 def bits(weight):
     return weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)
 
@@ -196,6 +205,11 @@ def test_every_kernel_multiplies_every_grid(kernel):
     for grid in (g for g in GRIDS if f"int{parse(g).bits}" == kernel.dtype):
         for tokens, dtype in ((1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (33, torch.float32)):
             weight, scales = on_grid((37, 200), grid, 0.5)
+            if kernel.strategy == "pairs":
+                if scales.zero_OG is not None:
+                    continue
+                weight, scales = on_grid((37, 200), grid, 0.0)
+                weight = two_of_four(weight)
             packed = pack(weight, kernel.format, scales)
             assert kernel.accepts(packed, tokens) is None
             x, bias = torch.randn(tokens, 200).to(dtype), torch.randn(37).to(dtype)
@@ -215,6 +229,37 @@ def test_every_problem_has_a_kernel_that_takes_it():
     weight, scales = on_grid((8, 64), "int4")
     assert "takes int8, these are int4" in row.accepts(pack(weight, "bitmask", scales), 1)
     assert "takes bitmask weights, these are dense" in row.accepts(pack(weight, "dense", scales), 1)
+
+
+@pytest.mark.parametrize("grid", ["int8", "int4/32", "q4_0"])
+def test_two_of_four_inputs_have_kernels_of_their_own(grid):
+    dense, scales = on_grid((8, 640), grid, 0.0)
+    weight = two_of_four(dense)
+    packed = pack(weight, "bitmask", scales)
+    assert packed.pairs
+    row = select(packed, 1)
+    assert row.strategy == "pairs"
+    assert select(packed, 64).strategy == "tile"
+    x = torch.randn(3, 640)
+    check(Call([packed], [None])(x).view(3, 8), x, weight, scales)
+    # one row in which four keep three
+    weight[5, 636:639] = dense[5, 636:639] = scales.scale_OG[5, -1].float()
+    more = pack(weight, "bitmask", scales)
+    assert not more.pairs
+    assert select(more, 1).strategy == "stream"
+    assert "at most two weights of every four inputs, here some keep more" in row.accepts(more, 1)
+    # the smaller of two matrices decides where it must
+    both = Call([packed, pack(weight[4:], "bitmask", Scales(scales.grid, scales.scale_OG[4:]))], [None, None])
+    assert dispatch.kernels()[both.kernel(1)].strategy == "stream"
+
+
+def test_pairs_are_for_symmetric_grids():
+    row = next(k for k in RUNNABLE if k.strategy == "pairs" and k.dtype == "int4")
+    weight, scales = on_grid((8, 64), "int4/64/asymmetric", 0.0)
+    packed = pack(two_of_four(weight), "bitmask", scales)
+    assert packed.pairs
+    assert "takes symmetric grids, these are on int4/64/asymmetric" in row.accepts(packed, 1)
+    assert select(packed, 1).strategy == "stream"
 
 
 def test_the_operator_passes_opcheck():
@@ -376,6 +421,21 @@ def test_who_wants_bytes_gets_the_smallest_form_and_hears_that_it_is_slower(monk
     assert (choice.format, choice.slower, choice.least_nbytes) == ("dense", False, choice.nbytes)
     as_it_is = small.but("it is read")
     assert (as_it_is.nbytes, as_it_is.least_nbytes, as_it_is.slower) == (2 * 64 * 256, 2 * 64 * 256, False)
+
+
+def test_two_of_four_are_left_out_wherever_a_kernel_takes_them(monkeypatch):
+    monkeypatch.setattr(packed_linear, "BITMASK_FROM", {})
+    weight, scales = on_grid((64, 256), "int8", 0.0)
+    half = two_of_four(weight)
+    # 255 inputs: the last four are three
+    for some, of in ((half, scales), (half[:, :255], scales)):
+        choice = choose("layer", some, None, of)
+        assert choice.format == ("bitmask" if ("int8", isa()) in packed_linear.PAIRS else "dense")
+        assert choice.format == "dense" or "at most two of four inputs kept" in choice.reason
+    half[63, 252:255] = weight[63, 252:255] = scales.scale_OG[63, -1].float()
+    assert choose("layer", half, None, scales).format == "dense"
+    weight, scales = on_grid((64, 256), "int8/64/asymmetric", 0.0)
+    assert choose("layer", two_of_four(weight), None, scales).format == "dense"
 
 
 def test_a_profile_that_measured_integers_decides():

@@ -123,6 +123,21 @@ def test_speedups_between_sparsities_by_hand():
     assert profile.speedup("bf16", 0.6, 500) == pytest.approx(0.9)
 
 
+def test_two_of_four_have_rows_of_their_own():
+    rows = [
+        {"dtype": "bf16", "grid": "int8/64", "kernel": k, "sparsity": 0.5, "tokens": t, "speedup": 1.0, "over_integers": v}
+        for k, t, v in (("dense_int8", 1, 1.0), ("bitmask_int8_pairs", 1, 1.5), ("bitmask_int8_stream", 1, 0.5),
+                        ("bitmask_int8_tile", 64, 0.9))
+    ]  # fmt: skip
+    profile, grid = DeviceProfile("m", {}, 1.0, {}, rows, {}), parse("int8")
+    assert profile.speedup("int8", 0.5, 1, pairs=True) == pytest.approx(1.5)
+    assert profile.speedup("int8", 0.5, 1) == pytest.approx(0.5)
+    # many tokens have one kernel for all
+    assert profile.speedup("int8", 0.5, 64, pairs=True) == profile.speedup("int8", 0.5, 64) == pytest.approx(0.9)
+    assert [profile.leaves_zeros_out("bf16", grid, 0.5, pairs) for pairs in (True, False)] == [True, False]
+    assert [profile.relative("bf16", grid, 0.5, 1, pairs) for pairs in (True, False)] == pytest.approx([1 / 1.5, 1.0])
+
+
 def test_seconds_of_integers_by_hand():
     def row(grid, kernel, sparsity, tokens, speedup, over=1.0):
         return {"dtype": "bf16", "grid": grid, "kernel": kernel, "sparsity": sparsity, "tokens": tokens, "speedup": speedup,

@@ -276,7 +276,7 @@ def _integers(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: st
     sparsity = candidate.sparsity if candidate.kind == "mask" else 0.0
     left_out = bool(sparsity) and isinstance(machine, Hardware) and machine.bitmask
     if isinstance(machine, DeviceProfile) and grid and sparsity:
-        left_out = bool(machine.leaves_zeros_out(dtype, grid, sparsity))
+        left_out = bool(machine.leaves_zeros_out(dtype, grid, sparsity, candidate.pattern == "2:4"))
     bits = candidate.bits
     if grid:
         survivors = round((1 - sparsity) * _WIDE[0] * _WIDE[1])
@@ -295,7 +295,7 @@ def _integers(candidate: Candidate, machine: DeviceProfile | Hardware, dtype: st
         if candidate.kind == "bits":
             why += ", by the rows of the nearest bits: which layer gets how many is not known before it is measured"
         elif sparsity and not left_out:
-            speedup = machine.speedup(f"int{candidate.bits:g}", sparsity, 1) or 1.0
+            speedup = machine.speedup(f"int{candidate.bits:g}", sparsity, 1, candidate.pattern == "2:4") or 1.0
             why = (
                 f"at {sparsity:.0%} zeros int{candidate.bits:g} without them is {speedup:.2f}x as fast for one token as all "
                 f"integers, and takes {of_some / of_all:.2f}x the bytes, so its zeros are stored like other integers; {why}"
@@ -311,7 +311,7 @@ def _seconds(candidate: Candidate, profile: DeviceProfile, dtype: str, sparsity:
     """Seconds over the best dense product's, at the fewest or the most tokens that were measured. Raises PlanError for no rows."""
     tokens = (max if most else min)(r["tokens"] for r in profile.rows)
     if candidate.grid:
-        found = profile.relative(dtype, candidate.grid, sparsity, tokens)
+        found = profile.relative(dtype, candidate.grid, sparsity, tokens, candidate.pattern == "2:4")
         if found is not None:
             return found
     else:

@@ -7,6 +7,7 @@ instruction sets. The torch.library operator secateurs::linear is the only way i
 
 import ctypes
 import functools
+import math
 import os
 import threading
 import weakref
@@ -24,6 +25,7 @@ from secateurs.kernels.formats import (
     DTYPES,
     PANEL,
     Packed,
+    mask_shape,
     pack_dense,
     read_bitmask,
     read_integers,
@@ -56,6 +58,10 @@ class Kernel:
             return f"{self.name} takes {self.dtype}, these are {packed.stored}"
         if self.strategy == "gather" and packed.shape[1] > GATHER_INPUTS:
             return f"{self.name} takes at most {GATHER_INPUTS} inputs, these are {packed.shape[1]}"
+        if self.strategy == "pairs" and not packed.pairs:
+            return f"{self.name} takes at most two weights of every four inputs, here some keep more"
+        if self.strategy == "pairs" and packed.zero_PG4 is not None:
+            return f"{self.name} takes symmetric grids, these are on {packed.grid}"
         return None
 
 
@@ -147,6 +153,8 @@ CHOICES = {
 DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
 # the same of integers, in either format
 INTEGER_STREAM_TOKENS = {"avx512": 8, "avx2": 6, "neon": 4, "scalar": 4}
+# up to so many tokens the strategy pairs takes integers that it accepts
+PAIRS_TOKENS = {"avx512": 8, "avx2": 8, "scalar": 4}
 # what csrc/secateurs.h calls the dtypes of x
 CODES = {dtype: code for code, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32))}
 
@@ -210,6 +218,9 @@ def select(packed: Packed, tokens: int) -> Kernel:
     best = _best(packed.format, packed.stored)
     isa = best["stream"].isa
     if packed.grid is not None:
+        pairs = best.get("pairs")
+        if pairs and tokens <= PAIRS_TOKENS[pairs.isa] and pairs.accepts(packed, tokens) is None:
+            return pairs
         choice = Choice(INTEGER_STREAM_TOKENS[isa], 1.1)
     elif packed.format == "dense":
         choice = Choice(DENSE_STREAM_TOKENS[isa], 1.1)
@@ -239,29 +250,38 @@ class Call:
         self._address = ctypes.addressof(self._products)
         self._linear = library().secateurs_linear
         self._kernels: dict[int, int] = {}
-        self._steps: list[tuple[Tensor, Tensor]] = []
-        self._gathers = frozenset(k.index for k in kernels() if k.strategy == "gather")
+        self._listed: list[Tensor] = []
+        self._listing = {k.index: k.strategy for k in kernels() if k.strategy in ("gather", "pairs")}
 
-    def _list_positions(self) -> None:
-        """List the positions that gather kernels read; at 90% zeros they take about as many bytes as the packed matrix."""
+    def _list(self, strategy: str) -> None:
+        """List the positions that gather kernels read, or the pairs of theirs; at 90% zeros, and in 2:4, they take about as many
+        bytes as the packed matrix."""
         threads, made_of = torch.get_num_threads(), []
         for product, p in zip(self._products, self.packed, strict=True):
             weight = ctypes.addressof(product) + Product.weight.offset
+            if strategy == "pairs":
+                assert p.grid is not None
+                made = torch.empty(math.prod(mask_shape(p.shape)) * (8 + 4 * p.grid.bits), dtype=torch.uint8)
+                product.weight.pairs = made.data_ptr()
+                library().secateurs_fill_pairs(weight, threads)
+                made_of.append(made)
+                continue
             starts = torch.empty(-(-p.shape[0] // PANEL) + 1, dtype=torch.int64)
             steps = library().secateurs_count_steps(weight, starts.data_ptr())
             made = torch.empty(steps * 8 * (1 + p.values.element_size()), dtype=torch.uint8)
             product.weight.step_starts, product.weight.steps = starts.data_ptr(), made.data_ptr()
             library().secateurs_fill_steps(weight, p.values.element_size(), threads)
-            made_of.append((starts, made))
+            made_of += [starts, made]
         # assigned last: another thread takes any list that is there for a complete one
-        self._steps = made_of
+        self._listed = made_of
 
     def kernel(self, tokens: int) -> int:
-        """The index of the kernel for so many tokens; the largest of the matrices decides."""
+        """The index of the kernel for so many tokens: the largest matrix's, if it takes all of them, else that of the next."""
         index = self._kernels.get(tokens)
         if index is None:
-            largest = max(self.packed, key=lambda p: p.shape[0])
-            index = self._kernels[tokens] = select(largest, tokens).index
+            rows = [select(p, tokens) for p in sorted(self.packed, key=lambda p: -p.shape[0])]
+            row = next(r for r in rows if all(r.accepts(p, tokens) is None for p in self.packed))
+            index = self._kernels[tokens] = row.index
         return index
 
     def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
@@ -270,10 +290,10 @@ class Call:
             x_TI = x_TI.contiguous()
         tokens = x_TI.numel() // self.inputs
         index = self.kernel(tokens) if kernel is None else kernel
-        if index in self._gathers and not self._steps:
+        if index in self._listing and not self._listed:
             with _LISTING:
-                if not self._steps:
-                    self._list_positions()
+                if not self._listed:
+                    self._list(self._listing[index])
         y = x_TI.new_empty(tokens * self.width)
         wrong = self._linear(
             index, self._address, len(self.packed),

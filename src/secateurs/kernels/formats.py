@@ -40,8 +40,9 @@ class Packed:
     dense: values is the matrix itself, or integers in the order of a bitmask's survivors, then padding.
     grid, scale_PG4, zero_PG4: of integers. Scales are the bits of bf16 or fp16 as int16, which no cast of a model changes; zeros
     are uint8, or None on a symmetric grid. dtype: of the weights that unpack() gives.
-    starts, most and survivors are not stored but counted from the mask: where each panel begins in values, and the highest number
-    of survivors in any byte of the mask (4 for 2:4).
+    starts, most, pairs and survivors are not stored but found from the mask: where each panel begins in values, the highest number
+    of survivors in any byte of the mask (4 for 2:4), and whether no four inputs side by side (0 to 3, 4 to 7, ...) keep more than
+    two.
     """
 
     format: str
@@ -52,6 +53,7 @@ class Packed:
     mask_PJ4: Tensor | None = None
     starts: Tensor | None = None
     most: int = 8
+    pairs: bool = False
     grid: Grid | None = None
     scale_PG4: Tensor | None = None
     zero_PG4: Tensor | None = None
@@ -193,8 +195,8 @@ def read_bitmask(values: Tensor, mask_PJ4: Tensor, shape: tuple[int, int]) -> Pa
     if survivors < 0:
         raise PackError(f"packed values end with {PADDING} zeros, found {values.numel()} elements in all")
     values, mask_PJ4 = values.detach().contiguous(), mask_PJ4.contiguous()
-    starts, most, _ = _follow(mask_PJ4, shape, 0, survivors)
-    return Packed("bitmask", shape, values, values.dtype, survivors, mask_PJ4, starts, most)
+    starts, most, _, pairs = _follow(mask_PJ4, shape, 0, survivors)
+    return Packed("bitmask", shape, values, values.dtype, survivors, mask_PJ4, starts, most, pairs)
 
 
 def _check_here(shape: tuple[int, int], values: Tensor, mask_PJ4: Tensor | None) -> None:
@@ -210,14 +212,14 @@ def _check_here(shape: tuple[int, int], values: Tensor, mask_PJ4: Tensor | None)
         raise PackError(f"packed matrices are read on the CPU, found {' and '.join(map(str, devices))}")
 
 
-def _follow(mask_PJ4: Tensor, shape: tuple[int, int], bits: int, stored: int) -> tuple[Tensor, int, int]:
-    """Where each panel begins, the most survivors in a byte of the mask, and all survivors.
+def _follow(mask_PJ4: Tensor, shape: tuple[int, int], bits: int, stored: int) -> tuple[Tensor, int, int, bool]:
+    """Where each panel begins, the most survivors in a byte of the mask, all survivors, and whether no four keep more than two.
 
     stored: the number of survivors there should be, or of bytes of integers. Raises PackError.
     """
     outputs, inputs = shape
     starts = torch.empty(mask_PJ4.shape[0] + 1, dtype=torch.int64)
-    where = (ctypes.c_int64 * 3)()
+    where = (ctypes.c_int64 * 4)()
     wrong = library().secateurs_check_bitmask(
         mask_PJ4.data_ptr(), outputs, inputs, bits, stored, starts.data_ptr(), ctypes.addressof(where)
     )
@@ -229,7 +231,7 @@ def _follow(mask_PJ4: Tensor, shape: tuple[int, int], bits: int, stored: int) ->
         raise PackError(f"the mask keeps {where[0]} weights, but {stored} are stored")
     if wrong:
         raise PackError(f"the mask keeps weights that take {where[0]} bytes, but {stored} are stored")
-    return starts, int(where[1]), int(where[2])
+    return starts, int(where[1]), int(where[2]), bool(where[3])
 
 
 def unpack_bitmask(packed: Packed) -> Tensor:
@@ -310,9 +312,9 @@ def read_integers(
             "dense", shape, values, dtype, math.prod(shape), grid=grid, scale_PG4=scale_PG4, zero_PG4=zero_PG4
         )
     mask_PJ4 = mask_PJ4.contiguous()
-    starts, most, survivors = _follow(mask_PJ4, shape, grid.bits, length)
+    starts, most, survivors, pairs = _follow(mask_PJ4, shape, grid.bits, length)
     return Packed(
-        "bitmask", shape, values, dtype, survivors, mask_PJ4, starts, most, grid, scale_PG4, zero_PG4
+        "bitmask", shape, values, dtype, survivors, mask_PJ4, starts, most, pairs, grid, scale_PG4, zero_PG4
     )  # fmt: skip
 
 
@@ -338,7 +340,7 @@ def weight_of(packed: Packed) -> Weight:
     return Weight(
         *packed.shape, address(packed.mask_PJ4), packed.values.data_ptr(), address(packed.starts), packed.most, None, None,
         *((0, 0, 0) if grid is None else (grid.bits, grid.group, int(grid.half))),
-        address(packed.scale_PG4), address(packed.zero_PG4),
+        address(packed.scale_PG4), address(packed.zero_PG4), None,
     )  # fmt: skip
 
 

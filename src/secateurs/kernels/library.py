@@ -13,7 +13,7 @@ import torch
 
 from secateurs.base.errors import DeviceError
 
-ABI = 3
+ABI = 4
 
 
 class Weight(ctypes.Structure):
@@ -33,6 +33,7 @@ class Weight(ctypes.Structure):
         ("half", ctypes.c_int32),
         ("scale", ctypes.c_void_p),
         ("zero", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p),
     )
 
 
@@ -84,6 +85,8 @@ def library() -> Any:
     loaded.secateurs_count_steps.restype = ctypes.c_int64
     loaded.secateurs_fill_steps.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
     loaded.secateurs_fill_steps.restype = None
+    loaded.secateurs_fill_pairs.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    loaded.secateurs_fill_pairs.restype = None
     loaded.secateurs_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     loaded.secateurs_read.restype = ctypes.c_double
     loaded.secateurs_spin.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int32]

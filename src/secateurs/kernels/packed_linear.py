@@ -239,6 +239,14 @@ BITMASK_FROM: dict[tuple[str, str], float] = {
     ("int4", "avx512"): 0.5,
     ("int3", "avx512"): 0.7,
 }
+# where at most two weights of four inputs are kept, kernels of the strategy pairs are faster at any sparsity
+PAIRS = {(numbers, isa) for numbers in ("int8", "int4") for isa in ("avx512", "avx2")}
+
+
+def _pairs(kept_OI: Tensor) -> bool:
+    """True if no four inputs side by side keep more than two weights."""
+    filled_OI = nn.functional.pad(kept_OI, (0, -kept_OI.shape[1] % 4))
+    return bool((filled_OI.view(-1, 4).sum(-1, dtype=torch.uint8) <= 2).all())
 
 
 # what a layer's format is chosen for: the time of one token, or bytes
@@ -310,9 +318,12 @@ def _choose_integers(
         return chosen("dense", of_all, ", rows are looked up")
     if of_some >= of_all:
         return chosen("dense", of_all, f" would take {of_some / of_all:.2f}x the bytes of all integers")
-    speedup = None if profile is None else profile.speedup(numbers, sparsity, tokens=1)
+    pairs = _pairs(kept) and grid.symmetric and (numbers, isa) in PAIRS
+    speedup = None if profile is None else profile.speedup(numbers, sparsity, tokens=1, pairs=pairs)
     if speedup is not None:
         slower, found = speedup < 1, f"{speedup:.2f}x as fast as all integers on {profile.name}"
+    elif pairs:
+        slower, found = False, "at most two of four inputs kept"
     else:
         from_here = BITMASK_FROM.get((numbers, isa), math.inf)
         slower, below = sparsity < from_here, f" below {from_here:.0%}" if from_here < 1 else ""

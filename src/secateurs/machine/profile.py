@@ -38,10 +38,11 @@ class DeviceProfile:
     rows: list[dict[str, Any]]
     accelerator: dict[str, Any]
 
-    def speedup(self, numbers: str, sparsity: float, tokens: int) -> float | None:
+    def speedup(self, numbers: str, sparsity: float, tokens: int, pairs: bool = False) -> float | None:
         """Measured speedup of what is stored without zeros over the best dense of the same numbers; None if none was measured.
 
-        numbers: bf16, fp16, fp32, or int8, ..., int2, whose dense is all integers. The median over shapes, at the nearest token
+        numbers: bf16, fp16, fp32, or int8, ..., int2, whose dense is all integers. pairs: no four inputs keep more than two of them
+        (2:4), which kernels of their own may multiply. The median over shapes, at the nearest token
         count that was measured. Between sparsities seconds are interpolated, since
         they go with the weights that are left. At sparsity 0 the speedup is 1; above the highest sparsity measured it stays as
         there; and a higher sparsity never gets a lower speedup than a lower one.
@@ -49,8 +50,9 @@ class DeviceProfile:
         rows = [r for r in self.rows if _numbers(r) == numbers and r["kernel"].startswith("bitmask")]
         if not rows:
             return None
+        nearest = _nearest(rows, tokens)
         by_sparsity: dict[float, list[float]] = {}
-        for r in _nearest(rows, tokens):
+        for r in [r for r in nearest if r["kernel"].endswith("_pairs") == pairs] or nearest:
             by_sparsity.setdefault(r["sparsity"], []).append(r.get("over_integers", r["speedup"]))
         known = sorted(by_sparsity)
         # fewer survivors never take longer; a row that says so was measured in a slow moment
@@ -59,14 +61,16 @@ class DeviceProfile:
             known, found = [0.0, *known], np.array([1.0, *found])
         return float(1 / np.interp(sparsity, known, 1 / found))
 
-    def leaves_zeros_out(self, dtype: str, grid: Grid | None, sparsity: float) -> bool | None:
+    def leaves_zeros_out(self, dtype: str, grid: Grid | None, sparsity: float, pairs: bool = False) -> bool | None:
         """True if `pack` stores such a layer without its zeros here: that is smaller, and not slower for one token. None where no
         row says."""
         numbers, bits = (dtype, _BITS[dtype]) if grid is None else (f"int{grid.bits}", grid.bits)
-        speedup = self.speedup(numbers, sparsity, 1)
+        speedup = self.speedup(numbers, sparsity, 1, pairs)
         return None if speedup is None else speedup >= 1 and 1 + bits * (1 - sparsity) < bits
 
-    def relative(self, dtype: str, grid: Grid | None, sparsity: float, tokens: int) -> float | None:
+    def relative(
+        self, dtype: str, grid: Grid | None, sparsity: float, tokens: int, pairs: bool = False
+    ) -> float | None:
         """Seconds of a layer as `pack` stores it here, over those of the best dense product of dtype; None where no row says.
 
         Integers were measured in groups of 64; other groups are taken to be as fast.
@@ -86,10 +90,10 @@ class DeviceProfile:
                 return dense
         else:
             numbers = dtype
-        left_out = self.leaves_zeros_out(dtype, grid, sparsity)
+        left_out = self.leaves_zeros_out(dtype, grid, sparsity, pairs)
         if left_out is None:
             return None
-        return dense / (self.speedup(numbers, sparsity, tokens) or 1.0) if left_out else dense
+        return dense / (self.speedup(numbers, sparsity, tokens, pairs) or 1.0) if left_out else dense
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **{k: getattr(self, k) for k in self.__dataclass_fields__}}

@@ -66,7 +66,7 @@ def cost_of(plan: Plan) -> Cost:
 
     def seconds(shape: tuple[int, int], dtype: torch.dtype, sparsity: float, grid: Grid | None) -> float:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-        ratio = profile.relative(name, grid, sparsity, 1)
+        ratio = profile.relative(name, grid, sparsity, 1, plan.pattern == "2:4")
         if ratio is None:
             every = ",".join(str(g.bits) for g in plan.layer_grids)
             asked = f"int{grid.bits} beside {name}" if grid else name
