@@ -6,9 +6,11 @@ A fork has what a fresh interpreter has: its own memory, environment, output and
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,43 @@ def run(function, *arguments, **environment):
 def execute(code, *arguments, **environment):
     """run() of a program text, with its arguments in sys.argv."""
     return run(_execute, code, arguments, **environment)
+
+
+class Job:
+    """A function in several processes, as torchrun would start them. Each has one thread."""
+
+    def __init__(self, count, function, *arguments, **environment):
+        self._folder = tempfile.TemporaryDirectory()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        self._files = [
+            [Path(self._folder.name, f"{what}-{rank}") for what in ("out", "error")] for rank in range(count)
+        ]
+        self.processes = [
+            _start(_alone, (function, arguments), *self._files[rank],
+                   {**meeting, "RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, **environment})
+            for rank in range(count)
+        ]  # fmt: skip
+
+    def join(self, seconds=120):
+        """How each process ended, in the order of ranks; those that are not done by then are killed, and have no code."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return [
+            Done(code, *(file.read_text() for file in files)) for code, files in zip(codes, self._files, strict=True)
+        ]
+
+
+def _alone(function, arguments):
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 class Running:

@@ -8,6 +8,7 @@
     ├── LayerError (1)          one layer's numbers: not finite, a Gram matrix that does not factor
     ├── PackError (1)           a packed matrix: weights a format cannot hold, bytes that are not the format
     ├── DeviceError (1)         this machine lacks what was asked: an instruction set, a GPU, a compiled kernel
+    ├── RankError (1)           another process of the same run ended
     ├── VerifyError (1)         the result on disk is not what the report says
     ├── QualityGateError (3)    a quality gate was missed; the results are kept
     ├── NothingPaysError (5)    no candidate passes the gates and is worth shipping on this machine
@@ -50,6 +51,10 @@ class LayerError(SecateursError):
 
 class VerifyError(SecateursError):
     """The files on disk are not what the report says."""
+
+
+class RankError(SecateursError):
+    """Another process of the same run ended before the run did."""
 
 
 class QualityGateError(SecateursError):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 from secateurs.base.errors import OutputError, SecateursError
 from secateurs.base.files import PART, write_json
+from secateurs.base.processes import ALONE, Ranks
 
 # of report.json
 REPORT_FORMAT = 1
+
+# that the ranks of a run may take to end when one of them was killed
+_LAST_SECONDS = 30.0
 
 
 def is_run(folder: str | Path) -> bool:
@@ -178,11 +183,19 @@ def unchanged(run: Path, facts: dict[str, str]) -> None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """Lock a run directory against other processes and make its work/. Raises OutputError if another one has it.
 
-    A command that fails before it has made anything leaves no directory, so that the corrected command can use the name.
+    Of several ranks the first one locks it, once those of a run before are gone. A command that fails before it has made anything
+    leaves no directory, so that the corrected command can use the name.
     """
+    if not ranks.first:
+        # the first one makes the folder
+        ranks.wait()
+        with open(run / "work" / "ranks", "a") as others:
+            fcntl.flock(others, fcntl.LOCK_SH)
+            yield
+        return
     try:
         (run / "work").mkdir(exist_ok=True)
         handle = os.open(run / "work" / "lock", os.O_CREAT | os.O_RDWR)
@@ -190,15 +203,31 @@ def locked(run: Path) -> Iterator[None]:
         raise OutputError(f"cannot write in {run}: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _others_gone(run / "work" / "ranks")
         # of a run that was killed while it wrote
         for stale in (file for below in ("*", "model/*", "work/**/*") for file in run.glob(below + PART)):
             stale.unlink()
+        ranks.wait()
         yield
     except BlockingIOError:
         raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
     except SecateursError:
-        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "read.json"}:
+        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "ranks", "read.json"}:
             shutil.rmtree(run, ignore_errors=True)
         raise
     finally:
         os.close(handle)
+
+
+def _others_gone(file: Path) -> None:
+    """Wait until the other ranks of a run before, whose first one was killed, have ended. Raises BlockingIOError if they do not."""
+    with file.open("a") as others:
+        until = time.monotonic() + _LAST_SECONDS
+        while True:
+            try:
+                fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)

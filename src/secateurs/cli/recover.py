@@ -1,6 +1,5 @@
 """secateurs recover."""
 
-import os
 from typing import Annotated
 
 from secateurs.cli import options
@@ -67,6 +66,7 @@ def recover(
 
     Example: secateurs recover runs/half --out runs/half-recovered --steps 300
     """
+    from secateurs.base.processes import is_first
     from secateurs.quality.settings import Calibration
     from secateurs.report.run_tables import print_recovered
     from secateurs.train import RecoverPlan
@@ -84,7 +84,7 @@ def recover(
         checkpointing=checkpointing,
         **options.given(**values),
     )
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first()
     with on_cpu(quiet or not first, as_json, model) as progress:
         report = run(plan, out.expanduser(), progress)
     if not first:

@@ -6,7 +6,6 @@ place of 2 a word of the vocabulary. The run directory holds plan.json, model/, 
 All processes of a torchrun share each step's windows; the first one writes.
 """
 
-import contextlib
 import dataclasses
 import shutil
 import time
@@ -101,7 +100,7 @@ class _Run:
         ranks.wait()
         if ranks.first:
             claim(self.out, plan.as_dict())
-        with locked(self.out) if ranks.first else contextlib.nullcontext():
+        with locked(self.out, ranks):
             if done := report_of(self.out):
                 return done
             began = time.perf_counter()
