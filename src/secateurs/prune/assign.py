@@ -48,19 +48,20 @@ def assign(
     cost: Cost = kept_weights,
     tick: Callable[[], None] = lambda: None,
     work: Path | None = None,
+    nearest: Callable[[Sequence[Shares]], int] = lambda candidates: 0,
 ) -> Shares | None:
     """What each layer becomes, or None where all are alike. Scores and losses are those of the dense model.
 
     sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
     between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
     cost: what the plan's budget is in. work: a folder where `measured` keeps what it found, block by block, so that a killed run
-    goes on.
+    goes on. nearest: which of several candidates for a budget to take.
     """
     needs = plan.allocator.needs
     if plan.allocation == "uniform":
         return None
     if needs == "curves":
-        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work)
+        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work, nearest)
     solver = plan.solver
     found: dict[str, tuple[str, Layer]] = {}
     norms = dict(norms)
@@ -124,6 +125,7 @@ def _measured(
     cost: Cost,
     tick: Callable[[], None],
     work: Path | None,
+    nearest: Callable[[Sequence[Shares]], int],
 ) -> Shares:
     """Losses of every layer at several sparsities and on several grids, by one pass each, and the choice that a budget allows."""
     place = work / "options.json" if work else None
@@ -167,8 +169,24 @@ def _measured(
     except ValueError as error:
         raise PlanError(f"allocation measured: {error}; raise the budget or --max-sparsity") from None
     found = {name: option.share for name, option in chosen.items()}
+    if plan.budget:
+        candidates = [found, *_alike(options, budget)]
+        return candidates[nearest(candidates)]
     numels = {name: math.prod(layer["shape"]) for name, layer in known.items()}
-    return found if plan.budget else _exactly(found, chosen, numels, plan)
+    return _exactly(found, chosen, numels, plan)
+
+
+def _alike(options: dict[str, list[Option]], budget: float) -> Iterator[Shares]:
+    """The share that costs the least loss of those that all layers could have within the budget, if there is one."""
+    by_layer = [{option.share: option for option in found} for found in options.values()]
+    sums = {
+        share: [sum(getattr(found[share], of) for found in by_layer) for of in ("cost", "loss")]
+        for share in by_layer[0]
+        if all(share in found for found in by_layer)
+    }
+    within = [share for share, (cost, _) in sums.items() if cost <= budget]
+    if within:
+        yield dict.fromkeys(options, min(within, key=lambda share: sums[share][1]))
 
 
 def _exactly(shares: Shares, chosen: dict[str, Option], numels: dict[str, int], plan: Plan) -> Shares:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, gui
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.sensitivity import sensitivity
+from secateurs.prune.trial import nearest_to_dense
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.quality.kinds import kind_of_class
 from secateurs.quality.outputs import embedder, subject_of
@@ -78,7 +80,10 @@ def prune_live(
         report.warnings.append(ALIKE)
         shares = None
     else:
-        shares = assign(model, None, batches, whole.of_layers(plan) if whole else plan, found, norms, cost)
+        alone = guide_of(model, plan, None, found)
+        nearest = partial(nearest_to_dense, model, None, batches, plan, alone, progress=progress)
+        shared = whole.of_layers(plan) if whole else plan
+        shares = assign(model, None, batches, shared, found, norms, cost, nearest=nearest)
     guide = guide_of(model, plan, shares, found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None

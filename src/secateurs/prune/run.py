@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from secateurs.prune.outside import on_grid_outside, quantize_outside
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.prune.sensitivity import sensitivity
+from secateurs.prune.trial import nearest_to_dense
 from secateurs.prune.tune_model import dense_ends, distill
 from secateurs.prune.tuning import Noted
 from secateurs.quality import evaluation, inputs
@@ -306,7 +308,11 @@ class Run:
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
             shared = whole.of_layers(plan) if whole else plan
-            shares = assign(model, source, batches, shared, found, norms, cost, tick, self.work)
+            nearest = partial(
+                nearest_to_dense, model, source, batches, plan, guide_of(model, plan, None, found), progress=self.progress,
+                work=self.work / "trial",
+            )  # fmt: skip
+            shares = assign(model, source, batches, shared, found, norms, cost, tick, self.work, nearest)
             if shares is not None:
                 write_json(shares_file, shares)
                 # until now a kill could go back to them
