@@ -22,7 +22,9 @@
      lanes, Lane, Floats              tokens in a register, of int32 and of fp32; see multiply()
      rows(c), columns                 rows of weights that are multiplied together with c registers of tokens, at most `columns`
      Pairs<BITS>(from), dot(x)        a word of a panel as the strategy `pairs` has it: the sums of four rows in both of its blocks
-     PairSums                         fp32 sums of four rows;  no_pairs(), madd_pairs(sums, dot(x), scales, scales of x), totals
+     RowSums                          fp32 sums of four rows;  no_rows(), madd_pairs(sums, dot(x), scales, scales of x), totals
+     merges<BITS>()                   true if a word's products of four rows are brought into one register: madd_rows(sums, ints, factors)
+     few<BITS>()                      true if Codes have few(from), which is get() for at most 32 codes, and cheaper
    Shapes: as in loops.h. */
 
 /* what a stream reads of x for a word */
@@ -155,8 +157,8 @@ struct Integers {
     }
   }
 
-  /* One panel: the codes of 4 rows lie in one stream. ZEROS: every group has a zero of its own. */
-  template <bool MASKED, bool ZEROS, int BITS, int TOKENS>
+  /* One panel: the codes of 4 rows lie in one stream. ZEROS: every group has a zero of its own. FEW: hardly a run has more than 32. */
+  template <bool MASKED, bool ZEROS, int BITS, bool FEW, int TOKENS>
   static void stream_panel(const Call& call, const Product& product, int64_t panel, int64_t token) {
     const secateurs_weight& w = product.weight;
     const int64_t words = call.words;
@@ -173,9 +175,13 @@ struct Integers {
     Bytes fill = Math::fill(middle - shift, middle - shift);
     constexpr bool AHEAD = MASKED && Math::template ahead<BITS>();
     Ahead<BITS> ahead;
+    /* one of the two is used */
+    constexpr bool MERGES = Math::template merges<BITS>();
     Sum sum[P][TOKENS];
+    typename Math::RowSums merged[TOKENS];
     for (int r = 0; r < P; ++r)
       for (int t = 0; t < TOKENS; ++t) sum[r][t] = Math::zero();
+    for (int t = 0; t < TOKENS; ++t) merged[t] = Math::no_rows();
     for (int64_t j = 0; j < words; ++j) {
       if (AHEAD && j % ahead.WORDS == 0) values = ahead.fill(codes, mask, values, least(ahead.WORDS, words - j), bits);
       /* a page ahead, of a mask as much as half of the weights take: hardware prefetching stops at the end of a page */
@@ -190,6 +196,7 @@ struct Integers {
           start[t] = SIGNED ? Math::none() : Math::template dot<SIGNED>(Math::none(), fill, Math::load(x[t * words + j].negative));
       typename Math::Factors factor[TOKENS];
       for (int t = 0; t < TOKENS; ++t) factor[t] = Math::factors(scale, x[t * words + j].scale);
+      Ints products[TOKENS][P];
 #pragma GCC unroll 4
       for (int r = 0; r < P; ++r) {
         if (ZEROS) fill = Math::fill(zeros[low + r] - shift, zeros[high + r] - shift);
@@ -199,11 +206,14 @@ struct Integers {
           if constexpr (AHEAD) {
             row = Math::template spread<BITS, ZEROS>(kept, ahead.codes[j % ahead.WORDS * P + r], fill, middle);
           } else {
+            const int64_t nbytes = run_bytes(kept, bits);
             if constexpr (BITS == 8)
               row = Math::template spread<BITS, ZEROS>(kept, values, fill, middle);
+            else if constexpr (FEW)
+              row = Math::spread(kept, __builtin_expect(nbytes > 4 * BITS, 0) ? codes.get(values) : codes.few(values), fill);
             else
               row = Math::spread(kept, codes.get(values), fill);
-            values += run_bytes(kept, bits);
+            values += nbytes;
           }
         } else {
           row = codes.get(values);
@@ -214,26 +224,44 @@ struct Integers {
           const XWord& here = x[t * words + j];
           Ints ints = ZEROS ? Math::template dot<SIGNED>(Math::none(), fill, Math::load(here.negative)) : start[t];
           ints = Math::template dot<SIGNED>(ints, row, Math::load(here.x));
-          sum[r][t] = Math::template madd<SIGNED>(sum[r][t], ints, factor[t], r);
+          if (MERGES)
+            products[t][r] = ints;
+          else
+            sum[r][t] = Math::template madd<SIGNED>(sum[r][t], ints, factor[t], r);
         }
       }
+      if constexpr (MERGES)
+        for (int t = 0; t < TOKENS; ++t) merged[t] = Math::madd_rows(merged[t], products[t], factor[t]);
     }
-    float total[P][TOKENS];
+    float total[TOKENS][P];
 #pragma GCC unroll 4
-    for (int r = 0; r < P; ++r)
+    for (int t = 0; t < TOKENS; ++t) {
+      if (MERGES) Math::totals(merged[t], total[t]);
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) total[r][t] = Math::reduce(sum[r][t]);
+      for (int r = 0; r < P && !MERGES; ++r) total[t][r] = Math::reduce(sum[r][t]);
+    }
     for (int r = 0; r < P && panel * P + r < w.outputs; ++r)
-      for (int t = 0; t < TOKENS; ++t) finish(call, product, token + t, panel * P + r, total[r][t]);
+      for (int t = 0; t < TOKENS; ++t) finish(call, product, token + t, panel * P + r, total[t][r]);
+  }
+
+  template <bool MASKED, bool ZEROS, int BITS, bool FEW>
+  static void stream_all(const Call& call, const Product& product, int64_t panel) {
+    int64_t t = 0;
+    for (; t + 4 <= call.tokens; t += 4) stream_panel<MASKED, ZEROS, BITS, FEW, 4>(call, product, panel, t);
+    for (; t + 2 <= call.tokens; t += 2) stream_panel<MASKED, ZEROS, BITS, FEW, 2>(call, product, panel, t);
+    for (; t < call.tokens; ++t) stream_panel<MASKED, ZEROS, BITS, FEW, 1>(call, product, panel, t);
   }
 
   template <bool MASKED, bool ZEROS, int BITS>
   static void stream_tokens(const Call& call, const Product& product, int64_t begin, int64_t end) {
+    const secateurs_weight& w = product.weight;
     for (int64_t p = begin; p < end; ++p) {
-      int64_t t = 0;
-      for (; t + 4 <= call.tokens; t += 4) stream_panel<MASKED, ZEROS, BITS, 4>(call, product, p, t);
-      for (; t + 2 <= call.tokens; t += 2) stream_panel<MASKED, ZEROS, BITS, 2>(call, product, p, t);
-      for (; t < call.tokens; ++t) stream_panel<MASKED, ZEROS, BITS, 1>(call, product, p, t);
+      /* with 24 of 64 on average more than 32 are rare: 2.3 standard deviations at random */
+      constexpr bool FEW = MASKED && Math::template few<BITS>();
+      if (FEW && w.starts[p + 1] - w.starts[p] <= call.words * P * 3 * BITS)
+        stream_all<MASKED, ZEROS, BITS, FEW>(call, product, p);
+      else
+        stream_all<MASKED, ZEROS, BITS, false>(call, product, p);
     }
   }
   template <bool MASKED, bool ZEROS>
@@ -282,8 +310,8 @@ struct Integers {
     const uint8_t* at = static_cast<const uint8_t*>(w.pairs) + panel * words * STEP;
     const Groups groups(w);
     const uint16_t* scales = w.scale + panel * groups.count * P;
-    typename Math::PairSums sum[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) sum[t] = Math::no_pairs();
+    typename Math::RowSums sum[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) sum[t] = Math::no_rows();
     for (int64_t j = 0; j < words; ++j, at += STEP) {
 #pragma GCC unroll 4
       for (int line = 0; line < BITS / 4 + 1; ++line) __builtin_prefetch(at + 4096 + 64 * line);

@@ -198,6 +198,14 @@ struct Whole {
   static constexpr bool signs() {
     return BITS == 8;
   }
+  template <int>
+  static constexpr bool merges() {
+    return false;
+  }
+  template <int>
+  static constexpr bool few() {
+    return false;
+  }
   template <int BITS>
   static constexpr bool ahead() {
     return BITS != 8;
@@ -352,12 +360,12 @@ struct Whole {
       return BITS == 8 ? sum : fours_of(sum);
     }
   };
-  using PairSums = __m256;
-  static PairSums no_pairs() { return _mm256_setzero_ps(); }
-  static PairSums madd_pairs(PairSums sums, __m256i ints, const Scales& scales, const float* x) {
+  using RowSums = __m256;
+  static RowSums no_rows() { return _mm256_setzero_ps(); }
+  static RowSums madd_pairs(RowSums sums, __m256i ints, const Scales& scales, const float* x) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints), _mm256_mul_ps(scales.of, _mm256_loadu_ps(x)), sums);
   }
-  static void totals(PairSums sums, float* out) {
+  static void totals(RowSums sums, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
   }
 

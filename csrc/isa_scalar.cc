@@ -65,6 +65,14 @@ struct Whole {
   static constexpr bool signs() {
     return false;
   }
+  template <int>
+  static constexpr bool merges() {
+    return false;
+  }
+  template <int>
+  static constexpr bool few() {
+    return false;
+  }
   template <int BITS>
   static constexpr bool ahead() {
     return false;
@@ -158,16 +166,16 @@ struct Whole {
       return sums;
     }
   };
-  struct PairSums {
+  struct RowSums {
     float of[4];
   };
-  static PairSums no_pairs() { return {}; }
+  static RowSums no_rows() { return {}; }
   template <class Dots>
-  static PairSums madd_pairs(PairSums sums, const Dots& ints, const Scales& scales, const float* x) {
+  static RowSums madd_pairs(RowSums sums, const Dots& ints, const Scales& scales, const float* x) {
     for (int i = 0; i < 8; ++i) sums.of[i % 4] += static_cast<float>(ints.at[i / 4][i % 4]) * (scales.of[i / 4][i % 4] * x[i]);
     return sums;
   }
-  static void totals(const PairSums& sums, float* out) { __builtin_memcpy(out, sums.of, sizeof(sums.of)); }
+  static void totals(const RowSums& sums, float* out) { __builtin_memcpy(out, sums.of, sizeof(sums.of)); }
 
   static Lane load_lane(const void* from) {
     Lane out;
