@@ -38,6 +38,26 @@ def test_shards_merge_exactly_and_in_any_order():
         first + Stats.of(x_TI, gram=False)
 
 
+def test_the_order_of_batches_changes_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    # some inputs are a thousand times as large, as in real models
+    batches = torch.randn(24, 64, 200, generator=generator) * torch.logspace(-2, 2, 200)
+    gram, norms = (Stats.zeros(200, gram) for gram in (True, False))
+    other_gram, other_norms = (Stats.zeros(200, gram) for gram in (True, False))
+    for i in range(24):
+        for stats in (gram, norms):
+            stats.add_(batches[i])
+        for stats in (other_gram, other_norms):
+            stats.add_(batches[(7 * i + 3) % 24])
+    assert torch.equal(gram.finish().gram_II, other_gram.finish().gram_II)
+    assert torch.equal(norms.finish().sqnorm_I, other_norms.finish().sqnorm_I)
+    again = gram.gram_II.clone()
+    # finished sums may grow on
+    gram.add_(batches[0])
+    assert torch.equal(gram.finish().gram_II - again, torch.zeros(200, 200)) is False
+    torch.testing.assert_close(gram.gram_II, again + batches[0].T @ batches[0])
+
+
 def test_inverse_factor_rows_come_from_trailing_inverses(layer):
     _, stats, _ = layer
     upper = stats.inverse_factor(0.01).double()
@@ -89,6 +109,7 @@ def test_the_drift_is_the_sum_of_differences_and_inputs(dtype):
     stats = Stats.zeros(12, gram=True)
     stats.add_(x_TI[:1000], dense_TI[:1000])
     stats.add_(x_TI[1000:], dense_TI[1000:])
+    stats.finish()
     want = (dense_TI - x_TI).double().T @ x_TI.double()
     assert want.abs().max() > 1e6
     torch.testing.assert_close(stats.drift_II.double(), want, rtol=1e-5, atol=float(want.abs().max()) * 1e-6)

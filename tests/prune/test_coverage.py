@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import secateurs as sc
 from secateurs.base.errors import PlanError
-from secateurs.prune.run import failure
+from secateurs.prune.record import failure
 
 
 def names_of(report, tensor):

@@ -27,7 +27,7 @@ from secateurs.model.blocks import blocks_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.layers import layers_of
 from secateurs.prune import run as prune_run
-from secateurs.prune.run import failure
+from secateurs.prune.record import failure
 from secateurs.quality import compare, evaluation, texts
 from secateurs.quality.evaluation import quality
 from secateurs.report.run_tables import print_report

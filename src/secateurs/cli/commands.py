@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from secateurs.base.errors import SecateursError
+from secateurs.base.errors import PlanError, SecateursError
+from secateurs.base.processes import is_alone
 from secateurs.cli import decide, export, lab, look, machine, pack, prune, recover, shrink
 
 app = typer.Typer(
@@ -40,6 +41,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "report": (decide.report, SEE),
     "methods": (look.methods, SEE),
 }
+# what several processes of a torchrun do together
+TOGETHER = ("prune", "recover")
 for _name, (_function, _panel) in COMMANDS.items():
     app.command(_name, rich_help_panel=_panel)(_function)
 app.add_typer(lab.app, name="lab", rich_help_panel=SEE)
@@ -60,6 +63,11 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
 ) -> None:
     context.obj = debug
+    if not is_alone() and context.invoked_subcommand not in TOGETHER:
+        raise PlanError(
+            f"{context.invoked_subcommand} runs in one process, and torchrun started several; start it without torchrun. In "
+            f"several run: {', '.join(TOGETHER)}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

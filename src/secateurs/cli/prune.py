@@ -149,13 +149,15 @@ def prune(
     tasks_limit: options.TasksLimit = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Prune a model in one shot, check it, measure it against the dense one.
+    """Prune a model in one shot, check it, measure it against the dense one. Alone, or in several processes under torchrun.
 
     Example: secateurs prune MODEL --out runs/half --sparsity 0.5
     """
     from secateurs.base.errors import PlanError
+    from secateurs.base.processes import is_first
     from secateurs.prune.plan import Plan
-    from secateurs.prune.run import Run, failure
+    from secateurs.prune.record import failure
+    from secateurs.prune.run import Run
     from secateurs.quality.settings import Calibration, Evaluation
     from secateurs.report.run_tables import print_report
 
@@ -187,8 +189,11 @@ def prune(
         raise PlanError("no model: give a folder or hub id, or a --plan that names one")
     if out is None:
         raise PlanError("no place for the result: give --out DIR")
-    with on_cpu(quiet, as_json, chosen.model) as progress:
+    first = is_first()
+    with on_cpu(quiet or not first, as_json, chosen.model) as progress:
         report = Run(chosen, out.expanduser(), progress).complete()
+    if not first:
+        return
     if as_json:
         print_json(report.as_dict())
     elif not quiet:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateurs.base.precision import exact_products
+from secateurs.base.processes import Ranks
 
 # an input that was zero for every token, in units of the mean of all: enough to rank its weights, too little to count
 _DEAD = 1e-12
@@ -21,6 +22,10 @@ class Stats:
 
     All in fp32. A 16-bit accumulator would stop growing after a few hundred tokens (2048 + 1 = 2048 in fp16,
     256 + 1 = 256 in bf16), and a Gram matrix that is not positive definite has no Cholesky factor.
+
+    While they grow, sums are held in fp64 and each batch's products are formed in fp32. A sum of fp32 numbers is exact in fp64
+    unless one is less than a 10^7th of the others, so it does not matter in which order batches come, or which process adds them:
+    a solver that ranks weights, ADMM above all, would otherwise remove another 1% of them after a change in the last bit.
     """
 
     tokens: int
@@ -28,6 +33,7 @@ class Stats:
     gram_II: Tensor | None = None
     drift_II: Tensor | None = None
     _factors: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    _growing: "_Growing | None" = field(default=None, repr=False)
 
     @classmethod
     def of(cls, x_TI: Tensor, gram: bool = True) -> "Stats":
@@ -45,33 +51,18 @@ class Stats:
     def add_(self, x_TI: Tensor, dense_TI: Tensor | None = None) -> None:
         """Add a batch in place, and its products with the dense model's inputs for the same tokens if they are given.
 
-        Only the upper half of the Gram matrix grows: call finish() after the last batch.
+        Call finish() after the last batch.
         """
         x_TI = x_TI.reshape(-1, x_TI.shape[-1])
         self.tokens += x_TI.shape[0]
-        full_TI = x_TI.float()
-        if self.gram_II is None:
-            self.sqnorm_I += full_TI.square().sum(0)
-            return
-        width = full_TI.shape[1]
-        # with six panels 58% of the products are formed; more and narrower ones would each be slower
-        panel = max(96, -(-width // 6))
-        with exact_products(x_TI.dtype):
-            for start in range(0, width, panel):
-                stop = min(start + panel, width)
-                self.gram_II[start:stop, start:].addmm_(full_TI[:, start:stop].T, full_TI[:, start:])
-            if dense_TI is not None:
-                if self.drift_II is None:
-                    self.drift_II = torch.zeros_like(self.gram_II)
-                # d - x may be rounded to 16 bits; sums of d x' and x x', subtracted afterwards, may not
-                moved_TI = dense_TI.reshape(x_TI.shape) - x_TI
-                self.drift_II.addmm_(moved_TI.float().T, full_TI)
+        self._growing = self._growing or _Growing.of(self)
+        self._growing.add(x_TI, None if dense_TI is None else dense_TI.reshape(x_TI.shape))
 
     def finish(self) -> "Stats":
-        """Mirror the upper half of the Gram matrix into the lower and read the norms off its diagonal; returns self."""
-        if self.gram_II is not None:
-            self.gram_II.copy_(self.gram_II.triu() + self.gram_II.triu(1).T)
-            self.sqnorm_I.copy_(self.gram_II.diagonal())
+        """Round the sums to fp32, mirror the upper half of the Gram matrix into the lower; returns self."""
+        if self._growing is not None:
+            self._growing.into(self)
+            self._growing = None
         return self
 
     def __add__(self, other: "Stats") -> "Stats":
@@ -84,10 +75,30 @@ class Stats:
         drift_II = None if self.drift_II is None or other.drift_II is None else self.drift_II + other.drift_II
         return Stats(self.tokens + other.tokens, self.sqnorm_I + other.sqnorm_I, gram_II, drift_II)
 
+    def summed(self, ranks: Ranks, owner: int, drift: bool = False) -> "Stats":
+        """The sums over all ranks, finished: norms on all of them, matrices on the owner only. Called before finish(), which would
+        round; this one is used up. drift: another rank has products with dense inputs.
+        """
+        growing = self._growing or _Growing.of(self)
+        total = Stats(int(ranks.total(self.tokens)), self.sqnorm_I)
+        growing.sum(ranks, owner, drift)
+        if growing.panels is None or ranks.rank == owner:
+            total.gram_II = self.gram_II
+            growing.into(total)
+        else:
+            total.sqnorm_I = growing.sqnorm_I.float()
+        self._growing = None
+        return total
+
     def reordered(self, order_I: Tensor) -> "Stats":
         """The sums of the same inputs in another order: x[order_I] in x's place."""
         gram_II, drift_II = (None if m is None else m[order_I][:, order_I] for m in (self.gram_II, self.drift_II))
         return Stats(self.tokens, self.sqnorm_I[order_I], gram_II, drift_II)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether it has products with dense inputs."""
+        return (self if self._growing is None else self._growing).drift_II is not None
 
     @property
     def dead_I(self) -> Tensor:
@@ -136,3 +147,65 @@ class Stats:
                 )
             self._factors[damping] = upper_II
         return self._factors[damping]
+
+
+class _Growing:
+    """Sums in fp64 of Stats that grow. panels: the upper half of the Gram matrix as strips, each from its diagonal to the right."""
+
+    def __init__(self, sqnorm_I: Tensor, panels: list[Tensor] | None, drift_II: Tensor | None) -> None:
+        self.sqnorm_I, self.panels, self.drift_II = sqnorm_I, panels, drift_II
+
+    @classmethod
+    def of(cls, stats: Stats) -> "_Growing":
+        gram_II, width = stats.gram_II, len(stats.sqnorm_I)
+        panels = None if gram_II is None else [gram_II[at, at.start :].double() for at in _strips(width)]
+        return cls(stats.sqnorm_I.double(), panels, None if stats.drift_II is None else stats.drift_II.double())
+
+    def add(self, x_TI: Tensor, dense_TI: Tensor | None) -> None:
+        full_TI = x_TI.float()
+        if self.panels is None:
+            self.sqnorm_I += full_TI.square().sum(0)
+            return
+        with exact_products(x_TI.dtype):
+            for at, panel in zip(_strips(full_TI.shape[1]), self.panels, strict=True):
+                panel += full_TI[:, at].T @ full_TI[:, at.start :]
+            if dense_TI is not None:
+                # d - x may be rounded to 16 bits; sums of d x' and x x', subtracted afterwards, may not
+                product_II = (dense_TI - x_TI).float().T @ full_TI
+                self.drift_II = product_II.double() if self.drift_II is None else self.drift_II.add_(product_II)
+
+    def sum(self, ranks: Ranks, owner: int, drift: bool) -> None:
+        """Sum over all ranks, in place: norms on all, matrices on the owner only."""
+        if self.panels is not None:
+            self.sqnorm_I = self._diagonal()
+        ranks.sum(self.sqnorm_I)
+        if drift and self.drift_II is None:
+            self.drift_II = self.sqnorm_I.new_zeros(len(self.sqnorm_I), len(self.sqnorm_I))
+        for matrix in (*(self.panels or ()), *(() if self.drift_II is None else (self.drift_II,))):
+            ranks.sum(matrix, owner)
+
+    def _diagonal(self) -> Tensor:
+        assert self.panels is not None
+        return torch.cat([panel.diagonal() for panel in self.panels])
+
+    def into(self, stats: Stats) -> None:
+        """Round all sums into a Stats; its Gram matrix is symmetric bit for bit."""
+        gram_II = stats.gram_II
+        if self.panels is None or gram_II is None:
+            stats.sqnorm_I = self.sqnorm_I.float()
+            return
+        stats.sqnorm_I = self._diagonal().float()
+        for at in _strips(len(gram_II)):
+            # a strip that is rounded is not held any longer
+            panel = self.panels.pop(0)
+            gram_II[at, at.start :].copy_(panel)
+            square = gram_II[at, at]
+            square.copy_(square.triu() + square.triu(1).T)
+            gram_II[at.stop :, at].copy_(gram_II[at, at.stop :].T)
+        stats.drift_II = None if self.drift_II is None else self.drift_II.float()
+
+
+def _strips(width: int) -> list[slice]:
+    """With six strips 58% of the products are formed and held; more and narrower ones would each be slower."""
+    each = max(96, -(-width // 6))
+    return [slice(start, min(start + each, width)) for start in range(0, width, each)]

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from secateurs.base.files import write_json, writing
+from secateurs.base.processes import ALONE, Ranks
 
 
 class Activations(Protocol):
@@ -39,13 +41,19 @@ class InMemory:
 
 
 class OnDisk:
-    """Activations in a folder, so that memory holds one batch and a killed run goes on from the block it was in."""
+    """Activations in a folder, so that memory holds one batch and a killed run goes on from the block it was in.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Ranks have their own batches in one folder, under numbers that do not depend on how many ranks there are.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def _folder(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}"
 
     def _file(self, block: int, batch: int) -> Path:
-        return self.folder / f"block-{block:04d}" / f"{batch:05d}.safetensors"
+        return self._folder(block) / f"{self.ranks.number(batch):05d}.safetensors"
 
     def read(self, block: int, batch: int) -> Tensor:
         from safetensors.torch import load_file
@@ -63,9 +71,13 @@ class OnDisk:
             write_state(file, hidden, more)
 
     def drop(self, block: int) -> None:
-        import shutil
-
-        shutil.rmtree(self.folder / f"block-{block:04d}", ignore_errors=True)
+        folder = self._folder(block)
+        for file in folder.glob("*.safetensors"):
+            if self.ranks.owner(int(file.stem)) == self.ranks.rank:
+                file.unlink(missing_ok=True)
+        # it is not empty while another rank has not dropped its own
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_state(file: Path, hidden: Tensor, more: Sequence[Any] = ()) -> None:
@@ -94,7 +106,7 @@ def read_place(file: Path | None) -> int:
     return int(json.loads(file.read_text()).get("block", 0)) if file is not None and file.is_file() else 0
 
 
-def note_place(file: Path | None, block: int, **found: Any) -> None:
-    """Write a note of the block that comes next, and of what was found in the blocks before it."""
+def note_place(file: Path | None, block: int, ranks: Ranks = ALONE, **found: Any) -> None:
+    """Write a note of the block that comes next, once all ranks have stored its inputs, and of what was found before it."""
     if file is not None:
-        write_json(file, {"block": block, **found})
+        ranks.alone(lambda: write_json(file, {"block": block, **found}))

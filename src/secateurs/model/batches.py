@@ -44,9 +44,15 @@ def placed(x: Tensor, device: torch.device) -> Tensor:
     return moved.clone() if moved.is_inference() else moved
 
 
-def batched(windows: Tensor) -> list[Batch]:
-    per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
-    return [{"input_ids": part} for part in torch.split(windows, per_batch)]
+def batched(windows: Tensor, parts: int = 1) -> list[Batch]:
+    """Token windows [N, S] as batches in order: at least `parts`, if there are as many windows.
+
+    The same batches for as many parts as there are, since products of other batches have other last bits.
+    """
+    found = torch.split(windows, max(1, _TOKENS_PER_BATCH // windows.shape[1]))
+    if len(found) < parts:
+        found = torch.tensor_split(windows, min(len(windows), parts))
+    return [{"input_ids": some} for some in found]
 
 
 def window_length(asked: int | None, model: nn.Module, usual: int, flag: str) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateurs.base.errors import CheckpointError, LayerError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations, InMemory
 from secateurs.model.batches import Batch
@@ -43,12 +44,16 @@ from secateurs.model.blocks import (
 )
 from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Layout, assume, layout_of
 from secateurs.model.layers import Layer, layers_of
+from secateurs.model.sharing import dealt, summed
 from secateurs.model.watch import Uncalled, Unlike, Watch
 
 
 @dataclass
 class Step:
-    """One block of a walk: its layers, to be edited in place, and passes over its inputs. windows: how many each batch has."""
+    """One block of a walk: its layers, to be edited in place, and passes over its inputs. windows: how many each batch has.
+
+    Of a walk of several ranks each has its own batches; observe() is of all of them.
+    """
 
     index: int
     count: int
@@ -56,6 +61,7 @@ class Step:
     block: nn.Module
     layers: list[Layer]
     windows: list[int]
+    ranks: Ranks
     _model: nn.Module = field(repr=False)
     _forward: Callable[[int], Any] = field(repr=False)
     _keep_output: Callable[[int, Any], None] | None = field(default=None, repr=False)
@@ -65,6 +71,8 @@ class Step:
     _store: Activations | None = field(default=None, repr=False)
     _targets: Activations | None = field(default=None, repr=False)
     _seen: set[int] = field(default_factory=set, repr=False)
+    # {layer: the rank that has its Gram matrix}
+    _owner: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def can_tune(self) -> bool:
@@ -79,6 +87,25 @@ class Step:
     @property
     def batches(self) -> int:
         return len(self.windows)
+
+    def owner(self, layer: Layer) -> int:
+        """The rank that solves a layer: the one that observe() left its Gram matrix with."""
+        if layer.name not in self._owner:
+            self._owner = dealt([[other] for other in self.layers], self.ranks.size) | self._owner
+        return self._owner[layer.name]
+
+    def mine(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers that this rank solves."""
+        return [layer for layer in layers if self.owner(layer) == self.ranks.rank]
+
+    def hand_out(self, layers: Sequence[Layer]) -> None:
+        """Give all ranks the weights that the layers' owners have written."""
+        if self.ranks.size > 1:
+            for layer in layers:
+                # a copy, because it may lie in memory the other way round
+                weight_OI = layer.read().contiguous()
+                self.ranks.hand_out(weight_OI, self.owner(layer))
+                layer.write(weight_OI)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """The model in evaluation mode and without gradients, as calls of the block expect it."""
@@ -114,7 +141,8 @@ class Step:
 
         All calls of a layer count. Layers called on the same tensors share one Stats. An expert's Stats hold the tokens routed
         to it, possibly none. drift: also how far the inputs have moved from the dense model's (Stats.drift_II); needs
-        stream(teacher=...), leaves experts out.
+        stream(teacher=...), leaves experts out. Of several ranks each passes over its batches, the sums are over all, and Gram
+        matrices are the owner()'s only.
         The block's outputs are stored for targets() if stream() was given a store for them.
 
         A layer that is never called, nor its weight multiplied by a function, has none. Raises LayerError if an input is not
@@ -130,7 +158,8 @@ class Step:
             watch = Watch(layers, gram, may_stop, apart, uncalled)
             try:
                 self._look(watch, drift)
-                return watch.finish()
+                found, self._owner = summed(watch.finish(), layers, gram, self.ranks)
+                return found
             except Unlike as found:
                 apart |= {found.name}
             except Uncalled as found:
@@ -176,6 +205,7 @@ def stream(
     targets: Activations | None = None,
     keep_all: bool = False,
     backwards: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Yield the model's blocks in order, each with the inputs that the blocks before it give.
 
@@ -187,7 +217,8 @@ def stream(
     of every pass. teacher: a second store, for the inputs that the dense blocks would have; observe(drift=True) of every block
     fills it. targets: a store for a block's dense outputs, kept until the next block. keep_all drops no block's inputs; backwards
     then goes through the same blocks from the last to the first. A model that cannot be walked in blocks (layout.how is WHOLE) is
-    one block, and has no keep_last. teacher and backwards need layout.simple. Raises CheckpointError otherwise.
+    one block, and has no keep_last. teacher and backwards need layout.simple. Raises CheckpointError otherwise. ranks: those that
+    walk together, each with batches of its own.
     """
     loader = loader or AllLoaded()
     store = store or InMemory()
@@ -208,7 +239,18 @@ def stream(
         except HandsOnMore as error:
             _walk_otherwise(model, error)
             yield from stream(
-                model, batches, loader, store, start, propagate, keep_last, tick, teacher, targets, keep_all
+                model,
+                batches,
+                loader,
+                store,
+                start,
+                propagate,
+                keep_last,
+                tick,
+                teacher,
+                targets,
+                keep_all,
+                ranks=ranks,
             )
             return
 
@@ -218,7 +260,7 @@ def stream(
         if batches and not whole:
             lists.enter(index, store)
         loader.load(model, names[index])
-        is_called = whole or not batches or lists.is_called(index)
+        is_called = ranks.total(whole or not batches or lists.is_called(index)) > 0
 
         def call(
             hidden: Tensor, batch: int, part: slice | None = None, index: int = index, block: nn.Module = block
@@ -237,7 +279,7 @@ def stream(
         if not is_called:
             layers = [replace(y, refused=f"{names[index]} is not called on calibration inputs") for y in layers]
         yield Step(
-            index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], model, forward, early, tick,
+            index, len(names), names[index], block, layers, [shape_of(b)[0] for b in batches], ranks, model, forward, early, tick,
             call if is_called and not whole else None, teacher, store, targets if is_called else None,
         )  # fmt: skip
         if not keep_all and not backwards:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import LayerError, PlanError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.seed import seed_of
 from secateurs.matrix import grids, quantize, solvers
 from secateurs.matrix.patterns import Unstructured, count_zeros, parse
@@ -49,24 +50,25 @@ def assign(
     tick: Callable[[], None] = lambda: None,
     work: Path | None = None,
     nearest: Callable[[Sequence[Shares]], int] = lambda candidates: 0,
+    ranks: Ranks = ALONE,
 ) -> Shares | None:
     """What each layer becomes, or None where all are alike. Scores and losses are those of the dense model.
 
     sensitivity: E[g^2] by layer; where it is known, scores and losses are in units of the model's loss, and can be compared
     between layers. norms: of the layers' inputs, as sensitivity() found them; a pass over the batches where there are none.
     cost: what the plan's budget is in. work: a folder where `measured` keeps what it found, block by block, so that a killed run
-    goes on. nearest: which of several candidates for a budget to take.
+    goes on. nearest: which of several candidates for a budget to take. batches: this rank's; all ranks return the same.
     """
     needs = plan.allocator.needs
     if plan.allocation == "uniform":
         return None
     if needs == "curves":
-        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work, nearest)
+        return _measured(model, loader, batches, plan, sensitivity, cost, tick, work, nearest, ranks)
     solver = plan.solver
     found: dict[str, tuple[str, Layer]] = {}
     norms = dict(norms)
     looks = needs == "scores" and solver.needs != "weights" and not norms
-    for step in stream(model, batches if looks else [], loader, propagate="dense", tick=tick):
+    for step in stream(model, batches if looks else [], loader, propagate="dense", tick=tick, ranks=ranks):
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         found.update((layer.name, (step.name, layer if loader is None else _without_weights(layer))) for layer in todo)
         if looks:
@@ -126,23 +128,25 @@ def _measured(
     tick: Callable[[], None],
     work: Path | None,
     nearest: Callable[[Sequence[Shares]], int],
+    ranks: Ranks,
 ) -> Shares:
     """Losses of every layer at several sparsities and on several grids, by one pass each, and the choice that a budget allows."""
     place = work / "options.json" if work else None
     # {layer: its shape, its dtype, and [share, loss] of every option}; what they cost may change before a run goes on
     known: dict[str, Any] = json.loads(place.read_text())["layers"] if place and place.is_file() else {}
-    store = OnDisk(work / "inputs") if work else InMemory()
-    start = read_place(place)
+    store = OnDisk(work / "inputs", ranks) if work else InMemory()
+    start = ranks.tell(read_place(place))
     for _ in range(start * len(batches)):
         tick()
-    for step in stream(model, batches, loader, store, start, "dense", tick=tick):
-        note_place(place, step.index, layers=known)
+    for step in stream(model, batches, loader, store, start, "dense", tick=tick, ranks=ranks):
+        note_place(place, step.index, ranks, layers=known)
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
         stats = step.observe(todo, gram=True)
         measured = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
         # an expert that no token reached when sensitivities were measured counts like the others
         usual = torch.cat(measured).mean() if measured else torch.tensor(1.0)
-        for layer in todo:
+        solved = {}
+        for layer in step.mine(todo):
             importance_O = sensitivity.get(layer.name, usual)
             # what has no price shows before anything is solved
             cost(layer.shape, layer.parameter.dtype, plan.target, next(iter(plan.layer_grids), None))
@@ -151,7 +155,9 @@ def _measured(
             except ValueError as error:
                 raise LayerError(f"{layer.name}: {error}") from None
             dtype = str(layer.parameter.dtype).removeprefix("torch.")
-            known[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
+            solved[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
+        everyone = {name: facts for theirs in ranks.gather(solved) for name, facts in theirs.items()}
+        known.update({layer.name: everyone[layer.name] for layer in todo})
     if not known:
         raise PlanError(f"{plan.model} has no layers to prune in its blocks")
     options: dict[str, list[Option]] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import LayerError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress, ticker
 from secateurs.base.seed import seed_of
 from secateurs.matrix import solvers
@@ -99,9 +100,15 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     later = (plan.reconstruct and step.can_tune) or plan.distill
     dense = {y.name: y.read().clone(memory_format=torch.contiguous_format) for y in todo if later}
     scales: dict[str, Scales] = {}
-    for layer in todo:
-        records[layer.name], found = prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
-        scales.update({layer.name: found} if found else {})
+    # each rank solves its own, and all go on with the same block
+    solved = {
+        layer.name: prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
+        for layer in step.mine(todo)
+    }
+    for theirs in step.ranks.gather(solved):
+        records.update({name: record for name, (record, _) in theirs.items()})
+        scales.update({name: found for name, (_, found) in theirs.items() if found})
+    step.hand_out(todo)
     others = [_left_out(other) for other in others_of(step.block, step.name, step.layers)]
     outcome = Outcome([*(records[layer.name] for layer in step.layers), *others], tuned, dense=dense, scales=scales)
     if plan.reconstruct and todo and step.can_tune:
@@ -330,9 +337,10 @@ def take_up(
     scales: Mapping[str, Scales],
     store: Activations,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[LayerRecord], list[str]]:
     """The records after all blocks were tuned, their errors on the inputs that the tuned blocks give, and the names of the other
-    parameters that moved. dense: Outcome.dense of a block. scales: of the layers on a grid.
+    parameters that moved. dense: Outcome.dense of a block. scales: of the layers on a grid. batches: this rank's.
     """
     by_name = {record.name: record for record in records}
     vectors: list[str] = []
@@ -340,16 +348,30 @@ def take_up(
     # a batch goes through each block, and through all but the last once more
     passes = (1 if needs == "weights" else 2) * len(blocks_of(model)[0]) - 1
     tick = ticker(progress, "measuring errors", len(batches) * passes)
-    for step in stream(model, batches, store=store, tick=tick):
+    for step in stream(model, batches, store=store, tick=tick, ranks=ranks):
         pruned = [layer for layer in step.layers if by_name[layer.name].skipped is None]
         weights = dense(step.index)
         stats = step.observe(pruned, gram=needs == "gram") if needs != "weights" else {}
-        for layer in pruned:
-            by_name[layer.name] = _tuned(
-                layer, by_name[layer.name], weights[layer.name], stats.get(layer.name), plan, scales.get(layer.name)
-            )
+        by_name.update(_all_tuned(step, pruned, by_name, weights, stats, plan, scales))
         vectors += _vectors(step.name, step.block)
     return list(by_name.values()), vectors
+
+
+def _all_tuned(
+    step: Step,
+    pruned: Sequence[Layer],
+    records: Mapping[str, LayerRecord],
+    dense: Mapping[str, Tensor],
+    stats: Mapping[str, Stats],
+    plan: Plan,
+    scales: Mapping[str, Scales],
+) -> dict[str, LayerRecord]:
+    """The records of a block's layers whose survivors were tuned, each made by the rank that has its statistics."""
+    mine = {
+        y.name: _tuned(y, records[y.name], dense[y.name], stats.get(y.name), plan, scales.get(y.name))
+        for y in step.mine(pruned)
+    }
+    return {name: record for theirs in step.ranks.gather(mine) for name, record in theirs.items()}
 
 
 def _tuned(
@@ -373,23 +395,21 @@ def _tune(
     step: Step, pruned: list[Layer], stats: Mapping[str, Stats], plan: Plan, outcome: Outcome, tick: Callable[[], None]
 ) -> None:
     """Tune the block against the dense one and bring the records up to date."""
-    records = {record.name: record for record in outcome.records}
+    records, ranks = {record.name: record for record in outcome.records}, step.ranks
     with step.evaluating():
         found = reconstruct(
             _moving(step.block, pruned, records, outcome.scales, outcome.dense),
-            lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
-            lambda batch, part: step.targets(batch)[part],
-            step.windows,
+            lambda batch, part: step.call(step.inputs(ranks.local(batch))[part], ranks.local(batch), part),
+            lambda batch, part: step.targets(ranks.local(batch))[part],
+            ranks.merged(step.windows),
             plan.reconstruct or 0,
             seed=seed_of(plan.calibration.seed, step.name),
             tick=tick,
+            ranks=ranks,
         )
     outcome.reconstruction = {"block": step.name, "before": found.before, "after": found.after, "steps": found.steps}
     if not found.accepted:
         return
-    for layer in pruned:
-        dense_OI = outcome.dense[layer.name]
-        scales = outcome.scales.get(layer.name)
-        records[layer.name] = _tuned(layer, records[layer.name], dense_OI, stats.get(layer.name), plan, scales)
+    records.update(_all_tuned(step, pruned, records, outcome.dense, stats, plan, outcome.scales))
     outcome.records = list(records.values())
     outcome.tuned += _vectors(step.name, step.block)

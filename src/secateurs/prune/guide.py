@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress
 from secateurs.matrix.grids import Scales
 from secateurs.model.activations import Activations
@@ -136,13 +137,14 @@ def note_distillation(
     scales: Mapping[str, Scales],
     store: Activations,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> None:
     if outcome is None:
         report.warnings.append("the whole model was not tuned: it gives no logits")
         return
     report.distillation = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps}
     if outcome.accepted:
-        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, scales, store, progress)
+        report.layers, vectors = take_up(model, plan, report.layers, batches, dense, scales, store, progress, ranks)
         report.tuned = sorted({*report.tuned, *vectors})
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import LayerError, PlanError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.grids import Grid, Scales
 from secateurs.matrix.patterns import Unstructured
 from secateurs.matrix.quantize import joint_polished, quantize
@@ -117,14 +118,18 @@ def quantize_outside(
     batches: Sequence[Batch],
     store: Activations,
     tick: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[LayerRecord], dict[str, Scales]]:
     """Write embedding and head of a model whose blocks are pruned on their grids, in place: their records and scales.
 
     model: without weights; loader: of the pruned model, whose embedding and head are dense. They are loaded when this returns.
+    batches: this rank's; the first rank solves.
     """
     todo = on_grid_outside(model, plan)
     heads = [found for found in todo if found.head is not None]
-    stats = _inputs_of(model, heads[0].head, loader, batches, store, tick) if heads and batches else None
+    stats = _inputs_of(model, heads[0].head, loader, batches, store, tick, ranks) if heads and batches else None
+    if not ranks.first:
+        return [], {}
     loader.load_outside(model)
     records, scales = [], {}
     # loading made new parameters
@@ -135,8 +140,9 @@ def quantize_outside(
 
 
 def _inputs_of(
-    model: nn.Module, head: Any, loader: Loader, batches: Sequence[Batch], store: Activations, tick: Callable[[], None]
-) -> Stats | None:
+    model: nn.Module, head: Any, loader: Loader, batches: Sequence[Batch], store: Activations, tick: Callable[[], None],
+    ranks: Ranks,
+) -> Stats | None:  # fmt: skip
     """Sums over what the head multiplies in the pruned model; None if it is not called."""
     count = len(blocks_of(model)[0])
     for _ in stream(model, batches, loader, store, keep_last=True, tick=tick):
@@ -155,7 +161,8 @@ def _inputs_of(
                 leave(model, loader, store.read(count, b), batch, None, store.more(count, b))
     finally:
         handle.remove()
-    return stats.finish() if stats.tokens else None
+    total = stats.summed(ranks, 0)
+    return total if total.tokens else None
 
 
 def _solve(found: Outside, stats: Stats | None, plan: Plan) -> tuple[LayerRecord, Scales]:

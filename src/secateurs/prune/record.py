@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateurs.base.errors import OutputError
+from secateurs.base.errors import OutputError, QualityGateError, SecateursError, SkippedLayersError
 from secateurs.base.files import write_json
 from secateurs.base.run_directory import REPORT_FORMAT
 from secateurs.matrix.grids import Grid, Scales, least_bits, parse
@@ -162,3 +162,18 @@ class Report:
             raise OutputError(f"{file} cannot be read: {error.strerror}; is this a run directory?") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{file} is not a secateurs report: {error}") from None
+
+
+def failure(report: Report) -> SecateursError | None:
+    """The error with which a finished run still ends: a missed gate, or layers left dense without --allow-skips; else None."""
+    missed = [g["missed"] for g in report.gate if not g["passed"]]
+    if missed:
+        return QualityGateError("; ".join(missed) + "; the results are kept")
+    skipped = [r for r in report.layers if r.skipped_by == "shape"]
+    if skipped and not report.plan["allow_skips"]:
+        count = sum(r.skipped_by != "kind" for r in report.layers)
+        return SkippedLayersError(
+            f"{len(skipped)} of {count} layers cannot take {report.plan['pattern']} and stay dense, first "
+            f"{skipped[0].name}: {skipped[0].skipped}; the results are kept; pass --allow-skips if that is wanted"
+        )
+    return None

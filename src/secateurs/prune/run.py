@@ -4,13 +4,17 @@ The run directory holds plan.json, model/ (a plain checkpoint), report.json, and
 block is finished in this order: its shard is renamed into model/, its outputs are stored in work/, and work/state.json
 moves on to the next block. So a kill at any moment repeats at most one block, from the inputs it had. What is measured before
 the first block is kept once it is complete (sensitivities), or block by block (the losses of allocation `measured`).
+
+All processes of a torchrun go through the same steps, each with its share of the windows, of a block's layers and of the checks;
+the first one writes. What lies in work/ does not depend on how many they are, so a run goes on with more or fewer.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from secateurs.base.device import machine, peak_memory, return_memory
 from secateurs.base.errors import CalibrationError, PlanError, SecateursError, said
 from secateurs.base.files import write_json, write_tensors, write_text
 from secateurs.base.precision import described
+from secateurs.base.processes import ALONE, joined
 from secateurs.base.progress import Clock, Progress, silent, ticker
 from secateurs.base.run_directory import claim, locked, resolved, shrunk_before, unchanged
 from secateurs.base.seed import seed_of
@@ -31,10 +36,10 @@ from secateurs.model.activations import Activations, OnDisk
 from secateurs.model.batches import Batch, check_vocabulary, first_windows
 from secateurs.model.discover import WHOLE, layout_of
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
-from secateurs.model.walk import settle, stream
+from secateurs.model.walk import Step, settle, stream
 from secateurs.prune.allocation import Share, Shares
 from secateurs.prune.assign import assign
-from secateurs.prune.block import Guide, left_outside, prune_block, survivors_of
+from secateurs.prune.block import Guide, Outcome, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, Whole, cost_of, whole_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.model_card import model_card
@@ -59,36 +64,46 @@ class Run:
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out = out
         self.progress = progress
+        self.ranks, self.parts = ALONE, 1
         self.beside = beside
         self.work = out / "work"
         self.model_folder = out / "model"
         self.report_file = out / "report.json"
 
     def complete(self) -> Report:
-        """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already."""
+        """Whatever is left of: prune, verify, evaluate, report. Returns the report of a run that is complete already.
+
+        Under torchrun every process calls it, and only the first returns a report with the quality in it.
+        """
+        with joined() as self.ranks:
+            return self._complete()
+
+    def _complete(self) -> Report:
+        ranks = self.ranks
         # before the folder is made, so that a wrong model name leaves nothing behind
-        source = checkpoint.Checkpoint(self.plan.model)
+        with ranks.leading():
+            source = checkpoint.Checkpoint(self.plan.model)
         # what was stored is not read again
         stored = not self.plan.calibrated or (self.work / "calibration.json").is_file()
         evaluation.check(self.plan.evaluation, source, None if stored else self.plan.calibration)
-        claim(self.out, self.plan.as_dict())
-        with locked(self.out):
+        ranks.alone(lambda: claim(self.out, self.plan.as_dict()))
+        with locked(self.out, ranks):
             report = Report.read(self.report_file) if self.report_file.is_file() else None
             if report is not None and report.status == "complete":
                 return report
-            unchanged(self.out, {self.plan.model: source.fingerprint()})
+            ranks.alone(lambda: unchanged(self.out, {self.plan.model: source.fingerprint()}))
             if report is None:
                 report = self._prune(source)
-                report.write(self.report_file)
+                ranks.alone(functools.partial(report.write, self.report_file))
             self._evaluate(source, report)
             self._finish(report)
-        shutil.rmtree(self.work, ignore_errors=True)
+        ranks.alone(lambda: shutil.rmtree(self.work, ignore_errors=True))
         return report
 
     # -------------------------------------------------------------------------------------------------- pruning
 
     def _prune(self, source: checkpoint.Checkpoint) -> Report:
-        plan, state = self.plan, self._state()
+        plan, ranks, state = self.plan, self.ranks, self._state()
         model = source.skeleton()
         # what cannot be is said before anything is measured
         on_grid_outside(model, plan)
@@ -98,16 +113,19 @@ class Run:
         cost = cost_of(plan)
         compute = described(model.config.dtype)
         report = Report(self.plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
-        batches = self._calibration(plan, source, model, report)
-        reach(model, plan, batches)
+        found = self._calibration(plan, source, model, report)
+        # those of all ranks, and this one's
+        everything = found.batches(parts=self.parts) if found else []
+        batches = ranks.share(everything)
+        reach(model, plan, everything)
         try:
-            layout = settle(model, batches[:1], source)
+            layout = settle(model, everything[:1], source)
         except SecateursError:
             raise
         # a model may raise anything for what a wrong processor made
         except Exception as error:
             raise CalibrationError(
-                f"{type(model).__name__} does not run on the calibration inputs, {_shapes(batches[0])}: {said(error)}; is the "
+                f"{type(model).__name__} does not run on the calibration inputs, {_shapes(everything[0])}: {said(error)}; is the "
                 f"processor in {plan.model} this model's?"
             ) from error
         plan, warnings = within(self.plan, layout)
@@ -115,20 +133,20 @@ class Run:
         report.warnings += warnings + left
         report.lists = list(layout.lists) if layout.how != WHOLE else []
         self.clock.spend("calibration")
-        store: Activations = OnDisk(self.work / "activations")
+        store: Activations = OnDisk(self.work / "activations", ranks)
         start = state["next_block"]
         records = [LayerRecord.from_dict(r) for r in state["layers"]]
         # of the layers that are pruned after all
         whole = whole_of(plan, model)
-        guide = self._guide(plan, source, model, batches, cost, whole)
+        guide = self._guide(plan, source, model, found.batches() if found else [], batches, cost, whole)
         if plan.sensitivity and not guide.sensitivity:
             report.warnings.append(UNMEASURED)
         if alike(plan, self.plan.sensitivity, guide.sensitivity):
             report.plan["allocation"] = "uniform"
             report.warnings.append(ALIKE)
         report.tuned, report.reconstruction = state["tuned"], state["reconstruction"]
-        teacher = OnDisk(self.work / "dense") if batches and plan.blend else None
-        targets = OnDisk(self.work / "targets") if batches and plan.reconstruct else None
+        teacher = OnDisk(self.work / "dense", ranks) if batches and plan.blend else None
+        targets = OnDisk(self.work / "targets", ranks) if batches and plan.reconstruct else None
 
         names = source.block_names(model)
         outside = source.outside_groups(model)
@@ -143,36 +161,31 @@ class Run:
             self.progress("pruning", done, total)
 
         self.progress("pruning", done, total)
-        if start == 0:
+        if start == 0 and ranks.first:
             source.copy_small_files(self.model_folder)
         # what is quantized after the blocks is dense again until that is noted
-        if start == 0 or (on_grid_outside(model, plan) and "outside" not in state):
+        if ranks.first and (start == 0 or (on_grid_outside(model, plan) and "outside" not in state)):
             for i, keys in enumerate(outside):
                 shards.write_shard(self.model_folder, i, count, source.read(keys))
         walk = stream(
-            model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher, targets=targets
+            model, batches, source, store, start, plan.propagate, tick=tick, teacher=teacher, targets=targets, ranks=ranks
         )  # fmt: skip
         for step in walk:
             # what a pass left out is made up for here
             done = each * step.index
             self._save_state(state, step.index, records, report)
             outcome = prune_block(step, plan, guide, tick)
-            if plan.distill and batches:
-                write_tensors(self._dense_file(step.index), outcome.dense)
-            if outcome.scales:
-                write_scales(self._scales_file(step.index), outcome.scales)
             report.tuned += outcome.tuned
             report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
-            edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
-            shard = source.edited(model, step.name, edited)
-            shards.write_shard(self.model_folder, len(outside) + step.index, count, shard)
+            if ranks.first:
+                self._write_block(source, model, step, outcome, count, bool(plan.distill and batches))
             records += outcome.records
             # the next block must not meet this one's tensors
-            del shard, outcome
+            del outcome
             return_memory()
             if not batches:
                 tick()
-        shards.write_index(self.model_folder, count)
+        ranks.alone(lambda: shards.write_index(self.model_folder, count))
         if all(record.skipped_by == "kind" for record in records):
             raise PlanError(f"{plan.model} has no layers to prune in its blocks")
         source.load_outside(model)
@@ -183,21 +196,23 @@ class Run:
         # before all blocks are tuned, which makes up for it
         if on_grid_outside(model, plan):
             if "outside" not in state:
-                found = self._quantize_outside(plan, model, batches, outside, count)
-                state["outside"] = [dataclasses.asdict(record) for record in found]
+                quantized = ranks.tell(self._quantize_outside(plan, model, batches, outside, count))
+                state["outside"] = [dataclasses.asdict(record) for record in quantized]
                 self._save_state(state, len(names), records, report)
             known = {r["name"]: LayerRecord.from_dict(r) for r in state["outside"]}
             report.layers = [known.get(record.name, record) for record in report.layers]
         if plan.distill and batches:
-            self._distill(plan, source, model, batches, report, count)
+            self._distill(plan, source, model, everything, report, count)
             self.clock.spend("distill")
         scales = self._scales()
-        if scales:
+        if scales and ranks.first:
             write_scales(self.model_folder / SCALES_FILE, scales)
         report.warnings += emptied(report.layers)
-        for i in range(count):
-            file = shards.shard_name(i, count)
-            report.shards[file] = shards.checksum(self.model_folder / file)
+        # the first one may still be writing
+        ranks.wait()
+        files = [shards.shard_name(i, count) for i in range(count)]
+        sums = ranks.merged([shards.checksum(self.model_folder / file) for file in ranks.share(files)])
+        report.shards = dict(zip(files, sums, strict=True))
         report.bytes = {
             "dense": source.nbytes,
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
@@ -213,6 +228,24 @@ class Run:
         report.peak_memory_bytes = peak_memory()
         return report
 
+    def _write_block(
+        self,
+        source: checkpoint.Checkpoint,
+        model: nn.Module,
+        step: Step,
+        outcome: Outcome,
+        count: int,
+        with_dense: bool,
+    ) -> None:
+        """Write what a block has become: its shard, the last of all `count` being blocks, and what later steps need of it."""
+        if with_dense:
+            write_tensors(self._dense_file(step.index), outcome.dense)
+        if outcome.scales:
+            write_scales(self._scales_file(step.index), outcome.scales)
+        edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
+        shard = source.edited(model, step.name, edited)
+        shards.write_shard(self.model_folder, count - step.count + step.index, count, shard)
+
     def _check_memory(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module) -> None:
         """Raise PlanError now if what needs the whole model will not fit into memory."""
         layout, there = layout_of(model), machine()["memory_bytes"]
@@ -225,8 +258,8 @@ class Run:
             return
         blocks = (model.get_submodule(name) for name in source.block_names(model))
         weights = sum(p.numel() for block in blocks for p in block.parameters())
-        # fp32 copies, gradients and two moments
-        needed = source.nbytes + 16 * weights
+        # fp32 copies, gradients and two moments, of every rank
+        needed = (source.nbytes + 16 * weights) * self.ranks.here
         if needed > there:
             raise PlanError(
                 f"tuning all blocks together (distill {plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
@@ -248,51 +281,65 @@ class Run:
             **state, "next_block": block, "layers": [dataclasses.asdict(r) for r in records], "seconds": self.clock.seconds,
             "tuned": report.tuned, "reconstruction": report.reconstruction,
         }  # fmt: skip
-        write_json(self.work / "state.json", saved)
+        # by now all ranks have stored the inputs of the block, and none has dropped those before
+        self.ranks.alone(lambda: write_json(self.work / "state.json", saved))
 
-    def _calibration(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, report: Report) -> list[Batch]:
+    def _calibration(
+        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, report: Report
+    ) -> inputs.Inputs | None:
+        """The calibration inputs, of all ranks. Batches are for `parts`, the number of ranks that the run began with."""
         if not plan.calibrated:
-            return []
+            return None
         asked, file = plan.calibration, self.work / "calibration.safetensors"
         facts_file = self.work / "calibration.json"
-        if facts_file.is_file():
-            kept = json.loads(facts_file.read_text())
-            found = inputs.Inputs(inputs.read_rows(file), asked.count, **kept)
-        else:
-            found = inputs.read(asked, source, model, self.progress)
-            found.write(file)
-            write_json(facts_file, {name: getattr(found, name) for name in ("reads", "facts", "unread", "given")})
+        with self.ranks.leading():
+            if facts_file.is_file():
+                kept = json.loads(facts_file.read_text())
+                self.parts = kept.pop("parts", 1)
+                found = inputs.Inputs(inputs.read_rows(file), asked.count, **kept)
+            else:
+                self.parts = self.ranks.size
+                found = inputs.read(asked, source, model, self.progress)
+                found.write(file)
+                kept = {name: getattr(found, name) for name in ("reads", "facts", "unread", "given")}
+                write_json(facts_file, {**kept, "parts": self.parts})
+        self.ranks.need(len(found.batches(parts=self.parts)), f"batches of {len(found.rows)} calibration {found.unit}")
         report.calibration = found.facts
         report.warnings += found.warnings("calibration")
         for row in found.rows:
             for name, ids in row.items():
                 if name.endswith("input_ids"):
                     check_vocabulary(ids, model)
-        return found.batches()
+        return found
 
     def _guide(
-        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, batches: list[Batch], cost: Cost,
-        whole: Whole | None,
+        self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module, everything: list[Batch], batches: Sequence[Batch],
+        cost: Cost, whole: Whole | None,
     ) -> Guide:  # fmt: skip
-        """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on."""
+        """Sensitivities and shares, measured on the dense model before the first layer is pruned; kept for a run that goes on.
+
+        everything: the batches of all ranks; batches: this rank's.
+        """
         from safetensors.torch import load_file
 
         kind = kind_of(source)
         file = self.work / "sensitivity.safetensors"
         found: dict[str, Tensor] = {}
         norms: dict[str, Stats] = {}
+        ranks = self.ranks
         if plan.sensitivity and batches:
-            if not file.is_file():
-                part = first_windows(batches, plan.sensitivity)
+            if not ranks.tell(file.is_file()):
+                part = first_windows(everything, plan.sensitivity)
                 blocks = len(source.block_names(model))
-                store = OnDisk(self.work / "gradients")
-                tick = ticker(self.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
+                store = OnDisk(self.work / "gradients", ranks)
+                tick = ticker(self.progress, "measuring sensitivity", len(ranks.share(part)) * (2 * blocks + 1))
                 embed = embedder(subject_of(kind, source))
-                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed)
+                found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed, ranks)
                 tokens = torch.tensor([norms[name].tokens for name in sorted(norms)])
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
-                write_tensors(file, {**found, **squares, "tokens": tokens})
-                shutil.rmtree(store.folder, ignore_errors=True)
+                every = {**found, **squares, "tokens": tokens}
+                ranks.alone(functools.partial(write_tensors, file, every))
+                ranks.alone(functools.partial(shutil.rmtree, store.folder, ignore_errors=True))
                 return_memory()
                 self.clock.spend("sensitivity")
             stored = load_file(file)
@@ -303,50 +350,65 @@ class Run:
         if alike(plan, self.plan.sensitivity, found):
             return guide_of(model, plan, None, found)
         shares_file = self.work / "shares.json"
-        if shares_file.is_file():
+        if ranks.tell(shares_file.is_file()):
             shares: Shares | None = {name: Share(*share) for name, share in json.loads(shares_file.read_text()).items()}
         else:
             tick = ticker(self.progress, "sharing out zeros", len(source.block_names(model)) * len(batches))
             shared = whole.of_layers(plan) if whole else plan
-            nearest = partial(
-                nearest_to_dense, model, source, batches, plan, guide_of(model, plan, None, found), progress=self.progress,
-                work=self.work / "trial",
-            )  # fmt: skip
-            shares = assign(model, source, batches, shared, found, norms, cost, tick, self.work, nearest)
+
+            def nearest(candidates: Sequence[Shares]) -> int:
+                index, without = 0, guide_of(model, plan, None, found)
+                ranks.wait()
+                if ranks.first:
+                    with ranks.all_threads():
+                        index = nearest_to_dense(
+                            model, source, everything, plan, without, candidates, self.progress, self.work / "trial"
+                        )
+                return ranks.tell(index)
+
+            # all find the same; on machines that are not alike they might round otherwise
+            shares = ranks.tell(
+                assign(model, source, batches, shared, found, norms, cost, tick, self.work, nearest, ranks)
+            )
             if shares is not None:
-                write_json(shares_file, shares)
+                ranks.alone(functools.partial(write_json, shares_file, shares))
                 # until now a kill could go back to them
-                shutil.rmtree(self.work / "inputs", ignore_errors=True)
+                ranks.alone(lambda: shutil.rmtree(self.work / "inputs", ignore_errors=True))
                 return_memory()
                 self.clock.spend("allocation")
         return guide_of(model, plan, shares, found)
 
     def _distill(
-        self, plan: Plan, source: checkpoint.Checkpoint, dense: nn.Module, batches: list[Batch], report: Report,
+        self, plan: Plan, source: checkpoint.Checkpoint, dense: nn.Module, everything: list[Batch], report: Report,
         count: int,
     ) -> None:  # fmt: skip
-        """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards."""
+        """Tune the pruned model as a whole and write the shards of its blocks again; `count` is the number of all shards.
+
+        everything: the batches of all ranks.
+        """
         from safetensors.torch import load_file
 
         memory, scales = Noted(self.work / "distill.safetensors"), self._scales()
         names = source.block_names(dense)
-        store = OnDisk(self.work / "ends")
+        ranks, batches = self.ranks, self.ranks.share(everything)
+        store = OnDisk(self.work / "ends", ranks)
         tick = ticker(self.progress, "looking at the dense model", len(names) * len(batches))
-        ends = dense_ends(dense, batches, source, store, tick, self.work / "ends.json")
+        ends = dense_ends(dense, batches, source, store, tick, self.work / "ends.json", ranks)
         pruned = checkpoint.Checkpoint(self.model_folder)
         model = pruned.skeleton()
         pruned.load_whole(model)
         tick = ticker(self.progress, "tuning the whole model", plan.distill or 0, memory.step())
         outcome = distill(
-            model, survivors_of(model, report.layers, scales), (dense, source), ends, batches, plan.distill or 0,
-            seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory,
+            model, survivors_of(model, report.layers, scales), (dense, source), ends, everything, plan.distill or 0,
+            seed=seed_of(plan.calibration.seed, "distill"), tick=tick, memory=memory, ranks=ranks,
         )  # fmt: skip
         source.release(dense)
         note_distillation(
             model, plan, report, outcome, batches,
-            lambda index: load_file(self._dense_file(index)), scales, OnDisk(self.work / "tuned"), self.progress,
+            lambda index: load_file(self._dense_file(index)), scales, OnDisk(self.work / "tuned", ranks), self.progress,
+            ranks,
         )  # fmt: skip
-        if outcome is None or not outcome.accepted:
+        if outcome is None or not outcome.accepted or not ranks.first:
             return
         if scales:
             write_scales(self._scales_file("tuned"), scales)
@@ -355,15 +417,21 @@ class Run:
             shards.write_shard(self.model_folder, i, count, pruned.edited(model, name, edited))
 
     def _quantize_outside(
-        self, plan: Plan, model: nn.Module, batches: list[Batch], groups: list[list[str]], count: int
+        self, plan: Plan, model: nn.Module, batches: Sequence[Batch], groups: list[list[str]], count: int
     ) -> list[LayerRecord]:
-        """Put the embedding and the head on grids, as the plan says, and write their shards again and their scales: their records.
-        model: without weights.
+        """Put the embedding and the head on grids, as the plan says, and write their shards again and their scales.
+
+        Their records, on the first rank. model: without weights.
         """
+        # the first one may still be writing
+        self.ranks.wait()
         pruned = checkpoint.Checkpoint(self.model_folder)
         pruned.skeleton()
         tick = ticker(self.progress, "looking at the pruned model", len(pruned.block_names(model)) * len(batches))
-        records, scales = quantize_outside(model, plan, pruned, batches, OnDisk(self.work / "left"), tick)
+        store = OnDisk(self.work / "left", self.ranks)
+        records, scales = quantize_outside(model, plan, pruned, batches, store, tick, self.ranks)
+        if not self.ranks.first:
+            return []
         edited = {f"{record.name}.weight" for record in records}
         for i, keys in enumerate(groups):
             shards.write_shard(self.model_folder, i, count, pruned.edited_keys(model, keys, edited))
@@ -393,7 +461,9 @@ class Run:
         began = time.perf_counter()
         result, seed = checkpoint.Checkpoint(self.model_folder), self.plan.calibration.seed
         asked, looked_at = self.plan.evaluation, self.plan.calibration.source if self.plan.calibrated else None
-        found = measured(source, result, asked, seed, self.progress, self.work, self.beside, looked_at)
+        found = measured(source, result, asked, seed, self.progress, self.work, self.beside, looked_at, self.ranks)
+        if not self.ranks.first:
+            return
         for name, value in found.as_dict().items():
             setattr(report, name, value)
         report.warnings += found.warnings
@@ -410,8 +480,11 @@ class Run:
     def _finish(self, report: Report) -> None:
         from secateurs.prune.verify import check_run
 
-        for warning in check_run(self.out, report, self.progress):
-            report.warnings.append(warning)
+        # the first one knows what was quantized last
+        report = self.ranks.tell(report)
+        report.warnings += check_run(self.out, report, self.progress, self.ranks)
+        if not self.ranks.first:
+            return
         kind = kind_of(checkpoint.Checkpoint(self.model_folder))
         loader = "AutoModelForCausalLM" if kind.causal else kind.name
         report.status = "complete"
@@ -422,20 +495,3 @@ class Run:
 
 def _shapes(batch: Batch) -> str:
     return ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-
-
-def failure(report: Report) -> SecateursError | None:
-    """The error with which a finished run still ends: a missed gate, or layers left dense without --allow-skips; else None."""
-    from secateurs.base.errors import QualityGateError, SkippedLayersError
-
-    missed = [g["missed"] for g in report.gate if not g["passed"]]
-    if missed:
-        return QualityGateError("; ".join(missed) + "; the results are kept")
-    skipped = [r for r in report.layers if r.skipped_by == "shape"]
-    if skipped and not report.plan["allow_skips"]:
-        count = sum(r.skipped_by != "kind" for r in report.layers)
-        return SkippedLayersError(
-            f"{len(skipped)} of {count} layers cannot take {report.plan['pattern']} and stay dense, first "
-            f"{skipped[0].name}: {skipped[0].skipped}; the results are kept; pass --allow-skips if that is wanted"
-        )
-    return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch
@@ -40,41 +41,60 @@ def sensitivity(
     seed: int = 0,
     tick: Tick = lambda: None,
     embed: Embed | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, Stats]]:
     """{layer name: E[g_o^2] over its tokens, [O]}, and the norms of the layers' inputs on the same tokens. Blocks' names have
     that of what leaves them.
 
     Both empty for a model that gives no logits, or others than of each position or each input, or one number. store: an empty one,
     left with the inputs of block 0. tick: called once for each batch and block forward, once a batch for the head, once for each
-    batch and block backward. embed: makes embeddings [N, D] of the model's output for a batch, in place of logits.
+    batch and block backward. embed: makes embeddings [N, D] of the model's output for a batch, in place of logits. ranks: those
+    that share the batches; each returns what all found, and draws what one alone would.
     """
+    batches = ranks.share(batches)
     last = 0
     for step in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
         last = step.index + 1
+
+    def embedded(i: int, hidden: Tensor) -> Tensor:
+        assert embed
+        return embed(leave(model, loader, hidden, batches[i]), batches[i])
+
+    held = [store.read(last, i).shape[:2] for i in range(len(batches))]
+    width, dtype = (lambda x: (x.shape[1], x.dtype))(embedded(0, store.read(last, 0))) if embed and held else (0, None)
     generator = torch.Generator().manual_seed(seed)
+    shapes = ranks.merged([(n, width) if embed else (n, positions) for n, positions in held])
+    if embed is None:
+        drawn = ranks.share([torch.rand(shape, generator=generator) for shape in shapes])
+    else:
+        drawn = ranks.share([torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes])
     gradients: dict[int, Tensor] = {}
+    known = True
     for i, batch in enumerate(batches):
         hidden = store.read(last, i)
         if embed is not None:
             hidden = hidden.detach().requires_grad_(True)
-            gradients[i] = _along(hidden, embed(leave(model, loader, hidden, batch), batch), generator)
+            gradients[i] = _along(hidden, embedded(i, hidden), drawn[i])
             tick()
             continue
-        uniform_NS = torch.rand(hidden.shape[:2], generator=generator)
         gradients[i] = torch.empty_like(hidden)
         for at in pieces(model, batch):
             piece = hidden[:, at].detach().requires_grad_(True)
             logits = getattr(leave(model, loader, piece, batch, at), "logits", None)
             # distributions over the last axis: one of each position, or one of each input
-            drawn = {piece.shape[:2]: uniform_NS[:, at], piece.shape[:1]: uniform_NS[:, 0]}
-            uniform = None if logits is None else drawn.get(logits.shape[:-1])
+            of = {piece.shape[:2]: drawn[i][:, at], piece.shape[:1]: drawn[i][:, 0]}
+            uniform = None if logits is None else of.get(logits.shape[:-1])
             # a softmax over one number is 1 whatever it is
             if logits is None or uniform is None or logits.shape[-1] == 1:
-                loader.release(model)
-                return {}, {}
+                known = False
+                break
             gradients[i][:, at] = _head(piece, logits, uniform)
+        if not known:
+            break
         tick()
     loader.release(model)
+    if not all(ranks.gather(known)):
+        return {}, {}
     found: dict[str, Tensor] = {}
     norms: dict[str, Stats] = {}
     for step in stream(model, batches, loader, store, backwards=True):
@@ -87,15 +107,15 @@ def sensitivity(
                 out = step.call(hidden, i)
             (gradients[i],) = torch.autograd.grad(out, hidden, gradients[i])
             tick()
+        sums = functools.reduce(_Sums.__add__, ranks.gather(sums))
         found.update(sums.means())
-        norms.update(sums.norms)
+        norms.update(sums.norms())
         store.drop(step.index + 1)
     return found, norms
 
 
-def _along(hidden: Tensor, found_ND: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient by hidden states of the embeddings that are made of them, each along a normal direction of its own."""
-    direction_ND = torch.randn(found_ND.shape, generator=generator, dtype=found_ND.dtype)
+def _along(hidden: Tensor, found_ND: Tensor, direction_ND: Tensor) -> Tensor:
+    """The gradient by hidden states of the embeddings that are made of them, each along a direction of its own."""
     (gradient,) = torch.autograd.grad(found_ND, hidden, direction_ND.to(found_ND.device))
     return gradient
 
@@ -135,22 +155,37 @@ class _Sums:
     """Squared gradients by what layers give, and squared inputs, summed while a block is run and run back."""
 
     def __init__(self) -> None:
-        self.norms: dict[str, Stats] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+        # {name: its sum in fp64, as in Stats, so that it does not matter who adds them in which order; and of how many tokens}
+        self.gradients: dict[str, tuple[Tensor, int]] = {}
+        self.inputs: dict[str, tuple[Tensor, int]] = {}
+
+    @staticmethod
+    def _add(sums: dict[str, tuple[Tensor, int]], name: str, squares: Tensor, tokens: int) -> None:
+        before, some = sums.get(name, (0, 0))
+        sums[name] = before + squares, some + tokens
 
     def add(self, name: str, gradient: Tensor) -> None:
         gradient_TO = gradient.detach().float().reshape(-1, gradient.shape[-1])
-        self.sums[name] = self.sums.get(name, 0) + gradient_TO.square().sum(0)
-        self.tokens[name] = self.tokens.get(name, 0) + len(gradient_TO)
+        self._add(self.gradients, name, gradient_TO.square().sum(0).double(), len(gradient_TO))
 
     def see(self, layer: Layer, x: Tensor) -> None:
-        if layer.name not in self.norms:
-            self.norms[layer.name] = Stats.zeros(layer.shape[1], False, x.device)
-        self.norms[layer.name].add_(layer.inputs(x.detach()))
+        x_TI = layer.inputs(x.detach()).float()
+        self._add(self.inputs, layer.name, x_TI.square().sum(0).double(), len(x_TI))
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        """The sums over both's tokens."""
+        both = _Sums()
+        for one in (self, other):
+            for mine, theirs in ((both.gradients, one.gradients), (both.inputs, one.inputs)):
+                for name, (squares, tokens) in theirs.items():
+                    self._add(mine, name, squares, tokens)
+        return both
 
     def means(self) -> dict[str, Tensor]:
-        return {name: total / self.tokens[name] for name, total in self.sums.items()}
+        return {name: (squares / tokens).float() for name, (squares, tokens) in self.gradients.items()}
+
+    def norms(self) -> dict[str, Stats]:
+        return {name: Stats(tokens, squares.float()) for name, (squares, tokens) in self.inputs.items()}
 
     def watch(self, layers: Sequence[Layer]) -> "_Outputs":
         return _Outputs(self, layers)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.prune.tuning import Moving, Outcome, loss_scale, tune, unscaled
 
 # Adam's rate, times the size of each tensor's survivors (docs/log.md)
@@ -31,12 +32,13 @@ def reconstruct(
     per_step: int = 1,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Tune a block in place: what of it is `moving` (tuning.movable()), as tune() does.
 
     forward(batch, part) runs windows `part` of a batch through the block, target gives what should come out;
-    windows: how many windows each batch has. An effort's few dozen steps are too few for an early stop; longer
-    tunings have one.
+    windows: how many windows each batch has, of all ranks, each of which is asked for its own. An effort's few dozen steps are
+    too few for an early stop; longer tunings have one.
     """
     places = [(b, slice(i, min(i + per_step, n))) for b, n in enumerate(windows) for i in range(0, n, per_step)]
     trained = [m.parameter for m in moving]
@@ -57,4 +59,7 @@ def reconstruct(
         loss = apart(found, target(*place)) * scale
         return unscaled(torch.autograd.grad(loss, trained, allow_unused=True), scale)
 
-    return tune(moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick)
+    return tune(
+        moving, lambda place: float(error(place)), gradients, places, steps, rate, seed, tick, ranks=ranks,
+        owner=lambda place: ranks.owner(place[0]),
+    )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.model.activations import Activations, note_place, read_place
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader, blocks_of, leave, whole
@@ -33,20 +34,23 @@ def dense_ends(
     store: Activations,
     tick: Callable[[], None],
     place: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Callable[[int], Tensor]:
     """Walk a dense model and keep the outputs of its last block; returns a function of the batch that reads them.
+
+    batches: this rank's.
 
     place: a file that says which block is next, beside a store on disk, so that a killed walk goes on. One tick a batch and block,
     unless all of them are known.
     """
     count = len(blocks_of(model)[0])
-    start = read_place(place)
+    start = ranks.tell(read_place(place))
     if start < count:
         for _ in range(start * len(batches)):
             tick()
         for step in stream(model, batches, loader, store, start, keep_last=True, tick=tick):
-            note_place(place, step.index)
-        note_place(place, count)
+            note_place(place, step.index, ranks)
+        note_place(place, count, ranks)
     return lambda batch: store.read(count, batch)
 
 
@@ -61,11 +65,13 @@ def distill(
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
     memory: Memory | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome | None:
     """Tune a whole model in place; None if it gives no logits. moving: of its blocks only (tuning.movable()).
 
     head: a model with the same embeddings and head, and their loader, for the dense logits; `model` itself will do. ends:
-    dense_ends(). Losses are in nats a token. rate: None for RATE, or GRID_RATE.
+    dense_ends(). Losses are in nats a token. rate: None for RATE, or GRID_RATE. batches: of all ranks; ends is
+    called for a rank's own.
     """
     trained = [m.parameter for m in moving]
     places = [(b, i) for b, batch in enumerate(batches) for i in range(len(next(iter(batch.values()))))]
@@ -74,7 +80,7 @@ def distill(
         b, i = place
         window = {name: value[i : i + 1] for name, value in batches[b].items()}
         with torch.no_grad():
-            dense = leave(*head, ends(b)[i : i + 1], window).logits
+            dense = leave(*head, ends(ranks.local(b))[i : i + 1], window).logits
         found: Tensor = whole(model, window).logits
         return found, dense
 
@@ -92,7 +98,19 @@ def distill(
         if getattr(whole(model, {name: value[:1] for name, value in batches[0].items()}), "logits", None) is None:
             return None
     rate = rate or (GRID_RATE if any(m.on_grid for m in moving) else RATE)
-    return tune(moving, loss, gradients, places, steps, rate, seed, tick, memory)
+    return tune(
+        moving,
+        loss,
+        gradients,
+        places,
+        steps,
+        rate,
+        seed,
+        tick,
+        memory,
+        ranks=ranks,
+        owner=lambda place: ranks.owner(place[0]),
+    )
 
 
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0, scale: float = 1.0) -> tuple[float, Tensor]:

@@ -6,9 +6,11 @@ The caller says what a place is (some windows of a batch) and gives its loss and
 tune_model.py those of the whole model. A tenth of the places, 16 at most, is held out.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.files import write_tensors
-from secateurs.base.processes import Ranks
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.prune.straight_through import OnGrid, StraightThrough
 
 BETAS = (0.9, 0.95)
@@ -116,15 +118,16 @@ def tune(
     tick: Callable[[], None] = lambda: None,
     memory: Memory | None = None,
     batch: int = 1,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
+    owner: Callable[[Any], int] | None = None,
 ) -> Outcome:
     """Tune parameters in place, on the mean of `batch` places a step, which `ranks` share. What a mask removed stays zero.
 
-    loss(place) is called without gradients, gradients(place) with: one for each of `trained`, or None.
+    loss(place) is called without gradients, gradients(place) with: one for each of `trained`, or None. owner: the rank that calls
+    them for a place; by default ranks take turns.
     They move in fp32 copies and are rounded to their own dtype after every step. rate: Adam's learning rate, times each
     parameter's scale. Never raises the held-out loss. tick: after every step.
     """
-    ranks = ranks or Ranks()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(places), generator=generator).tolist()
     held = min(_MOST_HELD_OUT, max(1, round(len(places) * _HELD_OUT)))
@@ -135,9 +138,14 @@ def tune(
     while len(turns) < steps * batch:
         turns += torch.randperm(len(training), generator=generator).tolist()
 
+    def mine(found: Sequence[int], among: Sequence[Any]) -> Sequence[int]:
+        return [i for i in found if owner(among[i]) == ranks.rank] if owner else ranks.share(found)
+
     def held_out_loss() -> float:
         with torch.no_grad():
-            return ranks.total(sum(loss(place) for place in ranks.share(held_out))) / held
+            found = [(i, loss(held_out[i])) for i in mine(range(held), held_out)]
+        # added in one order, whoever has found them
+        return sum(value for _, value in sorted(itertools.chain(*ranks.gather(found)))) / held
 
     state = memory.read() if memory else None
     survivors = _Survivors(trained, state)
@@ -155,8 +163,9 @@ def tune(
     try:
         while step < steps and worse < _PATIENCE:
             step += 1
-            with torch.enable_grad():
-                for turn in ranks.share(turns[(step - 1) * batch : step * batch]):
+            # a lone window is one rank's, and the others wait
+            with torch.enable_grad(), ranks.all_threads() if batch == 1 else nullcontext():
+                for turn in mine(turns[(step - 1) * batch : step * batch], training):
                     survivors.add(gradients(training[turn]), 1 / batch)
             survivors.sum(ranks)
             survivors.step(rate * min(step / max(1, _WARM * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from secateurs.base.errors import CheckpointError, VerifyError
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.grids import Scales, tensors_of
 from secateurs.matrix.patterns import parse
@@ -52,11 +53,13 @@ def _keys(file: Path) -> set[str]:
         return set()
 
 
-def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], None]) -> list[str]:
-    """verify() for a report in hand: raises VerifyError, returns warnings."""
+def check_run(
+    folder: Path, report: Report, progress: Callable[[str, int, int], None], ranks: Ranks = ALONE
+) -> list[str]:
+    """verify() for a report in hand: raises VerifyError, returns warnings. ranks: those that share the files and the blocks."""
     plan = Plan.from_dict(report.plan)
     model_folder = folder / "model"
-    for name, expected in report.shards.items():
+    for name, expected in ranks.share(list(report.shards.items())):
         file = model_folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is missing")
@@ -68,7 +71,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
     if report.lists:
         # the run's own, where another kind of input shows other lists
         assume(model, replace(layout_of(model), lists=tuple(report.lists), how=STEPPED))
-    names = result.block_names(model)
+    names = ranks.share(result.block_names(model))
     scales = read_scales(model_folder / SCALES_FILE)
     seen: set[str] = set()
     pruned: set[str] = set()
@@ -83,6 +86,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
                 pruned |= {layer.tensor_name, *layer.also, *(f"{other}.weight" for other in layer.also)}
         result.release(model)
         progress("verifying", i + 1, len(names))
+    seen, pruned = (set().union(*ranks.gather(found)) for found in (seen, pruned))
     if outside := [records[name] for name in sorted(records) if records[name].role]:
         result.load_outside(model)
         for record in outside:
@@ -100,7 +104,7 @@ def check_run(folder: Path, report: Report, progress: Callable[[str, int, int], 
         raise VerifyError(f"{unknown[0]} has scales in {SCALES_FILE} and no grid in report.json")
     if report.packed:
         _check_packed(folder / report.packed["folder"], result)
-    return _check_source(plan, result, pruned | set(report.tuned))
+    return _check_source(plan, result, pruned | set(report.tuned), ranks)
 
 
 def _check_layer(layer: Layer, record: LayerRecord, scope: str | None, scales: Mapping[str, Scales]) -> None:
@@ -144,7 +148,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str]:
+def _check_source(plan: Plan, result: Checkpoint, changed: set[str], ranks: Ranks) -> list[str]:
     """Check that only the named tensors differ from the dense model."""
     try:
         source = Checkpoint(plan.model)
@@ -153,7 +157,7 @@ def _check_source(plan: Plan, result: Checkpoint, changed: set[str]) -> list[str
     if set(source.file_of) != set(result.file_of):
         name = sorted(set(source.file_of) ^ set(result.file_of))[0]
         raise VerifyError(f"tensor {name} is in only one of {source.folder} and {result.folder}")
-    for name in source.file_of:
+    for name in ranks.share(list(source.file_of)):
         before, after = source.read([name])[name], result.read([name])[name]
         if before.shape != after.shape or before.dtype != after.dtype:
             raise VerifyError(

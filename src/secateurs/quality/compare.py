@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from secateurs.base.errors import CalibrationError, OutputError
 from secateurs.base.estimate import Estimate, ratio_of
 from secateurs.base.files import writing
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.model.activations import InMemory, read_more, write_state
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader, blocks_of, device_of, leave, pieces, whole
@@ -101,22 +102,25 @@ def measure(
     done: Sequence[Window] = (),
     tick: Callable[[], None] = lambda: None,
     ends: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Window]:
     """Sums for each window [N, S] of one or two models, whose logits are compared. Both models are on one device.
 
     Memory holds one block of each model, the hidden states of all windows and at most 2^26 logits of each. done: windows that
     were measured before; they come first and are not measured again. tick is called for every window, block and model, and once
     for every window at the end. ends: a folder where the last hidden states of this dense model on these windows are kept; they
-    are read from there, with the same bits, if they are there. Raises CalibrationError if the model gives no logits.
+    are read from there, with the same bits, if they are there. ranks: those that share the windows. Raises CalibrationError if the
+    model gives no logits.
     """
-    first = len(done)
+    numbers = ranks.share(range(len(done), len(windows)))
     windows = windows.to(device_of(dense[0]))
-    todo = [{"input_ids": ids[None]} for ids in windows[first:]]
+    todo = [{"input_ids": windows[number][None]} for number in numbers]
     models = [dense] if pruned is None else [dense, pruned]
-    kept = [outputs_of(dense, todo, first, tick, ends)]
+    files = [ends / f"{number:05d}.safetensors" for number in numbers] if ends else []
+    kept = [outputs_of(dense, todo, tick, files)]
     if pruned is not None:
-        kept.append(outputs_of(pruned, todo, first, tick))
-    results = list(done)
+        kept.append(outputs_of(pruned, todo, tick))
+    results: list[Window] = []
     for i, batch in enumerate(todo):
         found = []
         for at in pieces(dense[0], batch):
@@ -126,7 +130,7 @@ def measure(
         tick()
     for model, loader in models:
         loader.release(model)
-    return results
+    return [*done, *ranks.merged(results)]
 
 
 def predicted(output: Any) -> Tensor:
@@ -155,12 +159,11 @@ def _next(batch: Batch, at: slice) -> Tensor:
 def outputs_of(
     given: tuple[nn.Module, Loader],
     todo: Sequence[Batch],
-    first: int,
     tick: Callable[[], None],
-    ends: Path | None = None,
+    files: Sequence[Path] = (),
 ) -> Callable[..., Any]:
     """A function (number of a batch, at=None) that gives the model's output, of positions `at` where pieces() says so. Walked by
-    its layout. first, ends: as for measure().
+    its layout. files: where the last hidden states of each batch are kept, none if they are not.
     """
     model, loader = given
     if layout_of(model).how == WHOLE:
@@ -168,8 +171,8 @@ def outputs_of(
         return lambda i, at=None: _run(model, todo[i], tick)
     # models may have different numbers of blocks
     count = len(blocks_of(model)[0])
-    files = [ends / f"{first + i:05d}.safetensors" for i in range(len(todo))] if ends else []
-    if not files or not all(file.is_file() for file in files):
+    # a rank may have none
+    if todo and not (files and all(file.is_file() for file in files)):
         held = InMemory()
         for _ in stream(model, todo, loader, held, keep_last=True, tick=tick):
             pass

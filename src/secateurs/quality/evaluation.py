@@ -20,6 +20,7 @@ from secateurs.base.files import (
     write_json,
 )
 from secateurs.base.precision import compute_dtype
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress, silent, ticker
 from secateurs.model import checkpoint
 from secateurs.model.batches import check_vocabulary
@@ -114,18 +115,22 @@ def measured(
     work: Path | None = None,
     beside: Path | None = None,
     calibration: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Measured:
     """Measure a folder against its dense model, or the dense one alone, and hold it to its gates.
 
     work: where finished windows and tasks are kept, for a run that goes on. beside: where the dense model's tasks are kept for
     other runs on it. calibration: the source that the result was calibrated on; of the same folder, the files are taken that
-    calibration leaves alone. Raises CalibrationError where a gate asks for what the model cannot tell.
+    calibration leaves alone. ranks: those that share the inputs; only the first has the tasks run, holds gates and writes. Raises
+    CalibrationError where a gate asks for what the model cannot tell.
     """
     found = None
     warnings = [model.note for model in (dense, result) if model and model.note]
     if asked.windows:
         cache = work / "windows.json" if work else None
-        found = quality(dense, result, asked, progress, cache, calibration, warnings)
+        found = quality(dense, result, asked, progress, cache, calibration, warnings, ranks)
+    if not ranks.first:
+        return Measured([], warnings)
     told, compared = None, {}
     if asked.tasks:
         models = {"dense": (dense, beside or work)} | ({"pruned": (result, work)} if result else {})
@@ -157,29 +162,30 @@ def quality(
     cache: Path | None = None,
     calibration: str | None = None,
     warnings: list[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[compare.Quality, Inputs] | None:
     """Measure one or two model folders on held-out inputs; None if there is nothing to measure of a dense model alone.
 
     cache: a file that keeps finished inputs of the same models across a kill. The hidden states that leave a dense causal language
     model's last block are kept in the cache folder, 4 GB in all, for other models that are compared with it later. calibration: as
-    for measured(). warnings: what is added to.
+    for measured(). warnings: what is added to. ranks: those that share the inputs.
     """
     kind = kind_of(dense)
     reads = inputs.check(kind, asked.text, "--eval-text")
     _check_gates(asked, kind, inputs.numbers_of(kind, asked.text, reads))
     if not kind.causal or reads != "text":
-        return _of_outputs(dense, pruned, asked, kind, progress, cache, calibration, warnings)
+        return _of_outputs(dense, pruned, asked, kind, progress, cache, calibration, warnings, ranks)
     models = [(c.skeleton(), c) for c in (dense, pruned) if c is not None]
     length = asked.length(models[0][0])
     text = texts.load(asked.text, dense.tokenizer(), asked.windows, length, None, "held-out")
     check_vocabulary(text.windows, models[0][0])
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", fingerprint_of(text.windows)]
     ends = _ends_of(models[0][0], of) if pruned is not None else None
-    done = [compare.Window(**w) for w in _kept(cache, of)]
+    done = [compare.Window(**w) for w in ranks.tell(_kept(cache, of))]
     blocks = len(dense.block_names(models[0][0]))
     n = len(text.windows)
-    total = n * (blocks * len(models) + 1)
-    ticks = len(done) * (blocks * len(models) + 1)
+    total = len(ranks.share(range(n))) * (blocks * len(models) + 1)
+    ticks = len(ranks.share(done)) * (blocks * len(models) + 1)
 
     def tick() -> None:
         nonlocal ticks
@@ -187,10 +193,10 @@ def quality(
         progress("evaluating", ticks, total)
 
     while len(done) < n:
-        group = text.windows[: len(done) + _WINDOWS_PER_GROUP]
+        group = text.windows[: len(done) + _WINDOWS_PER_GROUP * ranks.size]
         second = models[1] if pruned is not None else None
-        done = compare.measure(models[0], second, group, done, tick, ends)
-        if cache is not None:
+        done = compare.measure(models[0], second, group, done, tick, ends, ranks)
+        if cache is not None and ranks.first:
             write_json(cache, {"of": of, "windows": [dataclasses.asdict(w) for w in done]})
     return compare.summarise(done), inputs.of_text(text)
 
@@ -204,6 +210,7 @@ def _of_outputs(
     cache: Path | None,
     calibration: str | None,
     warnings: list[str] | None,
+    ranks: Ranks,
 ) -> tuple[compare.Quality, Inputs] | None:
     """The quality of a model that is no causal language model, or of one on images."""
     if pruned is None and kind.predicts != "next token":
@@ -219,14 +226,14 @@ def _of_outputs(
     if sentences and sentences.left:
         said.append(f"embeddings were compared before the modules {', '.join(sentences.left)} of {dense.given}")
     of = [dense.fingerprint(), pruned.fingerprint() if pruned else "", on.facts["sha256"]]
-    done = outputs.from_json(_kept(cache, of), subject)
+    done = outputs.from_json(ranks.tell(_kept(cache, of)), subject)
     batches, measured = on.batches(subject.alone), 0
     while measured < len(done):
         measured += len(next(iter(batches.pop(0).values())))
-    total = len(batches) * (sum(len(c.block_names(m)) for m, c in models) + 1)
+    total = len(ranks.share(batches)) * (sum(len(c.block_names(m)) for m, c in models) + 1)
 
     def keep(found: list[Any]) -> None:
-        if cache is not None:
+        if cache is not None and ranks.first:
             write_json(cache, {"of": of, "windows": outputs.as_json([*done, *found], subject)})
 
     found = [
@@ -238,6 +245,7 @@ def _of_outputs(
             subject,
             ticker(progress, "evaluating", total),
             keep,
+            ranks,
         ),
     ]
     if warnings is not None:

@@ -59,15 +59,16 @@ class Inputs:
         plain = all(set(row) == {"input_ids"} for row in self.rows)
         return torch.cat([row["input_ids"] for row in self.rows]) if plain else None
 
-    def batches(self, alone: bool = False) -> list[Batch]:
-        """The inputs in order, those of equal shapes run together. alone: each by itself."""
+    def batches(self, alone: bool = False, parts: int = 1) -> list[Batch]:
+        """The inputs in order, those of equal shapes run together. alone: each by itself. parts: at least so many."""
         windows = self.windows
         if windows is not None and not alone:
-            return batched(windows)
+            return batched(windows, parts)
         found: list[list[Batch]] = []
+        each = max(1, min(_ROWS_PER_BATCH, len(self.rows) // parts))
         for row in self.rows:
             last = found[-1] if found else []
-            most = min(_ROWS_PER_BATCH, _NUMBERS_PER_BATCH // sum(x.numel() for x in row.values()))
+            most = min(each, _NUMBERS_PER_BATCH // sum(x.numel() for x in row.values()))
             if last and not alone and len(last) < most and _shapes(last[0]) == _shapes(row):
                 last.append(row)
             else:

@@ -9,6 +9,7 @@ Each is an Estimate over inputs. N inputs of a batch, S positions, C classes, D 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import CalibrationError
 from secateurs.base.estimate import Estimate, ratio_of, score_of
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.model.batches import Batch
 from secateurs.model.blocks import Loader
 from secateurs.model.checkpoint import Checkpoint
@@ -54,22 +56,26 @@ def measure(
     subject: Subject,
     tick: Callable[[], None] = lambda: None,
     keep: Callable[[list[Any]], None] = lambda found: None,
+    ranks: Ranks = ALONE,
 ) -> list[Any]:
     """What READERS gives for each input. Memory holds one block of each model and the hidden states of about 64 inputs.
 
     tick: called for every batch, block and model, and once for every batch at the end. keep: called now and then with what there is
-    so far. Raises CalibrationError for outputs that are not of the subject's kind.
+    so far. ranks: those that share the batches. Raises CalibrationError for outputs that are not of the subject's kind.
     """
     read = READERS[subject.kind.predicts]
     models = [dense] if pruned is None else [dense, pruned]
     found: list[Any] = []
     for group in _groups(batches):
-        runs = [compare.outputs_of(model, group, 0, tick) for model in models]
-        for i, batch in enumerate(group):
-            found += read([output(i) for output in runs], batch, subject)
+        mine = ranks.share(group)
+        runs = [compare.outputs_of(model, mine, tick) for model in models]
+        here = []
+        for i, batch in enumerate(mine):
+            here.append(read([output(i) for output in runs], batch, subject))
             tick()
         for model, loader in models:
             loader.release(model)
+        found += itertools.chain.from_iterable(ranks.merged(here))
         keep(found)
     return found
 
