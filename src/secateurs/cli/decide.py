@@ -54,6 +54,21 @@ def decide(
     allow_foreign_profile: Annotated[
         bool, option(RARE, "Decide for another machine by its profile's estimates.", "--allow-foreign-profile")
     ] = False,
+    jobs: Annotated[
+        int,
+        option(
+            METHOD, "Candidates that are made at once, each with its part of the threads. Default: 1, e.g. 4.", min=1
+        ),
+    ] = 1,
+    plan: Annotated[
+        bool,
+        option(
+            OUTPUT, "Print a command line for each candidate, for other machines that see --out, and stop.", "--plan"
+        ),
+    ] = False,
+    collect: Annotated[
+        bool, option(OUTPUT, "Decide between the candidates that are finished, and make none.", "--collect")
+    ] = False,
     integers: Annotated[
         bool | None, option(RARE, "Dense int8 and int4 are candidates, too. Default: yes.", "--integers/--no-integers")
     ] = None,
@@ -70,6 +85,7 @@ def decide(
     from secateurs.base.device import cpu_note
     from secateurs.base.errors import NothingPaysError
     from secateurs.base.run_directory import model_note
+    from secateurs.decide.decide import commands
     from secateurs.decide.decide import decide as run
     from secateurs.decide.plan import DecidePlan
     from secateurs.report.tables import print_decision
@@ -79,7 +95,7 @@ def decide(
         "candidates": chosen, "budget": budget, "effort": effort, "prompt": prompt, "new": new, "profile": profile,
         "repeats": repeats, "multiple": multiple, "integers": integers,
     }  # fmt: skip
-    plan = DecidePlan(
+    asked = DecidePlan(
         model,
         options.evaluation_of(eval_text, eval_windows, eval_seqlen, gate, tasks, tasks_path, tasks_limit),
         calibration=options.calibration_of(calibration, samples, seqlen, seed),
@@ -88,8 +104,18 @@ def decide(
     )
     note(cpu_note(), quiet)
     note(model_note(model), quiet)
+    if plan:
+        with progress_bars(not quiet and not as_json) as bars:
+            lines, left = commands(asked, out.expanduser().absolute(), bars)
+        for sentence in left:
+            note(sentence, quiet)
+        if as_json:
+            print_json({"commands": lines, "left": left})
+        else:
+            typer.echo("\n".join(lines))
+        return
     with live_table(not quiet and not as_json) as (progress, show):
-        result = run(plan, out.expanduser(), progress, show)
+        result = run(asked, out.expanduser(), progress, show, jobs, collect)
     if as_json:
         print_json(result)
     elif not quiet:

@@ -1,26 +1,32 @@
 """Recommends what to ship on this machine: candidates are estimated, pruned, held to the quality floor and timed.
 
 The run directory holds plan.json, profile.json, candidates/NAME (each a run directory of prune or shrink, with its packed model and
-timing.json) and decide.json. After a kill, what was measured is read and not measured again.
+timing.json) and decide.json. After a kill, what was measured is read and not measured again. So candidates may be made by other
+processes first, here or elsewhere (jobs.py): the decision finds them finished.
 """
 
 import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError, SecateursError
 from secateurs.base.files import write_json
 from secateurs.base.precision import described
-from secateurs.base.progress import Progress, silent
-from secateurs.base.run_directory import claim, locked, resolved, unchanged
+from secateurs.base.progress import Progress, silent, ticker
+from secateurs.base.run_directory import claim, locked, read_object, resolved, unchanged
 from secateurs.decide import beside_dense, through_kernels
-from secateurs.decide.plan import INTEGERS, DecidePlan
+from secateurs.decide.jobs import Job, run, shrink_command
+from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
+from secateurs.decide.verdict import LEFT_OUT, front, sentence
 from secateurs.kernels.formats import DTYPES
 from secateurs.kernels.packed_linear import linears
 from secateurs.machine.bench import Variant, bench, dense_variants, variants_of
@@ -31,7 +37,9 @@ from secateurs.machine.timing import Timing
 from secateurs.matrix.grids import Grid
 from secateurs.model import checkpoint
 from secateurs.model.blocks import prefixes_of
+from secateurs.model.source import trusted
 from secateurs.pack.folder import pack_run
+from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
 from secateurs.prune.run import Run
 from secateurs.quality import evaluation
@@ -50,13 +58,27 @@ _LONGER = 4
 
 
 def decide(
-    plan: DecidePlan, out: str | Path, progress: Progress = silent, show: Show = lambda rows: None
+    plan: DecidePlan,
+    out: str | Path,
+    progress: Progress = silent,
+    show: Show = lambda rows: None,
+    jobs: int = 1,
+    collect: bool = False,
 ) -> dict[str, Any]:
     """Begin or go on with a decision, and return decide.json. show: called with all rows whenever one changes.
 
-    Where no candidate pays, the result's `recommended` is 'dense'. Raises SecateursError.
+    jobs: candidates that are made at once, in processes of their own; packing and timing come after, one by one. collect: decide
+    between those that are finished, and leave out the others. Where no candidate pays, the result's `recommended` is 'dense'.
+    Raises SecateursError.
     """
-    return _Decision(plan, Path(out).expanduser(), progress, show).complete()
+    return _Decision(plan, Path(out).expanduser(), progress, show).complete(jobs, collect)
+
+
+def commands(plan: DecidePlan, out: str | Path, progress: Progress = silent) -> tuple[list[str], list[str]]:
+    """Begin a decision, and return a command line for each candidate that may pay, in any order and on any machine that sees the
+    folder; and sentences on those that only the decision itself can make.
+    """
+    return _Decision(plan, Path(out).expanduser(), progress, lambda rows: None).commands()
 
 
 class _Decision:
@@ -65,7 +87,9 @@ class _Decision:
         self.out, self.progress, self.show = out, progress, show
         self.errors: list[SecateursError] = []
 
-    def complete(self) -> dict[str, Any]:
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """A context in which the run directory is this decision's, and what no candidate needs to be made for is known."""
         source = checkpoint.Checkpoint(self.plan.model)
         if not evaluation.predicts_next_token(source):
             raise PlanError(
@@ -86,18 +110,102 @@ class _Decision:
             self.here = given if given is not None else self._own_profile()
             self.estimated = not (isinstance(self.here, DeviceProfile) and self.here.of_here)
             self.rows: list[dict[str, Any]] = [self._estimate(c) for c in self.plan.parsed]
-            self.show(self.rows)
             # the mildest of a kind first: if it misses the floor, those that remove more are not tried
-            order = sorted(range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept * self.plan.parsed[i].bits)
-            for i in order:
+            self.order = sorted(
+                range(len(self.rows)), key=lambda i: -self.plan.parsed[i].kept * self.plan.parsed[i].bits
+            )
+            yield
+
+    def commands(self) -> tuple[list[str], list[str]]:
+        with self._begun():
+            return [job.line for job in self._jobs()], [
+                f"{c.text} is left to `secateurs decide` itself: its budget is a time, measured where nothing else runs"
+                for c in self.plan.parsed
+                if self._timed(c)
+            ]
+
+    def complete(self, jobs: int, collect: bool) -> dict[str, Any]:
+        with self._begun():
+            self.show(self.rows)
+            if jobs > 1 and not collect:
+                self._make(jobs)
+            for i in self.order:
+                if collect:
+                    self._leave_out(i)
                 self._settle(i)
                 self.show(self.rows)
+            if collect and not any(r["status"] == "measured" for r in self.rows) and not self.errors:
+                raise PlanError(
+                    f"none of the candidates is finished in {self.out / 'candidates'}; --plan prints the commands that make them"
+                )
             if self.errors and not any(r["status"] == "measured" for r in self.rows):
                 # every candidate failed by error, so there is nothing to decide on
                 raise self.errors[0]
             result = self._result()
             write_json(self.out / "decide.json", result)
         return result
+
+    # ------------------------------------------------------------------------------------------------------ jobs
+
+    def _timed(self, candidate: Candidate) -> bool:
+        return candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
+
+    def _jobs(self) -> list[Job]:
+        """Those of all candidates that may pay. Candidates that quantize one smaller model share a job, which makes that first."""
+        found: dict[str, list[int]] = {}
+        for i in self.order:
+            candidate = self.plan.parsed[i]
+            if self.rows[i]["status"] != "dropped" and not self._timed(candidate):
+                shrunk = candidate.kind == "shrink"
+                found.setdefault(self._smaller(candidate) if shrunk else candidate.text, []).append(i)
+        return [self._job([self.plan.parsed[i] for i in group]) for group in found.values()]
+
+    def _job(self, group: list[Candidate]) -> Job:
+        made = []
+        if group[0].kind == "shrink":
+            made.append(shrink_command(self._shrink_plan(group[0]), self._folder(self._smaller(group[0]))))
+        for candidate in group:
+            asked = self._asked(candidate)
+            if isinstance(asked, Plan):
+                folder = self._folder(candidate.text)
+                file = self.out / "work" / "plans" / f"{folder.name}.json"
+                write_json(file, asked.as_dict())
+                made.append(("prune", "--plan", str(file), "--out", str(folder)))
+        trust = ("--trust-remote-code",) if trusted() else ()
+        return Job(tuple(c.text for c in group), tuple((*command, *trust) for command in made))
+
+    def _make(self, at_once: int) -> None:
+        """Make the candidates in processes of their own."""
+        jobs, threads = self._jobs(), torch.get_num_threads()
+        index = {c.text: i for i, c in enumerate(self.plan.parsed)}
+
+        def wanted(job: Job) -> bool:
+            return any(self._hopeless(index[text]) is None for text in job.candidates)
+
+        tick = ticker(self.progress, "making candidates", len(jobs))
+        run(jobs, at_once, threads, self.out / "work" / "jobs.log", wanted, tick)
+
+    def _hopeless(self, i: int) -> str | None:
+        """Why a candidate will not hold the floor: one that removes less does not."""
+        for other, row in zip(self.plan.parsed, self.rows, strict=True):
+            gate = row["gate"] or (self._finished(other) or {"gate": []})["gate"]
+            missed = [g["missed"] for g in gate if g["verdict"] == "missed"]
+            if missed and other.milder(self.plan.parsed[i]):
+                return f"{other.text} removes less and already fails: {missed[0]}"
+        return None
+
+    def _finished(self, candidate: Candidate) -> dict[str, Any] | None:
+        """The report of a candidate that was made, or None."""
+        file = self._folder(candidate.text) / "report.json"
+        report = read_object(file) if file.is_file() else {"status": "absent"}
+        # shrink writes its report when all is done
+        return report if report.get("status", "complete") == "complete" else None
+
+    def _leave_out(self, i: int) -> None:
+        """Drop a candidate that is not finished."""
+        if self.rows[i]["status"] != "dropped" and not self._finished(self.plan.parsed[i]):
+            why = "it is not finished, and only those that are were collected"
+            self.rows[i] |= {"status": "dropped", "reason": why}
 
     # ------------------------------------------------------------------------------------------------- estimates
 
@@ -148,7 +256,6 @@ class _Decision:
 
     def _estimate(self, candidate: Candidate) -> dict[str, Any]:
         worth = realize(candidate, self.here, self.dtype)
-        timed = candidate.kind == "shrink" and Budget.parse(candidate.budget).timed
         all_of_them = None
         if candidate.kind == "mask" and candidate.grid and not candidate.plain:
             named = (c.text for c in self.plan.parsed if c.plain and c.grid == candidate.grid)
@@ -164,7 +271,7 @@ class _Decision:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
         elif all_of_them and not worth.pays_beside(all_of_them):
             row |= {"status": "dropped", "reason": f"would not pay beside {all_of_them.candidate}: {worth.why}"}
-        elif self.estimated and timed:
+        elif self.estimated and self._timed(candidate):
             why = "its budget is a time, which can only be measured on the machine itself; give params, bytes or flops"
             row |= {"status": "dropped", "reason": why}
         elif not candidate.budget.startswith("seconds") and (reason := self._over_budget(row, slack=GAIN)):
@@ -198,11 +305,9 @@ class _Decision:
         row, candidate = self.rows[i], self.plan.parsed[i]
         if row["status"] == "dropped":
             return
-        for other, settled in zip(self.plan.parsed, self.rows, strict=True):
-            missed = [g["missed"] for g in settled["gate"] if g["verdict"] == "missed"]
-            if missed and other.milder(candidate):
-                row |= {"status": "dropped", "reason": f"{other.text} removes less and already fails: {missed[0]}"}
-                return
+        if (why := self._hopeless(i)) is not None:
+            row |= {"status": "dropped", "reason": why}
+            return
         row["status"] = "running"
         self.show(self.rows)
         try:
@@ -218,13 +323,10 @@ class _Decision:
         def progress(what: str, done: int, total: int) -> None:
             self.progress(f"{label}: {what}", done, total)
 
-        asked, smaller = self.plan.plan_of(candidate), None
+        asked, smaller = self._asked(candidate), None
         if candidate.kind == "shrink":
-            first = self.plan.shrink_plan(candidate)
-            first = first if candidate.units else dataclasses.replace(first, units=self.units)
-            base = candidate.text.rpartition("+")[0] if candidate.grid else candidate.text
-            smaller = shrink(first, self._folder(base), progress, self.out / "work")
-            asked = dataclasses.replace(asked, model=str(self._folder(base) / "model"))
+            folder_of_it = self._folder(self._smaller(candidate))
+            smaller = shrink(self._shrink_plan(candidate), folder_of_it, progress, self.out / "work")
         if isinstance(asked, ShrinkPlan):
             assert smaller is not None
             report, nbytes = smaller, smaller["bytes"]
@@ -253,6 +355,21 @@ class _Decision:
         if not self.estimated:
             self._time(row, candidate, folder, progress)
         self._judge(row)
+
+    def _smaller(self, candidate: Candidate) -> str:
+        """The candidate of shrink that one is, or that it quantizes."""
+        return candidate.text.rpartition("+")[0] if candidate.grid else candidate.text
+
+    def _shrink_plan(self, candidate: Candidate) -> ShrinkPlan:
+        found = self.plan.shrink_plan(candidate)
+        return found if candidate.units else dataclasses.replace(found, units=self.units)
+
+    def _asked(self, candidate: Candidate) -> Plan | ShrinkPlan:
+        """What prune or shrink is asked for."""
+        found = self.plan.plan_of(candidate)
+        if candidate.kind != "shrink":
+            return found
+        return dataclasses.replace(found, model=str(self._folder(self._smaller(candidate)) / "model"))
 
     def _folder(self, text: str) -> Path:
         return self.out / "candidates" / re.sub(r"[^\w.=]+", "-", text)
@@ -350,15 +467,10 @@ class _Decision:
             "rows": self.rows,
             "front": [r["candidate"] for r in front(self.rows)],
             "zeros": zeros,
-            "left_out": [] if self.plan.integers else [_LEFT_OUT],
+            "left_out": [] if self.plan.integers else [LEFT_OUT],
             "recommended": best["candidate"] if best else "dense",
-            "sentence": _sentence(best, texts, self.rows, zeros, self.here.name, self.estimated),
+            "sentence": sentence(best, texts, self.rows, zeros, self.here.name, self.estimated),
         }
-
-
-_LEFT_OUT = (
-    f"dense {' and '.join(INTEGERS)} were left out, as asked (--no-integers): whether zeros beat them is not known"
-)
 
 
 def _fits(config: Any, plan: DecidePlan) -> None:
@@ -385,48 +497,3 @@ def _share(skeleton: Any) -> float:
     inside = prefixes_of(skeleton)
     weights: list[Any] = [module.weight for name, module, _ in linears(skeleton) if name.startswith(inside)]
     return float(sum(w.numel() for w in weights) / sum(p.numel() for p in skeleton.parameters()))
-
-
-def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The measured candidates that no other beats in both perplexity and seconds, the fastest first."""
-    known = [r for r in rows if r["status"] == "measured" and r["quality"]]
-
-    def point(row: dict[str, Any]) -> tuple[float, float]:
-        return row["seconds_ratio"]["value"], row["quality"]["ppl_ratio"]["value"]
-
-    kept = []
-    for row in known:
-        seconds, quality = point(row)
-        others = [point(o) for o in known if o is not row]
-        if not any(s <= seconds and q <= quality and (s, q) != (seconds, quality) for s, q in others):
-            kept.append(row)
-    return sorted(kept, key=point)
-
-
-def _sentence(
-    best: dict[str, Any] | None,
-    candidates: dict[str, Candidate],
-    rows: list[dict[str, Any]],
-    zeros: str,
-    where: str,
-    estimated: bool,
-) -> str:
-    how = f"by estimate for {where}" if estimated else f"measured on {where}"
-    if best is None:
-        reasons = "; ".join(f"{r['candidate']}: {r['reason']}" for r in rows)
-        return f"Ship the dense model: no candidate both passes the floor and pays ({how}). {reasons}."
-    seconds, quality = best["seconds_ratio"], best["quality"]
-    time = f"{seconds['value']:.2f}x the time" + (
-        "" if estimated else f" (10th to 90th percentile {seconds['low']:.2f} to {seconds['high']:.2f})"
-    )
-    lost = ""
-    if quality:
-        ratio = quality["ppl_ratio"]
-        change = f"{ratio['value'] - 1:+.1%}, 95% interval {ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%}"
-        lost = f" Perplexity against the dense model's: {change}."
-    passed = ", ".join(g["gate"] for g in best["gate"])
-    dense = "dense " if candidates[best["candidate"]].plain else ""
-    return (
-        f"Ship {dense}{best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), "
-        f"and it passes {passed}.{lost}{f' {zeros}' if zeros else ''}"
-    )
