@@ -1,5 +1,7 @@
 """Which rank solves which layer, and sums of all ranks' statistics. O outputs, I inputs."""
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,10 +60,14 @@ def summed(
             alike.setdefault(key, []).append(layer)
     owner = dealt(list(alike.values()), ranks.size)
     total: dict[str, Stats] = {}
+    # summing uses Stats up; those that another rank does not share are needed once more
+    left = Counter(id(found[group[0].name]) for group in alike.values() if group[0].name in found)
     for group in alike.values():
         name, width = group[0].name, group[0].shape[1]
         drift = any(other[name].drift for other in told if name in other)
-        stats = (found.get(name) or Stats.zeros(width, gram)).summed(ranks, owner[name], drift)
+        stats = found.get(name) or Stats.zeros(width, gram)
+        left[id(stats)] -= 1
+        stats = (copy.deepcopy(stats) if left[id(stats)] > 0 else stats).summed(ranks, owner[name], drift)
         if not torch.isfinite(stats.sqnorm_I).all():
             bad = int((~torch.isfinite(stats.sqnorm_I)).sum())
             raise LayerError(f"{name}: {bad} of {width} inputs were NaN or infinite on calibration text")
