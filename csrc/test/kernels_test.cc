@@ -1,4 +1,5 @@
-/* Every kernel that this CPU can run against the double loop: sizes around each tile, misaligned pointers, threads. */
+/* Every kernel that this CPU can run against the double loop: sizes around each tile, misaligned pointers, threads.
+   Usage: kernels_test [WORD]; WORD: only kernels whose name holds it. */
 #include <malloc.h>
 #include <sys/resource.h>
 
@@ -391,7 +392,8 @@ void arguments() {
 }
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const char* word = argc > 1 ? argv[1] : "";
   /* what the C library keeps for threads would serve a call that finds no memory */
   mallopt(M_ARENA_MAX, 1);
   mallopt(M_MMAP_THRESHOLD, 1 << 20);
@@ -406,6 +408,7 @@ int main() {
   for (int32_t k = 0; k < secateurs_kernels(); ++k) {
     secateurs_kernel row;
     secateurs_kernel_info(k, &row);
+    if (!strstr(row.name, word)) continue;
     if (!row.runnable) {
       printf("NOT RUN, this CPU lacks %s: %s\n", row.isa, row.name);
       continue;
