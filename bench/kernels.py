@@ -58,7 +58,9 @@ GRID_MARKS = {
         ("int4", 1, "unstructured", 0.5): 1.15, ("int4", 1, "2:4", 0.5): 1.2, ("int4", 1, "unstructured", 0.7): 1.4,
         **{(g, t, p, s): 0.95 for g, t in GRIDS if t > 1 for p, s in GRID_CASES},
     },
-    "avx2": {("int8", 1, None, 0.0): 1.7, ("int4", 1, None, 0.0): 2.8},
+    "avx2": {
+        ("int8", 1, None, 0.0): 1.7, ("int4", 1, None, 0.0): 2.8, ("int8", 1, "2:4", 0.5): 1.25, ("int4", 1, "2:4", 0.5): 1.2,
+    },
 }  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

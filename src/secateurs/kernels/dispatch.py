@@ -153,8 +153,8 @@ CHOICES = {
 DENSE_STREAM_TOKENS = {"avx512": 16, "avx2": 6, "neon": 4, "scalar": 4}
 # the same of integers, in either format
 INTEGER_STREAM_TOKENS = {"avx512": 8, "avx2": 6, "neon": 4, "scalar": 4}
-# up to so many tokens the strategy pairs takes integers that it accepts
-PAIRS_TOKENS = {"avx512": 8, "avx2": 8, "neon": 4, "scalar": 4}
+# up to so many tokens the strategy pairs is the fastest for integers that it accepts; measured up to 256 (docs/log.md)
+PAIRS_TOKENS = {"avx512": 8, "avx2": 256, "neon": 4, "scalar": 4}
 # what csrc/secateurs.h calls the dtypes of x
 CODES = {dtype: code for code, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32))}
 
