@@ -1017,7 +1017,7 @@ ROWS = (
          "written_VI = layer.read()[part].copy_(new_VI)",
          "written_VI = layer.read()[: len(new_VI)].copy_(new_VI)"),
     _row(PRUNE, "prune/test_outside.py::test_a_run_that_was_killed_goes_on_to_the_same_bytes",
-         "if start == 0 or plan.head_bits or plan.embedding_bits:",
+         'if start == 0 or (on_grid_outside(model, plan) and "outside" not in state):',
          "if start == 0:"),
     _row(PRUNE, "prune/test_outside.py::test_verify_finds_a_weight_that_left_its_grid",
          "if off := found.off(weight_OI):",

@@ -228,13 +228,14 @@ def test_a_run_writes_them_and_their_scales_and_is_verified(folders, model_type)
     assert report.totals["file_bits"] == report.bytes["stored"] * 8 / report.parameters
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["outside.safetensors", SCALES_FILE])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(place, folders, tmp_path, monkeypatch):
     plan, where = folders["llama"]
     write = prune_run.write_scales
 
     def killed(file, scales):
-        if file.name == SCALES_FILE:
-            # embedding and head are written already
+        if file.name == place:
+            # embedding and head are written already, and noted after the first of these places
             raise KeyboardInterrupt
         write(file, scales)
 
