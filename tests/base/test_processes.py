@@ -142,6 +142,14 @@ def test_a_run_begins_once_the_ranks_of_the_one_before_are_gone(tmp_path):
     job.join(5)
 
 
+def test_a_command_of_one_process_says_so_to_several():
+    from secateurs import cli
+
+    done = process.run(cli.main, ["methods"], WORLD_SIZE=2, RANK=0)
+    assert done.code == 2
+    assert "methods runs in one process, and torchrun started several" in done.error
+
+
 def test_every_name_and_seed_has_its_own_numbers():
     seeds = [seed_of(seed, name) for seed in (0, 1) for name in ("layers.0", "layers.1")]
     assert len(set(seeds)) == 4

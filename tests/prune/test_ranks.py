@@ -79,6 +79,7 @@ def test_two_processes_prune_as_one(case, llama, words, tmp_path):
     ):
         assert getattr(one, name) == getattr(two, name), name
     assert not (tmp_path / "2" / "work").exists()
+    assert two.machine == {**one.machine, "processes": 2}
 
 
 def test_three_processes_prune_experts_as_one(words, tmp_path):

@@ -112,7 +112,8 @@ class Run:
         self._check_memory(plan, source, model)
         cost = cost_of(plan)
         compute = described(model.config.dtype)
-        report = Report(self.plan.as_dict(), machine(), shrunk=shrunk_before(plan.model), compute=compute)
+        here = machine() | ({"processes": ranks.size} if ranks.size > 1 else {})
+        report = Report(self.plan.as_dict(), here, shrunk=shrunk_before(plan.model), compute=compute)
         found = self._calibration(plan, source, model, report)
         # those of all ranks, and this one's
         everything = found.batches(parts=self.parts) if found else []
@@ -462,8 +463,6 @@ class Run:
         result, seed = checkpoint.Checkpoint(self.model_folder), self.plan.calibration.seed
         asked, looked_at = self.plan.evaluation, self.plan.calibration.source if self.plan.calibrated else None
         found = measured(source, result, asked, seed, self.progress, self.work, self.beside, looked_at, self.ranks)
-        if not self.ranks.first:
-            return
         for name, value in found.as_dict().items():
             setattr(report, name, value)
         report.warnings += found.warnings
@@ -473,7 +472,7 @@ class Run:
 
             windows = load_file(file).get("windows")
             if windows is not None:
-                report.distance, warnings = texts_apart(source, windows, found.windows, found.numbers)
+                report.distance, warnings = texts_apart(source, windows, found.windows, found.numbers, self.ranks)
                 report.warnings += warnings
         report.seconds["evaluate"] = time.perf_counter() - began
 

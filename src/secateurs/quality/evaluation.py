@@ -129,8 +129,9 @@ def measured(
     if asked.windows:
         cache = work / "windows.json" if work else None
         found = quality(dense, result, asked, progress, cache, calibration, warnings, ranks)
+    numbers, on = found or (None, None)
     if not ranks.first:
-        return Measured([], warnings)
+        return Measured([], warnings, numbers=numbers, inputs=on)
     told, compared = None, {}
     if asked.tasks:
         models = {"dense": (dense, beside or work)} | ({"pruned": (result, work)} if result else {})
@@ -138,7 +139,6 @@ def measured(
         told = {name: tasks.without_scores(one) for name, one in results.items()}
         if result is not None:
             compared = tasks.compare(results["dense"], results["pruned"], seed)
-    numbers, on = found or (None, None)
     gate = gates.judge(asked.gates, numbers.as_dict() if numbers else None, compared)
     return Measured(gate, warnings, told, compared, numbers, on)
 
@@ -294,13 +294,14 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
 
 def texts_apart(
-    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality
+    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality, ranks: Ranks = ALONE
 ) -> tuple[dict[str, Any], list[str]]:
     """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
     apart = texts.distance(calibration, evaluation)
     if found.ppl_dense is not None:
         some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
-        seen = compare.summarise(compare.measure((source.skeleton(), source), None, some)).ppl_dense
+        windows = compare.measure((source.skeleton(), source), None, some, ranks=ranks)
+        seen = compare.summarise(windows).ppl_dense
         assert seen is not None
         apart = dataclasses.replace(apart, ppl_calibration=seen.value, ppl_evaluation=found.ppl_dense.value)
     mismatch = [apart.mismatch] if apart.mismatch else []
