@@ -82,8 +82,8 @@ def prune_live(
     else:
         alone = guide_of(model, plan, None, found)
         nearest = partial(nearest_to_dense, model, None, batches, plan, alone, progress=progress)
-        shared = whole.of_layers(plan) if whole else plan
-        shares = assign(model, None, batches, shared, found, norms, cost, nearest=nearest)
+        of_layers = whole.of_layers(plan) if whole else plan
+        shares = assign(model, None, batches, of_layers, found, norms, cost, nearest=nearest)
     guide = guide_of(model, plan, shares, found)
     teacher = InMemory() if plan.blend else None
     targets = InMemory() if plan.reconstruct else None
