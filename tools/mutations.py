@@ -52,7 +52,7 @@ ROWS = (
     _row(f"{BASE}/watching.py", "base/test_processes.py::test_no_rank_outlives_another[killed-2]",
          "os._exit(1)",
          "return"),
-    _row(f"{BASE}/watching.py", "base/test_processes.py::test_what_ranks_tell_each_other[2]",
+    _row(f"{BASE}/watching.py", "base/test_processes.py::test_an_end_that_was_announced_is_no_loss",
          "if said == _DONE or over.is_set():",
          "if False:"),
     _row(f"{BASE}/run_directory.py", "base/test_processes.py::test_a_run_begins_once_the_ranks_of_the_one_before_are_gone",
