@@ -202,7 +202,7 @@ def machines(arguments) -> None:
     def start(rank: int, size: int, out: Path) -> subprocess.Popen:
         command = [
             sys.executable, "-m", "secateurs", "prune", str(data / "stories260K"), "--out", str(out), "--calibration",
-            str(data / "tinystories_30KB.txt"), "--samples", "32", "--seqlen", "128", "--eval-windows", "0", "--quiet",
+            str(data / "tinystories_30KB.txt"), "--samples", "64", "--seqlen", "128", "--eval-windows", "0", "--quiet",
         ]  # fmt: skip
         meeting = {
             "RANK": rank,
