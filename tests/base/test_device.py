@@ -79,3 +79,24 @@ def test_memory_is_in_bytes():
     assert device.machine()["memory_bytes"] == pytest.approx(there, rel=0.05)
     # the kernel counts pages in lots
     assert 0.95 * here <= device.peak_memory() <= there
+
+
+def test_memory_is_what_the_control_group_may_have(tmp_path):
+    groups = tmp_path / "sys/fs/cgroup"
+    (groups / "user/box").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/user/box\n")
+    assert device._allowed(tmp_path) == []
+    (groups / "user/box/memory.max").write_text("max\n")
+    (groups / "user/memory.max").write_text("3000000000\n")
+    assert device._allowed(tmp_path) == [3000000000]
+    # in a container
+    (groups / "memory.max").write_text("2000000000\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    assert device._allowed(tmp_path) == [2000000000]
+    # the first version has a tree for memory
+    (groups / "memory").mkdir()
+    (groups / "memory/memory.limit_in_bytes").write_text("1000000000\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/box\n1:cpu:/\n")
+    assert device._allowed(tmp_path) == [1000000000]
+    assert 0 < device.memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

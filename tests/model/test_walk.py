@@ -7,11 +7,13 @@ from transformers.pytorch_utils import Conv1D
 from secateurs import Stats
 from secateurs.base.errors import LayerError
 from secateurs.model import blocks
+from secateurs.model import walk as walks
 from secateurs.model.activations import InMemory, OnDisk
-from secateurs.model.blocks import AllLoaded, leave, pieces
+from secateurs.model.blocks import AllLoaded, leave, pieces, whole
 from secateurs.model.discover import layout_of
 from secateurs.model.layers import layers_of
 from secateurs.model.walk import stream
+from secateurs.shrink import units
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": IDS[:3]}, {"input_ids": IDS[3:]}]
@@ -197,6 +199,68 @@ class Counted(InMemory):
     def drop(self, block):
         super().drop(block)
         self.blocks.discard(block)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("kept", [(0, 2), (1,), (2,)])
+def test_a_walk_of_some_blocks_is_the_model_of_these_blocks(model_type, kept):
+    """Gemma 3's blocks are of two kinds, and its config says which."""
+    model, shorter = tiny.make(model_type), tiny.make(model_type)
+    store = InMemory()
+    walked = [s.index for s in stream(model, BATCHES, store=store, keep_last=True, only=kept)]
+    assert walked == list(kept)
+    units.keep_blocks(shorter, "model.layers", kept, ("num_hidden_layers",))
+    for i, batch in enumerate(BATCHES):
+        with torch.no_grad():
+            wanted = whole(shorter, batch)[0]
+        assert torch.equal(leave(model, AllLoaded(), store.read(3, i), batch)[0], wanted)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_walk_of_some_blocks_goes_on_where_it_was(killed, tmp_path):
+    model, store = tiny.make("llama"), OnDisk(tmp_path)
+
+    def walk(start):
+        seen = []
+        for step in stream(model, BATCHES, store=store, start=start, keep_last=True, only=(0, 2)):
+            if start == 0 and killed and step.index == 2:
+                break
+            layer = step.layers[0]
+            layer.write(layer.read() * 0.5)
+            seen.append(step.index)
+        return seen
+
+    assert walk(0) + (walk(2) if killed else []) == [0, 2]
+    # inputs of blocks that are done are gone
+    assert {f.name for f in store.folder.iterdir()} == {"block-0002", "block-0003"}
+    other, straight = tiny.make("llama"), InMemory()
+    for layer in (layers_of(other.model.layers[i], "")[0] for i in (0, 2)):
+        layer.write(layer.read() * 0.5)
+    for _ in stream(other, BATCHES, store=straight, keep_last=True, only=(0, 2)):
+        pass
+    assert all(torch.equal(store.read(3, i), straight.read(3, i)) for i in range(2))
+
+
+def experts_in_turn(monkeypatch, room):
+    monkeypatch.setattr(walks, "memory_bytes", lambda: 4 * room)
+    step = next(iter(stream(tiny.make("mixtral"), BATCHES)))
+    return step, list(step.observe_in_turn(step.layers, gram=True))
+
+
+def test_experts_whose_gram_matrices_take_too_much_are_looked_at_in_groups(monkeypatch):
+    # a Gram matrix and its factor in fp32 for inputs of 32 and of 64
+    each = 8 * (32**2 + 64**2)
+    step, (alone,) = experts_in_turn(monkeypatch, 4 * each)
+    assert alone[0] == step.layers
+    for room, counts in ((4 * each - 1, [4, 6, 2]), (2 * each, [4, 4, 4]), (1, [4, 2, 2, 2, 2])):
+        _, groups = experts_in_turn(monkeypatch, room)
+        assert [len(layers) for layers, _ in groups] == counts
+        assert all(layer.kind != "expert" for layer in groups[0][0])
+        found = {name: stats for _, part in groups for name, stats in part.items()}
+        assert found.keys() == alone[1].keys()
+        for name, stats in found.items():
+            assert stats.tokens == alone[1][name].tokens
+            assert torch.equal(stats.gram_II, alone[1][name].gram_II), name
 
 
 def test_a_walk_holds_the_inputs_of_two_blocks_and_the_targets_of_one():

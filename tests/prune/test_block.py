@@ -11,12 +11,14 @@ import secateurs as sc
 from secateurs import Plan, Stats
 from secateurs.base.errors import LayerError
 from secateurs.matrix import solvers
+from secateurs.model import walk
 from secateurs.model.couplings import couplings_of
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.walk import stream
 from secateurs.prune.allocation import Share
 from secateurs.prune.assign import _levels, _losses, assign
 from secateurs.prune.block import Guide, prune_block, prune_layer
+from secateurs.prune.guide import in_passes
 from secateurs.prune.record import LayerRecord
 from secateurs.prune.tuning import Outcome
 
@@ -198,6 +200,24 @@ def test_norms_and_sensitivities_are_reordered_with_what_they_are_of(monkeypatch
         sqnorm_I, sensitivity_O, _ = given[layer.name]
         torch.testing.assert_close(sqnorm_I, norms[layer.name].sqnorm_I)
         torch.testing.assert_close(sensitivity_O, layer.read().square().sum(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"blend": 0.5}, {"pattern": "2:4", "permute": True}, {"reconstruct": 4}])
+def test_experts_that_are_looked_at_in_groups_are_pruned_as_together(options, tmp_path, words, monkeypatch):
+    """Groups of one expert, and a last one that no token reaches would be no fault."""
+    source = tiny.save(tmp_path / "dense", "mixtral")
+    plan = asked(Plan, method="sparsegpt", calibration=str(words), samples=8, seqlen=32, eval_windows=0, **options)
+    together = sc.prune(source, plan, out=tmp_path / "together")
+    monkeypatch.setattr(walk, "memory_bytes", lambda: 0)
+    apart = sc.prune(source, plan, out=tmp_path / "apart")
+    assert [line for line in apart.warnings if line not in together.warnings] == [in_passes(5)]
+    one, other = (tmp_path / name / "model" for name in ("together", "apart"))
+    for file in one.glob("*.safetensors"):
+        assert file.read_bytes() == (other / file.name).read_bytes()
+    for a, b in zip(together.layers, apart.layers, strict=True):
+        assert (a.name, a.kept, a.tokens, a.note) == (b.name, b.kept, b.tokens, b.note)
+        if not ("reconstruct" in options and ".experts." in a.name):
+            assert (a.error, a.error_from) == (b.error, b.error_from)
 
 
 def test_scores_of_layers_are_compared_in_units_of_the_loss():

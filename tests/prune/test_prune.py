@@ -19,13 +19,13 @@ from torch import nn
 
 import secateurs as sc
 from secateurs.base import precision, progress
-from secateurs.base.device import machine
 from secateurs.base.errors import CalibrationError, CheckpointError, LayerError, OutputError, PlanError, VerifyError
 from secateurs.base.files import fingerprint_of, trim
 from secateurs.model.activations import OnDisk
 from secateurs.model.blocks import blocks_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.layers import layers_of
+from secateurs.prune import guide
 from secateurs.prune import run as prune_run
 from secateurs.prune.record import failure
 from secateurs.quality import compare, evaluation, texts
@@ -385,9 +385,7 @@ def layers_of_block(model, i):
 
 
 def test_a_whole_model_that_memory_cannot_hold_is_refused_first(tmp_path, llama, words, monkeypatch):
-    module = importlib.import_module("secateurs.prune.run")
-    facts = machine()
-    monkeypatch.setattr(module, "machine", lambda: {**facts, "memory_bytes": 300_000})
+    monkeypatch.setattr(guide, "memory_bytes", lambda: 300_000)
     plan = asked(sc.Plan, effort="best", calibration=str(words), **FAST)
     with pytest.raises(PlanError, match=r"takes at least 0.\d GB of memory, this machine has 0.0; leave it out with"):
         sc.prune(llama, plan, out=tmp_path / "run")

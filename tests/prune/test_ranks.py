@@ -1,5 +1,6 @@
 """Several processes prune as one does; where one ends all do, and the same command goes on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,8 +15,10 @@ from plans import asked
 from safetensors.torch import load_file
 
 import secateurs as sc
-from secateurs.model import batches
+from secateurs.base.processes import Ranks, is_first
+from secateurs.model import batches, walk
 from secateurs.prune import run as prune_run
+from secateurs.prune.guide import in_passes
 from secateurs.prune.run import Run
 
 SMALL = {"samples": 6, "seqlen": 32, "eval_windows": 3, "eval_seqlen": 32}
@@ -46,9 +49,9 @@ def _prune(plan, out):
     Run(plan, out).complete()
 
 
-def on(size, plan, out):
+def on(size, plan, out, prune=_prune):
     """The run directory of so many processes."""
-    for done in process.Job(size, _prune, plan, out).join():
+    for done in process.Job(size, prune, plan, out).join():
         assert done.code == 0, done.error[-3000:]
     return out
 
@@ -87,6 +90,26 @@ def test_three_processes_prune_experts_as_one(words, tmp_path):
     one, three = (sc.verify(on(size, plan, tmp_path / str(size))) for size in (1, 3))
     assert differing(weights(tmp_path / "1"), weights(tmp_path / "3")) == 0
     assert (one.quality, one.calibration) == (three.quality, three.calibration)
+
+
+def _prune_in_groups(plan, out):
+    # the first process has no room for Gram matrices of experts, and says so to the others, which have
+    walk.memory_bytes = lambda: 0 if is_first() else 1 << 40
+    # tuning a mixture has other last bits with two threads
+    Ranks.all_threads = lambda self: contextlib.nullcontext()
+    _prune(plan, out)
+
+
+@pytest.mark.parametrize("options", [{"effort": "balanced", "pattern": "2:4", "reconstruct": 4}, CASES["measured"]])
+def test_two_processes_look_at_experts_in_the_same_groups(options, words, tmp_path):
+    """Of one expert each, to the bytes of one process that looks at all together."""
+    plan = plan_of(tiny.save(tmp_path / "dense", "mixtral"), words, **options)
+    together = sc.verify(on(1, plan, tmp_path / "together"))
+    apart = sc.verify(on(2, plan, tmp_path / "apart", _prune_in_groups))
+    assert differing(weights(tmp_path / "together"), weights(tmp_path / "apart")) == 0
+    assert apart.warnings == [in_passes(5), *together.warnings]
+    kept = [[(r.name, r.kept, r.sparsity, r.tokens, r.note) for r in report.layers] for report in (together, apart)]
+    assert kept[0] == kept[1]
 
 
 def _killed(plan, out, who, block):

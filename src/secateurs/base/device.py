@@ -21,7 +21,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "limits": limits(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in libraries}},
     }
@@ -106,5 +106,27 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_bytes() -> int:
+    """The machine's memory, or what the control group of this process may have of it, as in a container."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([there, *_allowed()])
+
+
+def _allowed(root: Path = Path("/")) -> list[int]:
+    """The limits of this process's control group and of those around it, of both versions; none where there are no such groups."""
+    own = root / "proc/self/cgroup"
+    # a line is 0::PATH, or NUMBER:NAMES:PATH of the first version
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()] if own.is_file() else []
+    found = []
+    for _, names, path in lines:
+        if names in ("", "memory"):
+            top = root / "sys/fs/cgroup" / names
+            # of a container that sees its own group at the top, the path may lead nowhere
+            here = top / path.removeprefix("/")
+            files = (
+                folder / ("memory.limit_in_bytes" if names else "memory.max")
+                for folder in (here, *here.parents)
+                if folder.is_relative_to(top)
+            )
+            found += [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in found if text.isdigit()]

@@ -9,7 +9,7 @@ It knows nothing of pruning. Hooks are in watch.py, the storage of weights in la
 T tokens, O outputs, I inputs, B sequences, S positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from secateurs.base.device import memory_bytes
 from secateurs.base.errors import CheckpointError, LayerError
 from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.stats import Stats
@@ -43,9 +44,12 @@ from secateurs.model.blocks import (
     shared,
 )
 from secateurs.model.discover import STEPPED, THROUGH, WHOLE, Layout, assume, layout_of
-from secateurs.model.layers import Layer, layers_of
+from secateurs.model.layers import EXPERTS, Layer, layers_of
 from secateurs.model.sharing import dealt, summed
-from secateurs.model.watch import Uncalled, Unlike, Watch
+from secateurs.model.watch import Uncalled, Unlike, Watch, idle
+
+# Gram matrices of experts may take this part of the memory
+_OF_MEMORY = 4
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Step:
     _store: Activations | None = field(default=None, repr=False)
     _targets: Activations | None = field(default=None, repr=False)
     _seen: set[int] = field(default_factory=set, repr=False)
+    _kept: set[int] = field(default_factory=set, repr=False)
     # {layer: the rank that has its Gram matrix}
     _owner: dict[str, int] = field(default_factory=dict, repr=False)
 
@@ -136,13 +141,13 @@ class Step:
         assert self._targets
         return self._targets.read(self.index, batch)
 
-    def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False) -> dict[str, Stats]:
+    def observe(self, layers: Sequence[Layer], gram: bool, drift: bool = False, some: bool = False) -> dict[str, Stats]:
         """Stats of each layer's inputs, by layer name, from one pass over all batches.
 
         All calls of a layer count. Layers called on the same tensors share one Stats. An expert's Stats hold the tokens routed
         to it, possibly none. drift: also how far the inputs have moved from the dense model's (Stats.drift_II); needs
-        stream(teacher=...), leaves experts out. Of several ranks each passes over its batches, the sums are over all, and Gram
-        matrices are the owner()'s only.
+        stream(teacher=...), leaves experts out. some: the layers are some of the experts, of which no token may reach any. Of
+        several ranks each passes over its batches, the sums are over all, and Gram matrices are the owner()'s only.
         The block's outputs are stored for targets() if stream() was given a store for them.
 
         A layer that is never called, nor its weight multiplied by a function, has none. Raises LayerError if an input is not
@@ -155,15 +160,34 @@ class Step:
         # a whole model may call a layer as often as its tokens say
         may_stop = self._keep_output is None and self._targets is None and self._call is not None
         while True:
-            watch = Watch(layers, gram, may_stop, apart, uncalled)
+            watch = Watch(layers, gram, may_stop, apart, uncalled, some)
             try:
                 self._look(watch, drift)
-                found, self._owner = summed(watch.finish(), layers, gram, self.ranks)
+                found, owner = summed(watch.finish(), layers, gram, self.ranks)
+                self._owner |= owner
                 return found
             except Unlike as found:
                 apart |= {found.name}
             except Uncalled as found:
                 uncalled = frozenset(found.names)
+
+    def observe_in_turn(
+        self, layers: Sequence[Layer], gram: bool, drift: bool = False
+    ) -> Iterator[tuple[list[Layer], dict[str, Stats]]]:
+        """observe() by groups of layers: several where the Gram matrices of all experts would take too much memory.
+
+        First all that are no experts; then experts, each with all of its layers. Solving one of these changes no other's inputs, so
+        these groups may be solved as they come, and the first one last. All ranks have the same groups.
+        """
+        first, *groups = _in_turn(layers, self.ranks) if gram else [list(layers)]
+        yield first, self.observe(first, gram, drift)
+        worked = not groups
+        for group in groups:
+            found = self.observe(group, gram, some=True)
+            worked = worked or any(stats.tokens for stats in found.values())
+            yield group, found
+        if not worked:
+            raise LayerError(idle(groups[0][0]))
 
     def _look(self, watch: Watch, drift: bool) -> None:
         weights = {layer.tensor_name: layer.parameter for layer in watch.layers if not layer.parameter.is_inference()}
@@ -178,9 +202,11 @@ class Step:
                     self._tick()
                 try:
                     output = self._forward(batch)
-                    if self._keep_output:
+                    # of several passes the first is of the block as it was given
+                    if self._keep_output and batch not in self._kept:
                         self._keep_output(batch, output)
-                    if self._targets:
+                        self._kept.add(batch)
+                    if self._targets and batch not in self._seen:
                         self._targets.write(self.index, batch, first(output))
                         self._seen.add(batch)
                 except Stop:
@@ -190,6 +216,29 @@ class Step:
         changed = [name for name, parameter in weights.items() if parameter._version != before[name]]
         if changed:
             raise LayerError(f"{changed[0]} changes while the model runs, so what is stored is not what is multiplied")
+
+
+def _in_turn(layers: Sequence[Layer], ranks: Ranks) -> list[list[Layer]]:
+    """The groups of observe_in_turn()."""
+    rest = [layer for layer in layers if layer.kind not in EXPERTS]
+    apart: dict[tuple[int, int], list[Layer]] = {}
+    for layer in layers:
+        if layer.kind in EXPERTS:
+            apart.setdefault((id(layer.module), layer.index), []).append(layer)
+    # a Gram matrix and its factor, in fp32
+    sizes = {key: sum(8 * layer.shape[1] ** 2 for layer in mine) for key, mine in apart.items()}
+    # every rank of a machine has sums of its own, and those of one machine may have less memory than another's
+    room, left = ranks.tell(memory_bytes() // ranks.here // _OF_MEMORY), 0
+    if sum(sizes.values()) <= room:
+        return [list(layers)]
+    groups = [rest]
+    for key, mine in apart.items():
+        if sizes[key] > left:
+            groups.append([])
+            left = room
+        groups[-1] += mine
+        left -= sizes[key]
+    return groups
 
 
 def stream(
@@ -206,6 +255,7 @@ def stream(
     keep_all: bool = False,
     backwards: bool = False,
     ranks: Ranks = ALONE,
+    only: Collection[int] | None = None,
 ) -> Iterator[Step]:
     """Yield the model's blocks in order, each with the inputs that the blocks before it give.
 
@@ -217,25 +267,29 @@ def stream(
     of every pass. teacher: a second store, for the inputs that the dense blocks would have; observe(drift=True) of every block
     fills it. targets: a store for a block's dense outputs, kept until the next block. keep_all drops no block's inputs; backwards
     then goes through the same blocks from the last to the first. A model that cannot be walked in blocks (layout.how is WHOLE) is
-    one block, and has no keep_last. teacher and backwards need layout.simple. Raises CheckpointError otherwise. ranks: those that
-    walk together, each with batches of its own.
+    one block, and has no keep_last. ranks: those that walk together, each with batches of its own. only: the blocks that are
+    walked, by their places; what leaves one enters the next of them. teacher, backwards and only need layout.simple. Raises
+    CheckpointError otherwise.
     """
     loader = loader or AllLoaded()
     store = store or InMemory()
     layout = layout_of(model)
     names, _ = blocks_of(model)
     whole = layout.how == WHOLE
-    if (whole and keep_last) or ((backwards or teacher is not None) and not layout.simple):
+    if (whole and keep_last) or ((backwards or teacher is not None or only is not None) and not layout.simple):
         why = layout.why or "it has several lists of blocks"
         raise CheckpointError(f"{type(model).__name__} cannot be walked in this way: {why}")
     blocks = [model.get_submodule(name) for name in names]
+    walked = sorted(range(len(names)) if only is None else only)
+    indices = [index for index in walked if index >= start]
     lists = _Lists(
-        model, layout, batches, loader, [] if backwards else [store] if teacher is None else [store, teacher]
-    )
+        model, layout, batches, loader, [] if backwards else [store] if teacher is None else [store, teacher],
+        walked[0],
+    )  # fmt: skip
     # of a walk that goes on, all blocks may be done
-    if batches and layout.how == THROUGH and not backwards and start < len(names):
+    if batches and layout.how == THROUGH and not backwards and indices:
         try:
-            lists.enter(start, store)
+            lists.enter(indices[0], store)
         except HandsOnMore as error:
             _walk_otherwise(model, error)
             yield from stream(
@@ -251,10 +305,13 @@ def stream(
                 targets,
                 keep_all,
                 ranks=ranks,
+                only=only,
             )
             return
 
-    indices = range(start, len(names))
+    # the slots before and after each block's
+    before = dict(zip(walked, [walked[0] - 1, *walked], strict=False))
+    after = dict(zip(walked, [*walked[1:], len(names)], strict=True))
     for index in reversed(indices) if backwards else indices:
         block = blocks[index]
         if batches and not whole:
@@ -271,9 +328,9 @@ def stream(
             return run(model, batches[batch]) if whole else call(store.read(index, batch), batch)
 
         def keep_output(batch: int, output: Any, index: int = index) -> None:
-            lists.keep(index, batch, output, store)
+            lists.keep(index, batch, output, store, after[index])
 
-        wanted = not whole and not backwards and (keep_last or index < len(names) - 1)
+        wanted = not whole and not backwards and (keep_last or after[index] < len(names))
         early = keep_output if wanted and is_called and propagate == "dense" else None
         layers = layers_at(model, names[index])
         if not is_called:
@@ -283,7 +340,7 @@ def stream(
             call if is_called and not whole else None, teacher, store, targets if is_called else None,
         )  # fmt: skip
         if not keep_all and not backwards:
-            store.drop(index - 1)
+            store.drop(before[index])
         if teacher is not None:
             teacher.drop(index - 1)
         if targets is not None:
@@ -327,13 +384,15 @@ class _Lists:
     """The arguments of the blocks that a walk is at, and what leaves blocks, in slots of its store.
 
     Slot i holds what enters block i, the slot after the last block what leave() needs, those after it what left each list. stores:
-    those that get the inputs of a list.
+    those that get the inputs of a list. begin: the first block of the walk.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, batches: Sequence[Batch], loader: Loader, stores: Sequence[Activations]
-    ) -> None:
+        self, model: nn.Module, layout: Layout, batches: Sequence[Batch], loader: Loader,
+        stores: Sequence[Activations], begin: int,
+    ) -> None:  # fmt: skip
         self.model, self.layout, self.batches, self.loader, self.stores = model, layout, batches, loader, stores
+        self.begin = begin
         sizes = [(path, len(list(model.get_submodule(path).children()))) for path in layout.lists]
         # {index of a block: its list, and its place there}
         self.at = [(path, i) for path, size in sizes for i in range(size)]
@@ -353,7 +412,7 @@ class _Lists:
         if self.layout.how == THROUGH:
             first_block = index - place
             # of a walk that goes on, the store has what enters the block where it goes on
-            stores = [(s, index) for s in self.stores] if place == 0 else []
+            stores = [(s, index) for s in self.stores] if place == 0 or index == self.begin else []
             found = enter_all(self.model, path, self.batches, ends, stores)
             self.calls = [{first_block + i: call for i, call in calls.items()} for calls in found]
             self.entered = path
@@ -375,18 +434,18 @@ class _Lists:
                 hidden = found[0] if found else store.read(index, i) if place else torch.empty(shape_of(batch)[0], 0)
                 store.write(index, i, hidden, more)
 
-    def keep(self, index: int, batch: int, output: Any, store: Activations) -> None:
-        """Store what a block returned for a batch; None of a block that is not called, behind which nothing has changed."""
+    def keep(self, index: int, batch: int, output: Any, store: Activations, to: int) -> None:
+        """Store what a block returned for a batch in slot `to`; None of a block that is not called, which changes nothing."""
         path, _ = self.at[index]
         if output is None:
             hidden, more = store.read(index, batch), store.more(index, batch)
         else:
             hidden, more = first(output), tree_flatten(output)[0] if self.layout.how == STEPPED else []
-        if index < len(self.at) - 1 and self.at[index + 1][0] == path:
-            store.write(index + 1, batch, hidden, more)
+        if to < len(self.at) and self.at[to][0] == path:
+            store.write(to, batch, hidden, more)
             return
         if self.layout.simple:
-            store.write(index + 1, batch, hidden)
+            store.write(to, batch, hidden)
             return
         store.write(self._slot(path), batch, hidden, more)
         if index == len(self.at) - 1:
@@ -394,7 +453,7 @@ class _Lists:
             for other in self.layout.lists:
                 slot = self._slot(other)
                 every += store.more(slot, batch) if self.layout.how == STEPPED else [store.read(slot, batch)]
-            store.write(index + 1, batch, hidden, every)
+            store.write(to, batch, hidden, every)
 
     def _slot(self, path: str) -> int:
         """The slot of what left a list."""

@@ -141,21 +141,21 @@ def _measured(
     for step in stream(model, batches, loader, store, start, "dense", tick=tick, ranks=ranks):
         note_place(place, step.index, ranks, layers=known)
         todo = [layer for layer in step.layers if skip(layer, plan) is None]
-        stats = step.observe(todo, gram=True)
         measured = [sensitivity[layer.name] for layer in todo if layer.name in sensitivity]
         # an expert that no token reached when sensitivities were measured counts like the others
         usual = torch.cat(measured).mean() if measured else torch.tensor(1.0)
         solved = {}
-        for layer in step.mine(todo):
-            importance_O = sensitivity.get(layer.name, usual)
-            # what has no price shows before anything is solved
-            cost(layer.shape, layer.parameter.dtype, plan.target, next(iter(plan.layer_grids), None))
-            try:
-                losses = list(_losses(layer, stats[layer.name], plan, importance_O))
-            except ValueError as error:
-                raise LayerError(f"{layer.name}: {error}") from None
-            dtype = str(layer.parameter.dtype).removeprefix("torch.")
-            solved[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
+        for group, stats in step.observe_in_turn(todo, gram=True):
+            for layer in step.mine(group):
+                importance_O = sensitivity.get(layer.name, usual)
+                # what has no price shows before anything is solved
+                cost(layer.shape, layer.parameter.dtype, plan.target, next(iter(plan.layer_grids), None))
+                try:
+                    losses = list(_losses(layer, stats[layer.name], plan, importance_O))
+                except ValueError as error:
+                    raise LayerError(f"{layer.name}: {error}") from None
+                dtype = str(layer.parameter.dtype).removeprefix("torch.")
+                solved[layer.name] = {"shape": layer.shape, "dtype": dtype, "losses": losses}
         everyone = {name: facts for theirs in ranks.gather(solved) for name, facts in theirs.items()}
         known.update({layer.name: everyone[layer.name] for layer in todo})
     if not known:

@@ -3,8 +3,9 @@
 O outputs, I inputs.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +71,8 @@ class Guide:
 @dataclass
 class Outcome:
     """records: one a layer, in order. tuned: names of other parameters that changed. reconstruction: or None. dense: the weights
-    that pruned layers had, inputs in their new order, if tuning comes later. scales: of the layers that are on a grid.
+    that pruned layers had, inputs in their new order, if tuning comes later. scales: of the layers that are on a grid. passes: how
+    often the block was run for statistics.
     """
 
     records: list[LayerRecord]
@@ -78,6 +80,7 @@ class Outcome:
     reconstruction: dict[str, Any] | None = None
     dense: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Scales] = field(default_factory=dict)
+    passes: int = 1
 
 
 def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] = lambda: None) -> Outcome:
@@ -86,9 +89,12 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
     todo = [layer for layer in step.layers if layer.name not in records]
     needs = plan.solver.needs
     stats: dict[str, Stats] = {}
+    apart: Iterator[tuple[list[Layer], dict[str, Stats]]] = iter(())
     if needs != "weights" or plan.permute:
         drift = bool(plan.blend) and step.can_drift
-        stats = step.observe(todo, gram=needs == "gram", drift=drift) if step.batches else {}
+        if step.batches:
+            apart = step.observe_in_turn(todo, needs == "gram", drift)
+            todo, stats = next(apart)
         unseen = [layer for layer in todo if step.batches and layer.name not in stats]
         records |= {
             y.name: _dense(y, "it is not multiplied with anything on calibration inputs", "kind") for y in unseen
@@ -96,23 +102,31 @@ def prune_block(step: Step, plan: Plan, guide: Guide, tick: Callable[[], None] =
         todo = [layer for layer in todo if layer.name not in records]
     if step.can_tune:
         step.see_targets()
-    notes, tuned, guide = _reorder(step, todo, plan, guide, stats)
     later = (plan.reconstruct and step.can_tune) or plan.distill
-    dense = {y.name: y.read().clone(memory_format=torch.contiguous_format) for y in todo if later}
-    scales: dict[str, Scales] = {}
-    # each rank solves its own, and all go on with the same block
-    solved = {
-        layer.name: prune_layer(layer, stats.get(layer.name), plan, guide, notes.get(layer.name))
-        for layer in step.mine(todo)
-    }
-    for theirs in step.ranks.gather(solved):
-        records.update({name: record for name, (record, _) in theirs.items()})
-        scales.update({name: found for name, (_, found) in theirs.items() if found})
-    step.hand_out(todo)
+    outcome = Outcome([], passes=0)
+    pruned: list[Layer] = []
+    # experts that are looked at apart come first: what is upstream of them must still be dense
+    for group, seen in itertools.chain(apart, [(todo, stats)]):
+        outcome.passes += 1
+        pruned += group
+        notes, tuned, guide = _reorder(step, group, plan, guide, seen)
+        outcome.tuned += tuned
+        for layer in group:
+            if later:
+                outcome.dense[layer.name] = layer.read().clone(memory_format=torch.contiguous_format)
+        # each rank solves its own, and all go on with the same block
+        solved = {
+            layer.name: prune_layer(layer, seen.get(layer.name), plan, guide, notes.get(layer.name))
+            for layer in step.mine(group)
+        }
+        for theirs in step.ranks.gather(solved):
+            records.update({name: record for name, (record, _) in theirs.items()})
+            outcome.scales.update({name: found for name, (_, found) in theirs.items() if found})
+        step.hand_out(group)
     others = [_left_out(other) for other in others_of(step.block, step.name, step.layers)]
-    outcome = Outcome([*(records[layer.name] for layer in step.layers), *others], tuned, dense=dense, scales=scales)
-    if plan.reconstruct and todo and step.can_tune:
-        _tune(step, todo, stats, plan, outcome, tick)
+    outcome.records = [*(records[layer.name] for layer in step.layers), *others]
+    if plan.reconstruct and pruned and step.can_tune:
+        _tune(step, pruned, stats, plan, outcome, tick)
     return outcome
 
 
@@ -383,8 +397,10 @@ def _tuned(
     if record.error_from == "weights" or (stats is not None and not stats.tokens):
         stats = None
     error = solvers.relative_error(dense_OI.float(), layer.read().float(), stats)
+    # of experts that were looked at apart no statistics are left
+    seen = record.error_from if stats is not None else "weights"
     more = record.rounded_to_zero + record.kept - kept if scales else 0
-    return replace(record, kept=kept, error=error, rounded_to_zero=more)
+    return replace(record, kept=kept, error=error, error_from=seen, rounded_to_zero=more)
 
 
 def _vectors(name: str, block: nn.Module) -> list[str]:

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.base.device import memory_bytes
 from secateurs.base.errors import PlanError
 from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress
 from secateurs.matrix.grids import Scales
 from secateurs.model.activations import Activations
 from secateurs.model.batches import Batch, text_config
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.couplings import couplings_of
 from secateurs.model.discover import WHOLE, Layout, assume, layout_of, lists_of
 from secateurs.model.proof import prove
@@ -41,6 +43,27 @@ def within(plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
         why = layout.why or f"blocks lie in {len(layout.lists)} lists, {', '.join(layout.lists)}"
         warnings.append(f"left out: {', '.join(named)}; {why}")
     return dataclasses.replace(plan, **{name: type(getattr(plan, name))(0) for name in gone}), warnings
+
+
+def check_memory(plan: Plan, source: Checkpoint, model: nn.Module, here: int = 1) -> None:
+    """Raise PlanError now if what needs the whole model will not fit into memory. here: the processes on this machine."""
+    layout, there = layout_of(model), memory_bytes()
+    if layout.how == WHOLE and source.nbytes > there / 2:
+        raise PlanError(
+            f"{source.folder} can only be pruned as a whole, which takes more than {2 * source.nbytes / 1e9:.1f} GB of memory, "
+            f"this machine has {there / 1e9:.1f}: {layout.why}"
+        )
+    if not plan.distill:
+        return
+    blocks = (model.get_submodule(name) for name in source.block_names(model))
+    weights = sum(p.numel() for block in blocks for p in block.parameters())
+    # fp32 copies, gradients and two moments, of every rank
+    needed = (source.nbytes + 16 * weights) * here
+    if needed > there:
+        raise PlanError(
+            f"tuning all blocks together (distill {plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
+            f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
+        )
 
 
 def chosen(model: nn.Module, plan: Plan, layout: Layout) -> tuple[Plan, list[str]]:
@@ -91,6 +114,14 @@ def _text_lists(model: Any) -> tuple[str, ...]:
 UNMEASURED = "sensitivities were not measured: the model gives no logits of its inputs or their tokens"
 
 ALIKE = "every layer gets the same sparsity: without sensitivities the scores of different layers do not compare"
+
+
+def in_passes(passes: int) -> str:
+    """What to know of a block whose experts were looked at in groups."""
+    return (
+        f"the Gram matrices of a block's experts take more than a quarter of the memory here, so each block was run {passes} times "
+        "for them; the result is the same"
+    )
 
 
 def alike(plan: Plan, wanted: int | None, found: Mapping[str, Tensor]) -> bool:

@@ -41,7 +41,19 @@ from secateurs.prune.allocation import Share, Shares
 from secateurs.prune.assign import assign
 from secateurs.prune.block import Guide, Outcome, left_outside, prune_block, survivors_of
 from secateurs.prune.cost import Cost, Whole, cost_of, whole_of
-from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
+from secateurs.prune.guide import (
+    ALIKE,
+    UNMEASURED,
+    alike,
+    check_memory,
+    chosen,
+    emptied,
+    guide_of,
+    in_passes,
+    note_distillation,
+    reach,
+    within,
+)
 from secateurs.prune.model_card import model_card
 from secateurs.prune.outside import on_grid_outside, quantize_outside
 from secateurs.prune.plan import Plan
@@ -109,7 +121,7 @@ class Run:
         on_grid_outside(model, plan)
         whole_of(plan, model)
         plan, _ = within(plan, layout_of(model))
-        self._check_memory(plan, source, model)
+        check_memory(plan, source, model, self.ranks.here)
         cost = cost_of(plan)
         compute = described(model.config.dtype)
         here = machine() | ({"processes": ranks.size} if ranks.size > 1 else {})
@@ -177,6 +189,8 @@ class Run:
             self._save_state(state, step.index, records, report)
             outcome = prune_block(step, plan, guide, tick)
             report.tuned += outcome.tuned
+            if outcome.passes > 1 and in_passes(outcome.passes) not in report.warnings:
+                report.warnings.append(in_passes(outcome.passes))
             report.reconstruction += [outcome.reconstruction] if outcome.reconstruction else []
             if ranks.first:
                 self._write_block(source, model, step, outcome, count, bool(plan.distill and batches))
@@ -246,26 +260,6 @@ class Run:
         edited = {layer.tensor_name for layer in step.layers} | set(outcome.tuned)
         shard = source.edited(model, step.name, edited)
         shards.write_shard(self.model_folder, count - step.count + step.index, count, shard)
-
-    def _check_memory(self, plan: Plan, source: checkpoint.Checkpoint, model: nn.Module) -> None:
-        """Raise PlanError now if what needs the whole model will not fit into memory."""
-        layout, there = layout_of(model), machine()["memory_bytes"]
-        if layout.how == WHOLE and source.nbytes > there / 2:
-            raise PlanError(
-                f"{source.folder} can only be pruned as a whole, which takes more than {2 * source.nbytes / 1e9:.1f} GB of memory, "
-                f"this machine has {there / 1e9:.1f}: {layout.why}"
-            )
-        if not plan.distill:
-            return
-        blocks = (model.get_submodule(name) for name in source.block_names(model))
-        weights = sum(p.numel() for block in blocks for p in block.parameters())
-        # fp32 copies, gradients and two moments, of every rank
-        needed = (source.nbytes + 16 * weights) * self.ranks.here
-        if needed > there:
-            raise PlanError(
-                f"tuning all blocks together (distill {plan.distill}) takes at least {needed / 1e9:.1f} GB of memory, this "
-                f"machine has {there / 1e9:.1f}; leave it out with --distill 0, or choose --effort balanced"
-            )
 
     def _state(self) -> dict[str, Any]:
         """The place where an earlier run of this plan stopped, or the beginning."""
