@@ -1,7 +1,5 @@
 """The block before removed ones takes over what it can of them: brute-force least squares, and only where it helps."""
 
-import functools
-
 import pytest
 import tiny
 import torch
@@ -11,7 +9,7 @@ from secateurs.model.activations import InMemory
 from secateurs.model.blocks import AllLoaded, caller
 from secateurs.model.layers import layers_of
 from secateurs.model.walk import stream
-from secateurs.shrink import cutting, losses
+from secateurs.shrink import cutting
 from secateurs.shrink.bridge import bridge
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
@@ -34,8 +32,18 @@ def first_step(model, found):
 
 
 def removed(model, found):
-    call = caller(model, found)
-    return [functools.partial(call, i) for i in range(1, len(model.model.layers))]
+    """What the blocks after the first make of what leaves it now, for a batch."""
+    call, step = caller(model, found), first_step(model, found)
+
+    def wanted(batch):
+        out = step.call(step.inputs(batch), batch)
+        for i in range(1, len(model.model.layers)):
+            out = call(i, out, batch)
+        return out
+
+    with torch.no_grad():
+        kept = [wanted(batch) for batch in range(len(found))]
+    return kept.__getitem__
 
 
 def down(step):
@@ -52,10 +60,7 @@ def test_it_is_ridge_regression_by_brute_force(model):
     with torch.no_grad():
         for batch in range(step.batches):
             left = step.call(step.inputs(batch), batch)
-            out = left
-            for block in gone:
-                out = block(out, batch)
-            wanted.append(out - left)
+            wanted.append(gone(batch) - left)
     hook.remove()
     # every eighth window is held out
     keep = [i for i in range(64) if i % 8 != 7]
@@ -98,26 +103,6 @@ def test_blocks_are_called_as_in_the_model_that_they_come_from():
         # another block in a place takes the place's arguments
         assert torch.equal(call(0, store.read(0, 1), 1, block=dense[2]), call(2, store.read(0, 1), 1))
         assert not torch.equal(call(1, store.read(0, 1), 1, block=dense[2]), call(2, store.read(0, 1), 1))
-
-
-def test_what_is_left_is_called_by_the_kinds_that_are_left(tmp_path, words, monkeypatch):
-    source = tiny.save(tmp_path / "dense", "gemma3_text")
-    seen, walk = [], cutting.stream
-
-    def noted(model, *rest, **more):
-        seen.append(list(model.config.layer_types))
-        return walk(model, *rest, **more)
-
-    monkeypatch.setattr(cutting, "stream", noted)
-    monkeypatch.setattr(losses, "blocks", lambda model, windows, count, *rest: ([0, 1], [0.1, 0.5]))
-    plan = asked(
-        ShrinkPlan,
-        str(source), "params=0.9x", units=("layers",), calibration=str(words), samples=16, seqlen=32, eval_text=str(words),
-        eval_windows=2, eval_seqlen=32,
-    )  # fmt: skip
-    shrink(plan, tmp_path / "run")
-    assert seen
-    assert all(types == ["full_attention", "sliding_attention"] for types in seen)
 
 
 def test_a_bridged_model_is_nearer_to_the_dense_one(tmp_path, words):

@@ -10,6 +10,7 @@ from test_shrink import plan
 
 from secateurs.base.errors import PlanError
 from secateurs.model.batches import batched
+from secateurs.model.blocks import AllLoaded
 from secateurs.model.miniature import small_instance
 from secateurs.quality.kinds import kind_of_class
 from secateurs.quality.outputs import embedding, subject_of
@@ -25,6 +26,10 @@ def subject(model):
     return subject_of(kind_of_class(type(model), model.config))
 
 
+def live(model):
+    return model, AllLoaded()
+
+
 def base(**changes):
     """A BERT that gives embeddings."""
     return tiny.random("BertModel", "bert", {**others.OTHERS["bert"][1], "num_labels": 3, **changes}).eval()
@@ -36,14 +41,14 @@ def test_an_encoder_s_loss_is_the_distance_of_its_classes_or_embeddings():
         other.classifier.weight.mul_(0.5)
         rows, lost = (m(input_ids=IDS).logits.double().log_softmax(-1) for m in (classes, other))
     kl = (rows.exp() * (rows - lost)).sum(-1).mean()
-    assert losses.above(classes, IDS, subject(classes))(other) == pytest.approx(float(kl), rel=1e-4)
+    assert losses.above(live(classes), IDS, subject(classes))(live(other)) == pytest.approx(float(kl), rel=1e-4)
     model, less = base(), base()
     with torch.no_grad():
         less.encoder.layer[2].output.dense.weight.zero_()
         a, b = (embedding(m(input_ids=IDS), None, subject(model)) for m in (model, less))
     cosine = (a * b).sum(-1).mean()
-    assert losses.above(model, IDS, subject(model))(less) == pytest.approx(1 - float(cosine), rel=1e-4)
-    assert losses.above(model, IDS, subject(model))(model) == pytest.approx(0, abs=1e-9)
+    assert losses.above(live(model), IDS, subject(model))(live(less)) == pytest.approx(1 - float(cosine), rel=1e-4)
+    assert losses.above(live(model), IDS, subject(model))(live(model)) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_block_that_changes_an_encoder_s_embeddings_least_goes_first():

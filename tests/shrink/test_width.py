@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +10,6 @@ import torch
 from test_shrink import plan
 
 from secateurs import Stats
-from secateurs.model.blocks import blocks_of
 from secateurs.shrink import width
 from secateurs.shrink.cuts import cuts_of
 from secateurs.shrink.run import shrink
@@ -31,7 +29,7 @@ def test_channels_that_nobody_writes_can_go(model_type):
     import transformers
 
     model = tiny.make(model_type).eval()
-    cuts, names = cuts_of(model), blocks_of(model)[0]
+    cuts = cuts_of(model)
     stream = cuts.stream
     # tiny hidden states are not far from it
     model.config.rms_norm_eps = 1e-9
@@ -50,12 +48,12 @@ def test_channels_that_nobody_writes_can_go(model_type):
     expected = logits(model)
     before = cuts.shape
     count = sum(p.numel() for p in model.parameters())
-    found = width.readers(model, names, stream, WINDOWS, {}, lambda: None)
+    found = width.readers(model, stream, WINDOWS, {}, lambda: None)
     # they go first, because nothing is lost
     order, losses = width.removal(found, 4, 1e-4)
     assert set(order.tolist()) == set(gone.tolist())
     assert float(losses[3]) < 1e-3 * float(width.removal(found, 8, 1e-4)[1][7])
-    width.cut(model, names, stream, found, gone, 1e-4, refit=False)
+    width.cut(model, found, gone, 1e-4, refit=False)
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
     stated = cuts.stated(model.config.to_dict(), replace(before, hidden=28), range(before.layers))
     fresh = getattr(transformers, tiny.TINY[model_type][0])(type(model.config)(**stated))
@@ -66,14 +64,14 @@ def test_channels_that_nobody_writes_can_go(model_type):
 
 def test_refit_brings_the_readers_nearer():
     dense = tiny.make("llama")
-    stream, names = cuts_of(dense).stream, blocks_of(dense)[0]
+    stream = cuts_of(dense).stream
     expected = logits(dense).log_softmax(-1)
     found = {}
     for refit in (True, False):
         model = tiny.make("llama").eval()
-        reading = width.readers(model, names, stream, WINDOWS, {}, lambda: None)
+        reading = width.readers(model, stream, WINDOWS, {}, lambda: None)
         removed, _ = width.removal(reading, 6, 1e-3)
-        width.cut(model, names, stream, reading, removed, 1e-3, refit)
+        width.cut(model, reading, removed, 1e-3, refit)
         got = logits(model).log_softmax(-1)
         found[refit] = float((expected.exp() * (expected - got)).sum(-1).mean())
     assert found[True] < found[False]
@@ -97,8 +95,7 @@ def test_what_cannot_be_narrowed_is_refused():
 
 def test_a_norm_is_rescaled_by_the_share_that_stays():
     # mean squares of x / rms(x) of 1, 2, 3 and 2, ten tokens, seen after weights of 1, 2, 1 and 1
-    norm = SimpleNamespace(weight=torch.tensor([1.0, 2.0, 1.0, 1.0]))
-    reader = width.Reader(norm, [], Stats(10, torch.tensor([10.0, 80.0, 30.0, 20.0])))
+    stats = Stats(10, torch.tensor([10.0, 80.0, 30.0, 20.0]))
     # 5 of 8 stay, on 2 of 4 channels
-    found = width._rescaled(reader, torch.tensor([1, 2]))
+    found = width.rescaled(torch.tensor([1.0, 2.0, 1.0, 1.0]), stats, torch.tensor([1, 2]))
     torch.testing.assert_close(found, torch.tensor([2.0, 1.0]) * (4 * 5 / 8 / 2) ** 0.5)

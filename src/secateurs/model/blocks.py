@@ -320,19 +320,22 @@ def whole(model: nn.Module, batch: Batch) -> Any:
         return run(model, batch)
 
 
-def caller(model: nn.Module, batches: Sequence[Batch]) -> Callable[..., Tensor]:
-    """A function (index, hidden, batch, block=None, part=None) that runs block `index` of a live model, or `block` in its place.
+def caller(model: nn.Module, batches: Sequence[Batch], loader: Loader | None = None) -> Callable[..., Tensor]:
+    """A function (index, hidden, batch, block=None, part=None) that runs block `index`, or `block` in its place; it must be loaded.
 
     hidden: hidden states of the batch's windows, or of `part` of them. The other arguments are those that the model gives to
     that place now, so it also works after blocks were removed. Raises CheckpointError for a model that is not layout.simple.
     """
+    loader = loader or AllLoaded()
     layout = layout_of(model)
     if not layout.simple:
         raise CheckpointError(
             f"blocks of {type(model).__name__} cannot be called apart: {layout.why or 'it has several lists'}"
         )
     blocks = list(model.get_submodule(layout.lists[0]).children())
+    loader.load_outside(model)
     calls = enter_all(model, layout.lists[0], batches, [{}] * len(batches), [])
+    loader.release(model)
 
     def call(index: int, hidden: Tensor, batch: int, block: nn.Module | None = None, part: slice | None = None) -> Any:
         return first(

@@ -379,8 +379,9 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
             dense.append(reported.show(f"latency/dense/{stage}", "{:.3g}"))
             ours.append(reported.show(f"latency/left/{stage}", "{:.3g}"))
             said.append(Markup("{} in {} the time").format(words, reported.show(f"latency/ratio/{stage}", "{:.2f}x")))
-        ratio = report["latency"]["ratio"].get("decode", report["latency"]["ratio"]["prefill"])
-        seconds = {"value": ratio, "low": ratio, "high": ratio}
+        rates = report["latency"]["ratio"]
+        ratio = rates.get("decode", rates.get("prefill"))
+        seconds = None if ratio is None else {"value": ratio, "low": ratio, "high": ratio}
     nbytes = report.get("bytes") or {}
     kind = next((k for k in ("packed", "left", "pruned") if k in nbytes), None)
     if kind:

@@ -207,8 +207,9 @@ def print_tasks(tasks: dict[str, Any], console: Console) -> None:
 def _shrunk(before: dict[str, Any], quality: dict[str, Any] | None) -> str:
     counts, ratio = before["parameters"], before["latency_ratio"]
     text = (
-        f"Shrunk before pruning, to {before['budget']}: {counts['left']:,} of {counts['dense']:,} parameters; a prompt takes "
-        f"{ratio['prefill']:.2f}x the time" + (f", a token {ratio['decode']:.2f}x" if "decode" in ratio else "")
+        f"Shrunk before pruning, to {before['budget']}: {counts['left']:,} of {counts['dense']:,} parameters"
+        + (f"; a prompt takes {ratio['prefill']:.2f}x the time" if ratio else "")
+        + (f", a token {ratio['decode']:.2f}x" if "decode" in ratio else "")
     )
     if before["quality"] and quality and quality.get("ppl"):
         steps = (before["quality"]["ppl_dense"], before["quality"]["ppl"], quality["ppl"])

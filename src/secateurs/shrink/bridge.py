@@ -16,24 +16,22 @@ from torch import Tensor
 from secateurs.model.layers import Layer
 from secateurs.model.walk import Step
 
-Block = Callable[..., Tensor]
-"""A block called as in the dense model: (hidden states of some windows of a batch, batch) -> hidden states."""
-
 # one window in so many is held out, and decides whether the fit is kept
 _HELD = 8
 
 
-def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> float | None:
+def bridge(step: Step, layer: Layer, wanted: Callable[[int], Tensor], damping: float) -> float | None:
     """Fit a layer's weight, in place, to do what the removed blocks did; return how much of it is still missing.
 
-    That is the squared distance on held-out windows, as a fraction of the one before the fit. None if it did not fall; the
-    weight is then unchanged. Raises ValueError if the Gram matrix is singular.
+    wanted: for a batch, what the removed blocks make of what leaves the block now. The result is the squared distance on held-out
+    windows, as a fraction of the one before the fit; None if it did not fall, and the weight is then unchanged. Raises ValueError
+    if the Gram matrix is singular.
     """
     seen: list[Tensor] = []
     inputs = layer.shape[1]
     gram_II = torch.zeros(inputs, inputs)
     cross_OI = torch.zeros(layer.shape)
-    held: list[tuple[int, Tensor, Tensor]] = []
+    held: list[tuple[int, Tensor]] = []
     total = sum(step.windows)
     done = 0
     hook = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -43,17 +41,16 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
                 seen.clear()
                 x = step.inputs(batch)
                 left = step.call(x, batch)
-                wanted = through(gone, left, batch)
                 number = torch.arange(done, done + windows)
                 done += windows
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
                 # OPT flattens windows and tokens
                 a_TI = seen[0].reshape(windows, -1, inputs)[~out].flatten(0, 1).float()
-                d_TO = (wanted.float() - left.float())[~out].reshape(-1, layer.shape[0])
+                d_TO = (wanted(batch).float() - left.float())[~out].reshape(-1, layer.shape[0])
                 gram_II.addmm_(a_TI.T, a_TI)
                 cross_OI.addmm_(d_TO.T, a_TI)
                 if out.any():
-                    held.append((batch, out, wanted[out]))
+                    held.append((batch, out))
     finally:
         hook.remove()
     mean = gram_II.diagonal().mean()
@@ -66,27 +63,20 @@ def bridge(step: Step, layer: Layer, gone: Sequence[Block], damping: float) -> f
         raise ValueError(f"the Gram matrix of its inputs is singular at damping {damping:g}; raise --damping")
     change_OI = torch.cholesky_solve(cross_OI.double().T, lower_II).T.float()
     weight_OI = layer.read().clone()
-    before = _distance(step, held)
+    before = _distance(step, wanted, held)
     layer.write((weight_OI.float() + change_OI).to(weight_OI.dtype))
-    after = _distance(step, held)
+    after = _distance(step, wanted, held)
     if not after < before:
         layer.write(weight_OI)
         return None
     return after / before
 
 
-def through(blocks: Sequence[Block], hidden: Tensor, batch: int, part: slice | None = None) -> Tensor:
-    """The hidden states of a batch's windows, or of `part` of them, after several blocks, one after another."""
-    for block in blocks:
-        hidden = block(hidden, batch, part=part)
-    return hidden
-
-
-def _distance(step: Step, held: Sequence[tuple[int, Tensor, Tensor]]) -> float:
+def _distance(step: Step, wanted: Callable[[int], Tensor], held: Sequence[tuple[int, Tensor]]) -> float:
     """The squared distance between the block's output and the wanted one, on held-out windows."""
     total = 0.0
     with step.evaluating():
-        for batch, out, wanted in held:
+        for batch, out in held:
             left = step.call(step.inputs(batch), batch)[out]
-            total += float((wanted.float() - left.float()).square().sum())
+            total += float((wanted(batch)[out].float() - left.float()).square().sum())
     return total

@@ -5,8 +5,9 @@ so the least-squares refit is one Cholesky solve. O outputs, I inputs, G groups 
 The loss is that of solvers.py: tr((W' - W) H (W' - W)'), H the damped Gram matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,15 +76,17 @@ def obs(
 
 
 def removal(
-    sides: Sequence[Side], count: int, damping: float = DAMPING, at_once: int = 1, parents_G: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    sides: Iterable[Side], count: int, damping: float = DAMPING, at_once: int = 1, parents_G: Tensor | None = None,
+    folder: Path | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The order in which OBS removes groups, [count], and the loss after each, [count], summed over sides.
 
     With P = H^-1, removing g costs tr(W_g P_gg^-1 W_g') exactly; then W -= W_g P_gg^-1 P_g and P -= P_g' P_gg^-1 P_g.
     at_once: how many of the cheapest groups go before costs are computed again; their joint loss is exact, and divided evenly.
+    folder: where the matrices of each side lie between rounds, so that one side's are in memory; None for all in memory.
     """
-    surgeons = [_Surgeon(side, damping) for side in sides]
-    parents_G = torch.zeros(len(sides[0].groups_GC), dtype=torch.long) if parents_G is None else parents_G
+    surgeons = [_Surgeon(side, damping, None if folder is None else folder / str(i)) for i, side in enumerate(sides)]
+    parents_G = torch.zeros(len(surgeons[0].groups_GC), dtype=torch.long) if parents_G is None else parents_G
     families = int(parents_G.max()) + 1
     left = torch.ones(len(parents_G), dtype=torch.bool)
     gone_P = torch.zeros(families, dtype=torch.long)
@@ -106,40 +109,59 @@ def removal(
 
 
 class _Surgeon:
-    """One side's weights and inverse Hessian, in fp64, updated as groups are removed."""
+    """One side's weights and inverse Hessian, in fp64, updated as groups are removed. file: where they lie; None for in memory."""
 
-    def __init__(self, side: Side, damping: float) -> None:
+    def __init__(self, side: Side, damping: float, file: Path | None = None) -> None:
         upper_II = side.stats.inverse_factor(damping).double()
-        self.inverse_II = upper_II.T @ upper_II
-        self.weight_OI = side.weight_OI.double().clone()
+        inverse_II = upper_II.T @ upper_II
+        weight_OI = side.weight_OI.double().clone()
         # the column of a dead input does nothing: its cost is 0
-        self.weight_OI[:, side.stats.dead_I] = 0
+        weight_OI[:, side.stats.dead_I] = 0
         self.groups_GC = side.groups_GC
+        self.shapes, self.file = (inverse_II.shape, weight_OI.shape), file
+        self.held: tuple[Tensor, ...] = (inverse_II, weight_OI)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for mapped, tensor in zip(self._mapped(), self.held, strict=True):
+                mapped.copy_(tensor)
+            self.held = ()
+
+    def _matrices(self) -> tuple[Tensor, ...]:
+        """The inverse Hessian and the weights, to be changed in place."""
+        return self.held or self._mapped()
+
+    def _mapped(self) -> tuple[Tensor, ...]:
+        sizes = [rows * columns for rows, columns in self.shapes]
+        # not more than these pages are in memory, and only until the tensors are gone
+        whole = torch.from_file(str(self.file), shared=True, size=sum(sizes), dtype=torch.float64)
+        return tuple(part.view(shape) for part, shape in zip(torch.split(whole, sizes), self.shapes, strict=True))
 
     def costs(self) -> Tensor:
         """tr(W_g P_gg^-1 W_g') of every group."""
+        inverse_II, weight_OI = self._matrices()
         groups_GC = self.groups_GC
         if groups_GC.shape[1] == 1:
-            return self.weight_OI.square().sum(0)[groups_GC[:, 0]] / self.inverse_II.diagonal()[groups_GC[:, 0]]
-        weight_GCO = self.weight_OI.T[groups_GC]
-        block_GCC = self.inverse_II[groups_GC[:, :, None], groups_GC[:, None, :]]
+            return weight_OI.square().sum(0)[groups_GC[:, 0]] / inverse_II.diagonal()[groups_GC[:, 0]]
+        weight_GCO = weight_OI.T[groups_GC]
+        block_GCC = inverse_II[groups_GC[:, :, None], groups_GC[:, None, :]]
         cost_G: Tensor = (weight_GCO * torch.linalg.solve(block_GCC, weight_GCO)).sum((1, 2))
         return cost_G
 
     def remove(self, chosen: Tensor) -> float:
         """Remove groups together, and return what that costs."""
+        inverse_II, weight_OI = self._matrices()
         columns_C = self.groups_GC[chosen].flatten()
-        block_CC = self.inverse_II[columns_C][:, columns_C]
-        row_CI = torch.linalg.solve(block_CC, self.inverse_II[columns_C])
-        gone_OC = self.weight_OI[:, columns_C].clone()
+        block_CC = inverse_II[columns_C][:, columns_C]
+        row_CI = torch.linalg.solve(block_CC, inverse_II[columns_C])
+        gone_OC = weight_OI[:, columns_C].clone()
         together = float((torch.linalg.solve(block_CC, gone_OC.T) * gone_OC.T).sum())
-        self.weight_OI.addmm_(gone_OC, row_CI, alpha=-1)
-        self.inverse_II.addmm_(self.inverse_II[:, columns_C].clone(), row_CI, alpha=-1)
+        weight_OI.addmm_(gone_OC, row_CI, alpha=-1)
+        inverse_II.addmm_(inverse_II[:, columns_C].clone(), row_CI, alpha=-1)
         # exactly zero, so that later products leave them out
-        self.weight_OI[:, columns_C] = 0
-        self.inverse_II[columns_C] = 0
-        self.inverse_II[:, columns_C] = 0
-        self.inverse_II[columns_C, columns_C] = 1
+        weight_OI[:, columns_C] = 0
+        inverse_II[columns_C] = 0
+        inverse_II[:, columns_C] = 0
+        inverse_II[columns_C, columns_C] = 1
         return together
 
 

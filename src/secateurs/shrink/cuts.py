@@ -25,7 +25,7 @@ from secateurs.model.batches import embeddings_of, text_config
 from secateurs.model.blocks import inside
 from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import couplings_of
-from secateurs.model.discover import layout_of
+from secateurs.model.discover import assume, layout_of
 from secateurs.model.layers import EXPERTS, Layer, layers_of
 from secateurs.model.miniature import empty
 from secateurs.shrink import config as stating
@@ -73,6 +73,7 @@ class Cuts:
             raise PlanError(f"{type(model).__name__} cannot be shrunk: {why}")
         self.config: Any = model.config
         self.cls: Any = type(model)
+        self._layout = layout
         self.path, self.fused = layout.lists[0], layout.experts
         self.names = inside(model, layout)
         self.couplings = couplings_of(model)
@@ -279,8 +280,10 @@ class Cuts:
         width.silence(zeroed, small.names, found, gone)
         width.silence(smaller, small.names, found, gone)
         try:
-            reading = width.readers(smaller, small.names, found, windows, {}, lambda: None)
-            width.cut(smaller, small.names, found, reading, gone, DAMPING, refit=False)
+            # it is a copy of a model whose layout is known
+            assume(smaller, self._layout)
+            reading = width.readers(smaller, found, windows, {}, lambda: None)
+            width.cut(smaller, reading, gone, DAMPING, refit=False)
         # a class may raise anything for modules that are not what was taken for granted
         except Exception as error:
             raise No(f"its residual width cannot be cut: {stating.sentence(error)}") from None

@@ -6,18 +6,22 @@ in one kind of unit, which correct the estimates where several kinds compete.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from secateurs.base.device import return_memory
 from secateurs.base.files import write_json, write_tensors
 from secateurs.base.progress import ticker
-from secateurs.model.activations import InMemory
-from secateurs.model.batches import Batch, batched, first_windows
-from secateurs.model.blocks import AllLoaded, blocks_of
+from secateurs.model.activations import OnDisk
+from secateurs.model.batches import batched, first_windows
+from secateurs.model.checkpoint import Checkpoint
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.quality.outputs import embedder
 from secateurs.shrink import cutting, losses, units, width
@@ -37,50 +41,78 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
 
     Sensitivities: {layer: E[g^2] of its outputs}, and {'taylor LAYER': losses.taylor()} for that criterion.
     """
-    file, tensors = job.work / "losses.json", job.work / "sensitivity.safetensors"
+    file = job.work / "losses.json"
+    sensitive = _sensitivities(job, windows)
     if not file.is_file():
         plan = job.plan
         kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
-        model, batches = job.dense.load(), batched(windows)
-        sensitive = _sensitivities(job, model, batches)
+        source, model = job.dense.open()
+        batches = batched(windows)
         tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
-        found = losses.curves(model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick)
-        if "hidden" in plan.units:
-            found["hidden"] = [_of_channels(job, model, windows, sensitive)]
-        order, after = _of_blocks(job, model, windows) if "layers" in plan.units else ([], [])
+        with _folder(job, "curves") as folder:
+            found = losses.curves(model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, source, folder)
+            if "hidden" in plan.units:
+                found["hidden"] = [_of_channels(job, windows, sensitive)]
+            order, after = _of_blocks(job, windows) if "layers" in plan.units else ([], [])
+            write_json(file, {"curves": found, "blocks": order, "after": after})
+    return Losses(**json.loads(file.read_text())), sensitive
+
+
+@contextmanager
+def _folder(job: Job, name: str) -> Iterator[Path]:
+    """A folder of the job's work for one stage, deleted once that is done."""
+    folder = job.work / name
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    return_memory()
+
+
+def _sensitivities(job: Job, windows: Tensor) -> dict[str, Tensor]:
+    file, plan = job.work / "sensitivity.safetensors", job.plan
+    if not file.is_file():
+        source, model = job.dense.open()
+        part = first_windows(batched(windows), _SENSITIVITY)
+        blocks = job.dense.shape.layers
+        tick = ticker(job.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
+        embed = embedder(job.subject) if job.subject else None
+        with _folder(job, "gradients") as folder:
+            found = sensitivity(model, part, source, OnDisk(folder), plan.calibration.seed, tick, embed)[0]
+        kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
         if plan.criterion == "taylor" and kinds:
             few = _first(windows, _SENSITIVITY)
-            tick = ticker(job.progress, "taking gradients", len(few))
-            layers = consumers_of(model, job.dense.cuts, kinds)
-            sensitive |= {f"taylor {n}": t for n, t in losses.taylor(model, few, layers, tick).items()}
-        write_tensors(tensors, sensitive or {"none": torch.zeros(1)})
-        write_json(file, {"curves": found, "blocks": order, "after": after})
-    return Losses(**json.loads(file.read_text())), load_file(tensors)
+            tick = ticker(job.progress, "taking gradients", len(few) * (2 * blocks + 1))
+            with _folder(job, "taylor") as folder:
+                found |= {
+                    f"taylor {n}": t
+                    for n, t in losses.taylor(
+                        model, few, lambda step: consumers_of(step, job.dense.cuts, kinds), tick, source, OnDisk(folder)
+                    ).items()
+                }
+        write_tensors(file, found or {"none": torch.zeros(1)})
+    stored: dict[str, Tensor] = load_file(file)
+    return stored
 
 
-def _sensitivities(job: Job, model: Any, batches: list[Batch]) -> dict[str, Tensor]:
-    part = first_windows(batches, _SENSITIVITY)
-    tick = ticker(job.progress, "measuring sensitivity", len(part) * (2 * len(blocks_of(model)[0]) + 1))
-    embed = embedder(job.subject) if job.subject else None
-    return sensitivity(model, part, AllLoaded(), InMemory(), job.plan.calibration.seed, tick, embed)[0]
-
-
-def _of_channels(job: Job, model: Any, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
+def _of_channels(job: Job, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
     """The loss with 0, 1, 2, ... channels removed from the residual stream."""
-    tick = ticker(job.progress, "what channels cost", len(windows))
-    reading = width.readers(model, blocks_of(model)[0], job.dense.cuts.stream, windows, sensitive, tick)
-    gone = losses.most(job.dense.shape.hidden)
-    return [0.0, *width.removal(reading, gone, job.plan.damping)[1].tolist()]
+    source, model = job.dense.open()
+    dense, damping = job.dense.shape, job.plan.damping
+    tick = ticker(job.progress, "what channels cost", dense.layers * len(batched(windows)))
+    with _folder(job, "channels") as folder:
+        reading = width.readers(model, job.dense.cuts.stream, windows, sensitive, tick, source, folder)
+        lost = width.removal(reading, losses.most(dense.hidden), damping, folder / "surgeons")[1]
+    return [0.0, *lost.tolist()]
 
 
-def _of_blocks(job: Job, model: Any, windows: Tensor) -> tuple[list[int], list[float]]:
+def _of_blocks(job: Job, windows: Tensor) -> tuple[list[int], list[float]]:
     """The order in which to remove blocks, and the loss after each."""
-    count, influence = job.dense.sizes.most_blocks(job.plan.bound), job.plan.depth == "influence"
-    tries = losses.tries(job.dense.shape.layers, count, influence)
-    tick = ticker(job.progress, "what blocks cost", tries)
-    each = min(windows.shape[1], 512)
-    few = _first(windows[:, :each], _DEPTH)
-    return losses.blocks(model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep)
+    source, model = job.dense.open()
+    layers, influence = job.dense.shape.layers, job.plan.depth == "influence"
+    count = job.dense.sizes.most_blocks(job.plan.bound)
+    tick = ticker(job.progress, "what blocks cost", layers * losses.walks(layers, count, influence))
+    few = _first(windows[:, : min(windows.shape[1], 512)], _DEPTH)
+    with _folder(job, "depth") as folder:
+        return losses.blocks(model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep, source, folder)
 
 
 def _first(windows: Tensor, tokens: int) -> Tensor:
@@ -103,7 +135,7 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
     todo = [kind for kind in lost.curves if kind not in truth]
-    above = losses.above(job.dense.load(), held_out, job.subject) if todo else None
+    above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if todo else None
     for kind in todo:
         assert above
         steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
@@ -112,9 +144,15 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
             part = replace(job, work=work / f"{kind}-{gone}")
             shape = replace(dense, **{kind: steps - gone})
             label = f"checking {gone} of {steps} {kind}"
-            model, _ = cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, hurry=True)
-            points.append([lost.at(shape, dense), above(model)])
+            cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, part.work / "model", hurry=True)
+            left = Checkpoint(part.work / "model")
+            points.append([lost.at(shape, dense), above(_pair(left, left.skeleton()))])
             shutil.rmtree(part.work, ignore_errors=True)
+            return_memory()
         truth[kind] = points
         write_json(file, truth)
     return replace(lost, truth=truth)
+
+
+def _pair(source: Checkpoint, model: Any) -> losses.Pair:
+    return model, source

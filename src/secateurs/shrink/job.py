@@ -1,11 +1,12 @@
 """What every stage of a run of shrink needs: the plan, the dense model, what is measured of it, the work folder, the progress."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from secateurs.base.progress import Progress
+from secateurs.base.progress import Progress, no_bars, quiet
 from secateurs.model import checkpoint
 from secateurs.quality.outputs import Subject
 from secateurs.shrink import latency
@@ -17,7 +18,7 @@ from secateurs.shrink.units import Shape
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model before its weights are read. skeleton: the model with its parameters on the meta device."""
+    """The dense model. skeleton: the model with its parameters on the meta device."""
 
     folder: str
     skeleton: Any
@@ -50,17 +51,36 @@ class Dense:
         """True if tokens can be decoded one by one with the class's cache, found out on the small instance."""
         return latency.decodes(self.cuts.small.model)
 
-    def load(self) -> Any:
-        """The model with all of its weights."""
-        # a new checkpoint: it remembers which tensors it has loaded
+    def open(self) -> tuple[checkpoint.Checkpoint, Any]:
+        """The folder and the model without its weights, to be walked and cut in place."""
         source = checkpoint.Checkpoint(self.folder)
-        model = source.skeleton()
-        source.load_whole(model)
-        return model
+        return source, source.skeleton()
 
-    def blank(self, shape: Shape) -> Any:
-        """A model of that shape to be timed; its weights mean nothing."""
-        return latency.blank(type(self.skeleton), self.cuts.config_of(shape, range(shape.layers)), self.config.dtype)
+    def depths(self, shape: Shape) -> tuple[int, ...]:
+        """How many blocks of a model of that shape are timed. Raises PlanError if none can be."""
+        size = self.config.dtype.itemsize
+        each, whole = (size * count(shape) for count in (self.sizes.block, self.sizes.parameters))
+        return latency.depths(shape.layers, each, whole, lambda: self.cuts.refuses("layers"))
+
+    def blank(self, shape: Shape) -> latency.Sample:
+        """What is timed of a model of that shape; its weights mean nothing."""
+
+        def made(blocks: int) -> Any:
+            config = self.cuts.config_of(replace(shape, layers=blocks), range(blocks))
+            return latency.blank(type(self.skeleton), config, self.config.dtype)
+
+        return latency.Sample(shape.layers, {blocks: made(blocks) for blocks in self.depths(shape)})
+
+    def stored(self, folder: Path, shape: Shape, kept_layers: Sequence[int]) -> latency.Sample:
+        """What is timed of a model of that shape in a folder, with its own weights."""
+
+        def read(blocks: int) -> Any:
+            config = self.cuts.config_of(replace(shape, layers=blocks), kept_layers[:blocks])
+            # the weights of the other blocks are left where they are
+            with no_bars(), quiet():
+                return type(self.skeleton).from_pretrained(folder, config=config, dtype=config.dtype).eval()
+
+        return latency.Sample(shape.layers, {blocks: read(blocks) for blocks in self.depths(shape)})
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not load a model of that shape, or None."""

@@ -2,6 +2,9 @@
 
     t(shape) = rest + hidden * (ends + layers * (block + mlp * neuron + heads * (head + queries * query)))
 is fitted to measured shapes, for the prompt and for a token after it. It only says which shape to measure next.
+
+A deep model is timed at two depths, on whose line its own time lies: blocks of one shape take equally long. So memory holds a few
+blocks, but more than a cache does.
 """
 
 import inspect
@@ -16,12 +19,17 @@ from typing import Any
 import numpy
 import torch
 
+from secateurs.base.device import machine
+from secateurs.base.errors import PlanError
 from secateurs.base.files import writing
 from secateurs.base.precision import widened
 from secateurs.base.progress import no_bars
 from secateurs.model.batches import embeddings_of
 from secateurs.model.made_up import uncached
 from secateurs.shrink.units import Shape
+
+# bytes of blocks that are timed; more blocks than fit are timed at two depths
+_TIMED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,53 @@ class Seconds:
 
     def times(self, other: "Seconds") -> "Seconds":
         return Seconds(self.prefill * other.prefill, self.decode * other.decode)
+
+    def on(self, share: float, other: "Seconds") -> "Seconds":
+        """`share` times the way from these to those of a deeper model, which takes no less time."""
+        prefill, decode = (max(0.0, b - a) for a, b in ((self.prefill, other.prefill), (self.decode, other.decode)))
+        return Seconds(self.prefill + share * prefill, self.decode + share * decode)
+
+
+def depths(layers: int, each: int, whole: int, cannot: Callable[[], str | None]) -> tuple[int, ...]:
+    """How many blocks of a model of `layers` blocks are timed, ascending: all of them, or two numbers whose line gives all.
+
+    each, whole: bytes of a block and of the model. cannot: says why blocks cannot go, or None. Raises PlanError for a model of
+    which neither all blocks nor some of them can be timed.
+    """
+    most = max(2, _TIMED // max(1, each))
+    if layers <= most:
+        return (layers,)
+    why = cannot()
+    if why is None:
+        return (most // 2, most)
+    there = machine()["memory_bytes"]
+    if 4 * whole > there:
+        raise PlanError(
+            f"a model of {whole / 1e9:.1f} GB is not timed as a whole on a machine of {there / 1e9:.1f} GB, and not on some of its "
+            f"blocks either: {why}"
+        )
+    return (layers,)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is timed for a model of `layers` blocks. models: by their numbers of blocks, ascending."""
+
+    layers: int
+    models: dict[int, Any]
+
+    def of(self, seconds: Sequence[Seconds]) -> Seconds:
+        """The seconds of all blocks from those of the models."""
+        if len(seconds) == 1:
+            return seconds[0]
+        few, some = self.models
+        return seconds[0].on((self.layers - few) / (some - few), seconds[1])
+
+
+def seconds_of(samples: Sequence[Sample], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:
+    """Median seconds of each sample; all models take turns."""
+    found = iter(measure([model for sample in samples for model in sample.models.values()], prompt, new, rounds))
+    return [sample.of([next(found) for _ in sample.models]) for sample in samples]
 
 
 def measure(models: Sequence[Any], prompt: int, new: int, rounds: int = 5) -> list[Seconds]:

@@ -5,20 +5,22 @@ Neurons and heads: OBS on the consumer's Gram matrix, rows weighted by E[g^2], s
 model, its distance from the dense one (quality/outputs.py) is the loss.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from secateurs.base.precision import widened
-from secateurs.model.activations import InMemory
+from secateurs.base.files import write_json
+from secateurs.model.activations import Activations, InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch, batched
-from secateurs.model.blocks import AllLoaded, leave
+from secateurs.model.blocks import AllLoaded, Loader, blocks_of, leave, pieces
 from secateurs.model.layers import Layer
-from secateurs.model.walk import stream
+from secateurs.model.walk import Step, stream
 from secateurs.quality import outputs
 from secateurs.quality.compare import measure, surprise
 from secateurs.quality.outputs import Subject
@@ -86,15 +88,25 @@ class Losses:
 
 def curves(
     model: nn.Module, batches: Sequence[Batch], cuts: Cuts, kinds: Sequence[str], sensitivity: dict[str, Tensor],
-    damping: float, tick: Tick,
+    damping: float, tick: Tick, loader: Loader | None = None, folder: Path | None = None,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
-    """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}."""
+    """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}.
+
+    folder: where hidden states and the curves so far are kept, so that a killed walk goes on; None for in memory.
+    """
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     shape = cuts.shape
     if not kinds:
         return found
     of_columns = [kind for kind in kinds if kind in COLUMNS]
-    for step in stream(model, batches, propagate="dense", tick=tick):
+    store: Activations = InMemory() if folder is None else OnDisk(folder)
+    place = None if folder is None else folder / "place.json"
+    start = read_place(place)
+    if start:
+        assert place
+        found = json.loads(place.read_text())["curves"]
+    for step in stream(model, batches, loader, store, start, "dense", tick=tick):
+        note_place(place, step.index, curves=found)
         here = [cuts.units(kind, step.block, step.name, shape) for kind in of_columns]
         x_TH = experts.inputs(step, cuts.fused) if "experts" in kinds else None
         # a pass is needed in any case: it makes the next block's inputs
@@ -138,115 +150,204 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
 
 def blocks(
     model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False, subject: Subject | None = None,
-    may_keep: Callable[[Sequence[int]], bool] = lambda kept_layers: True,
+    may_keep: Callable[[Sequence[int]], bool] = lambda kept_layers: True, loader: Loader | None = None,
+    folder: Path | None = None,
 ) -> tuple[list[int], list[float]]:  # fmt: skip
     """The order in which to remove up to `count` blocks, and the loss above the dense model's after each, on windows [N, S].
 
     subject: as in Job. may_keep: False for blocks that make no model; there may then be fewer in the order.
     Greedy: the block whose removal costs least goes next; after the first, only the cheapest ten are tried again. influence: in
     the order of 1 - mean cos(hidden before, hidden after), without a search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+    folder: where hidden states and the order so far are kept, so that a killed search goes on; None for in memory. tick: called for
+    every block of a walk; walks() says how many there are.
     """
-    batches: list[Batch] = [{"input_ids": windows}]
-    store = InMemory()
-    steps = list(stream(model, batches, AllLoaded(), store, keep_last=True, keep_all=True))
-    total = len(steps)
+    trial = _Trial(model, windows, loader, InMemory() if folder is None else OnDisk(folder / "trial"), subject, tick)
+    total = trial.total
     count = min(count, total - 1)
-
-    def loss(gone: set[int]) -> float:
-        first = min(gone, default=total)
-        hidden = store.read(first, 0)
-        with steps[0].evaluating():
-            for i in range(first, total):
-                if i not in gone:
-                    hidden = steps[i].call(hidden, 0)
-        return end(hidden)
-
-    @torch.no_grad()
-    def output(hidden: Tensor) -> Any:
-        return leave(model, AllLoaded(), hidden, batches[0])
-
-    wanted = None if subject is None else output(store.read(total, 0))
-
-    def end(hidden: Tensor) -> float:
-        if subject is None:
-            return surprise(model, AllLoaded(), hidden, batches[0])
-        read = outputs.READERS[subject.kind.predicts]
-        return outputs.distance(read([wanted, output(hidden)], batches[0], subject), subject)
+    file = None if folder is None else folder / "order.json"
+    order: list[int] = []
+    after: list[float] = []
 
     def may_go(i: int) -> bool:
         return i not in order and may_keep([k for k in range(total) if k != i and k not in order])
 
-    dense = loss(set())
-    order: list[int] = []
-    after: list[float] = []
     if influence:
-        cosines = [float(cosine_similarity(store.read(i, 0), store.read(i + 1, 0), -1).mean()) for i in range(total)]
+        (dense,), cosines = trial.losses([frozenset()])
+        sets = []
         for _ in range(count):
             left = [i for i in range(total) if may_go(i)]
             if not left:
                 break
             order.append(max(left, key=lambda i: cosines[i]))
-            after.append(loss(set(order)) - dense)
-            tick()
-        return order, after
+            sets.append(frozenset(order))
+        (_, *lost), _ = trial.losses([frozenset(), *sets])
+        return order, [loss - dense for loss in lost]
     tried = list(range(total))
-    for _ in range(count):
-        found = {}
-        for i in [i for i in tried if may_go(i)] or [i for i in range(total) if may_go(i)]:
-            found[i] = loss({*order, i})
-            tick()
-        if not found:
+    if file is not None and file.is_file():
+        known = json.loads(file.read_text())
+        order, after, tried = known["order"], known["after"], known["tried"]
+    while len(order) < count:
+        going = [i for i in tried if may_go(i)] or [i for i in range(total) if may_go(i)]
+        if not going:
             break
-        best = min(found, key=lambda i: found[i])
-        order.append(best)
+        (dense, *found), _ = trial.losses([frozenset(), *(frozenset({*order, i}) for i in going)])
+        best = min(range(len(going)), key=lambda k: found[k])
+        order.append(going[best])
         after.append(found[best] - dense)
         if len(order) == 1:
-            tried = sorted(found, key=lambda i: found[i])[: max(_TRIED_AGAIN, count)]
+            tried = [i for _, i in sorted(zip(found, going, strict=True))][: max(_TRIED_AGAIN, count)]
+        if file is not None:
+            write_json(file, {"order": order, "after": after, "tried": tried})
     return order, after
 
 
-def taylor(model: nn.Module, windows: Tensor, layers: Sequence[Layer], tick: Tick) -> dict[str, Tensor]:
+def walks(total: int, count: int, influence: bool = False) -> int:
+    """How often blocks() walks through a model of `total` blocks."""
+    return 2 if influence else min(count, total - 1)
+
+
+class _Trial:
+    """Losses of a model without some of its blocks, for many sets of blocks in one walk, with one block in memory.
+
+    Two sets that agree on all blocks so far have the same hidden states, which are made once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        loader: Loader | None,
+        store: Activations,
+        subject: Subject | None,
+        tick: Tick,
+    ) -> None:
+        self.model, self.loader, self.store = model, loader or AllLoaded(), store
+        self.batch: Batch = {"input_ids": windows}
+        self.subject, self.tick = subject, tick
+        self.total = len(blocks_of(model)[0])
+
+    def losses(self, sets: Sequence[frozenset[int]]) -> tuple[list[float], list[float]]:
+        """The loss without the blocks of each set, and the mean cosine between what enters and what leaves each dense block.
+
+        Of a subject the loss is the distance from the dense model; its set, the empty one, must be the first.
+        """
+        # the dense states are those of the walk; others have slots of their own behind its slots
+        slots: dict[frozenset[int], int] = {}
+        cosines: list[float] = []
+        entering: Tensor | None = None
+        for step in stream(self.model, [self.batch], self.loader, self.store, keep_last=True):
+            hidden = step.inputs(0)
+            if entering is not None:
+                cosines.append(float(cosine_similarity(entering, hidden, -1).mean()))
+            entering = hidden
+            slots = self._through(step, sets, slots)
+            self.tick()
+        last = self.store.read(self.total, 0)
+        assert entering is not None
+        cosines.append(float(cosine_similarity(entering, last, -1).mean()))
+        found: list[float] = []
+        dense: Any = None
+        self.loader.load_outside(self.model)
+        for gone in sets:
+            hidden = self.store.read(slots[gone], 0) if gone else last
+            if self.subject is None:
+                found.append(surprise(self.model, self.loader, hidden, self.batch))
+                continue
+            with torch.no_grad():
+                output = leave(self.model, self.loader, hidden, self.batch)
+            dense = output if dense is None else dense
+            read = outputs.READERS[self.subject.kind.predicts]
+            found.append(outputs.distance(read([dense, output], self.batch, self.subject), self.subject))
+        self.loader.release(self.model)
+        for slot in {*slots.values(), self.total, self.total - 1}:
+            self.store.drop(slot)
+        return found, cosines
+
+    def _through(
+        self, step: Step, sets: Sequence[frozenset[int]], slots: dict[frozenset[int], int]
+    ) -> dict[frozenset[int], int]:
+        """Take the hidden states of all sets through a block. slots: of the blocks gone so far; returns them with this block."""
+        free = (self.total + 1 + n for n in range(2 * len(sets) + 2) if self.total + 1 + n not in slots.values())
+        out: dict[frozenset[int], int] = {}
+        with step.evaluating():
+            for gone in {frozenset(i for i in chosen if i <= step.index) for chosen in sets} - {frozenset()}:
+                before = gone - {step.index}
+                hidden = self.store.read(slots[before], 0) if before else step.inputs(0)
+                out[gone] = next(free)
+                self.store.write(out[gone], 0, hidden if step.index in gone else step.call(hidden, 0))
+        for slot in slots.values():
+            self.store.drop(slot)
+        return out
+
+
+def taylor(
+    model: nn.Module, windows: Tensor, consumers: Callable[[Step], Sequence[Layer]], tick: Tick,
+    loader: Loader | None = None, store: Activations | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """{layer: [N, I]}: W dL/dW summed over outputs, for every window and input. L is the mean loss of a window's next tokens.
 
-    The whole model runs forward and back, a window at a time.
+    consumers: says which layers of a block are wanted. Forward block by block and back, a window at a time, as sensitivity() goes.
+    tick: called for each window and block forward, for each window at the head, for each window and block backward.
     """
-    found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    with asking(model, [layer.parameter for layer in layers]):
-        for ids in windows:
-            with torch.enable_grad(), widened():
-                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-                loss = nn.functional.cross_entropy(logits.float(), ids[1:])
-            gradients = torch.autograd.grad(loss, [layer.parameter for layer in layers])
-            for layer, gradient in zip(layers, gradients, strict=True):
-                product = layer.parameter.detach().float() * gradient.float()
-                found[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
-            tick()
+    loader, store = loader or AllLoaded(), store or InMemory()
+    batches: list[Batch] = [{"input_ids": ids[None]} for ids in windows]
+    last = len(blocks_of(model)[0])
+    for _ in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
+        pass
+    gradients = []
+    for i, batch in enumerate(batches):
+        gradients.append(_of_next_tokens(model, loader, store.read(last, i), batch))
+        tick()
+    loader.release(model)
+    found: dict[str, list[Tensor]] = {}
+    for step in stream(model, batches, loader, store, backwards=True):
+        layers = consumers(step)
+        with asking(step.block, [layer.parameter for layer in layers]):
+            for i in range(len(batches)):
+                hidden = step.inputs(i).detach().requires_grad_(True)
+                with step.evaluating(), torch.enable_grad():
+                    out = step.call(hidden, i)
+                asked = [hidden, *(layer.parameter for layer in layers)]
+                gradients[i], *mine = torch.autograd.grad(out, asked, gradients[i])
+                for layer, gradient in zip(layers, mine, strict=True):
+                    product = layer.parameter.detach().float() * gradient.float()
+                    found.setdefault(layer.name, []).append((product.T if layer.kind == "conv1d" else product).sum(0))
+                tick()
+        store.drop(step.index + 1)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
-def tries(total: int, count: int, influence: bool = False) -> int:
-    """How often blocks() calls its tick."""
-    count = min(count, total - 1)
-    if influence:
-        return count
-    again = min(total, max(_TRIED_AGAIN, count))
-    return total + sum(max(0, again - n) for n in range(1, count))
+def _of_next_tokens(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Tensor:
+    """The gradient of the mean loss of a window's next tokens by what left the last block, [1, S, D]."""
+    found = torch.zeros_like(hidden)
+    labels = batch["input_ids"][0, 1:]
+    for at in pieces(model, batch):
+        piece = hidden[:, at].detach().requires_grad_(True)
+        wanted = labels[at]
+        logits = leave(model, loader, piece, batch, at).logits[0, : len(wanted)]
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(logits.float(), wanted, reduction="sum") / len(labels)
+        (found[:, at],) = torch.autograd.grad(loss, piece)
+    return found
 
 
-def above(dense: nn.Module, windows: Tensor, subject: Subject | None = None) -> Callable[[nn.Module], float]:
+Pair = tuple[nn.Module, Loader]
+"""A model, and what loads its blocks."""
+
+
+def above(dense: Pair, windows: Tensor, subject: Subject | None = None) -> Callable[[Pair], float]:
     """A function that gives a model's loss above the dense one's on windows [N, S], 0 or more. subject: as in Job."""
     if subject is None:
         whole = nll(dense, windows)
         return lambda model: max(0.0, nll(model, windows) - whole)
 
-    def apart(model: nn.Module) -> float:
-        found = outputs.measure((dense, AllLoaded()), (model, AllLoaded()), batched(windows), subject)
-        return outputs.distance(found, subject)
+    def apart(model: Pair) -> float:
+        return outputs.distance(outputs.measure(dense, model, batched(windows), subject), subject)
 
     return apart
 
 
-def nll(model: nn.Module, windows: Tensor) -> float:
+def nll(model: Pair, windows: Tensor) -> float:
     """A model's loss on windows [N, S], nats a token."""
-    found = measure((model, AllLoaded()), None, windows)
+    found = measure(model, None, windows)
     return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

@@ -1,13 +1,15 @@
 """Shrinks a model folder to a smaller dense model under a budget: a plain Hugging Face folder that needs no code of ours.
 
 All blocks keep the same width and heads, so config.json can state them. The run directory holds plan.json, model/, report.json, and
-work/ while the run is under way. A kill loses at most one estimate or one cut block. The whole dense model is in memory.
+work/ while the run is under way. The model is walked block by block as prune does, so memory holds one block, and a kill loses at
+most one estimate or one block.
 
 This file orders the stages and writes and measures the result. The stages: estimates.py (what units cost), shapes.py (which shape
 is taken), cutting.py (the model is cut to it).
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import PlanError
-from secateurs.base.files import fingerprint_of, write_json, write_text, writing
+from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described
-from secateurs.base.progress import Clock, Progress, no_bars, silent
+from secateurs.base.progress import Clock, Progress, silent
 from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of, resolved, unchanged
 from secateurs.model import checkpoint
 from secateurs.quality import inputs
@@ -28,6 +30,7 @@ from secateurs.quality.outputs import subject_of
 from secateurs.shrink import cutting, estimates, latency, shapes
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.units import Shape
 
 _UNTIMED = "tokens after a prompt were not timed: this class does not decode one token after another with its cache"
 
@@ -90,11 +93,11 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     shape, tried = shapes.choose(job, lost)
     clock.spend("shape")
     kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
-    model, records = cutting.shaped(job, windows, shape, kept_layers, sensitive, "cutting")
-    stated = dense.cuts.stated(source.raw_config, shape, kept_layers)
-    # model.config still has sizes of the dense model, and save_pretrained would refuse it
-    model.config = dense.cuts.config_of(shape, kept_layers)
-    _write(plan, source, folder, model, stated)
+    cut = replace(job, work=job.work / "cut")
+    records = cutting.shaped(cut, windows, shape, kept_layers, sensitive, "cutting", folder)
+    kind = kind_of(source)
+    write_text(folder / "README.md", _card(plan, "AutoModelForCausalLM" if kind.causal else kind.name))
+    left = checkpoint.Checkpoint(folder)
     clock.spend("cutting")
     report: dict[str, Any] = {
         "format": REPORT_FORMAT,
@@ -104,7 +107,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "dense": {**asdict(dense.shape), "parameters": dense.sizes.parameters(dense.shape)},
         "left": {
             **asdict(shape),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in left.skeleton().parameters()),
             "kept_layers": kept_layers,
         },
         "blocks": records,
@@ -114,13 +117,14 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "calibration": text.facts,
         "bytes": {
             "dense": source.nbytes,
-            "left": checkpoint.Checkpoint(folder).nbytes,
+            "left": left.nbytes,
         },
         "warnings": text.warnings("calibration") + ([] if job.subject or job.new else [_UNTIMED]),
         "distance": None,
         "seconds": clock.seconds,
     }
-    report["latency"] = _latency(job, source, folder)
+    report["latency"], notes = _latency(job, source, folder, shape, kept_layers)
+    report["warnings"] += notes
     clock.spend("latency")
     _evaluate(job, source, folder, report, windows, beside)
     clock.spend("evaluate")
@@ -138,15 +142,6 @@ def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> inputs.I
     return text
 
 
-def _write(plan: ShrinkPlan, source: checkpoint.Checkpoint, folder: Path, model: Any, stated: dict[str, Any]) -> None:
-    kind = kind_of(source)
-    source.copy_small_files(folder, but=("config.json",))
-    with no_bars(), writing(folder):
-        model.save_pretrained(folder)
-    write_json(folder / "config.json", stated)
-    write_text(folder / "README.md", _card(plan, "AutoModelForCausalLM" if kind.causal else kind.name))
-
-
 def _card(plan: ShrinkPlan, loader: str) -> str:
     return "\n".join(
         [
@@ -158,17 +153,31 @@ def _card(plan: ShrinkPlan, loader: str) -> str:
     )  # fmt: skip
 
 
-def _latency(job: Job, source: checkpoint.Checkpoint, folder: Path) -> dict[str, Any]:
-    """Seconds of the dense model and of the smaller one, both loaded from disk, measured in turn."""
-    plan, cls = job.plan, type(job.dense.skeleton)
-    with no_bars():
-        models = [cls.from_pretrained(f, dtype="auto").eval() for f in (source.folder, folder)]
-    dense, left = latency.measure(models, plan.prompt, job.new)
+def _latency(
+    job: Job, source: checkpoint.Checkpoint, folder: Path, shape: Shape, kept_layers: Sequence[int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Seconds of the dense model and of the smaller one, both loaded from disk, measured in turn; and what to know of them."""
+    plan, whole = job.plan, job.dense.shape
+    found: dict[str, Any] = {"prompt": plan.prompt, "new": job.new}
+    try:
+        samples = [
+            job.dense.stored(source.folder, whole, range(whole.layers)),
+            job.dense.stored(folder, shape, kept_layers),
+        ]
+    except PlanError as error:
+        return {**found, "dense": {}, "left": {}, "ratio": {}}, [f"no time was measured: {error}"]
+    dense, left = latency.seconds_of(samples, plan.prompt, job.new)
     seconds = {"dense": asdict(dense), "left": asdict(left), "ratio": asdict(left.over(dense))}
     if not job.new:
-        for found in seconds.values():
-            del found["decode"]
-    return {"prompt": plan.prompt, "new": job.new, **seconds}
+        for values in seconds.values():
+            del values["decode"]
+    some = [
+        f"{' and '.join(map(str, sample.models))} of {sample.layers}" for sample in samples if len(sample.models) > 1
+    ]
+    notes = (
+        [f"time was measured on {' and on '.join(some)} blocks, and is that of all blocks on a line"] if some else []
+    )
+    return {**found, **seconds}, notes
 
 
 def _evaluate(

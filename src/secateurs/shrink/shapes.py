@@ -15,7 +15,7 @@ from secateurs.base.files import write_json
 from secateurs.base.progress import ticker
 from secateurs.shrink import latency, losses, units
 from secateurs.shrink.job import Job
-from secateurs.shrink.latency import LatencyModel, Seconds
+from secateurs.shrink.latency import LatencyModel, Sample, Seconds
 from secateurs.shrink.losses import Losses
 from secateurs.shrink.units import Shape
 
@@ -45,8 +45,8 @@ def refuse_too_small(job: Job) -> None:
     plan, bound, sizes = job.plan, job.plan.bound, job.dense.sizes
     shape = min(allowed(job), key=sizes.parameters)
     if bound.timed:
-        models = [job.dense.blank(s) for s in (job.dense.shape, shape)]
-        dense, least = latency.measure(models, plan.prompt, job.new, rounds=3)
+        samples = [job.dense.blank(s) for s in (job.dense.shape, shape)]
+        dense, least = latency.seconds_of(samples, plan.prompt, job.new, rounds=3)
         used = _used(job, least, dense)
         if used <= _OVER:
             return
@@ -133,7 +133,8 @@ def _within_time(
     tick = ticker(job.progress, "measuring latency", _TRIES + 1)
     probes = _probes(job)
     whole = job.dense.blank(dense)
-    at_first, *seconds = latency.measure([whole, *(job.dense.blank(p) for p in probes)], plan.prompt, job.new, rounds=3)
+    samples = [whole, *(job.dense.blank(p) for p in probes)]
+    at_first, *seconds = latency.seconds_of(samples, plan.prompt, job.new, rounds=3)
     points = [(dense, Seconds(1.0, 1.0)), *((p, s.over(at_first)) for p, s in zip(probes, seconds, strict=True))]
     tick()
     if _used(job, at_first, at_first) <= 1:
@@ -181,13 +182,13 @@ def _probes(job: Job) -> list[Shape]:
     return found
 
 
-def _timed(job: Job, pair: Sequence[Any], at_first: Seconds) -> tuple[Seconds, float]:
-    """The seconds of the second model over those of the first, and the share of the budget that it uses.
+def _timed(job: Job, pair: Sequence[Sample], at_first: Seconds) -> tuple[Seconds, float]:
+    """The seconds of the second sample over those of the first, and the share of the budget that it uses.
 
     at_first: the dense model's seconds. A shape near the budget is timed again in more rounds.
     """
     for rounds in (3, _ROUNDS):
-        base, now = latency.measure(pair, job.plan.prompt, job.new, rounds)
+        base, now = latency.seconds_of(pair, job.plan.prompt, job.new, rounds)
         ratio = now.over(base)
         used = _used(job, ratio.times(at_first), at_first)
         if abs(used - 1) > _NEAR:

@@ -4,15 +4,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from secateurs.model.batches import embeddings_of
 from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import Layer
+from secateurs.model.walk import Step
 from secateurs.shrink import experts, losses
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.cuts import Cuts
-from secateurs.shrink.units import Shape
+from secateurs.shrink.units import COLUMNS, Shape
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,11 @@ class Sizes:
         """Parameters of a shape: exact for the dense residual width, interpolated for others."""
         if self.half and shape.hidden != self.dense.hidden:
             return self._between(shape, lambda sizes, there: sizes.parameters(there))
-        return self.outside + shape.layers * (self._block(shape) + shape.experts * self.expert)
+        return self.outside + shape.layers * self.block(shape)
+
+    def block(self, shape: Shape) -> int:
+        """Parameters of a block, of the dense residual width."""
+        return self._plain(shape) + shape.experts * self.expert
 
     def _between(self, shape: Shape, count: Callable[["Sizes", Shape], int]) -> int:
         """A count for another residual width: on the line through those of the whole width and of half of it."""
@@ -51,7 +54,7 @@ class Sizes:
         share = (shape.hidden - self.half.dense.hidden) / (self.dense.hidden - self.half.dense.hidden)
         return round(half + share * (whole - half))
 
-    def _block(self, shape: Shape) -> int:
+    def _plain(self, shape: Shape) -> int:
         return self.rest + shape.mlp * self.neuron + shape.heads * (self.key_value + shape.queries * self.query)
 
     def multiplications(self, shape: Shape, prompt: int) -> int:
@@ -64,7 +67,7 @@ class Sizes:
             return self._between(shape, lambda sizes, there: sizes.multiplications(there, prompt))
         attention = shape.heads * shape.queries * self.attended * prompt**2
         active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
-        return shape.layers * ((self._block(shape) + active) * prompt + attention) + self.head
+        return shape.layers * ((self._plain(shape) + active) * prompt + attention) + self.head
 
     def share(self, kind: str, shape: Shape, prompt: int) -> float:
         """Of the dense model's 'params', 'bytes' (weights have one dtype) or 'flops'."""
@@ -114,11 +117,8 @@ def sizes_of(model: Any, cuts: Cuts, kinds: Collection[str]) -> Sizes:
     )  # fmt: skip
 
 
-def consumers_of(model: nn.Module, cuts: Cuts, kinds: Sequence[str]) -> list[Layer]:
-    """The layers that lose columns when units of these kinds are removed."""
-    found = {}
-    for name in blocks_of(model)[0]:
-        for kind in kinds:
-            layer = cuts.units(kind, model.get_submodule(name), name, cuts.shape).consumer
-            found[layer.name] = layer
-    return list(found.values())
+def consumers_of(step: Step, cuts: Cuts, kinds: Sequence[str]) -> list[Layer]:
+    """The layers of a block that lose columns when units of these kinds are removed."""
+    of_columns = [kind for kind in kinds if kind in COLUMNS]
+    found = [cuts.units(kind, step.block, step.name, cuts.shape).consumer for kind in of_columns]
+    return list({layer.name: layer for layer in found}.values())

@@ -4,41 +4,36 @@ A channel is a column of every matrix that reads the residual stream (after a no
 element of every norm, and a column of the embeddings and of the head. Readers are refit by least squares on the kept channels.
 What was added to a removed channel is lost, and so is what the head read there. A root-mean-square norm over fewer channels
 divides by another mean, so its weights are multiplied by sqrt(H f / K), f being the share of the mean square in kept channels:
-exact, but for eps, if the others were zero. The model is run whole, with hooks. H channels, K of them kept, V vocabulary, O
-outputs.
+exact, but for eps, if the others were zero. H channels, K of them kept, V vocabulary, O outputs.
+
+Statistics come from one walk. OBS then needs those of all readers in every round, so of a model that is walked they lie on disk,
+and a round reads and writes them all. The cut is another walk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from secateurs.base.files import write_tensors
 from secateurs.matrix.stats import Stats
-from secateurs.model.blocks import whole
+from secateurs.model import walk
+from secateurs.model.activations import Activations, InMemory, OnDisk, note_place, read_place
+from secateurs.model.batches import batched
+from secateurs.model.blocks import AllLoaded, Loader, blocks_of, leave, pieces, whole
 from secateurs.model.layers import EXPERTS, Layer, layers_of
 from secateurs.shrink import columns
 from secateurs.shrink.passes import hooked
 from secateurs.shrink.units import No, put, resize
 
-# channels that OBS removes before it computes costs again
-_AT_ONCE = 8
-
-
-@dataclass
-class Reader:
-    """A norm and the layers that multiply its outputs.
-
-    stats: of its outputs. weight_HH: a square root of sum W' diag(E[g^2]) W over the layers; the cost of a removal depends on
-    nothing else of them.
-    """
-
-    norm: Any
-    layers: list[Layer]
-    stats: Stats
-    weight_HH: Tensor | None = None
+# channels that OBS removes before it computes costs again: at least so many, and so many of a wide model that it takes no more
+# rounds than that
+_AT_ONCE, _ROUNDS = 8, 128
 
 
 @dataclass(frozen=True)
@@ -135,108 +130,175 @@ def _named(model: Any, name: str, path: str) -> Layer:
     return next(y for y in layers_of(model.get_submodule(name), name) if y.name == f"{name}.{path}")
 
 
+class Readers:
+    """The norms of the blocks, in order, and last the final one, which the head reads; and what is known of each.
+
+    norms: (path of a norm, paths of the layers that multiply its outputs). Of each there are the Stats of its outputs, and a square
+    root of sum W' diag(E[g^2]) W over the layers, [H, H]: the cost of a removal depends on nothing else of them.
+    """
+
+    def __init__(self, names: Sequence[str], stream: Stream, folder: Path | None = None) -> None:
+        """names: of the blocks. folder: where statistics are kept; None for in memory."""
+        self.stream, self.folder = stream, folder
+        self.norms = [
+            (f"{name}.{norm}", tuple(f"{name}.{path}" for path in reading))
+            for name in names
+            for norm, reading in stream.norms
+        ]
+        self.norms.append((stream.last, ()))
+        self._held: dict[int, tuple[Stats, Tensor]] = {}
+
+    def of(self, name: str) -> list[int]:
+        """The numbers of a block's norms."""
+        return [i for i, (norm, _) in enumerate(self.norms) if norm.startswith(f"{name}.")]
+
+    def put(self, number: int, stats: Stats, weight_HH: Tensor) -> None:
+        if self.folder is None:
+            self._held[number] = stats, weight_HH
+            return
+        assert stats.gram_II is not None
+        tokens = torch.tensor(stats.tokens)
+        write_tensors(self._file(number), {"tokens": tokens, "gram": stats.gram_II, "weight": weight_HH})
+
+    def get(self, number: int) -> tuple[Stats, Tensor]:
+        if self.folder is None:
+            return self._held[number]
+        found = load_file(self._file(number))
+        return Stats(int(found["tokens"]), found["gram"].diagonal().clone(), found["gram"]), found["weight"]
+
+    def _file(self, number: int) -> Path:
+        assert self.folder
+        return self.folder / f"{number:05d}.safetensors"
+
+
 def readers(
     model: Any,
-    names: Sequence[str],
     stream: Stream,
     windows: Tensor,
     sensitivity: dict[str, Tensor],
     tick: Callable[[], None],
-) -> list[Reader]:
-    """A reader for every norm of the blocks, and last one for the final norm, which the head reads.
+    loader: Loader | None = None,
+    folder: Path | None = None,
+) -> Readers:
+    """The readers of a model's residual stream, from one walk over calibration text [N, S], which goes on after a kill.
 
-    names: of the blocks. windows: calibration text [N, S]. sensitivity: {layer: E[g^2] of its outputs}.
+    sensitivity: {layer: E[g^2] of its outputs}. folder: for their statistics and the walk's hidden states; None for in memory.
+    tick: called for every block and batch.
     """
+    loader = loader or AllLoaded()
+    names = blocks_of(model)[0]
+    found = Readers(names, stream, folder)
+    store: Activations = InMemory() if folder is None else OnDisk(folder / "activations")
+    place = None if folder is None else folder / "place.json"
+    batches, start = batched(windows), read_place(place)
+    for step in walk.stream(model, batches, loader, store, start, "dense", keep_last=True, tick=tick):
+        note_place(place, step.index)
+        layers = {layer.name: layer for layer in step.layers}
+        mine = {number: [layers[path] for path in found.norms[number][1]] for number in found.of(step.name)}
+        stats = step.observe([reading[0] for reading in mine.values()], gram=True)
+        for number, reading in mine.items():
+            square_HH = torch.zeros(reading[0].shape[1], reading[0].shape[1])
+            for layer in reading:
+                weight_OI = layer.read().float()
+                by_O = sensitivity.get(layer.name, torch.ones(len(weight_OI)))
+                square_HH += weight_OI.T @ (weight_OI * by_O[:, None])
+            found.put(number, stats[reading[0].name], _root(square_HH))
+    loader.load_outside(model)
     head = model.get_output_embeddings()
-    width, vocabulary = head.weight.shape[1], head.weight.shape[0]
-    found = []
-    for name in names:
-        block = model.get_submodule(name)
-        layers = {layer.name: layer for layer in layers_of(block, name)}
-        for norm, reading in stream.norms:
-            mine = [layers[f"{name}.{path}"] for path in reading]
-            found.append(Reader(block.get_submodule(norm), mine, Stats.zeros(width, True)))
-    last = Reader(model.get_submodule(stream.last), [], Stats.zeros(width, True))
-    found.append(last)
-    curvature_V = torch.zeros(vocabulary)
+    vocabulary, hidden = head.weight.shape
+    last, curvature_V = Stats.zeros(hidden, True), torch.zeros(vocabulary)
 
     def at_head(_: Any, __: Any, logits: Tensor) -> None:
         chance_TV = logits.detach().float().flatten(0, -2).softmax(-1)
         curvature_V.add_((chance_TV * (1 - chance_TV)).sum(0))
 
-    with hooked([*((r.norm, _adder(r.stats)) for r in found), (head, at_head)]), torch.no_grad():
-        for ids in windows:
-            model(input_ids=ids[None], use_cache=False)
-            tick()
-    for reader in found:
-        reader.stats = reader.stats.finish()
-        square_HH = torch.zeros(width, width)
-        for layer in reader.layers:
-            weight_OI = layer.read().float()
-            by_O = sensitivity.get(layer.name, torch.ones(len(weight_OI)))
-            square_HH += weight_OI.T @ (weight_OI * by_O[:, None])
-        if reader is last:
-            weight_VH = head.weight.detach().float()
-            square_HH = weight_VH.T @ (weight_VH * (curvature_V / last.stats.tokens)[:, None])
-        reader.weight_HH = _root(square_HH)
+    with hooked([(model.get_submodule(stream.last), _adder(last)), (head, at_head)]), torch.no_grad():
+        for i, batch in enumerate(batches):
+            for at in pieces(model, batch):
+                leave(model, loader, store.read(len(names), i)[:, at], batch, at)
+    weight_VH = head.weight.detach().float()
+    square_HH = weight_VH.T @ (weight_VH * (curvature_V / last.tokens)[:, None])
+    found.put(len(found.norms) - 1, last.finish(), _root(square_HH))
+    loader.release(model)
     return found
 
 
-def removal(found: Sequence[Reader], count: int, damping: float) -> tuple[Tensor, Tensor]:
-    """The order in which to remove channels, and the loss after each in nats a token: half the weighted error of all readers."""
-    width = len(found[0].stats.sqnorm_I)
-    sides = []
-    for reader in found:
-        assert reader.weight_HH is not None
-        scale = sqrt(1 / (2 * reader.stats.tokens))
-        sides.append(columns.Side(reader.weight_HH * scale, reader.stats, torch.arange(width)[:, None]))
-    return columns.removal(sides, count, damping, _AT_ONCE)
+def removal(found: Readers, count: int, damping: float, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+    """The order in which to remove channels, and the loss after each in nats a token: half the weighted error of all readers.
+
+    folder: where OBS keeps its matrices between rounds; None for in memory.
+    """
+
+    def sides() -> Iterator[columns.Side]:
+        for number in range(len(found.norms)):
+            stats, weight_HH = found.get(number)
+            scale = sqrt(1 / (2 * stats.tokens))
+            yield columns.Side(weight_HH * scale, stats, torch.arange(len(weight_HH))[:, None])
+
+    width = len(found.get(0)[0].sqnorm_I)
+    return columns.removal(sides(), count, damping, max(_AT_ONCE, width // _ROUNDS), folder=folder)
 
 
-def cut(
-    model: Any,
-    names: Sequence[str],
-    stream: Stream,
-    found: Sequence[Reader],
-    removed: Tensor,
-    damping: float,
-    refit: bool,
-) -> None:
-    """Remove channels from a model, in place. names: of its blocks. refit: least squares for the readers."""
-    width = len(found[0].stats.sqnorm_I)
-    stays = torch.ones(width, dtype=torch.bool)
-    stays[removed] = False
-    kept_K = stays.nonzero()[:, 0]
-    for reader in found:
-        for layer in reader.layers:
-            weight_OI = layer.read().float()
-            new_OK = columns.refit(weight_OI, reader.stats, kept_K, damping) if refit else weight_OI[:, kept_K]
-            resize(layer, new_OK)
-        put(reader.norm, "weight", _rescaled(reader, kept_K))
-    for name in names:
-        for path in stream.writers:
-            layer = _named(model, name, path)
-            resize(layer, layer.read()[kept_K])
+class Cut:
+    """Removes channels from a model, in place. refit: least squares for the readers."""
+
+    def __init__(self, found: Readers, removed: Tensor, damping: float, refit: bool) -> None:
+        self.found, self.damping, self.refit = found, damping, refit
+        stays = torch.ones(len(found.get(0)[0].sqnorm_I), dtype=torch.bool)
+        stays[removed] = False
+        self.kept_K = stays.nonzero()[:, 0]
+
+    def block(self, block: nn.Module, name: str) -> None:
+        """Cut a block: its readers, its norms and what writes to the stream."""
+        layers = {layer.name: layer for layer in layers_of(block, name)}
+        for number in self.found.of(name):
+            norm, reading = self.found.norms[number]
+            stats, _ = self.found.get(number)
+            for layer in (layers[path] for path in reading):
+                weight_OI = layer.read().float()
+                new_OK = weight_OI[:, self.kept_K]
+                if self.refit:
+                    new_OK = columns.refit(weight_OI, stats, self.kept_K, self.damping)
+                resize(layer, new_OK)
+            self._norm(block.get_submodule(norm.removeprefix(f"{name}.")), stats)
+        for path in self.found.stream.writers:
+            layer = layers[f"{name}.{path}"]
+            resize(layer, layer.read()[self.kept_K])
             bias = layer.module._parameters.get("bias")
             if bias is not None:
-                put(layer.module, "bias", bias.detach()[kept_K])
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embeddings.weight
-    put(embeddings, "weight", embeddings.weight.detach()[:, kept_K])
-    embeddings.embedding_dim = len(kept_K)
-    put(head, "weight", head.weight.detach()[:, kept_K])
-    if tied:
-        head.weight = embeddings.weight
+                put(layer.module, "bias", bias.detach()[self.kept_K])
+
+    def outside(self, model: Any) -> None:
+        """Cut the last norm, the embeddings and the head."""
+        stats, _ = self.found.get(len(self.found.norms) - 1)
+        self._norm(model.get_submodule(self.found.stream.last), stats)
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head.weight is embeddings.weight
+        put(embeddings, "weight", embeddings.weight.detach()[:, self.kept_K])
+        embeddings.embedding_dim = len(self.kept_K)
+        put(head, "weight", head.weight.detach()[:, self.kept_K])
+        if tied:
+            head.weight = embeddings.weight
+
+    def _norm(self, norm: Any, stats: Stats) -> None:
+        weight_H = norm.weight.detach()
+        put(norm, "weight", rescaled(weight_H.float(), stats, self.kept_K).to(weight_H.dtype))
 
 
-def _rescaled(reader: Reader, kept_K: Tensor) -> Tensor:
-    """The norm's weights for the kept channels, times sqrt(H f / K)."""
-    weight_H = reader.norm.weight.detach().float()
+def cut(model: Any, found: Readers, removed: Tensor, damping: float, refit: bool) -> None:
+    """Remove channels from a model whose weights are all there, in place."""
+    cutting = Cut(found, removed, damping, refit)
+    for name in blocks_of(model)[0]:
+        cutting.block(model.get_submodule(name), name)
+    cutting.outside(model)
+
+
+def rescaled(weight_H: Tensor, stats: Stats, kept_K: Tensor) -> Tensor:
+    """A norm's weights for the kept channels, times sqrt(H f / K). stats: of its outputs."""
     # the mean square of each channel of x / rms(x); they add up to H
-    square_H = reader.stats.sqnorm_I / weight_H.square().clamp(min=1e-12)
+    square_H = stats.sqnorm_I / weight_H.square().clamp(min=1e-12)
     share = float(square_H[kept_K].sum() / square_H.sum())
-    found: Tensor = weight_H[kept_K] * sqrt(len(weight_H) * share / len(kept_K))
-    return found.to(reader.norm.weight.dtype)
+    return weight_H[kept_K] * sqrt(len(weight_H) * share / len(kept_K))
 
 
 def _root(square_HH: Tensor) -> Tensor:
