@@ -134,24 +134,30 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     # the loss is measured on windows that the model was not fitted to, unless there are no others
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
-    todo = [kind for kind in lost.curves if kind not in truth]
-    above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if todo else None
-    for kind in todo:
+    cuts = [
+        (kind, gone)
+        for kind, curves in lost.curves.items()
+        for gone in _parts(dense.steps(kind), len(curves[0]) - 1)[len(truth.get(kind, ())) :]
+    ]
+    above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if cuts else None
+    for kind, gone in cuts:
         assert above
-        steps, known = dense.steps(kind), len(lost.curves[kind][0]) - 1
-        points = []
-        for gone in sorted({min(known, max(1, steps // 4)), min(known, max(1, steps // 2))}):
-            part = replace(job, work=work / f"{kind}-{gone}")
-            shape = replace(dense, **{kind: steps - gone})
-            label = f"checking {gone} of {steps} {kind}"
-            cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, part.work / "model", hurry=True)
-            left = Checkpoint(part.work / "model")
-            points.append([lost.at(shape, dense), above(_pair(left, left.skeleton()))])
-            shutil.rmtree(part.work, ignore_errors=True)
-            return_memory()
-        truth[kind] = points
+        part = replace(job, work=work / f"{kind}-{gone}")
+        steps = dense.steps(kind)
+        shape = replace(dense, **{kind: steps - gone})
+        label = f"checking {gone} of {steps} {kind}"
+        cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, part.work / "model", hurry=True)
+        left = Checkpoint(part.work / "model")
+        truth.setdefault(kind, []).append([lost.at(shape, dense), above(_pair(left, left.skeleton()))])
         write_json(file, truth)
+        shutil.rmtree(part.work, ignore_errors=True)
+        return_memory()
     return replace(lost, truth=truth)
+
+
+def _parts(steps: int, known: int) -> list[int]:
+    """A quarter and a half of the units, as far as they may go: how many are cut to measure what that loses."""
+    return sorted({min(known, max(1, steps // 4)), min(known, max(1, steps // 2))})
 
 
 def _pair(source: Checkpoint, model: Any) -> losses.Pair:
