@@ -1,8 +1,12 @@
 """The command line on models that are no causal language models."""
 
 import json
+import os
+import subprocess
+import sys
 
 import others
+import pytest
 from command import fails, run
 
 
@@ -45,3 +49,12 @@ def test_an_encoder_decoder_alone_has_its_perplexity(tmp_path, words):
     assert found["quality"]["ppl_dense"]["value"] > 1
     assert found["quality"]["ppl"] is None
     assert found["evaluation"]["decoder"].startswith("the 16 tokens that follow")
+
+
+@pytest.mark.parametrize("own", [None, "100"])
+def test_caches_for_shapes_of_products_are_small_unless_the_user_says_otherwise(own):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    there = {k: v for k, v in os.environ.items() if k not in names} | (dict.fromkeys(names, own) if own else {})
+    code = f"import os, secateurs.cli; print([os.environ[n] for n in {names}])"
+    out = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str([own or "16"] * 2)

@@ -1,5 +1,7 @@
 """shrink walks a folder: one block in memory, and the same results as with the whole model there."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -195,6 +197,21 @@ def test_a_deep_model_is_timed_at_two_depths_and_a_small_one_as_a_whole(monkeypa
     # more blocks take no less time
     assert sample.of([Seconds(2.0, 2.5), Seconds(1.9, 3.0)]) == Seconds(2.0, 5.0)
     assert Sample(12, {12: None}).of([Seconds(7.0, 5.0)]) == Seconds(7.0, 5.0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
+def test_a_shallower_model_is_one_of_the_first_blocks_and_shares_them(model_type):
+    model, alone = tiny.make(model_type), tiny.make(model_type)
+    cuts = cuts_of(model)
+    config = cuts.config_of(dataclasses.replace(cuts.shape, layers=2), range(2))
+    found = latency.shallower(model, cuts.path, 2, config)
+    units.keep_blocks(alone, cuts.path, range(2), cuts.depth)
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=IDS).logits, alone(input_ids=IDS).logits)
+        # the cache has as many layers
+        assert len(found(input_ids=IDS, use_cache=True).past_key_values.layers) == 2
+        assert len(model(input_ids=IDS, use_cache=True).past_key_values.layers) == 3
+    assert {id(p) for p in found.parameters()} < {id(p) for p in model.parameters()}
 
 
 def test_models_that_are_timed_in_part_are_in_order(tmp_path, llama, words, monkeypatch):

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from secateurs.base.errors import PlanError, SecateursError
 from secateurs.base.processes import is_alone
-from secateurs.cli import decide, export, lab, look, machine, pack, prune, recover, shrink
+from secateurs.cli import decide, estimate, export, lab, look, machine, pack, prune, recover, shrink
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,7 @@ app = typer.Typer(
 MAKE, ASK, SEE = "Make a model smaller", "Ask what pays", "Look at what came of it"
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "decide": (decide.decide, ASK),
+    "estimate": (estimate.estimate, ASK),
     "probe": (machine.probe, ASK),
     "realize": (machine.realize, ASK),
     "fleet": (decide.fleet, ASK),

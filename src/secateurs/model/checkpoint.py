@@ -23,6 +23,7 @@ from secateurs.base.progress import no_bars
 from secateurs.model import attention, shards
 from secateurs.model.blocks import blocks_of
 from secateurs.model.miniature import seeded
+from secateurs.model.on_meta import without_weights
 from secateurs.model.sentences import Sentences, sentences_of
 from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
 
@@ -192,7 +193,6 @@ class Checkpoint:
 
     def skeleton(self) -> Any:
         """The model's own class with every parameter on the meta device; buffers are real."""
-        from accelerate import init_empty_weights
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
@@ -201,7 +201,7 @@ class Checkpoint:
             config.dtype = self.dtype
         if self._quantizer is not None:
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             model = cls._from_config(config)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.register())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateurs.base.errors import CheckpointError, said
 from secateurs.model.layers import kind_of
 from secateurs.model.made_up import inputs as inputs
+from secateurs.model.on_meta import without_weights
 
 VOCABULARY = 260
 # special tokens that the vocabulary has no room for get numbers from here downwards
@@ -125,12 +126,11 @@ def _instance(cls: Any, config: Any, make: Callable[[Any, "_Sizes"], Any], least
 
 
 def empty(cls: Any, config: Any) -> nn.Module:
-    """A model on the meta device, parameters and buffers."""
-    from accelerate import init_empty_weights
+    """A model with its parameters on the meta device."""
     from transformers.initialization import no_init_weights
 
     config.dtype = torch.float32
-    with init_empty_weights(), no_init_weights():
+    with without_weights(), no_init_weights():
         found: nn.Module = cls._from_config(copy.deepcopy(config))
     return found
 

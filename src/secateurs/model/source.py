@@ -84,3 +84,31 @@ def weights_of(folder: Path, config: dict[str, Any]) -> Path:
         f"{folder} has no {SINGLE} and no {INDEX}; download the model again (of a hub repository pickled and GGUF files are not "
         "downloaded: fetch one of these and give its path)"
     )
+
+
+def from_config(model: str) -> tuple[Any, int, str | None]:
+    """A model's class without weights, bytes of a weight, and a note, from its config alone; of a hub id only that is downloaded.
+
+    Raises CheckpointError if it is neither a folder with a config.json nor a hub id, or of a class that transformers has not.
+    """
+    import transformers
+
+    from secateurs.model.miniature import empty
+
+    folder = Path(model).expanduser()
+    place = model_in(folder) if folder.is_dir() else model
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trusted())
+    except Exception as error:
+        raise CheckpointError(f"no config.json for {model} here or on the hub: {said(error)}") from None
+    names = getattr(config, "architectures", None) or [""]
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise CheckpointError(f"{model} is of architecture {names[0] or 'none'}; transformers has no such class")
+    note = None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        note = "it is stored quantized: a plain copy in 16 bits is made in the cache first, as large as the model again"
+        del config.quantization_config
+    itemsize = getattr(config.dtype, "itemsize", 2)
+    return empty(cls, config), itemsize, note

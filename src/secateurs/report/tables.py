@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from secateurs.decide.needs import Anatomy, Need
 from secateurs.matrix.lab import Iterative, Magnitude
 from secateurs.matrix.patterns import PATTERNS
 from secateurs.matrix.solvers import EXTRAS, SOLVERS
@@ -39,6 +40,40 @@ def print_facts(facts: ModelFacts, console: Console) -> None:
         f"{len(facts.layers)} prunable layers, {zeros:,} of {weights:,} weights are zero ({zeros / max(1, weights):.2%}). "
         f"Files: {megabytes(facts.file_bytes)}, of which {megabytes(facts.other_bytes)} are embeddings, norms, biases and "
         "headers. These zeros are stored as zeros and save nothing; `secateurs pack` stores a model without them."
+    )
+
+
+def print_needs(anatomy: Anatomy, runs: dict[str, list[Need]], there: int, console: Console) -> None:
+    """Print what each step of each run needs. there: bytes of memory of this machine."""
+    size = anatomy.parameters * anatomy.itemsize
+    console.print(
+        f"{anatomy.parameters:,} parameters, {_gigabytes(size)}, in {anatomy.layers} blocks of up to "
+        f"{_gigabytes(max(b.parameters for b in anatomy.blocks) * anatomy.itemsize)}."
+    )
+    table = new_table("run", "step", "memory at its peak", "disk", "time here")
+    for name, steps in runs.items():
+        for need in steps:
+            much = _gigabytes(need.memory) + (" (more than here)" if need.memory > there else "")
+            table.add_row(name, need.step, much, _gigabytes(need.disk), _hours(need.seconds))
+        memory, disk, seconds = max(n.memory for n in steps), sum(n.disk for n in steps), sum(n.seconds for n in steps)
+        table.add_row(name, "all", _gigabytes(memory), _gigabytes(disk), _hours(seconds), end_section=True)
+    console.print(table)
+    console.print(
+        f"This machine has {_gigabytes(there)} of memory. Times are counted from what it does in a second now."
+    )
+
+
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes < 1e11 else f"{nbytes / 1e9:,.0f} GB"
+
+
+def _hours(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36000
+        else f"{seconds / 3600:,.0f} h"
     )
 
 

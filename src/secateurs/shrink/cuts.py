@@ -35,7 +35,7 @@ from secateurs.shrink.units import Neurons, No, Shape, Units
 from secateurs.shrink.width import Stream
 
 # fields that state how many experts a token is sent to
-_ACTIVE = re.compile(r"experts_per_tok|selected_experts|moe_top_?k|moe_k$|top_?k_experts|experts_top_?k|^top_k$")
+ACTIVE = re.compile(r"experts_per_tok|selected_experts|moe_top_?k|moe_k$|top_?k_experts|experts_top_?k|^top_k$")
 # fields that state heads, but for those with sizes in their names; the width of an MLP, often; the number of blocks, often
 _HEADS, _WIDTH = re.compile("head"), re.compile("dim|size|rank|channels")
 _INNER, _DEPTH = re.compile("inner|intermediate|ffn|ff_|mlp"), re.compile("layer|depth|block")
@@ -113,7 +113,7 @@ class Cuts:
     def active(self) -> int:
         """Experts that a token is sent to."""
         text = text_config(self.config)
-        found = (x for n, x in stating.flat(text) if _ACTIVE.search(n) and type(x) is int)
+        found = (x for n, x in stating.flat(text) if ACTIVE.search(n) and type(x) is int)
         return next(found, self.shape.experts)
 
     def _coupled(self, model: nn.Module) -> tuple[Neurons | None, _Heads | None]:

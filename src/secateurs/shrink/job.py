@@ -1,6 +1,6 @@
 """What every stage of a run of shrink needs: the plan, the dense model, what is measured of it, the work folder, the progress."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,23 +64,27 @@ class Dense:
 
     def blank(self, shape: Shape) -> latency.Sample:
         """What is timed of a model of that shape; its weights mean nothing."""
-
-        def made(blocks: int) -> Any:
-            config = self.cuts.config_of(replace(shape, layers=blocks), range(blocks))
-            return latency.blank(type(self.skeleton), config, self.config.dtype)
-
-        return latency.Sample(shape.layers, {blocks: made(blocks) for blocks in self.depths(shape)})
+        return self._sample(
+            shape, range(shape.layers), lambda config: latency.blank(type(self.skeleton), config, self.config.dtype)
+        )
 
     def stored(self, folder: Path, shape: Shape, kept_layers: Sequence[int]) -> latency.Sample:
         """What is timed of a model of that shape in a folder, with its own weights."""
 
-        def read(blocks: int) -> Any:
-            config = self.cuts.config_of(replace(shape, layers=blocks), kept_layers[:blocks])
+        def read(config: Any) -> Any:
             # the weights of the other blocks are left where they are
             with no_bars(), quiet():
                 return type(self.skeleton).from_pretrained(folder, config=config, dtype=config.dtype).eval()
 
-        return latency.Sample(shape.layers, {blocks: read(blocks) for blocks in self.depths(shape)})
+        return self._sample(shape, kept_layers, read)
+
+    def _sample(self, shape: Shape, kept_layers: Sequence[int], make: Callable[[Any], Any]) -> latency.Sample:
+        """Models of the first blocks of a shape. make: gives one of a config."""
+        *few, most = self.depths(shape)
+        configs = {n: self.cuts.config_of(replace(shape, layers=n), kept_layers[:n]) for n in (*few, most)}
+        model = make(configs[most])
+        shallow = {n: latency.shallower(model, self.cuts.path, n, configs[n]) for n in few}
+        return latency.Sample(shape.layers, {**shallow, most: model})
 
     def not_loadable(self, shape: Shape) -> str | None:
         """Why transformers would not load a model of that shape, or None."""

@@ -7,6 +7,7 @@ A deep model is timed at two depths, on whose line its own time lies: blocks of 
 blocks, but more than a cache does.
 """
 
+import copy
 import inspect
 import tempfile
 import time
@@ -24,8 +25,9 @@ from secateurs.base.errors import PlanError
 from secateurs.base.files import writing
 from secateurs.base.precision import widened
 from secateurs.base.progress import no_bars
-from secateurs.model.batches import embeddings_of
+from secateurs.model.batches import embeddings_of, text_config
 from secateurs.model.made_up import uncached
+from secateurs.model.on_meta import without_weights
 from secateurs.shrink.units import Shape
 
 # bytes of blocks that are timed; more blocks than fit are timed at two depths
@@ -151,9 +153,7 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     Loading matters, because from_pretrained places weights in memory differently. On two cores of an EPYC a model made of new
     tensors decoded 6% faster than the same weights loaded, and read prompts half as fast (docs/log.md).
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = cls._from_config(config)
     model.to(dtype)
     for module in model.modules():
@@ -167,6 +167,27 @@ def blank(cls: Any, config: Any, dtype: torch.dtype) -> Any:
         del model
         # the folder may be deleted: loaded weights stay mapped
         return cls.from_pretrained(folder, dtype=dtype).eval()
+
+
+def shallower(model: Any, path: str, blocks: int, config: Any) -> Any:
+    """A model of the first blocks of another one's list at `path`, whose weights it shares. config: of such a model."""
+    found = parent = _alone(model, model.config, config)
+    *steps, last = path.split(".")
+    for step in steps:
+        parent._modules[step] = parent = _alone(parent._modules[step], model.config, config)
+    parent._modules[last] = torch.nn.ModuleList(list(parent._modules[last])[:blocks])
+    return found
+
+
+def _alone(module: Any, old: Any, new: Any) -> Any:
+    """A module with the same members, of which others can be put in their places."""
+    found = copy.copy(module)
+    found._modules = dict(module._modules)
+    for before, after in ((old, new), (text_config(old), text_config(new))):
+        if getattr(module, "config", None) is before:
+            found.config = after
+            break
+    return found
 
 
 @dataclass(frozen=True)
