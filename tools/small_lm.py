@@ -169,16 +169,17 @@ def rate_of(plan: Plan, step: int, progress: float) -> float:
 
 
 def train(
-    plan: Plan, ids: Tensor, held_out: Tensor, checkpoint: Path, clock: Callable[[], float] = time.monotonic
-) -> dict[str, Any]:
+    plan: Plan, ids: Tensor, held_out: Tensor, checkpoint: Path, clock: Callable[[], float] = time.monotonic,
+    make: Callable[[Any], nn.Module] = make, loss: Callable[..., Tensor] = loss_of,
+) -> dict[str, Any]:  # fmt: skip
     """The state after training: `best`, the weights with the least held-out loss, `losses` by step, and `seconds`, with evaluations
     and the parts before a kill. Continues from the checkpoint if there is one; raises SystemExit if that is of a plan that differs
-    in more than its seconds.
+    in more than its seconds. make: of the plan, the model. loss: of model, windows and plan.fast, what is trained.
     """
     model = make(plan)
     # embeddings and norms are left out of the decay
-    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     groups = [{"params": decayed, "weight_decay": plan.decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.95), fused=True)
     state: dict[str, Any] = {"plan": asdict(plan), "step": 0, "seconds": 0.0, "losses": {}, "best": None}
@@ -191,22 +192,22 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"continuing after step {state['step']}", file=sys.stderr)
-    loss_fn = torch.compile(loss_of) if plan.fast else loss_of
+    loss_fn = torch.compile(loss) if plan.fast else loss
     steps, windows = round(plan.epochs * steps_of(ids, plan)), windows_of(held_out, plan.window)
     start = clock() - state["seconds"]
     while (progress := max(state["step"] / steps, (clock() - start) / plan.seconds)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate_of(plan, state["step"], progress)
-        loss = loss_fn(model, batch_of(ids, plan, state["step"]), plan.fast)
+        found = loss_fn(model, batch_of(ids, plan, state["step"]), plan.fast)
         optimizer.zero_grad()
-        loss.backward()
+        found.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state["step"] += 1
         if state["step"] % plan.every == 0:
             _keep(state, model, optimizer, windows, checkpoint, lambda: clock() - start)
             print(
-                f"step {state['step']} of {steps}, {state['seconds']:.0f} s: loss {loss:.3f}, held out "
+                f"step {state['step']} of {steps}, {state['seconds']:.0f} s: loss {found:.3f}, held out "
                 f"{state['losses'][state['step']]:.4f}", file=sys.stderr, flush=True,
             )  # fmt: skip
     if state["step"] not in state["losses"]:
@@ -258,22 +259,34 @@ def _make(plan: Plan, data: Path, done: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(done / "model")
     saved = transformers.AutoModelForCausalLM.from_pretrained(done / "model", dtype=torch.float32)
     loss = evaluate(saved, windows_of(held_out_ids, plan.window))
-    # written last: with it the model is finished
+    recipe = finish(
+        done, state, saved,
+        {
+            "files": {name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in train_documents},
+            "documents": {name: len(d) for name, d in train_documents.items()},
+            "held_out": f"every {HELD_OUT}th document of c4_sample.jsonl from the first, {len(held_out_documents)} documents",
+            "tokens": {"train": len(ids), "held_out": len(held_out_ids)},
+            "epochs": state["step"] / steps_of(ids, plan),
+            "held_out_loss": loss,
+            "held_out_perplexity": math.exp(loss),
+            "held_out_bits_per_byte": loss / math.log(2) * len(held_out_ids) / len(held_out.encode()),
+            "held_out_loss_of_unigrams": unigram_loss(ids, held_out_ids),
+        },
+    )  # fmt: skip
+    print(f"held-out loss {loss:.4f}, {recipe['held_out_bits_per_byte']:.3f} bits a byte", file=sys.stderr)
+
+
+def finish(done: Path, state: dict[str, Any], saved: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write recipe.json, with which a model is finished, and drop the checkpoint. Returns the recipe: facts, and what the
+    training says.
+    """
     recipe = {
-        "files": {name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in train_documents},
-        "documents": {name: len(d) for name, d in train_documents.items()},
-        "held_out": f"every {HELD_OUT}th document of c4_sample.jsonl from the first, {len(held_out_documents)} documents",
+        **facts,
         "plan": state["plan"],
         "parameters": sum(p.numel() for p in saved.parameters()),
-        "tokens": {"train": len(ids), "held_out": len(held_out_ids)},
         "steps": state["step"],
-        "epochs": state["step"] / steps_of(ids, plan),
         "seconds": state["seconds"],
         "held_out_losses": state["losses"],
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(loss),
-        "held_out_bits_per_byte": loss / math.log(2) * len(held_out_ids) / len(held_out.encode()),
-        "held_out_loss_of_unigrams": unigram_loss(ids, held_out_ids),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "versions": {
@@ -284,7 +297,7 @@ def _make(plan: Plan, data: Path, done: Path) -> None:
     (done / "recipe.part").write_text(json.dumps(recipe, indent=1) + "\n")
     (done / "recipe.part").replace(done / "recipe.json")
     (done / "checkpoint.pt").unlink()
-    print(f"held-out loss {loss:.4f}, {recipe['held_out_bits_per_byte']:.3f} bits a byte", file=sys.stderr)
+    return recipe
 
 
 def unigram_loss(train: Tensor, held_out: Tensor) -> float:
