@@ -29,6 +29,17 @@ def shrink(
     criterion: Annotated[
         str | None, option(METHOD, "Which units go first: obs, taylor, energy or magnitude. Default: obs.")
     ] = None,
+    experts: Annotated[
+        str | None,
+        option(
+            METHOD,
+            "Which experts go: loss (least measured change of their mixture), reap, frequency, or ream, which merges them into "
+            "the others. Default: loss.",
+        ),
+    ] = None,
+    experts_per_token: Annotated[
+        int | None, option(METHOD, "Experts that a token is sent to, e.g. 4. Default: as many as before.")
+    ] = None,
     calibration: options.Source = None,
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -67,6 +78,7 @@ def shrink(
 
     values = {
         "units": tuple(u.strip() for u in units.split(",")) if units else None, "criterion": criterion, "depth": depth,
+        "experts": experts, "experts_per_token": experts_per_token,
         "multiple": multiple, "prompt": prompt, "new": new, "damping": damping,
     }  # fmt: skip
     plan = ShrinkPlan(

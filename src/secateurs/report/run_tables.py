@@ -228,6 +228,7 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
         ("KV heads a block", dense["heads"], left["heads"]),
         ("query heads of each", dense["queries"], left["queries"]),
         *([("experts a block", dense["experts"], left["experts"])] if dense["experts"] else []),
+        *([("experts of a token", dense["active"], left["active"])] if dense.get("active") else []),
         ("residual width", dense["hidden"], left["hidden"]),
         ("parameters", dense["parameters"], left["parameters"]),
         ("bytes of weights", report["bytes"]["dense"], report["bytes"]["left"]),

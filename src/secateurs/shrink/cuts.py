@@ -9,6 +9,7 @@ zero, its rows have none.
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -29,8 +30,9 @@ from secateurs.model.discover import assume, layout_of
 from secateurs.model.layers import EXPERTS, Layer, layers_of
 from secateurs.model.miniature import empty
 from secateurs.shrink import config as stating
-from secateurs.shrink import experts, width
+from secateurs.shrink import mixture, width
 from secateurs.shrink.instance import Instance
+from secateurs.shrink.mixture import Mixture
 from secateurs.shrink.units import Neurons, No, Shape, Units
 from secateurs.shrink.width import Stream
 
@@ -63,6 +65,7 @@ class Cuts:
     """What can be cut of a model. A kind of units is tried when it is first asked for.
 
     path: of the list of blocks. shape: the model's. head: the width of a head. fused: {name of fused expert parameters: kind}.
+    mixtures: the blocks that have experts. groups: as of Mixture.
     """
 
     def __init__(self, model: Any) -> None:
@@ -78,12 +81,16 @@ class Cuts:
         self.names = inside(model, layout)
         self.couplings = couplings_of(model)
         blocks = [model.get_submodule(name) for name in self.names]
+        self.mixtures = [n for n, b in zip(self.names, blocks, strict=True) if mixture.number(b, self.fused)]
         self._alike = len({sum(p.numel() for p in block.parameters()) for block in blocks}) == 1
         self.neurons, self.attention = self._coupled(model)
         self.shape = self._shape_of(model)
         heads = self.attention
         self.head = heads.width if heads else _stated_head(text_config(self.config))
         self._known: dict[str, _Way | str] = {}
+        self.groups = 1
+        with suppress(ValueError):
+            self.groups = Mixture(model.get_submodule([*self.mixtures, *self.names][0]), self.fused).groups
 
     # ------------------------------------------------------------------------------------------------------- what there is
 
@@ -109,13 +116,6 @@ class Cuts:
         found: Stream = self._way("hidden").rule
         return found
 
-    @property
-    def active(self) -> int:
-        """Experts that a token is sent to."""
-        text = text_config(self.config)
-        found = (x for n, x in stating.flat(text) if ACTIVE.search(n) and type(x) is int)
-        return next(found, self.shape.experts)
-
     def _coupled(self, model: nn.Module) -> tuple[Neurons | None, _Heads | None]:
         """The MLP and the attention that all blocks have alike; the widest if there are several."""
         mlps: dict[Neurons, int] = {}
@@ -134,15 +134,16 @@ class Cuts:
 
     def _shape_of(self, model: Any) -> Shape:
         text = text_config(self.config)
-        block = model.get_submodule(self.names[0])
-        layers = self.layers(block, self.names[0])
+        layers = self.layers(model.get_submodule(self.names[0]), self.names[0])
         mlp = layers[self.neurons.consumer].shape[1] if self.neurons else _stated(text, "intermediate_size")
         found = self.attention
         heads = found.groups if found else _stated(text, "num_attention_heads")
         queries = found.all // found.groups if found else 1
-        number = experts.number(block, self.fused)
+        number = max(mixture.number(model.get_submodule(name), self.fused) for name in self.names)
+        stated = (x for n, x in stating.flat(text) if ACTIVE.search(n) and type(x) is int)
+        active = next(stated, number) if number else 0
         hidden = _stated(text, "hidden_size", embeddings_of(model).shape[1])
-        return Shape(len(self.names), mlp, heads, queries, number, hidden)
+        return Shape(len(self.names), mlp, heads, queries, number, hidden, active)
 
     # ------------------------------------------------------------------------------------------------------- what can go
 
@@ -258,17 +259,47 @@ class Cuts:
         small = self.small
         masked, smaller = copy.deepcopy(small.model), copy.deepcopy(small.model)
         try:
-            number = experts.number(smaller.get_submodule(small.names[0]), self.fused)
-            gone = range(number // 2)
-            routers = [experts.mixture(masked.get_submodule(name), self.fused)[1] for name in small.names]
-            for name in small.names:
-                experts.cut(smaller.get_submodule(name), self.fused, gone)
+            hidden, cut = self._mixtures(masked), self._mixtures(smaller)
+            number, each = cut[0].number, cut[0].number // cut[0].groups
+            # as many of every group of experts, the first ones
+            gone = [e for e in range(number) if e % each < each // 2]
+            if any(m.number != number for m in cut):
+                raise No("its blocks have unequal numbers of experts")
+            for found in cut:
+                found.cut(gone)
+            with mixture.never(hidden, gone):
+                expected = small.outputs(masked)
+                for found in hidden:
+                    found.is_sum_of_experts()
         except ValueError as error:
             raise No(str(error)) from None
-        with experts.never(routers, gone):
-            expected = small.outputs(masked)
         tries = [{"experts": (name,)} for name in stating.fields_with(small.config, number)]
         return _Way(small.first(tries, {"experts": number - len(gone)}, smaller, expected, "the number of experts"))
+
+    def _active(self) -> _Way:
+        if self.shape.active < 2:
+            raise No(f"this {self.config.model_type} sends a token to {self.shape.active or 'no'} expert")
+        small = self.small
+        fewer, other = copy.deepcopy(small.model), copy.deepcopy(small.model)
+        try:
+            found = self._mixtures(fewer)
+            active = found[0].active
+            for each in found:
+                each.send_to(active - 1)
+            expected = small.outputs(fewer)
+        except ValueError as error:
+            raise No(str(error)) from None
+        names = [n for n in stating.fields_with(small.config, active) if ACTIVE.search(n.rpartition(".")[2])]
+        tries = [{"active": (name,)} for name in names]
+        return _Way(small.first(tries, {"active": active - 1}, other, expected, "to how many experts a token is sent"))
+
+    def _mixtures(self, model: nn.Module) -> list[Mixture]:
+        """The mixtures of the small instance, or of a copy of it. Raises No without any, ValueError for one of unknown form."""
+        blocks = [model.get_submodule(name) for name in self.small.names]
+        found = [Mixture(block, self.fused) for block in blocks if mixture.number(block, self.fused)]
+        if not found:
+            raise No("its small instance has no mixture")
+        return found
 
     def _hidden(self) -> _Way:
         small = self.small
@@ -300,12 +331,14 @@ class Cuts:
         """config.json for a shape. raw: the dense model's, whose other entries are kept."""
         dense = self.shape
         kinds = [
-            kind for kind in ("mlp", "heads", "queries", "experts", "hidden") if shape.steps(kind) != dense.steps(kind)
+            kind
+            for kind in ("mlp", "heads", "queries", "experts", "hidden", "active")
+            if shape.steps(kind) != dense.steps(kind)
         ]
         changes: dict[str, int] = {}
         numbers = {
             "mlp": shape.mlp, "heads": shape.heads, "all heads": shape.heads * shape.queries, "head": self.head,
-            "experts": shape.experts, "hidden": shape.hidden,
+            "experts": shape.experts, "hidden": shape.hidden, "active": shape.active,
         }  # fmt: skip
         for kind in kinds:
             changes |= {name: numbers[what] for what, names in self._way(kind).fields.items() for name in names}

@@ -28,12 +28,13 @@ from secateurs.model.activations import OnDisk, note_place, read_place
 from secateurs.model.batches import batched
 from secateurs.model.blocks import caller
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.coupling import Coupling
 from secateurs.model.layers import layers_of
 from secateurs.model.output import Output
 from secateurs.model.walk import Step, stream
 from secateurs.prune.tune_block import reconstruct
 from secateurs.prune.tuning import Moving
-from secateurs.shrink import columns, experts, losses, units, width
+from secateurs.shrink import columns, cut_experts, losses, units, width
 from secateurs.shrink.bridge import bridge
 from secateurs.shrink.job import Job
 from secateurs.shrink.units import Shape
@@ -93,7 +94,11 @@ class _Blocks:
         self.gone = {was: range(was + 1, end) for was, end in zip(kept_layers, ends, strict=True)}
         self.bridged = self.plan.refit and any(self.gone.values()) and self.cuts.last is not None
         self.todo = {kind: self.dense.steps(kind) - shape.steps(kind) for kind in units.IN_BLOCKS}
-        self.kinds = [kind for kind, count in self.todo.items() if count]
+        active = shape.active if shape.active != self.dense.active else None
+        self.of_experts = cut_experts.How(
+            self.plan.experts, self.todo["experts"], active, self.plan.refit, self.plan.damping
+        )
+        self.kinds = [k for k, count in self.todo.items() if count or (k == "experts" and active is not None)]
         # the removed blocks on what enters the dense block, and on what leaves the cut one
         self.target, self.wanted = (OnDisk(job.work / name) for name in ("target", "wanted"))
 
@@ -176,13 +181,8 @@ class _Blocks:
         of_columns = [kind for kind in self.kinds if kind != "experts"]
         consumers = {u.consumer.name: u.consumer for u in (self._units(k, step, now) for k in of_columns)}
         stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
-        if self.todo["experts"]:
-            x_TH = experts.inputs(step, self.cuts.fused)
-            removed, cost = experts.removal(
-                step.block, self.cuts.fused, x_TH, self.sensitive.get(step.name), self.todo["experts"]
-            )
-            experts.cut(step.block, self.cuts.fused, removed)
-            found["experts"] = {"removed": sorted(removed), "loss": cost[-1]}
+        if "experts" in self.kinds:
+            found |= self._cut_experts(step)
         for kind in of_columns:
             here = self._units(kind, step, now)
             name = here.consumer.name
@@ -197,6 +197,17 @@ class _Blocks:
             # let its modules state what those of a model of its shape do
             units.tell(step.block, self.like.get_submodule(f"{self.path}.{self.place[step.index]}"))
         return found
+
+    def _cut_experts(self, step: Step) -> dict[str, Any]:
+        def couplings() -> list[Coupling]:
+            of = self.cuts.couplings.of
+            return of(step.name, step.block, list(self.cuts.layers(step.block, step.name).values()), self.cuts.config)
+
+        try:
+            done = cut_experts.cut(step, self.cuts.fused, self.sensitive.get(step.name), self.of_experts, couplings)
+        except ValueError as error:
+            raise LayerError(f"{step.name}: {error}") from None
+        return {} if done is None else {"experts": done}
 
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:
         return self.cuts.units(kind, step.block, step.name, now)

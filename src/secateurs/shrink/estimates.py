@@ -22,11 +22,13 @@ from secateurs.base.progress import ticker
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import batched, first_windows
 from secateurs.model.checkpoint import Checkpoint
+from secateurs.model.walk import stream
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.quality.outputs import embedder
 from secateurs.shrink import cutting, losses, units, width
 from secateurs.shrink.job import Job
 from secateurs.shrink.losses import Losses
+from secateurs.shrink.mixture import Mixture
 from secateurs.shrink.sizes import consumers_of
 
 # calibration tokens for gradients, and for measuring the loss without some blocks
@@ -50,11 +52,14 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
         batches = batched(windows)
         tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
         with _folder(job, "curves") as folder:
-            found = losses.curves(model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, source, folder)
+            found = losses.curves(
+                model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, plan.experts, source, folder
+            )
             if "hidden" in plan.units:
                 found["hidden"] = [_of_channels(job, windows, sensitive)]
             order, after = _of_blocks(job, windows) if "layers" in plan.units else ([], [])
-            write_json(file, {"curves": found, "blocks": order, "after": after})
+            active = 0.0 if plan.experts_per_token is None else _of_active(job, windows, plan.experts_per_token)
+            write_json(file, {"curves": found, "blocks": order, "after": after, "active": active})
     return Losses(**json.loads(file.read_text())), sensitive
 
 
@@ -115,6 +120,18 @@ def _of_blocks(job: Job, windows: Tensor) -> tuple[list[int], list[float]]:
         return losses.blocks(model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep, source, folder)
 
 
+def _of_active(job: Job, windows: Tensor, active: int) -> float:
+    """The loss if tokens are sent to so many experts, and nothing else is changed."""
+    cuts = job.dense.cuts
+    above = losses.above(_pair(*job.dense.open()), _first(windows, _DEPTH), job.subject)
+    source, model = job.dense.open()
+    # what a router states stays when its block is released
+    for step in stream(model, [], source):
+        if step.name in cuts.mixtures:
+            Mixture(step.block, cuts.fused).send_to(active)
+    return above(_pair(source, model))
+
+
 def _first(windows: Tensor, tokens: int) -> Tensor:
     """The first windows that hold at most so many tokens, but one at least."""
     return windows[: max(1, tokens // windows.shape[1])]
@@ -137,7 +154,9 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     cuts = [
         (kind, gone)
         for kind, curves in lost.curves.items()
-        for gone in _parts(dense.steps(kind), len(curves[0]) - 1)[len(truth.get(kind, ())) :]
+        for gone in _parts(dense.steps(kind), len(curves[0]) - 1, job.dense.cuts.groups if kind == "experts" else 1)[
+            len(truth.get(kind, ())) :
+        ]
     ]
     above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if cuts else None
     for kind, gone in cuts:
@@ -155,9 +174,12 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     return replace(lost, truth=truth)
 
 
-def _parts(steps: int, known: int) -> list[int]:
-    """A quarter and a half of the units, as far as they may go: how many are cut to measure what that loses."""
-    return sorted({min(known, max(1, steps // 4)), min(known, max(1, steps // 2))})
+def _parts(steps: int, known: int, groups: int) -> list[int]:
+    """A quarter and a half of the units, as far as they may go: how many are cut to measure what that loses.
+
+    groups: as of Mixture; experts that are chosen among groups go from all of them.
+    """
+    return sorted({min(known, max(groups, steps // n // groups * groups)) for n in (4, 2)})
 
 
 def _pair(source: Checkpoint, model: Any) -> losses.Pair:

@@ -45,17 +45,22 @@ class Losses:
 
     curves: {kind: [block][number removed]}, from 0 removed; 'hidden' has one curve for the whole model. blocks: the order in which
     blocks are removed; after: the loss after each. truth: {kind: [[estimate, measured loss], ...]}, rising, of models with all
-    blocks cut alike. Curves hold for small changes; estimates of large ones are corrected by interpolation between these points.
+    blocks cut alike. active: the measured loss if tokens are sent to as few experts as the plan says. Curves hold for small
+    changes; estimates of large ones are corrected by interpolation between these points.
     """
 
     curves: dict[str, list[list[float]]]
     blocks: list[int]
     after: list[float]
     truth: dict[str, list[list[float]]] = field(default_factory=dict)
+    active: float = 0.0
 
     def at(self, shape: Shape, dense: Shape) -> float:
         """Estimated loss of a shape: nats a token above the dense model's."""
-        return self.of({kind: dense.steps(kind) - shape.steps(kind) for kind in COUNTED}, dense.layers - shape.layers)
+        fewer = self.active if shape.active != dense.active else 0.0
+        return fewer + self.of(
+            {kind: dense.steps(kind) - shape.steps(kind) for kind in COUNTED}, dense.layers - shape.layers
+        )
 
     def of(self, kinds: dict[str, int], gone: int) -> float:
         """Estimated loss with `kinds[kind]` removals in every block that is left and `gone` blocks fewer."""
@@ -88,11 +93,12 @@ class Losses:
 
 def curves(
     model: nn.Module, batches: Sequence[Batch], cuts: Cuts, kinds: Sequence[str], sensitivity: dict[str, Tensor],
-    damping: float, tick: Tick, loader: Loader | None = None, folder: Path | None = None,
+    damping: float, tick: Tick, criterion: str = "loss", loader: Loader | None = None, folder: Path | None = None,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}.
 
-    folder: where hidden states and the curves so far are kept, so that a killed walk goes on; None for in memory.
+    criterion: of experts. folder: where hidden states and the curves so far are kept, so that a killed walk goes on; None for in
+    memory.
     """
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     shape = cuts.shape
@@ -108,7 +114,10 @@ def curves(
     for step in stream(model, batches, loader, store, start, "dense", tick=tick):
         note_place(place, step.index, curves=found)
         here = [cuts.units(kind, step.block, step.name, shape) for kind in of_columns]
-        x_TH = experts.inputs(step, cuts.fused) if "experts" in kinds else None
+        if "experts" in kinds:
+            found["experts"].append(
+                experts.curve(step, cuts.fused, sensitivity.get(step.name), criterion, most_experts(cuts))
+            )
         # a pass is needed in any case: it makes the next block's inputs
         stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
         for units in here:
@@ -119,17 +128,14 @@ def curves(
             count = each * most(shape.steps(units.kind))
             _, losses = columns.removal([side], count, damping, at_once(len(units.groups_GC)), units.parents_G)
             found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
-        if x_TH is not None:
-            count = most_experts(cuts)
-            found["experts"].append(
-                [0.0, *experts.removal(step.block, cuts.fused, x_TH, sensitivity.get(step.name), count)[1]]
-            )
     return found
 
 
 def most_experts(cuts: Cuts) -> int:
-    """How many experts may go: at least as many stay as a token is sent to."""
-    return min(most(cuts.shape.experts), cuts.shape.experts - cuts.active)
+    """How many experts may go: at least as many stay as a token is sent to, of every group if they are chosen among groups."""
+    number, groups = cuts.shape.experts, cuts.groups
+    least = groups * max(2, cuts.shape.active) if groups > 1 else cuts.shape.active
+    return min(most(number), number - least) // groups * groups
 
 
 def most(steps: int) -> int:

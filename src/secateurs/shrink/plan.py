@@ -8,7 +8,7 @@ from typing import Any
 from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix.solvers import DAMPING
 from secateurs.quality.settings import Calibration, Evaluation
-from secateurs.shrink import columns
+from secateurs.shrink import columns, experts
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.units import KINDS
 
@@ -19,8 +19,9 @@ class ShrinkPlan:
 
     budget: 'params=0.75x', 'bytes=0.75x', 'flops=0.75x' (of a prompt) or 'latency=0.8x' of the dense model's, latency being seconds
     of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS.
-    criterion: a row of CRITERIA; depth: 'loss' or 'influence', which blocks go; refit: least squares on what is left. multiple: MLP
-    widths are multiples of this. All blocks get one shape, for that is all that config.json can state.
+    criterion: a row of columns.CRITERIA; depth: 'loss' or 'influence', which blocks go; experts: a row of experts.CRITERIA, which
+    experts go; refit: least squares on what is left. experts_per_token: to how many experts a token is sent, None for as many as
+    before. multiple: MLP widths are multiples of this. All blocks get one shape, for that is all that config.json can state.
     calibration, damping, evaluation: as in Plan.
     """
 
@@ -29,6 +30,8 @@ class ShrinkPlan:
     units: tuple[str, ...] = ("mlp", "heads", "layers")
     criterion: str = "obs"
     depth: str = "loss"
+    experts: str = "loss"
+    experts_per_token: int | None = None
     refit: bool = True
     multiple: int = 64
     prompt: int = 512
@@ -50,6 +53,11 @@ class ShrinkPlan:
         if self.criterion not in columns.CRITERIA:
             near = nearest(self.criterion, columns.CRITERIA)
             raise PlanError(f"unknown criterion '{self.criterion}'; write {', '.join(columns.CRITERIA)}{near}")
+        if self.experts not in experts.CRITERIA:
+            near = nearest(self.experts, experts.CRITERIA)
+            raise PlanError(f"unknown experts '{self.experts}'; write {', '.join(experts.CRITERIA)}{near}")
+        if self.experts_per_token is not None and self.experts_per_token < 1:
+            raise PlanError(f"experts-per-token {self.experts_per_token} is too small; give 1 or more")
         for name, least in (("multiple", 1), ("prompt", 1), ("new", 1)):
             if getattr(self, name) < least:
                 raise PlanError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give {least} or more")

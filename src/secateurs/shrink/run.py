@@ -28,6 +28,7 @@ from secateurs.quality.evaluation import check, measured, texts_apart
 from secateurs.quality.kinds import Kind, kind_of
 from secateurs.quality.outputs import subject_of
 from secateurs.shrink import cutting, estimates, latency, shapes
+from secateurs.shrink.cut_experts import uncovered
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.units import Shape
@@ -55,6 +56,7 @@ def shrink(
     subject = None if kind.causal else subject_of(kind, source)
     job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress, subject)
     shapes.check_units(job)
+    shapes.check_experts(job)
     if not (out / "plan.json").is_file():
         shapes.refuse_too_small(job)
     claim(out, plan.as_dict())
@@ -113,13 +115,14 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "blocks": records,
         "estimated_loss": lost.at(shape, dense.shape),
         "truth": lost.truth,
+        "loss_of_fewer_experts_per_token": lost.active,
         "tried": tried,
         "calibration": text.facts,
         "bytes": {
             "dense": source.nbytes,
             "left": left.nbytes,
         },
-        "warnings": text.warnings("calibration") + ([] if job.subject or job.new else [_UNTIMED]),
+        "warnings": text.warnings("calibration") + uncovered(records) + ([] if job.subject or job.new else [_UNTIMED]),
         "distance": None,
         "seconds": clock.seconds,
     }

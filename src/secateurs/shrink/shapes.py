@@ -40,6 +40,18 @@ def check_units(job: Job) -> None:
             )
 
 
+def check_experts(job: Job) -> None:
+    """Raise PlanError for a number of experts per token that the model cannot have."""
+    active, dense = job.plan.experts_per_token, job.dense
+    if active is None:
+        return
+    if not active < dense.shape.active:
+        now = f"a token is sent to {dense.shape.active} experts" if dense.shape.experts else "this model has none"
+        raise PlanError(f"experts-per-token {active} is not fewer: {now}")
+    if refused := dense.cuts.refuses("active"):
+        raise PlanError(f"experts-per-token {active}: {refused}")
+
+
 def refuse_too_small(job: Job) -> None:
     """Raise PlanError for a budget that the smallest shape does not meet."""
     plan, bound, sizes = job.plan, job.plan.bound, job.dense.sizes
@@ -73,13 +85,14 @@ def allowed(job: Job) -> list[Shape]:
     hidden = [dense.hidden, *(w for w in range(dense.hidden - 1, dense.hidden - deep - 1, -1) if w % step == 0)]
     heads = range(dense.heads, least.get("heads", dense.heads) - 1, -1)
     queries = range(dense.queries, least.get("queries", dense.queries) - 1, -1)
+    active = job.plan.experts_per_token or dense.active
     found = [
-        Shape(d, w, h, q, e, n)
+        Shape(d, w, h, q, e, n, active)
         for d in range(dense.layers, fewest - 1, -1)
         for w in wide
         for h in heads
         for q in queries
-        for e in range(dense.experts, fewest_experts - 1, -1)
+        for e in range(dense.experts, fewest_experts - 1, -job.dense.cuts.groups)
         for n in hidden
     ]
     # some classes require the residual width to be a multiple of the query heads

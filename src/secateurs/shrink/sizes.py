@@ -8,9 +8,10 @@ from secateurs.model.batches import embeddings_of
 from secateurs.model.blocks import blocks_of
 from secateurs.model.layers import Layer
 from secateurs.model.walk import Step
-from secateurs.shrink import experts, losses
+from secateurs.shrink import losses
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.cuts import Cuts
+from secateurs.shrink.mixture import Mixture
 from secateurs.shrink.units import COLUMNS, Shape
 
 
@@ -20,7 +21,7 @@ class Sizes:
 
     Parameters: outside (of the blocks); of each neuron, KV head (key_value, without its query heads), query head and expert
     (`router` of them in the router); rest, all else in a block. attended: multiplications of a query head, times the prompt
-    squared. head: of the output matrix. active: experts that a token is sent to. half: the sizes at half the residual width.
+    squared. head: of the output matrix. mixtures: the blocks that have experts. half: the sizes at half the residual width.
     """
 
     outside: int
@@ -33,7 +34,7 @@ class Sizes:
     head: int
     expert: int
     router: int
-    active: int
+    mixtures: int
     most_experts: int
     half: "Sizes | None" = None
 
@@ -41,11 +42,15 @@ class Sizes:
         """Parameters of a shape: exact for the dense residual width, interpolated for others."""
         if self.half and shape.hidden != self.dense.hidden:
             return self._between(shape, lambda sizes, there: sizes.parameters(there))
-        return self.outside + shape.layers * self.block(shape)
+        return self.outside + shape.layers * self._plain(shape) + self._mixtures(shape) * shape.experts * self.expert
 
     def block(self, shape: Shape) -> int:
-        """Parameters of a block, of the dense residual width."""
+        """Parameters of a block, one with experts if there are any, of the dense residual width."""
         return self._plain(shape) + shape.experts * self.expert
+
+    def _mixtures(self, shape: Shape) -> int:
+        # blocks go only where all are alike
+        return min(self.mixtures, shape.layers)
 
     def _between(self, shape: Shape, count: Callable[["Sizes", Shape], int]) -> int:
         """A count for another residual width: on the line through those of the whole width and of half of it."""
@@ -66,8 +71,9 @@ class Sizes:
         if self.half and shape.hidden != self.dense.hidden:
             return self._between(shape, lambda sizes, there: sizes.multiplications(there, prompt))
         attention = shape.heads * shape.queries * self.attended * prompt**2
-        active = min(self.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
-        return shape.layers * ((self._plain(shape) + active) * prompt + attention) + self.head
+        active = min(shape.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
+        blocks = shape.layers * self._plain(shape) + self._mixtures(shape) * active
+        return blocks * prompt + shape.layers * attention + self.head
 
     def share(self, kind: str, shape: Shape, prompt: int) -> float:
         """Of the dense model's 'params', 'bytes' (weights have one dtype) or 'flops'."""
@@ -88,32 +94,35 @@ def sizes_of(model: Any, cuts: Cuts, kinds: Collection[str]) -> Sizes:
     """The sizes of a model of which units of some kinds may go."""
     dense = cuts.shape
     names, _ = blocks_of(model)
-    block = model.get_submodule(names[0])
+    # where some blocks have no experts, what they have instead counts as outside
+    name = [*cuts.mixtures, *names][0]
+    block = model.get_submodule(name)
 
     def each(kind: str) -> int:
         if kind not in kinds or cuts.refuses(kind):
             return 0
-        return cuts.units(kind, block, names[0], dense).parameters_each
+        return cuts.units(kind, block, name, dense).parameters_each
 
     neuron, query = each("mlp"), each("queries")
     key_value = max(0, each("heads") - dense.queries * query)
     whole = sum(p.numel() for p in block.parameters())
-    expert = router_row = active = most_experts = 0
+    expert = router_row = most_experts = 0
     if dense.experts:
-        active = cuts.active
         most_experts = losses.most_experts(cuts)
     if "experts" in kinds and not cuts.refuses("experts"):
-        _, router, fused = experts.mixture(block, cuts.fused)
-        own = [*router.parameters(), *fused.parameters()]
+        found = Mixture(block, cuts.fused)
+        own = [*found.router.parameters(), *found.experts.parameters()]
         expert = sum(p.numel() // dense.experts for p in own if len(p) == dense.experts)
-        router_row = sum(p.numel() // dense.experts for p in router.parameters())
+        router_row = sum(p.numel() // dense.experts for p in found.router.parameters())
     rest = whole - dense.mlp * neuron - dense.heads * (key_value + dense.queries * query) - dense.experts * expert
-    outside = sum(p.numel() for p in model.parameters()) - whole * dense.layers
+    experts = dense.experts * expert
+    inside = (whole - experts) * dense.layers + experts * len(cuts.mixtures)
+    outside = sum(p.numel() for p in model.parameters()) - inside
     head = model.get_output_embeddings()
     count = (embeddings_of(model) if head is None else head.weight).numel()
     return Sizes(
-        outside, dense, neuron, key_value, query, rest, 2 * cuts.head, count, expert, router_row, active,
-        most_experts,
+        outside, dense, neuron, key_value, query, rest, 2 * cuts.head, count, expert, router_row,
+        len(cuts.mixtures), most_experts,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     mlp      a neuron: a column of down, its rows of up and gate, their biases
     heads    a KV head with its query heads: their columns of o, rows of v, k and q, their biases
     queries  a query head, as many of every KV head: its columns of o, rows of q, their biases
-    experts  an expert of a mixture, and its row of the router (experts.py)
+    experts  an expert of a mixture, and its row of the router (mixture.py)
     hidden   a channel of the residual stream (width.py)
     layers   a whole block
 
@@ -61,7 +61,7 @@ class Shape:
     """The sizes that all blocks of a model share, as config.json states them.
 
     mlp: neurons. heads: KV heads. queries: query heads of each KV head. experts: 0 if there are none. hidden: channels of the
-    residual stream.
+    residual stream. active: experts that a token is sent to.
     """
 
     layers: int
@@ -70,6 +70,7 @@ class Shape:
     queries: int = 1
     experts: int = 0
     hidden: int = 0
+    active: int = 0
 
     def steps(self, kind: str) -> int:
         """How many units of a kind (of COUNTED) there are to remove; a query head goes from every KV head at once."""
@@ -166,8 +167,12 @@ def resize(layer: Layer, weight_OI: Tensor) -> None:
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter by one of another shape, and set the sizes that Linear and Conv1D state."""
-    module._parameters[name] = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    """Replace a parameter or buffer by one of another shape, and set the sizes that Linear and Conv1D state."""
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if name in module._buffers:
+        module._buffers[name] = tensor
+        return
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     sized: Any = module
     if name == "weight" and isinstance(module, nn.Linear):
         sized.out_features, sized.in_features = tensor.shape

@@ -1,0 +1,73 @@
+"""Removes experts from a block: chooses, merges where the criterion says so, cuts, and refits what is left; on the block's
+inputs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from secateurs.model.coupling import Coupling
+from secateurs.model.walk import Step
+from secateurs.shrink import experts, merging, refit_experts
+from secateurs.shrink.experts import CRITERIA, Trial
+from secateurs.shrink.mixture import Mixture
+
+# an expert that fewer tokens are sent to is named: what is measured of it says little
+FEW = 64
+
+
+@dataclass(frozen=True)
+class How:
+    """What is done to a mixture. criterion: of CRITERIA. gone: how many experts go. active: to how many a token is sent then, or
+    None for as many as before. refit: least squares on what is left; damping: its ridge.
+    """
+
+    criterion: str
+    gone: int
+    active: int | None
+    refit: bool
+    damping: float
+
+
+def cut(
+    step: Step, fused: Mapping[str, str], weight_H: Tensor | None, how: How, couplings: Callable[[], Sequence[Coupling]]
+) -> dict[str, Any] | None:
+    """Cut a block's mixture, in place. Returns what was done, or None for a block without one.
+
+    fused: as of Mixture. weight_H: E[g^2] of the block's output, if known. couplings: those of the block, asked for by merging.
+    """
+    x_TH = experts.inputs(step, fused, refit_experts.TOKENS)
+    if x_TH is None:
+        return None
+    with step.evaluating():
+        mixture = Mixture(step.block, fused)
+        wanted_TH = mixture(x_TH)
+        trial = Trial(mixture, experts.few(x_TH), weight_H)
+        found: dict[str, Any] = {"tokens": experts.tokens_of(mixture, x_TH).tolist()}
+        if how.active is not None:
+            mixture.send_to(how.active)
+        removed, losses = experts.removal(trial, how.criterion, how.gone)
+        if CRITERIA[how.criterion].merges and removed:
+            found["merged"] = merging.merge(trial, removed, couplings())
+        mixture.cut(removed)
+        found |= {"removed": sorted(removed), "loss": losses[-1] if losses else 0.0}
+        if how.refit:
+            found["refit"] = asdict(refit_experts.refit(mixture, x_TH, wanted_TH, weight_H, how.damping))
+    return found
+
+
+def uncovered(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on experts that hardly any calibration text was sent to. records: of blocks, as in report.json."""
+    found = []
+    for record in records:
+        tokens = record["units"].get("experts", {}).get("tokens", [])
+        few = [e for e, count in enumerate(tokens) if count < FEW]
+        if few:
+            names = ", ".join(str(e) for e in few)
+            found.append(
+                f"{record['block']}: {len(few)} of {len(tokens)} experts saw fewer than {FEW} of the calibration tokens looked at "
+                f"(experts {names}); name more --calibration text, or other text"
+            )
+    return found

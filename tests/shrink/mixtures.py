@@ -1,0 +1,54 @@
+"""Tiny random mixtures of the families that differ in how they route, and REAP as published, written independently."""
+
+import tiny
+import torch
+
+_MOE = {**tiny._LLAMA, "num_hidden_layers": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = {**_MOE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+
+# model_type -> (architecture, config arguments); each has 8 experts, of which a token is sent to 2
+FAMILIES = {
+    # softmax, choice, normalised
+    "mixtral": ("MixtralForCausalLM", {**_MOE, "num_local_experts": 8}),
+    # a shared expert behind a gate; weights are not normalised
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**_MOE, "num_experts": 8, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_MOE, "head_dim": 8, "num_experts": 8, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeForCausalLM", {**_MOE, "num_experts": 8}),
+    # sigmoid, a bias for the choice alone, groups; the first block has no mixture
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_SHARED, "n_group": 2, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**_SHARED, "head_dim": 8, "n_group": 1, "topk_group": 1}),
+    # choice, then softmax; a bias of the router and of every matrix; matrices [E, I, O], gate and up interleaved
+    "gpt_oss": ("GptOssForCausalLM", {**_MOE, "intermediate_size": 16, "head_dim": 8, "num_local_experts": 8, "sliding_window": 16}),
+}  # fmt: skip
+
+
+def make(model_type):
+    """A model of that family; biases that its experts are chosen by are not 0."""
+    model = tiny.random(*(FAMILIES[model_type][0], model_type, FAMILIES[model_type][1])).eval()
+    model.set_experts_implementation("eager")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("bias"):
+            tensor.detach().normal_(std=0.3)
+    return model
+
+
+def saliency(x_TH, router_EH, gate_up_EOH, down_EHI, active):
+    """REAP of a Qwen3 mixture, arXiv 2510.13999, eq. 9: the mean, over tokens sent to an expert, of gate value times length."""
+    scores = []
+    for e in range(len(router_EH)):
+        terms = []
+        for x_H in x_TH.double():
+            probability_E = torch.softmax(router_EH.double() @ x_H, 0)
+            chosen = probability_E.sort(descending=True).indices[:active].tolist()
+            if e in chosen:
+                gate_I, up_I = (gate_up_EOH[e].double() @ x_H).chunk(2)
+                out_H = down_EHI[e].double() @ (gate_I * torch.sigmoid(gate_I) * up_I)
+                terms.append(float(probability_E[e] / probability_E[chosen].sum() * out_H.norm()))
+        scores.append(sum(terms) / len(terms) if terms else 0.0)
+    return scores
