@@ -188,3 +188,31 @@ def test_text_is_of_one_kind_as_far_as_the_less_even_of_both_says():
     even, uneven = torch.tensor([[0, 1] * 64]), torch.tensor([[0] * 64 + [1] * 64])
     assert texts.distance(even, even).within == 1.0
     assert texts.distance(even, uneven).within == texts.distance(uneven, even).within == 0.0
+
+
+def test_several_sources_share_the_windows_by_weight_and_lie_mixed(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 5000)
+    where = f"{tmp_path}/a.txt@2; {tmp_path}/b.txt;{tmp_path}/c.txt@0.5"
+    got = texts.load(where, TOKENIZER, 7, 20, 0)
+    letters = "".join(row[0] for row in decode(got.windows))
+    assert {x: letters.count(x) for x in "abc"} == {"a": 4, "b": 2, "c": 1}
+    # half of them hold something of all
+    assert set(letters[:4]) == set("abc")
+    assert got.facts()["source"] == "a.txt (4 windows); b.txt (2 windows); c.txt (1 windows)"
+    assert (got.asked, got.windows.shape) == (7, (7, 20))
+    # a source that is left with no window is not read
+    assert len(texts.load(f"{where}; absent@0.001", TOKENIZER, 7, 20, 0).windows) == 7
+
+
+def test_sources_and_weights_by_hand(tmp_path):
+    assert texts.parts_of("pydoc") == [("pydoc", 1.0)]
+    assert texts.parts_of("hub:me/set:train; d/*.txt@3") == [("hub:me/set:train", 1.0), ("d/*.txt", 3.0)]
+    # 10/7, 20/7, 40/7: what is left goes to the second and the third
+    assert texts.shares([1, 2, 4], 10) == [1, 3, 6]
+    odd = tmp_path / "a;b@2"
+    odd.write_text("text")
+    assert texts.parts_of(str(odd)) == [(str(odd), 1.0)]
+    for bad in ("a.txt@0", "a.txt; ", "@2"):
+        with pytest.raises(CalibrationError, match="no source with a weight above 0"):
+            texts.parts_of(bad)

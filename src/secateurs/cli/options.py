@@ -51,8 +51,9 @@ Source = Annotated[
     str | None,
     option(
         CALIBRATION,
-        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self; or a "
-        "folder of images or .wav files, where the model reads those. Default: pydoc, Python's own documentation.",
+        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self; several "
+        "with weights: 'code.jsonl@2; stories.txt'; or a folder of images or .wav files, where the model reads those. Default: "
+        "pydoc, Python's own documentation.",
         "--calibration",
     ),
 ]

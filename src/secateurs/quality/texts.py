@@ -1,11 +1,14 @@
 """Text -> token windows [N, S], and how unlike two texts are. N windows, S positions.
 
-A source is written as one string: what documents.py reads, or `self`, the model's own samples from its beginning-of-text token.
+A source is written as one string: what documents.py reads, or `self`, the model's own samples from its beginning-of-text token; or
+several of the former with their weights: 'code.jsonl@2; stories.txt'.
 """
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -71,9 +74,15 @@ def load(
     random); None takes the text in order. Conversations are written by the model's chat template and follow each other as they
     are. part: 'calibration' or 'held-out', parts of one source that share no text; only 'pydoc' is split, other sources are used
     whole. If the tokenizer begins a text with a special token, every window begins with it; bare: none
-    does. answers: find which tokens an
-    assistant wrote. Raises CalibrationError if not one window is found, or if there are no conversations to find answers in.
+    does. answers: find which tokens an assistant wrote. source: of several the windows are shared by weight, and lie mixed.
+    Raises CalibrationError if not one window is found, or if there are no conversations to find answers in.
     """
+    sources = parts_of(source)
+    if len(sources) > 1:
+        counts = shares([weight for _, weight in sources], windows)
+        chosen = [(name, count) for (name, _), count in zip(sources, counts, strict=True) if count]
+        return _mixed([load(name, tokenizer, n, seqlen, seed, part, answers, bare) for name, n in chosen], windows)
+    source = sources[0][0]
     found, name = documents.read(source, part)
     draw = seed is not None and len(found) == 1
     if seed is not None and not draw:
@@ -101,6 +110,46 @@ def load(
 
     asked_answers = None if marks is None else cut(marks, [0] * len(start)).bool()
     return Text(name, cut(ids, start), windows, bool(start), asked_answers)
+
+
+def parts_of(source: str) -> list[tuple[str, float]]:
+    """The sources that one string names, and their weights. Raises CalibrationError for a weight that is none."""
+    if Path(source).expanduser().exists():
+        return [(source, 1.0)]
+    found = []
+    for part in source.split(";"):
+        name, at, weight = part.strip().rpartition("@")
+        if not at or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", weight):
+            name, weight = part.strip(), "1"
+        if not name or not float(weight) > 0:
+            raise CalibrationError(
+                f"'{part.strip()}' of '{source}' is no source with a weight above 0, e.g. code.jsonl@2"
+            )
+        found.append((name, float(weight)))
+    return found
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to weights, which add up to the total; what is left goes to the largest remainders."""
+    exact = [total * w / sum(weights) for w in weights]
+    found = [int(x) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[: total - sum(found)]:
+        found[i] += 1
+    return found
+
+
+def _mixed(texts: Sequence[Text], asked: int) -> Text:
+    """The windows of several texts in one, each text's spread over all of it, so that a part holds something of all."""
+    places = [((i + 0.5) / len(text.windows), n, i) for n, text in enumerate(texts) for i in range(len(text.windows))]
+    order = [(n, i) for _, n, i in sorted(places)]
+
+    def mixed(rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack([rows[n][i] for n, i in order])
+
+    marks = [text.answers for text in texts if text.answers is not None]
+    answers = mixed(marks) if len(marks) == len(texts) else None
+    name = "; ".join(f"{text.source} ({len(text.windows)} windows)" for text in texts)
+    return Text(name, mixed([text.windows for text in texts]), asked, texts[0].bos, answers)
 
 
 def read(
