@@ -1,0 +1,82 @@
+"""From a folder of a mixture to a smaller one: groups, biases, blocks without a mixture, fewer experts per token."""
+
+import mixtures
+import pytest
+import tiny
+import torch
+from plans import asked
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from secateurs.base.errors import PlanError
+from secateurs.shrink import cutting
+from secateurs.shrink.plan import ShrinkPlan
+from secateurs.shrink.run import shrink
+
+
+def plan(source, words, budget, **options):
+    small = {"samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32, "units": ("experts",)}
+    return asked(ShrinkPlan, str(source), budget, calibration=str(words), eval_text=str(words), **{**small, **options})
+
+
+def saved(folder, model_type):
+    mixtures.make(model_type).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_experts_go_from_all_groups_alike_and_a_killed_run_keeps_their_biases(tmp_path, words, monkeypatch):
+    source = saved(tmp_path / "dense", "deepseek_v3")
+    chosen = plan(source, words, "params=0.93x", eval_windows=0)
+    written = cutting.write_tensors
+
+    def dies(file, tensors):
+        written(file, tensors)
+        if file.name == "block-0001.safetensors":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cutting, "write_tensors", dies)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(chosen, tmp_path / "run")
+    monkeypatch.undo()
+    report = shrink(chosen, tmp_path / "run")
+    assert (report["dense"]["experts"], report["left"]["experts"]) == (8, 6)
+    # the first block has no mixture
+    assert report["blocks"][0]["units"] == {}
+    removed = report["blocks"][1]["units"]["experts"]["removed"]
+    assert [e // 4 for e in removed] == [0, 1]
+    dense, left = (AutoModelForCausalLM.from_pretrained(f) for f in (source, tmp_path / "run" / "model"))
+    assert report["left"]["parameters"] == sum(p.numel() for p in left.parameters())
+    before_E, after_E = (m.model.layers[1].mlp.gate.e_score_correction_bias for m in (dense, left))
+    assert torch.equal(after_E, before_E[[e for e in range(8) if e not in removed]])
+
+
+def test_nothing_removed_changes_nothing_and_fewer_experts_per_token_are_priced(tmp_path, words):
+    source = saved(tmp_path / "dense", "qwen3_moe")
+    chosen = plan(source, words, "flops=0.99x", experts_per_token=1, refit=False)
+    report = shrink(chosen, tmp_path / "run")
+    assert (report["dense"]["active"], report["left"]["active"]) == (2, 1)
+    assert report["left"]["experts"] == report["dense"]["experts"] == 8
+    assert report["loss_of_fewer_experts_per_token"] > 0
+    assert report["estimated_loss"] == report["loss_of_fewer_experts_per_token"]
+    left, dense = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "run" / "model", source))
+    assert left.config.num_experts_per_tok == 1
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        assert not torch.allclose(left(ids).logits, dense(ids).logits, atol=0.1)
+        for block in left.model.layers:
+            block.mlp.gate.top_k = 2
+        assert_close(left(ids).logits, dense(ids).logits)
+
+
+def test_a_number_per_token_that_is_not_fewer_is_refused(tmp_path, words):
+    source = saved(tmp_path / "dense", "qwen3_moe")
+    with pytest.raises(PlanError, match="experts-per-token 2 is not fewer: a token is sent to 2 experts"):
+        shrink(plan(source, words, "params=0.9x", experts_per_token=2), tmp_path / "run")
+    llama = tiny.save(tmp_path / "llama")
+    with pytest.raises(PlanError, match="experts-per-token 1 is not fewer: this model has none"):
+        shrink(plan(llama, words, "params=0.9x", units=("layers",), experts_per_token=1), tmp_path / "run")
+    with pytest.raises(PlanError, match="experts-per-token 0 is too small"):
+        plan(source, words, "params=0.9x", experts_per_token=0)
+    with pytest.raises(PlanError, match="unknown experts 'reep'; write loss, reap, frequency, ream; did you mean 'reap'"):
+        plan(source, words, "params=0.9x", experts="reep")
