@@ -1,7 +1,6 @@
-"""Tiny random mixtures of the families that differ in how they route, and REAP as published, written independently."""
+"""Tiny random mixtures of the families that differ in how they route."""
 
 import tiny
-import torch
 
 _MOE = {**tiny._LLAMA, "num_hidden_layers": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _SHARED = {**_MOE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -36,19 +35,3 @@ def make(model_type):
         if name.endswith("bias"):
             tensor.detach().normal_(std=0.3)
     return model
-
-
-def saliency(x_TH, router_EH, gate_up_EOH, down_EHI, active):
-    """REAP of a Qwen3 mixture, arXiv 2510.13999, eq. 9: the mean, over tokens sent to an expert, of gate value times length."""
-    scores = []
-    for e in range(len(router_EH)):
-        terms = []
-        for x_H in x_TH.double():
-            probability_E = torch.softmax(router_EH.double() @ x_H, 0)
-            chosen = probability_E.sort(descending=True).indices[:active].tolist()
-            if e in chosen:
-                gate_I, up_I = (gate_up_EOH[e].double() @ x_H).chunk(2)
-                out_H = down_EHI[e].double() @ (gate_I * torch.sigmoid(gate_I) * up_I)
-                terms.append(float(probability_E[e] / probability_E[chosen].sum() * out_H.norm()))
-        scores.append(sum(terms) / len(terms) if terms else 0.0)
-    return scores

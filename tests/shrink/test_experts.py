@@ -5,6 +5,7 @@ import itertools
 
 import mixtures
 import pytest
+import reap
 import tiny
 import torch
 from torch.testing import assert_close
@@ -98,10 +99,32 @@ def test_a_wide_output_is_compared_by_a_random_projection(monkeypatch):
 def test_reap_is_that_of_its_paper():
     mixture, x_TH = qwen3(), random(30, 32)
     held = mixture.experts
-    by_hand = mixtures.saliency(x_TH, mixture.router.weight, held.gate_up_proj, held.down_proj, 2)
+    published = reap.saliency(x_TH, mixture.router.weight, held.gate_up_proj, held.down_proj, 2)
     trial = Trial(mixture, x_TH)
-    assert_close(experts.saliency(trial), torch.tensor(by_hand), rtol=1e-4, atol=1e-6)
-    assert CRITERIA["reap"].order(trial, 3) == sorted(range(8), key=lambda e: by_hand[e])[:3]
+    assert_close(experts.saliency(trial), torch.tensor(published), rtol=1e-4, atol=1e-6)
+    assert CRITERIA["reap"].order(trial, 3) == sorted(range(8), key=lambda e: published[e])[:3]
+
+
+def test_reap_by_hand():
+    # logits 0 and log 3 for x = 1, log 3 and 0 for x = -1: gates 3/4; silu(1) = 0.731059
+    router_EH, x_TH = torch.tensor([[0.0], [1.0986123]]), torch.tensor([[1.0], [-1.0]])
+    gate_up_EOH, down_EHI = torch.tensor([[[1.0], [1.0]]] * 2), torch.tensor([[[2.0]], [[4.0]]])
+    silu = 0.7310586
+    # of x = -1 silu(-1) = -0.268941, times -1
+    want = [0.75 * 2 * (1 - silu), 0.75 * 4 * silu]
+    assert reap.saliency(x_TH, router_EH, gate_up_EOH, down_EHI, 1, False) == pytest.approx(want, rel=1e-5)
+    assert reap.saliency(x_TH, router_EH, gate_up_EOH, down_EHI, 1) == pytest.approx([w / 0.75 for w in want], rel=1e-5)
+
+
+def test_reap_goes_as_published():
+    model = mixtures.make("qwen3_moe")
+    ids = torch.randint(250, (6, 40), generator=torch.Generator().manual_seed(3))
+    step = next(stream(model, batched(ids)))
+    x_TH = experts.inputs(step, cuts_of(model).fused, 10_000)
+    ours = sorted(CRITERIA["reap"].order(Trial(Mixture(step.block, cuts_of(model).fused), x_TH), 3))
+    assert reap.prune(model, ids, 3)[0] == ours
+    assert model(input_ids=ids).logits.shape == (6, 40, tiny.VOCABULARY)
+    assert len(model.model.layers[1].mlp.experts.down_proj) == 5
 
 
 def test_frequency_counts_tokens_and_one_that_has_none_goes_first():

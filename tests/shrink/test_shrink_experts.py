@@ -15,7 +15,15 @@ from secateurs.shrink.run import shrink
 
 
 def plan(source, words, budget, **options):
-    small = {"samples": 8, "seqlen": 32, "prompt": 16, "new": 4, "eval_windows": 2, "eval_seqlen": 32, "units": ("experts",)}
+    small = {
+        "samples": 8,
+        "seqlen": 32,
+        "prompt": 16,
+        "new": 4,
+        "eval_windows": 2,
+        "eval_seqlen": 32,
+        "units": ("experts",),
+    }
     return asked(ShrinkPlan, str(source), budget, calibration=str(words), eval_text=str(words), **{**small, **options})
 
 
@@ -78,5 +86,7 @@ def test_a_number_per_token_that_is_not_fewer_is_refused(tmp_path, words):
         shrink(plan(llama, words, "params=0.9x", units=("layers",), experts_per_token=1), tmp_path / "run")
     with pytest.raises(PlanError, match="experts-per-token 0 is too small"):
         plan(source, words, "params=0.9x", experts_per_token=0)
-    with pytest.raises(PlanError, match="unknown experts 'reep'; write loss, reap, frequency, ream; did you mean 'reap'"):
+    with pytest.raises(
+        PlanError, match="unknown experts 'reep'; write loss, reap, frequency, ream; did you mean 'reap'"
+    ):
         plan(source, words, "params=0.9x", experts="reep")

@@ -37,7 +37,9 @@ def sources(tmp_path):
     passages = [f"Passage {i} of a story, in which {i * i} things happen." for i in range(95)]
     (data / "lambada_openai_test.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
     (data / "tinystories_30KB.txt").write_text("once upon a time there was a fox")
-    articles = [f" = Article {i} = \n\n Of it {'much ' * i}is known .\n\n = = Life = = \n\n It lived .\n\n" for i in range(12)]
+    articles = [
+        f" = Article {i} = \n\n Of it {'much ' * i}is known .\n\n = = Life = = \n\n It lived .\n\n" for i in range(12)
+    ]
     (data / "wikitext-2-raw.test.txt").write_text(" \n" + "".join(articles))
     for i in range(12):
         (code / f"module{i}.py").write_text(f"def function{i}(x):\n    return x + {i}\n")
@@ -71,10 +73,21 @@ def test_what_an_expert_says_of_the_domain_by_hand(tiny_moe):
 def test_the_loss_is_that_of_tokens_and_of_balance(tiny_moe, plan):
     import small_lm
 
-    model, windows = tiny_moe.make(plan), torch.randint(280, (2, 17))
+    model, windows = tiny_moe.make(plan).eval(), torch.randint(280, (2, 17))
     plain, all_of_it = small_lm.loss_of(model, windows), tiny_moe.loss_of(model, windows)
-    # balance: 2 if all experts are used alike
-    assert 0.003 * 2 * 0.9 < float((all_of_it - plain).detach()) < 0.003 * 4
+    logits = model(input_ids=windows[:, :-1], output_router_logits=True).router_logits
+    mean = sum(float(tiny_moe.balance(x.detach(), 2)) for x in logits) / 2
+    assert float((all_of_it - plain).detach()) == pytest.approx(0.05 * mean, rel=1e-3)
+
+
+def test_balance_by_hand(tiny_moe):
+    # probabilities 3/4 and 1/4, and the other way round: even
+    three = 1.0986123
+    assert float(tiny_moe.balance(torch.tensor([[three, 0.0], [0.0, three]]), 1)) == pytest.approx(1)
+    # all choose the first: 2 * 3/4
+    assert float(tiny_moe.balance(torch.tensor([[three, 0.0], [three, 0.0]]), 1)) == pytest.approx(1.5)
+    # two of two are always even
+    assert float(tiny_moe.balance(torch.tensor([[9.0, 0.0]]), 2)) == pytest.approx(1)
 
 
 def test_shares_count_every_choice(tiny_moe, plan):
