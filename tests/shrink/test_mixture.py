@@ -112,3 +112,18 @@ def test_a_block_without_a_router_is_refused():
 
     with pytest.raises(ValueError, match="no router"):
         Mixture(tiny.make("llama").model.layers[0], FUSED)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss"])
+def test_routers_that_multiply_with_a_copy_of_their_matrix_are_seen(model_type, x_TH):
+    # DeepSeek's is made in fp32
+    model = mixtures.make(model_type).to(torch.bfloat16)
+    mixture, x_TH = Mixture(model.model.layers[1], layout_of(model).experts), x_TH.bfloat16()
+    assert not {1, 6} & set(mixture.routed(x_TH, [1, 6])[0].flatten().tolist())
+    smaller = copy.deepcopy(mixture)
+    smaller.cut([1, 6])
+    with never([mixture], [1, 6]):
+        expected = mixture(x_TH)
+    assert_close(smaller(x_TH), expected, rtol=0.02, atol=0.02)
+    logits_TE = x_TH.float() @ mixture.router.weight.float().T + mixture.router._parameters.get("bias", 0)
+    assert_close(mixture.logits(x_TH), logits_TE, rtol=0.02, atol=0.05)
