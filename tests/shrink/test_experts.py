@@ -321,3 +321,20 @@ def test_inputs_are_taken_evenly_from_all_batches():
     assert places == sorted(set(places))
     assert [sum(p < 600 for p in places), len(places)] == [60, 80]
     assert experts.inputs(next(stream(tiny.make("llama"), batched(ids))), {"gate_up_proj": "expert"}) is None
+
+
+def test_a_mixture_that_weighs_what_goes_into_its_experts_is_cut_by_the_loss_of_the_whole():
+    size = {**tiny._LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 1}
+    model = tiny.random("Llama4ForCausalLM", "llama4_text", {**size, "head_dim": 8, "intermediate_size_mlp": 64}).eval()
+    cuts = cuts_of(model)
+    assert (cuts.refuses("experts"), cuts.sums_experts) == (None, False)
+    assert "experts are not called with" in cuts.refuses("active")
+    fused = layout_of(model).experts
+    mixture, x_TH = Mixture(model.model.layers[1], fused), random(50, 32)
+    order, (lost,) = experts.removal(experts.trial_of(mixture, x_TH, None), "loss", 1)
+    singles = [loss(mixture, [e], x_TH, torch.ones(32)) for e in range(4)]
+    assert (order, lost) == ([singles.index(min(singles))], pytest.approx(min(singles), rel=1e-4))
+    step = next(stream(model, batched(torch.randint(250, (4, 20)))))
+    record = cut_experts.cut(step, fused, None, how(gone=2), list)
+    assert record["refit"].startswith("left out: its experts do not give the weighted sum")
+    assert Mixture(step.block, fused).number == 2

@@ -119,6 +119,7 @@ def test_routers_that_multiply_with_a_copy_of_their_matrix_are_seen(model_type, 
     # DeepSeek's is made in fp32
     model = mixtures.make(model_type).to(torch.bfloat16)
     mixture, x_TH = Mixture(model.model.layers[1], layout_of(model).experts), x_TH.bfloat16()
+    mixture.is_sum_of_experts()
     assert not {1, 6} & set(mixture.routed(x_TH, [1, 6])[0].flatten().tolist())
     smaller = copy.deepcopy(mixture)
     smaller.cut([1, 6])

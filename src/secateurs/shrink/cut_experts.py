@@ -11,7 +11,7 @@ from torch import Tensor
 from secateurs.model.coupling import Coupling
 from secateurs.model.walk import Step
 from secateurs.shrink import experts, merging, refit_experts
-from secateurs.shrink.experts import CRITERIA, Trial
+from secateurs.shrink.experts import CRITERIA
 from secateurs.shrink.mixture import Mixture
 
 # an expert that fewer tokens are sent to is named: what is measured of it says little
@@ -44,8 +44,9 @@ def cut(
     with step.evaluating():
         mixture = Mixture(step.block, fused)
         wanted_TH = mixture(x_TH)
-        trial = Trial(mixture, experts.few(x_TH), weight_H)
-        found: dict[str, Any] = {"tokens": experts.tokens_of(mixture, x_TH).tolist()}
+        trial = experts.trial_of(mixture, x_TH, weight_H)
+        summed = not isinstance(trial, experts.Whole)
+        found: dict[str, Any] = {"tokens": experts.tokens_of(mixture, x_TH).tolist() if summed else []}
         if how.active is not None:
             mixture.send_to(how.active)
         removed, losses = experts.removal(trial, how.criterion, how.gone)
@@ -53,7 +54,9 @@ def cut(
             found["merged"] = merging.merge(trial, removed, couplings())
         mixture.cut(removed)
         found |= {"removed": sorted(removed), "loss": losses[-1] if losses else 0.0}
-        if how.refit:
+        if how.refit and not summed:
+            found["refit"] = "left out: its experts do not give the weighted sum of what each gives alone"
+        elif how.refit:
             found["refit"] = asdict(refit_experts.refit(mixture, x_TH, wanted_TH, weight_H, how.damping))
     return found
 

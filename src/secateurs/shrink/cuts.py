@@ -32,7 +32,7 @@ from secateurs.model.miniature import empty
 from secateurs.shrink import config as stating
 from secateurs.shrink import mixture, width
 from secateurs.shrink.instance import Instance
-from secateurs.shrink.mixture import Mixture
+from secateurs.shrink.mixture import Mixture, Otherwise
 from secateurs.shrink.units import Neurons, No, Shape, Units
 from secateurs.shrink.width import Stream
 
@@ -65,7 +65,8 @@ class Cuts:
     """What can be cut of a model. A kind of units is tried when it is first asked for.
 
     path: of the list of blocks. shape: the model's. head: the width of a head. fused: {name of fused expert parameters: kind}.
-    mixtures: the blocks that have experts. groups: as of Mixture.
+    mixtures: the blocks that have experts. groups: as of Mixture. sums_experts: whether a mixture is the weighted sum of what each
+    expert gives, known once refuses('experts') was asked.
     """
 
     def __init__(self, model: Any) -> None:
@@ -88,7 +89,7 @@ class Cuts:
         heads = self.attention
         self.head = heads.width if heads else _stated_head(text_config(self.config))
         self._known: dict[str, _Way | str] = {}
-        self.groups = 1
+        self.groups, self.sums_experts = 1, False
         with suppress(ValueError):
             self.groups = Mixture(model.get_submodule([*self.mixtures, *self.names][0]), self.fused).groups
 
@@ -260,6 +261,9 @@ class Cuts:
         masked, smaller = copy.deepcopy(small.model), copy.deepcopy(small.model)
         try:
             hidden, cut = self._mixtures(masked), self._mixtures(smaller)
+            with suppress(Otherwise):
+                hidden[0].is_sum_of_experts()
+                self.sums_experts = True
             number, each = cut[0].number, cut[0].number // cut[0].groups
             # as many of every group of experts, the first ones
             gone = [e for e in range(number) if e % each < each // 2]
@@ -269,8 +273,6 @@ class Cuts:
                 found.cut(gone)
             with mixture.never(hidden, gone):
                 expected = small.outputs(masked)
-                for found in hidden:
-                    found.is_sum_of_experts()
         except ValueError as error:
             raise No(str(error)) from None
         tries = [{"experts": (name,)} for name in stating.fields_with(small.config, number)]

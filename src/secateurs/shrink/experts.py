@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateurs.base.seed import seed_of
 from secateurs.model.walk import Step
-from secateurs.shrink.mixture import Mixture
+from secateurs.shrink.mixture import Mixture, Otherwise, never
 
 # inputs of a block on which sets of experts are compared
 _TOKENS = 2048
@@ -53,12 +53,7 @@ def curve(step: Step, fused: Mapping[str, str], weight_H: Tensor | None, criteri
     if x_TH is None:
         return [0.0] * (count + 1)
     with step.evaluating():
-        return [0.0, *removal(Trial(Mixture(step.block, fused), few(x_TH), weight_H), criterion, count)[1]]
-
-
-def few(x_TH: Tensor) -> Tensor:
-    """So many of the inputs as sets of experts are compared on."""
-    return x_TH[:: max(1, len(x_TH) // _TOKENS)]
+        return [0.0, *removal(trial_of(Mixture(step.block, fused), x_TH, weight_H), criterion, count)[1]]
 
 
 class Trial:
@@ -117,6 +112,33 @@ class Trial:
         return order
 
 
+class Whole(Trial):
+    """A trial of a mixture that is no weighted sum of its experts, such as Llama 4's, which weighs what goes into them.
+
+    All of it is run for each set, and only the criterion loss() is measured.
+    """
+
+    def __init__(self, mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None = None) -> None:
+        self.mixture, self.x_TH = mixture, x_TH
+        self.weight_H = torch.ones(x_TH.shape[1]) if weight_H is None else weight_H.float()
+        self.dense_TD = mixture(x_TH)
+
+    def loss(self, gone: Sequence[int]) -> float:
+        with never([self.mixture], gone):
+            now_TH = self.mixture(self.x_TH)
+        return float(((now_TH - self.dense_TD).square().mean(0) * self.weight_H).sum() / 2)
+
+
+def trial_of(mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None) -> Trial:
+    """A trial on so many of the inputs as sets of experts are compared on."""
+    few_TH = x_TH[:: max(1, len(x_TH) // _TOKENS)]
+    try:
+        mixture.is_sum_of_experts()
+    except Otherwise:
+        return Whole(mixture, few_TH, weight_H)
+    return Trial(mixture, few_TH, weight_H)
+
+
 Criterion = Callable[[Trial, int], list[int]]
 """(trial, count) -> the experts to remove, in the order of their removal."""
 
@@ -128,6 +150,10 @@ def loss(trial: Trial, count: int) -> list[int]:
     """
     mixture, everyone_T = trial.mixture, torch.arange(len(trial.x_TH))
     order: list[int] = []
+    if isinstance(trial, Whole):
+        while len(order) < count:
+            order.append(min(trial.may_go(order), key=lambda e: trial.loss([*order, e])))
+        return order
     index_TK, weight_TK = mixture.routed(trial.x_TH)
     now_TD = trial.mixed(everyone_T, index_TK, weight_TK)
     alone = _routes_tokens_alone(trial, index_TK, weight_TK)

@@ -33,6 +33,10 @@ class _Seen(Exception):
     """Ends a pass where the experts are called."""
 
 
+class Otherwise(ValueError):
+    """Why a mixture is not the sum of its experts' outputs, each times a weight."""
+
+
 class Mixture:
     """The mixture of a block. parent: the module that calls the router and the experts.
 
@@ -59,7 +63,7 @@ class Mixture:
     def routed(self, x_TH: Tensor, gone: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The experts chosen for each token, [T, K], and their weights, if those of `gone` are never chosen.
 
-        Raises ValueError if the experts are not called with tokens, choices and weights.
+        Raises Otherwise if the experts are not called with tokens, choices and weights.
         """
         seen: list[Any] = []
 
@@ -82,7 +86,7 @@ class Mixture:
             and len(index) == len(x_TH)
             and not index.is_floating_point()
         ):
-            raise ValueError("its experts are not called with tokens, the experts chosen for each, and their weights")
+            raise Otherwise("its experts are not called with tokens, the experts chosen for each, and their weights")
         return index, weight.float()
 
     @property
@@ -92,7 +96,7 @@ class Mixture:
         return self.routed(rows_EH.detach()[:1])[0].shape[1]
 
     def is_sum_of_experts(self) -> None:
-        """Raise ValueError unless the experts give, for some tokens, the weighted sum of what each of them gives alone."""
+        """Raise Otherwise unless the experts give, for some tokens, the weighted sum of what each of them gives alone."""
         rows_EH: Any = self.router._parameters["weight"]
         x_TH = rows_EH.detach()
         index_TK, weight_TK = self.routed(x_TH)
@@ -100,8 +104,10 @@ class Mixture:
             whole_TH = self.experts(x_TH, index_TK, weight_TK.to(x_TH.dtype)).reshape(x_TH.shape).float()
             alone_ETH = torch.stack([self.expert(x_TH, e) for e in range(self.number)])
         chosen_TKH = alone_ETH[index_TK, torch.arange(len(x_TH))[:, None]]
-        if not torch.allclose((chosen_TKH * weight_TK[..., None]).sum(1), whole_TH, rtol=1e-3, atol=1e-4):
-            raise ValueError("its experts do not give the weighted sum of what each gives alone")
+        odd = (chosen_TKH * weight_TK[..., None]).sum(1) - whole_TH
+        # rounding of the dtype that the model runs in
+        if not odd.norm() <= 0.02 * whole_TH.norm():
+            raise Otherwise("its experts do not give the weighted sum of what each gives alone")
 
     def expert(self, x_TH: Tensor, e: int) -> Tensor:
         """What expert e makes of every token, [T, H]."""

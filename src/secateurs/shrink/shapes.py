@@ -41,8 +41,13 @@ def check_units(job: Job) -> None:
 
 
 def check_experts(job: Job) -> None:
-    """Raise PlanError for a number of experts per token that the model cannot have."""
+    """Raise PlanError for a criterion of experts or a number per token that the model cannot have."""
     active, dense = job.plan.experts_per_token, job.dense
+    if "experts" in job.plan.units and job.plan.experts != "loss" and not dense.cuts.sums_experts:
+        raise PlanError(
+            f"experts {job.plan.experts} asks what each expert gives, and this {dense.config.model_type} weighs what goes into them; "
+            "choose loss"
+        )
     if active is None:
         return
     if not active < dense.shape.active:
