@@ -121,7 +121,9 @@ def loss_of(model: Any, windows: Tensor, bf16: bool = False) -> Tensor:
 
 
 def balance(logits_TE: Tensor, active: int) -> Tensor:
-    """E times the sum of an expert's share of the choices and its mean probability: 1 if both are even (Switch Transformer, eq. 4)."""
+    """E times the sum of an expert's share of the choices and its mean probability: 1 if both are even (Switch Transformer, eq.
+    4).
+    """
     probability_TE = logits_TE.float().softmax(1)
     chosen_TE = nn.functional.one_hot(probability_TE.topk(active).indices, logits_TE.shape[1]).sum(1)
     return logits_TE.shape[1] * (chosen_TE.float().mean(0) / active * probability_TE.mean(0)).sum()

@@ -45,8 +45,8 @@ def check_experts(job: Job) -> None:
     active, dense = job.plan.experts_per_token, job.dense
     if "experts" in job.plan.units and job.plan.experts != "loss" and not dense.cuts.sums_experts:
         raise PlanError(
-            f"experts {job.plan.experts} asks what each expert gives, and this {dense.config.model_type} weighs what goes into them; "
-            "choose loss"
+            f"experts {job.plan.experts} asks what each expert gives, and this {dense.config.model_type} weighs what goes into "
+            "them; choose loss"
         )
     if active is None:
         return
