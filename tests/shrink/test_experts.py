@@ -156,13 +156,12 @@ def test_the_most_salient_choose_the_most_alike():
     similar_EE = torch.zeros(5, 5)
     similar_EE[2] = torch.tensor([0.0, 0.4, 0.0, 0.1, 0.9])
     similar_EE[0] = torch.tensor([0.0, 0.9, 0.0, 0.0, 0.9])
-    assert merging.grouped(score_E, similar_EE, [1, 4]) == {2: [4, 1]}
+    assert merging.grouped(score_E, similar_EE, [1, 4], 16) == {2: [4, 1]}
 
 
-def test_a_group_is_full_with_sixteen(monkeypatch):
-    monkeypatch.setattr(merging, "_GROUP", 2)
-    found = merging.grouped(torch.arange(5.0), torch.eye(5), [0, 1])
-    assert found == {4: [0], 3: [1]}
+def test_a_group_that_is_full_takes_no_more():
+    assert merging.grouped(torch.arange(5.0), torch.eye(5), [0, 1], 2) == {4: [0], 3: [1]}
+    assert merging.grouped(torch.arange(5.0), torch.eye(5), [0, 1, 2], 2) == {4: [0], 3: [1]}
 
 
 def merged(mixture, x_TH, removed):

@@ -1,9 +1,9 @@
 """Merges experts that go into those that stay: REAM (Jha et al. 2026, arXiv 2604.04356).
 
-From the most salient of those that stay, each takes the most similar of those that go, up to _GROUP together. Similarity is that of
-mean outputs weighted by the router's softmax, and that of logits over tokens. Before their matrices are averaged, weighted by
-saliency, the neurons of an expert are put into the order of those that they are most like, by activations and by weights (Hungarian
-algorithm). E experts, T tokens, H hidden width, I neurons.
+From the most salient of those that stay, each takes the most similar of those that go, up to an eighth of all together.
+Similarity is that of mean outputs weighted by the router's softmax, and that of logits over tokens. Before their matrices are
+averaged, weighted by saliency, the neurons of an expert are put into the order of those that they are most like, by activations
+and by weights (Hungarian algorithm). E experts, T tokens, H hidden width, I neurons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from secateurs.model.coupling import Coupling
 from secateurs.shrink.experts import Trial, saliency
 
-# experts of a group at most; tokens whose activations are compared
-_GROUP, _COMPARED = 16, 512
+# of all experts, the fraction that a group has at most: the paper's 16 of 128; tokens whose activations are compared
+_GROUP, _COMPARED = 8, 512
 
 
 def merge(trial: Trial, removed: Sequence[int], couplings: Sequence[Coupling]) -> dict[str, list[int]]:
@@ -36,7 +36,7 @@ def merge(trial: Trial, removed: Sequence[int], couplings: Sequence[Coupling]) -
     score_E = saliency(trial)
     # one without tokens has no weight, but is still merged
     score_E[score_E == 0] = min(0.5, float(score_E[score_E > 0].min()))
-    groups = grouped(score_E, _similar(trial), removed)
+    groups = grouped(score_E, _similar(trial), removed, max(2, trial.mixture.number // _GROUP))
     for center, others in groups.items():
         share = score_E[[center, *others]] / score_E[[center, *others]].sum()
         mean = [part * share[0] for part in _parts(of[center])]
@@ -50,12 +50,15 @@ def merge(trial: Trial, removed: Sequence[int], couplings: Sequence[Coupling]) -
     return {str(center): others for center, others in groups.items()}
 
 
-def grouped(score_E: Tensor, similar_EE: Tensor, removed: Sequence[int]) -> dict[int, list[int]]:
-    """{expert that stays: those that go into it}, the most salient choosing first."""
+def grouped(score_E: Tensor, similar_EE: Tensor, removed: Sequence[int], size: int) -> dict[int, list[int]]:
+    """{expert that stays: those that go into it}, the most salient choosing first. size: of a group at most.
+
+    What finds no group, where more go than the groups hold, is not merged.
+    """
     stays = [e for e in score_E.argsort(descending=True, stable=True).tolist() if e not in removed]
     left, found = set(removed), {}
     for center in stays:
-        mine = sorted(left, key=lambda e: -float(similar_EE[center, e]))[: _GROUP - 1]
+        mine = sorted(left, key=lambda e: -float(similar_EE[center, e]))[: size - 1]
         if mine:
             found[center] = mine
         left -= set(mine)
