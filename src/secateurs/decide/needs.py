@@ -189,7 +189,7 @@ def needs(anatomy: Anatomy, plan: Plan | ShrinkPlan, seqlen: int, evaluated: int
 
 
 def _of_prune(a: Anatomy, plan: Plan, tokens: int, here: _Machine) -> list[Need]:
-    found = [_sensitivity(a, plan.sensitivity, here)] if plan.sensitivity else []
+    found = [_sensitivity(a, min(tokens, plan.sensitivity), here)] if plan.sensitivity else []
     kind = plan.solver.needs
     memory, seconds, passes = 0, 0.0, 1
     for block in a.blocks:
@@ -214,7 +214,7 @@ def _of_prune(a: Anatomy, plan: Plan, tokens: int, here: _Machine) -> list[Need]
 
 
 def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> list[Need]:
-    found = [_sensitivity(a, 4096, here)]
+    found = [_sensitivity(a, min(tokens, 4096), here)]
     read = {a.consumers[kind] for kind in plan.units if kind in a.consumers}
     weights, states = a.parameters * a.itemsize, tokens * a.hidden * a.itemsize
     # OBS holds the inverse and its products in fp64 beside the Gram matrix and its factor

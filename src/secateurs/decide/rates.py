@@ -61,12 +61,14 @@ class Rates:
         return rows * more**2 + self._once("factor", width, lambda: _factor(width)) * more**3
 
     def obs(self, inputs: int, count: int, rounds: int) -> float:
-        """Seconds in which OBS removes `count` of a layer's inputs in some rounds, each of which reads and writes the inverse."""
+        """Seconds in which OBS makes a layer's inverse in fp64, and removes `count` inputs in rounds that read and write it all."""
         n = _INVERSE
         each, some = (self._once(f"{k} of the inverse", n, lambda k=k: _update(n, k)) for k in (1, _TOGETHER))  # type: ignore[misc]
         # a round takes what it moves, and so much for each input that goes in it
         own = max(0.0, some - each) / (_TOGETHER - 1)
-        return (inputs / n) ** 2 * (rounds * max(0.0, each - own) + count * own)
+        width = min(inputs, _COLUMNS)
+        first = sum(self._once(what, width, lambda f=f: f(width)) for what, f in _FIRST.items())  # type: ignore[misc]
+        return first * (inputs / width) ** 3 + (inputs / n) ** 2 * (rounds * max(0.0, each - own) + count * own)
 
     def _once(self, what: str, width: int, measure: Callable[[], float]) -> float:
         if (what, width) not in self._known:
@@ -87,6 +89,15 @@ def _factor(width: int) -> float:
     stats = Stats.of(torch.randn(2 * width, width))
     # another Stats, because factors are kept
     return _seconds(lambda: Stats(stats.tokens, stats.sqnorm_I, stats.gram_II).inverse_factor(solvers.DAMPING), 1)
+
+
+def _inverse(width: int) -> float:
+    upper_II = torch.randn(width, width, dtype=torch.float64)
+    return _seconds(lambda: upper_II.T @ upper_II, 1)
+
+
+# what is done before the first round of OBS
+_FIRST = {"factor": _factor, "inverse": _inverse}
 
 
 def _update(width: int, together: int) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.base.device import return_memory
 from secateurs.base.errors import CheckpointError, said
 from secateurs.base.files import write_json
 from secateurs.base.progress import no_bars
@@ -321,6 +322,8 @@ class Checkpoint:
                         gone[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
                     module._parameters[name] = gone[parameter]
         self._outside_loaded = False
+        # glibc would keep the holes of every block
+        return_memory()
 
     def block_names(self, model: nn.Module) -> list[str]:
         """The names of the model's blocks, [''] for a model that is walked as a whole."""
