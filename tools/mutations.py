@@ -1005,7 +1005,7 @@ ROWS = (
          "drawn = ranks.share([torch.rand(shape, generator=generator) for shape in shapes])",
          "drawn = [torch.rand(shape, generator=generator) for shape in shapes]"),
     _row(f"{PRUNE}/block.py", "prune/test_ranks.py::test_two_processes_prune_as_one[wanda]",
-         "step.hand_out(todo)",
+         "step.hand_out(group)",
          ""),
     _row(PRUNE, "prune/test_tuning.py::test_the_rate_climbs_and_falls_along_a_cosine",
          "survivors.step(rate * min(step / max(1, _WARM * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)))",
