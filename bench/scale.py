@@ -49,7 +49,7 @@ def measure_model(arguments) -> dict:
 
     from secateurs.model.checkpoint import Checkpoint
     from secateurs.model.walk import layers_at
-    from secateurs.prune import block
+    from secateurs.prune import block as module
     from secateurs.prune.plan import Plan
     from secateurs.prune.run import Run
 
@@ -59,7 +59,7 @@ def measure_model(arguments) -> dict:
     )  # fmt: skip
     times: list[float] = []
     seconds: dict[str, float] = {}
-    most, solve_one = 0, block.prune_layer
+    most, solve_one = 0, module.prune_layer
 
     def prune_layer(layer, *given):
         began = time.thread_time()
@@ -67,7 +67,7 @@ def measure_model(arguments) -> dict:
         seconds[layer.name] = time.thread_time() - began
         return found
 
-    block.prune_layer = prune_layer
+    module.prune_layer = prune_layer
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "run" / "work"
 

@@ -51,15 +51,14 @@ Source = Annotated[
     str | None,
     option(
         CALIBRATION,
-        "Text: pydoc, FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, a folder or a glob of them, hub:NAME or self; several "
-        "with weights: 'code.jsonl@2; stories.txt'; or a folder of images or .wav files, where the model reads those. Default: "
-        "pydoc, Python's own documentation.",
+        "Text: FILE.txt, FILE.jsonl:COLUMN, also .csv and .parquet, folders, globs, hub:NAME, self; several with weights: "
+        "'code.jsonl@2; stories.txt'. Or a folder of images or .wav files. Default: pydoc, Python's own.",
         "--calibration",
     ),
 ]
 Samples = Annotated[int | None, option(CALIBRATION, "Windows of text, images or recordings, e.g. 128. Default: 64.")]
 Seqlen = Annotated[int | None, option(CALIBRATION, "Tokens a window, e.g. 2048. Default: 512, or the model's limit.")]
-Seed = Annotated[int | None, option(CALIBRATION, "Orders the text, and seeds what is drawn. Default: 0.")]
+Seed = Annotated[int | None, option(RARE, "Orders the text, and seeds what is drawn. Default: 0.")]
 
 EvalText = Annotated[str | None, option(EVALUATION, "Like --calibration. Default: pydoc, its held-out part.")]
 EvalWindows = Annotated[
