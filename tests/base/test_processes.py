@@ -39,6 +39,11 @@ def _all_of_it(size):
         summed = torch.full((3, 2), 2.0**ranks.rank)
         ranks.sum(summed, to=1)
         assert ranks.rank != 1 or summed.tolist() == [[2.0**size - 1] * 2] * 3
+        # as gradients lie that autograd left transposed on one rank alone
+        numbers = torch.arange(6.0).view(3, 2)
+        lying = numbers.T.contiguous().T if ranks.first else numbers.clone()
+        ranks.sum(lying)
+        assert lying.tolist() == (size * numbers).tolist()
         told = torch.tensor([1.0, -0.0, float("nan")], dtype=torch.bfloat16) * (ranks.rank == 1)
         ranks.hand_out(told, 1)
         assert told[0] == 1

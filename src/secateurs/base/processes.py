@@ -85,10 +85,14 @@ class Ranks:
         """Sum a tensor over all ranks, in place; on rank `to` only, and what the others then hold is undefined."""
         if self.size == 1:
             return
+        # gloo adds numbers as they lie in memory, which ranks need not have alike
+        in_order = tensor.contiguous()
         if to is None:
-            torch.distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(in_order)
         else:
-            torch.distributed.reduce(tensor, to)
+            torch.distributed.reduce(in_order, to)
+        if in_order is not tensor:
+            tensor.copy_(in_order)
 
     def hand_out(self, tensor: Tensor, owner: int) -> None:
         """Give all ranks the owner's bits of a contiguous tensor, in place."""
