@@ -44,7 +44,7 @@ def test_streaming_equals_the_whole_model(model_type, propagate, monkeypatch):
             assert model_type == "bert base"
             continue
         # what follows the blocks treats every position alone
-        monkeypatch.setattr(blocks, "_LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
+        monkeypatch.setattr(blocks, "LOGITS", 5 * len(hidden) * tiny.VOCABULARY)
         found = [leave(model, AllLoaded(), hidden[:, at], batch, at)[0] for at in pieces(model, batch)]
         assert [part.shape[1] for part in found] == [5] * (hidden.shape[1] // 5) + [hidden.shape[1] % 5] * (
             hidden.shape[1] % 5 > 0

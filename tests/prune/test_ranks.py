@@ -45,7 +45,7 @@ def plan_of(model, words, **options):
 
 def _prune(plan, out):
     # so that a few windows are batches enough for all
-    batches._TOKENS_PER_BATCH = 64
+    batches.TOKENS_PER_BATCH = 64
     Run(plan, out).complete()
 
 

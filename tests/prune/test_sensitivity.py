@@ -54,7 +54,7 @@ def by_one_backward(model, seed):
 @pytest.mark.parametrize("pieces", [1, 1 << 26])
 def test_the_walk_back_equals_one_backward_pass(pieces, monkeypatch):
     """However many logits are made at a time."""
-    monkeypatch.setattr(blocks, "_LOGITS", pieces)
+    monkeypatch.setattr(blocks, "LOGITS", pieces)
     monkeypatch.setattr(SENSITIVITY, "_LOGITS", pieces)
     model = tiny.make("llama")
     got, norms = sensitivity(model, BATCHES, AllLoaded(), InMemory(), seed=3)

@@ -32,7 +32,7 @@ def models():
 def test_metrics_equal_those_of_whole_logits(chunk, pieces, monkeypatch):
     """However many logits are made, and compared, at a time."""
     monkeypatch.setattr(compare, "_CHUNK", chunk)
-    monkeypatch.setattr(blocks, "_LOGITS", pieces)
+    monkeypatch.setattr(blocks, "LOGITS", pieces)
     dense, pruned = models()
     got = measure((dense, AllLoaded()), (pruned, AllLoaded()), IDS)
     for window, ids in zip(got, IDS, strict=True):
@@ -55,7 +55,7 @@ def test_a_model_against_itself_costs_nothing():
 
 @pytest.mark.parametrize("pieces", [1, 1 << 26])
 def test_surprise_is_the_mean_over_all_windows(pieces, monkeypatch):
-    monkeypatch.setattr(blocks, "_LOGITS", pieces)
+    monkeypatch.setattr(blocks, "LOGITS", pieces)
     model, store = tiny.make("llama"), InMemory()
     for _ in stream(model, [{"input_ids": IDS}], AllLoaded(), store, keep_last=True):
         pass

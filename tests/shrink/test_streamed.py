@@ -123,7 +123,7 @@ def test_blocks_by_influence_are_those_whose_outputs_are_nearest_to_their_inputs
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_gradients_through_one_block_at_a_time_are_those_of_the_whole_model(model_type, tmp_path, monkeypatch):
     # logits in pieces of five positions, and one of the last, which predicts nothing
-    monkeypatch.setattr(blocks, "_LOGITS", 5 * tiny.VOCABULARY)
+    monkeypatch.setattr(blocks, "LOGITS", 5 * tiny.VOCABULARY)
     model = tiny.make(model_type).eval()
     cuts = cuts_of(model)
     found = losses.taylor(

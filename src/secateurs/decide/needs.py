@@ -13,24 +13,17 @@ from torch import nn
 from secateurs.base.device import memory_bytes, peak_memory
 from secateurs.base.errors import PlanError
 from secateurs.decide.rates import Rates
-from secateurs.model.batches import embeddings_of, text_config
-from secateurs.model.blocks import inside
+from secateurs.model.batches import TOKENS_BACK, TOKENS_PER_BATCH, embeddings_of, text_config
+from secateurs.model.blocks import LOGITS, inside
 from secateurs.model.discover import Layout, layout_of
 from secateurs.model.layers import EXPERTS, layers_of
 from secateurs.model.miniature import inputs, small_instance
-from secateurs.model.walk import stream
+from secateurs.model.walk import OF_MEMORY, stream
 from secateurs.prune.plan import Plan
 from secateurs.shrink import latency
 from secateurs.shrink.config import flat
 from secateurs.shrink.cuts import ACTIVE, cuts_of
 from secateurs.shrink.plan import ShrinkPlan
-
-# tokens in a batch forward, and in one that is run back (model/batches.py)
-_BATCH, _BACK = 4096, 1024
-# numbers in a piece of logits (model/blocks.py)
-_LOGITS = 1 << 26
-# the part of the memory that Gram matrices of experts may take (model/walk.py)
-_OF_MEMORY = 4
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ def _of_prune(a: Anatomy, plan: Plan, tokens: int, here: _Machine) -> list[Need]
         held, passes_here = _statistics(block, kind, here)
         passes = max(passes, passes_here)
         solving = max(_workspace(m, kind) for m in block.matrices)
-        looking = _activations(a, block, min(tokens, _BATCH))
+        looking = _activations(a, block, min(tokens, TOKENS_PER_BATCH))
         tuned = 14 * block.parameters * a.itemsize // 2 if plan.reconstruct else 0
         memory = max(memory, here.base + 2 * block.parameters * a.itemsize + max(held + solving, held + looking, tuned))
         forward = 2 * block.multiplied() * tokens
@@ -221,7 +214,7 @@ def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> lis
     held = sum(4 * inputs**2 for inputs in read) + max((28 * inputs**2 for inputs in read), default=0)
     memory, walk = 0, 0.0
     for block in a.blocks:
-        looking = _activations(a, block, min(tokens, _BATCH))
+        looking = _activations(a, block, min(tokens, TOKENS_PER_BATCH))
         memory = max(memory, here.base + 2 * block.parameters * a.itemsize + max(held, looking))
         walk += block.number * here.rates.products(2 * block.multiplied() * tokens)
     # one by one, a quarter of them; three quarters in rounds, for an estimate
@@ -252,8 +245,8 @@ def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> lis
 
 def _sensitivity(a: Anatomy, tokens: int, here: _Machine) -> Need:
     largest = max(b.parameters for b in a.blocks) * a.itemsize
-    activations = max(4 * _activations(a, b, _BACK) for b in a.blocks)
-    logits = min(_BACK * a.vocabulary, _LOGITS) * (3 * a.itemsize + 4) + a.outside * a.itemsize
+    activations = max(4 * _activations(a, b, TOKENS_BACK) for b in a.blocks)
+    logits = min(TOKENS_BACK * a.vocabulary, LOGITS) * (3 * a.itemsize + 4) + a.outside * a.itemsize
     walked = sum(b.number * b.multiplied() for b in a.blocks)
     flops = 2 * tokens * (4 * walked + 3 * a.vocabulary * a.hidden)
     memory = here.base + max(2 * largest + activations, logits)
@@ -264,7 +257,7 @@ def _sensitivity(a: Anatomy, tokens: int, here: _Machine) -> Need:
 
 def _evaluation(a: Anatomy, tokens: int, here: _Machine) -> Need:
     largest = max(b.parameters for b in a.blocks) * a.itemsize
-    logits = min(2048 * a.vocabulary, _LOGITS) * (2 * a.itemsize + 8) + 2 * a.outside * a.itemsize
+    logits = min(2048 * a.vocabulary, LOGITS) * (2 * a.itemsize + 8) + 2 * a.outside * a.itemsize
     states = 2 * 8 * 2048 * a.hidden * a.itemsize
     walked = sum(b.number * b.multiplied() for b in a.blocks) + a.vocabulary * a.hidden
     groups = -(-tokens // (8 * 2048))
@@ -279,7 +272,7 @@ def _statistics(block: Block, kind: str, here: _Machine) -> tuple[int, int]:
     if kind != "gram":
         return sum(4 * m.seen * m.inputs for m in block.matrices), 1
     plain, experts = (sum(8 * m.seen * m.inputs**2 for m in block.matrices if m.expert == e) for e in (False, True))
-    room = here.memory // _OF_MEMORY
+    room = here.memory // OF_MEMORY
     if experts <= room:
         return plain + experts, 1
     one = experts // max(m.number for m in block.matrices if m.expert)

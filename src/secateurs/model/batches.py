@@ -14,10 +14,10 @@ from secateurs.base.errors import CalibrationError, PlanError
 Batch = dict[str, Tensor]
 
 # tokens that are run together; more use the cores better and take more memory
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 # tokens that are run backward together: their logits and the gradients of these are in memory at once
-_TOKENS_BACK = 1024
+TOKENS_BACK = 1024
 
 
 def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
@@ -27,7 +27,7 @@ def first_windows(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         windows, each = next(iter(batch.values())).shape[:2]
         wanted = min(windows, -(-tokens // each))
         tokens -= wanted * each
-        step = max(1, _TOKENS_BACK // each)
+        step = max(1, TOKENS_BACK // each)
         for start in range(0, wanted, step):
             part = slice(start, min(start + step, wanted))
             # what has no entry for each window goes with all of them
@@ -49,7 +49,7 @@ def batched(windows: Tensor, parts: int = 1) -> list[Batch]:
 
     The same batches for as many parts as there are, since products of other batches have other last bits.
     """
-    found = torch.split(windows, max(1, _TOKENS_PER_BATCH // windows.shape[1]))
+    found = torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
     if len(found) < parts:
         found = torch.tensor_split(windows, min(len(windows), parts))
     return [{"input_ids": some} for some in found]

@@ -19,7 +19,7 @@ from secateurs.model.batches import Batch, text_config
 from secateurs.model.discover import THROUGH, WHOLE, Layout, layout_of
 
 # logits made at a time: 256 tokens of a vocabulary of 262,144
-_LOGITS = 1 << 26
+LOGITS = 1 << 26
 
 
 class Stop(Exception):
@@ -301,7 +301,7 @@ def ends_from(layout: Layout, more: Sequence[Any]) -> dict[str, Any]:
 
 
 def pieces(model: nn.Module, batch: Batch) -> list[slice]:
-    """Slices of the positions of a batch, so short that the logits of one are at most _LOGITS numbers.
+    """Slices of the positions of a batch, so short that the logits of one are at most LOGITS numbers.
 
     All logits of a large vocabulary at once would take more memory than all else. All positions where not layout.in_pieces.
     """
@@ -309,7 +309,7 @@ def pieces(model: nn.Module, batch: Batch) -> list[slice]:
         return [slice(0, None)]
     windows, length = shape_of(batch)[:2]
     words = getattr(text_config(getattr(model, "config", None)), "vocab_size", None) or 1
-    each = max(1, _LOGITS // (words * windows))
+    each = max(1, LOGITS // (words * windows))
     return [slice(start, start + each) for start in range(0, length, each)]
 
 

@@ -49,7 +49,7 @@ from secateurs.model.sharing import dealt, summed
 from secateurs.model.watch import Uncalled, Unlike, Watch, idle
 
 # Gram matrices of experts may take this part of the memory
-_OF_MEMORY = 4
+OF_MEMORY = 4
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _in_turn(layers: Sequence[Layer], ranks: Ranks) -> list[list[Layer]]:
     # a Gram matrix and its factor, in fp32
     sizes = {key: sum(8 * layer.shape[1] ** 2 for layer in mine) for key, mine in apart.items()}
     # every rank of a machine has sums of its own, and those of one machine may have less memory than another's
-    room, left = ranks.tell(memory_bytes() // ranks.here // _OF_MEMORY), 0
+    room, left = ranks.tell(memory_bytes() // ranks.here // OF_MEMORY), 0
     if sum(sizes.values()) <= room:
         return [list(layers)]
     groups = [rest]
