@@ -27,6 +27,18 @@
      few<BITS>()                      true if Codes have few(from), which is get() for at most 32 codes, and cheaper
    Shapes: as in loops.h. */
 
+/* what an instruction set has no use for */
+struct Without {
+  template <int>
+  static constexpr bool merges() {
+    return false;
+  }
+  template <int>
+  static constexpr bool few() {
+    return false;
+  }
+};
+
 /* what a stream reads of x for a word */
 struct XWord {
   int8_t x[64];

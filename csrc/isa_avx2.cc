@@ -180,7 +180,7 @@ struct Fp32 : Floats {
   }
 };
 
-struct Whole {
+struct Whole : Without {
   static constexpr bool fours = true;
   struct Bytes {
     __m256i at[2];
@@ -197,14 +197,6 @@ struct Whole {
   template <int BITS>
   static constexpr bool signs() {
     return BITS == 8;
-  }
-  template <int>
-  static constexpr bool merges() {
-    return false;
-  }
-  template <int>
-  static constexpr bool few() {
-    return false;
   }
   template <int BITS>
   static constexpr bool ahead() {

@@ -54,7 +54,7 @@ using Bf16 = Neon<uint16_t, bf16_to_float, bf16_from_float, false>;
 using Fp16 = Neon<uint16_t, fp16_to_float, fp16_from_float, false>;
 using Fp32 = Neon<float, same, same, true>;
 
-struct Whole {
+struct Whole : Without {
   static constexpr bool fours = true;
   struct Bytes {
     int8x16_t at[4];
@@ -71,14 +71,6 @@ struct Whole {
   template <int BITS>
   static constexpr bool signs() {
     return true;
-  }
-  template <int>
-  static constexpr bool merges() {
-    return false;
-  }
-  template <int>
-  static constexpr bool few() {
-    return false;
   }
   template <int BITS>
   static constexpr bool ahead() {

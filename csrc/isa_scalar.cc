@@ -47,7 +47,7 @@ using Bf16 = Scalar<uint16_t, bf16_to_float, bf16_from_float>;
 using Fp16 = Scalar<uint16_t, fp16_to_float, fp16_from_float>;
 using Fp32 = Scalar<float, same, same>;
 
-struct Whole {
+struct Whole : Without {
   static constexpr bool fours = false;
   struct Bytes {
     uint8_t at[64];
@@ -63,14 +63,6 @@ struct Whole {
   static uint16_t to_half(float x) { return fp16_from_float(x); }
   template <int BITS>
   static constexpr bool signs() {
-    return false;
-  }
-  template <int>
-  static constexpr bool merges() {
-    return false;
-  }
-  template <int>
-  static constexpr bool few() {
     return false;
   }
   template <int BITS>

@@ -438,7 +438,7 @@ ROWS = (
          "wanted = min(windows, tokens // each)"),
     _row(MODEL, "model/test_walk.py::test_streaming_equals_the_whole_model[llama-pruned]",
          "each = max(1, LOGITS // (words * windows))",
-         "each = max(1, _LOGITS // words)"),
+         "each = max(1, LOGITS // words)"),
     _row(MODEL, "model/test_proof.py::test_what_only_many_blocks_show_is_found_on_the_real_model",
          "if found and hidden is not next(reversed(found.values()))[0]:",
          "if False:"),
