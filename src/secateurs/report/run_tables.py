@@ -295,7 +295,8 @@ def print_packed(result: dict[str, Any], out: str, console: Console) -> None:
     slower = [r for r in result["layers"] if r["slower"]]
     if slower:
         console.print(
-            f"[yellow]Slower: {_layers(len(slower))}[/] {'takes' if len(slower) == 1 else 'take'} longer for one token than with their zeros, first "
+            f"[yellow]Slower: {_layers(len(slower))}[/] {'takes' if len(slower) == 1 else 'take'} longer for one token than with "
+            "their zeros, first "
             f"{slower[0]['name']}: {escape(slower[0]['reason'])}. --optimize speed stores those."
         )
     larger = [r for r in result["layers"] if r["least_nbytes"] < r["nbytes"]]
