@@ -1,6 +1,7 @@
 """Stores for the hidden states that enter each block, in memory or on disk, and a note of the block that a walk is in."""
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -72,10 +73,12 @@ class OnDisk:
 
     def drop(self, block: int) -> None:
         folder = self._folder(block)
-        for file in folder.glob("*.safetensors"):
-            if self.ranks.owner(int(file.stem)) == self.ranks.rank:
-                file.unlink(missing_ok=True)
-        # it is not empty while another rank has not dropped its own
+        # another rank that drops its own last takes the folder with them; before that it is not empty
+        with suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                file = folder / name
+                if file.suffix == ".safetensors" and self.ranks.owner(int(file.stem)) == self.ranks.rank:
+                    file.unlink()
         with suppress(OSError):
             folder.rmdir()
 
