@@ -91,6 +91,7 @@ def test_a_folder_s_errors_are_those_of_the_tuned_model(pattern, tmp_path, words
     assert report.distillation["after"] < report.distillation["before"]
     # one batch goes through three blocks, and through two of them once more
     assert seen["measuring errors"] == (5, 5)
+    assert all(done == of for done, of in seen.values()), seen
     assert all(0.05 < r.error < 0.95 for r in report.pruned), [r.error for r in report.pruned]
     dense, pruned = (transformers.LlamaForCausalLM.from_pretrained(f) for f in (source, tmp_path / "run" / "model"))
     windows = texts.load(str(words), tiny.tokenizer(), 16, 24, 0).windows

@@ -1,8 +1,15 @@
-"""What commands print: progress bars and notes on standard error, tables or one JSON object on standard output."""
+"""What commands print: progress and notes on standard error, tables or one JSON object on standard output.
+
+Progress is bars on a terminal. In a log it is a line when a stage begins, and one for every 30 seconds after it.
+"""
 
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import typer
@@ -11,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # a file or a pipe has no width: tables get this one, and sentences are not folded
 _WIDTH = 120
+# seconds between the lines of a log
+_EVERY = 30.0
 
 
 def console() -> Console:
@@ -31,14 +40,89 @@ def print_json(data: dict[str, Any]) -> None:
     typer.echo(to_json(data, "the object of --json"))
 
 
+@dataclass
+class _Stage:
+    """A stage as a log knows it: when it began, with how many steps done; when it reported last."""
+
+    began: float
+    first: int
+    at: float
+    done: int
+    total: int
+
+    def said(self, now: float) -> str:
+        """'3 of 10, 0:01:00 elapsed, 0:02:20 left'."""
+        line, took = f"{self.done} of {self.total}", now - self.began
+        if self.first < self.done == self.total:
+            return f"done in {_clock(self.at - self.began)}, and what follows has taken {_clock(now - self.at)} so far"
+        if took >= 1:
+            line += f", {_clock(took)} elapsed"
+        if took >= 1 and self.done > self.first:
+            line += f", {_clock(took / (self.done - self.first) * (self.total - self.done))} left"
+        return line
+
+
+class _Log:
+    """A progress callback that writes lines."""
+
+    def __init__(self) -> None:
+        self.written = time.monotonic()
+        self._stages: dict[str, _Stage] = {}
+        self._label = ""
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        now, stage = time.monotonic(), self._stages.get(label)
+        # a finished stage that is gone through again begins again
+        begins = stage is None or done < stage.done == stage.total
+        if stage is None or begins:
+            stage = self._stages[label] = _Stage(now, done, now, done, total)
+        stage.at, stage.done, stage.total = now, done, total
+        self._label = label
+        if begins:
+            self.write()
+
+    def write(self) -> None:
+        """A line on the stage that reported last, if any did."""
+        self.written = time.monotonic()
+        if self._label:
+            note(f"{self._label}: {self._stages[self._label].said(self.written)}")
+
+
+def _clock(seconds: float) -> str:
+    """'0:01:30'."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+@contextmanager
+def _log() -> Iterator[_Log]:
+    """A progress callback for a log, in which a line comes every 30 seconds however long a step takes."""
+    log, over = _Log(), threading.Event()
+
+    def again() -> None:
+        while not over.wait(max(0.0, log.written + _EVERY - time.monotonic())):
+            if time.monotonic() >= log.written + _EVERY:
+                log.write()
+
+    threading.Thread(target=again, daemon=True).start()
+    try:
+        yield log
+    finally:
+        over.set()
+
+
 @contextmanager
 def progress_bars(show: bool) -> Iterator[Any]:
-    """A progress callback: one bar with the time left for each label."""
+    """A progress callback: on a terminal one bar with the time left for each label, else the lines of a log."""
+    errors = Console(stderr=True)
+    if show and not errors.is_interactive:
+        with _log() as log:
+            yield log
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bars:
+    with Progress(*columns, console=errors, disable=not show) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:
@@ -64,23 +148,30 @@ def on_cpu(quiet: bool, as_json: bool, *models: object) -> Iterator[Any]:
 
 @contextmanager
 def live_table(show: bool) -> Iterator[tuple[Any, Any]]:
-    """A progress callback, and one that redraws a table of candidates above the bars; on standard error."""
+    """A progress callback, and one that redraws a table of candidates above the bars; on standard error, in a log as lines."""
     from rich.console import Group
     from rich.live import Live
 
     from secateurs.report.tables import decision_table
 
+    errors = Console(stderr=True)
+    if not show or not errors.is_interactive:
+
+        def said(rows: list[dict[str, Any]]) -> None:
+            note(", ".join(f"{row['candidate']} {row['status']}" for row in rows), not show)
+
+        with progress_bars(show) as progress:
+            yield progress, said
+        return
     bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    errors = Console(stderr=True)
-    with Live(console=errors, refresh_per_second=4) if show and errors.is_terminal else nullcontext() as live:
+    with Live(console=errors, refresh_per_second=4) as live:
 
         def draw() -> None:
-            if live is not None:
-                live.update(Group(decision_table(rows), bars))
+            live.update(Group(decision_table(rows), bars))
 
-        def progress(label: str, done: int, total: int) -> None:
+        def progress_of(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 # the last stages are enough on a screen
                 for old in list(tasks)[:-2]:
@@ -92,10 +183,8 @@ def live_table(show: bool) -> Iterator[tuple[Any, Any]]:
         def changed(found: list[dict[str, Any]]) -> None:
             rows[:] = found
             draw()
-            if show and live is None:
-                note(", ".join(f"{row['candidate']} {row['status']}" for row in rows))
 
-        yield progress, changed
+        yield progress_of, changed
 
 
 def check_gate(report: dict[str, Any]) -> None:

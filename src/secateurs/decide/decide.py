@@ -183,6 +183,7 @@ class _Decision:
             return any(self._hopeless(index[text]) is None for text in job.candidates)
 
         tick = ticker(self.progress, "making candidates", len(jobs))
+        self.progress("making candidates", 0, len(jobs))
         run(jobs, at_once, threads, self.out / "work" / "jobs.log", wanted, tick)
 
     def _hopeless(self, i: int) -> str | None:

@@ -200,6 +200,8 @@ class Run:
             return_memory()
             if not batches:
                 tick()
+        # nothing is run through the last block once it is pruned
+        self.progress("pruning", total, total)
         ranks.alone(lambda: shards.write_index(self.model_folder, count))
         if all(record.skipped_by == "kind" for record in records):
             raise PlanError(f"{plan.model} has no layers to prune in its blocks")

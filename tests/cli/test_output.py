@@ -1,0 +1,90 @@
+import time
+
+import pytest
+
+from secateurs.cli import output
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_says_when_a_stage_begins_and_then_nothing_until_it_is_time(clock, capsys):
+    log = output._Log()
+    log.write()
+    for done in range(5):
+        log("pruning", done, 10)
+        clock[0] += 15
+    # 4 steps of 10 took 75 seconds, so 6 more take 112.5
+    log.write()
+    log("evaluating", 1, 8)
+    log("pruning", 5, 10)
+    clock[0] += 40
+    log.write()
+    assert capsys.readouterr().err.splitlines() == [
+        "pruning: 0 of 10",
+        "pruning: 4 of 10, 0:01:15 elapsed, 0:01:52 left",
+        "evaluating: 1 of 8",
+        "pruning: 5 of 10, 0:01:55 elapsed, 0:01:55 left",
+    ]
+
+
+def test_a_log_of_a_run_that_goes_on_knows_the_pace_of_this_part(clock, capsys):
+    log = output._Log()
+    log("training", 81, 100)
+    clock[0] += 20
+    log("training", 91, 100)
+    log.write()
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 81 of 100",
+        "training: 91 of 100, 0:00:20 elapsed, 0:00:18 left",
+    ]
+
+
+def test_a_log_says_that_a_finished_stage_is_finished_and_when_it_begins_again(clock, capsys):
+    log = output._Log()
+    log("evaluating", 1, 2)
+    clock[0] += 10
+    log("evaluating", 2, 2)
+    clock[0] += 45
+    log.write()
+    log("evaluating", 1, 2)
+    clock[0] += 5
+    log.write()
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 1 of 2",
+        "evaluating: done in 0:00:10, and what follows has taken 0:00:45 so far",
+        "evaluating: 1 of 2",
+        "evaluating: 1 of 2, 0:00:05 elapsed",
+    ]
+
+
+def test_a_log_has_lines_however_long_a_step_takes_and_not_more_often(monkeypatch, capsys):
+    monkeypatch.setattr(output, "_EVERY", 0.2)
+    began = time.monotonic()
+    with output.progress_bars(True) as progress:
+        for _ in range(100):
+            progress("pruning", 0, 2)
+        progress("pruning", 1, 2)
+        time.sleep(0.5)
+    found = capsys.readouterr().err.splitlines()
+    assert found[0] == "pruning: 0 of 2"
+    assert 2 <= len(found) <= 1 + (time.monotonic() - began) / 0.2, found
+    with output.progress_bars(False) as progress:
+        progress("pruning", 0, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_candidates_of_a_decision_are_lines_of_a_log_too(capsys):
+    with output.live_table(True) as (progress, show):
+        show([{"candidate": "0.5", "status": "running"}, {"candidate": "2:4", "status": "estimated"}])
+        progress("0.5: pruning", 0, 10)
+    assert capsys.readouterr().err.splitlines() == ["0.5 running, 2:4 estimated", "0.5: pruning: 0 of 10"]
+    with output.live_table(False) as (progress, show):
+        show([{"candidate": "0.5", "status": "running"}])
+        progress("0.5: pruning", 0, 10)
+    assert capsys.readouterr().err == ""
