@@ -333,8 +333,11 @@ class _Decision:
             report, nbytes = smaller, smaller["bytes"]
         else:
             made = Run(asked, folder, progress, self.out / "work").complete()
+            # not in the candidate's own folder, where nothing of a finished run stays
+            work = self.out / "work" / folder.name
             if smaller is not None and not made.gate:
-                self._against_dense(folder, made, smaller["bytes"]["dense"], progress)
+                self._against_dense(folder, work, made, smaller["bytes"]["dense"], progress)
+            shutil.rmtree(work, ignore_errors=True)
             report = json.loads((folder / "report.json").read_text())
             if report["packed"] is None:
                 profile = self.here if isinstance(self.here, DeviceProfile) and not self.estimated else None
@@ -375,10 +378,10 @@ class _Decision:
     def _folder(self, text: str) -> Path:
         return self.out / "candidates" / re.sub(r"[^\w.=]+", "-", text)
 
-    def _against_dense(self, folder: Path, report: Report, nbytes: int, progress: Progress) -> None:
+    def _against_dense(self, folder: Path, work: Path, report: Report, nbytes: int, progress: Progress) -> None:
         """Measure a smaller model that was quantized against the dense model, not against the smaller one that it was made from."""
         dense, result = checkpoint.Checkpoint(self.plan.model), checkpoint.Checkpoint(folder / "model")
-        work, calibration = folder / "work", self.plan.calibration
+        calibration = self.plan.calibration
         work.mkdir(exist_ok=True)
         found = evaluation.measured(
             dense, result, self.plan.evaluation, calibration.seed, progress, work, self.out / "work", calibration.source
@@ -391,7 +394,6 @@ class _Decision:
         ]
         report.bytes["dense"] = nbytes
         report.write(folder / "report.json")
-        shutil.rmtree(work)
 
     def _time(self, row: dict[str, Any], candidate: Candidate, folder: Path, progress: Progress) -> None:
         plan, file = self.plan, folder / "timing.json"

@@ -101,14 +101,14 @@ class Run:
         ranks.alone(lambda: claim(self.out, self.plan.as_dict()))
         with locked(self.out, ranks):
             report = Report.read(self.report_file) if self.report_file.is_file() else None
-            if report is not None and report.status == "complete":
-                return report
-            ranks.alone(lambda: unchanged(self.out, {self.plan.model: source.fingerprint()}))
-            if report is None:
-                report = self._prune(source)
-                ranks.alone(functools.partial(report.write, self.report_file))
-            self._evaluate(source, report)
-            self._finish(report)
+            if report is None or report.status != "complete":
+                ranks.alone(lambda: unchanged(self.out, {self.plan.model: source.fingerprint()}))
+                if report is None:
+                    report = self._prune(source)
+                    ranks.alone(functools.partial(report.write, self.report_file))
+                self._evaluate(source, report)
+                self._finish(report)
+        # also what a kill after the last report has left
         ranks.alone(lambda: shutil.rmtree(self.work, ignore_errors=True))
         return report
 
@@ -325,10 +325,11 @@ class Run:
         norms: dict[str, Stats] = {}
         ranks = self.ranks
         if plan.sensitivity and batches:
+            gradients = self.work / "gradients"
             if not ranks.tell(file.is_file()):
                 part = first_windows(everything, plan.sensitivity)
                 blocks = len(source.block_names(model))
-                store = OnDisk(self.work / "gradients", ranks)
+                store = OnDisk(gradients, ranks)
                 tick = ticker(self.progress, "measuring sensitivity", len(ranks.share(part)) * (2 * blocks + 1))
                 embed = embedder(subject_of(kind, source))
                 found, norms = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed, ranks)
@@ -336,9 +337,9 @@ class Run:
                 squares = {f"inputs {name}": stats.sqnorm_I for name, stats in norms.items()}
                 every = {**found, **squares, "tokens": tokens}
                 ranks.alone(functools.partial(write_tensors, file, every))
-                ranks.alone(functools.partial(shutil.rmtree, store.folder, ignore_errors=True))
                 return_memory()
                 self.clock.spend("sensitivity")
+            ranks.alone(lambda: shutil.rmtree(gradients, ignore_errors=True))
             stored = load_file(file)
             names = sorted(name.removeprefix("inputs ") for name in stored if name.startswith("inputs "))
             tokens = stored.pop("tokens").tolist()
@@ -369,10 +370,10 @@ class Run:
             )
             if shares is not None:
                 ranks.alone(functools.partial(write_json, shares_file, shares))
-                # until now a kill could go back to them
-                ranks.alone(lambda: shutil.rmtree(self.work / "inputs", ignore_errors=True))
                 return_memory()
                 self.clock.spend("allocation")
+        # until now a kill could go back to them
+        ranks.alone(lambda: shutil.rmtree(self.work / "inputs", ignore_errors=True))
         return guide_of(model, plan, shares, found)
 
     def _distill(

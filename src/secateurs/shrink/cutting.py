@@ -59,8 +59,8 @@ def shaped(
     first = job.work / "wide" if narrows else folder
     records = _Blocks(job, windows, wide, kept_layers, sensitive, hurry).cut(label, first)
     if narrows:
+        # the wide model stays in work/ until the run is done: one that goes on narrows it again
         _narrow(job, windows, sensitive, kept_layers, shape, first, folder)
-        shutil.rmtree(first, ignore_errors=True)
     return records
 
 

@@ -45,13 +45,13 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
     """
     file = job.work / "losses.json"
     sensitive = _sensitivities(job, windows)
-    if not file.is_file():
-        plan = job.plan
-        kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
-        source, model = job.dense.open()
-        batches = batched(windows)
-        tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
-        with _folder(job, "curves") as folder:
+    with _folder(job, "curves") as folder:
+        if not file.is_file():
+            plan = job.plan
+            kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
+            source, model = job.dense.open()
+            batches = batched(windows)
+            tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
             found = losses.curves(
                 model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, plan.experts, source, folder
             )
@@ -65,7 +65,7 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
 
 @contextmanager
 def _folder(job: Job, name: str) -> Iterator[Path]:
-    """A folder of the job's work for one stage, deleted once that is done."""
+    """A folder of the job's work for one stage, deleted once that is done; also where a kill left it behind."""
     folder = job.work / name
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -151,13 +151,15 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
     # the loss is measured on windows that the model was not fitted to, unless there are no others
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
-    cuts = [
-        (kind, gone)
-        for kind, curves in lost.curves.items()
-        for gone in _parts(dense.steps(kind), len(curves[0]) - 1, job.dense.cuts.groups if kind == "experts" else 1)[
-            len(truth.get(kind, ())) :
-        ]
-    ]
+    cuts = []
+    for kind, curves in lost.curves.items():
+        groups = job.dense.cuts.groups if kind == "experts" else 1
+        for number, gone in enumerate(_parts(dense.steps(kind), len(curves[0]) - 1, groups)):
+            if number < len(truth.get(kind, ())):
+                # that of one that was killed before it removed it
+                shutil.rmtree(work / f"{kind}-{gone}", ignore_errors=True)
+            else:
+                cuts.append((kind, gone))
     above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if cuts else None
     for kind, gone in cuts:
         assert above

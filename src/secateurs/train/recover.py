@@ -277,9 +277,14 @@ class _Run:
 
         The model before and after training is compared with the teacher; without one, after with before.
         """
+        if report["status"] != "complete":
+            self._measure(report)
+        # also what a kill after the last report has left
+        shutil.rmtree(self.work, ignore_errors=True)
+        return report
+
+    def _measure(self, report: dict[str, Any]) -> None:
         plan, began, seed = self.plan, time.perf_counter(), self.plan.calibration.seed
-        if report["status"] == "complete":
-            return report
         with locked(self.out):
             unchanged(self.out, self._models())
             if self.teacher and plan.evaluation.windows:
@@ -301,8 +306,6 @@ class _Run:
             report["seconds"]["evaluate"] = time.perf_counter() - began
             report["status"], report["peak_memory_bytes"] = "complete", peak_memory()
             write_json(self.out / "report.json", report)
-        shutil.rmtree(self.work, ignore_errors=True)
-        return report
 
 
 def _recovered(report: dict[str, Any]) -> float | None:
