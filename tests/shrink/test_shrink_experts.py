@@ -10,8 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from secateurs.base.errors import PlanError
 from secateurs.shrink import cutting
+from secateurs.shrink.cuts import cuts_of
+from secateurs.shrink.mixture import Mixture, never
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
+from secateurs.shrink.sizes import sizes_of
 
 
 def plan(source, words, budget, **options):
@@ -58,6 +61,37 @@ def test_experts_go_from_all_groups_alike_and_a_killed_run_keeps_their_biases(tm
     assert report["left"]["parameters"] == sum(p.numel() for p in left.parameters())
     before_E, after_E = (m.model.layers[1].mlp.gate.e_score_correction_bias for m in (dense, left))
     assert torch.equal(after_E, before_E[[e for e in range(8) if e not in removed]])
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "glm4_moe", "qwen2_moe sparse", "afmoe"])
+def test_models_whose_first_block_is_dense_shrink_load_and_generate(tmp_path, words, model_type):
+    source = saved(tmp_path / "dense", model_type)
+    report = shrink(plan(source, words, "params=0.93x", refit=False), tmp_path / "run")
+    dense, left = (
+        AutoModelForCausalLM.from_pretrained(f, experts_implementation="eager")
+        for f in (source, tmp_path / "run" / "model")
+    )
+    first, second = report["blocks"]
+    assert (first["units"], report["dense"]["experts"]) == ({}, 8)
+    removed = second["units"]["experts"]["removed"]
+    assert len(removed) == 8 - report["left"]["experts"] > 0
+    assert report["left"]["parameters"] == sum(p.numel() for p in left.parameters())
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        with never([Mixture(dense.model.layers[1], cuts_of(dense).fused)], removed):
+            expected = dense(ids).logits
+        assert_close(left(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert left.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 24)
+
+
+def test_multiplications_count_the_blocks_without_experts():
+    model = mixtures.make("glm4_moe")
+    sizes = sizes_of(model, cuts_of(model), ("experts",))
+    fused = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    # two of eight; of a head of 8: 2 products of 8 with each pair of tokens
+    weights = sum(p.numel() for p in model.model.layers.parameters()) - fused * 6 // 8
+    assert sizes.multiplications(sizes.dense, 100) == weights * 100 + 2 * 4 * 2 * 8 * 100**2 + tiny.VOCABULARY * 32
+    assert sizes.parameters(sizes.dense) == sum(p.numel() for p in model.parameters())
 
 
 def test_nothing_removed_changes_nothing_and_fewer_experts_per_token_are_priced(tmp_path, words):

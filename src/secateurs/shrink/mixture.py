@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from secateurs.model.layers import Layer, layers_of
@@ -38,7 +39,8 @@ class Otherwise(ValueError):
 
 
 class Mixture:
-    """The mixture of a block. parent: the module that calls the router and the experts.
+    """The mixture of a block. parent: the module that calls the router and the experts. router: the module that chooses; rows_EH:
+    its matrix, a parameter.
 
     number: of experts. groups: among how many groups of neighbours experts are chosen, all of one size; 1 if any K may be. fused:
     {name of the parameters that hold a matrix of each expert: kind of layer}. Raises ValueError if the router is not one matrix
@@ -48,7 +50,7 @@ class Mixture:
     def __init__(self, block: nn.Module, fused: Mapping[str, str]) -> None:
         self.fused = fused
         self.number = number(block, fused)
-        self.parent, self.router, self.experts = _found(block, fused)
+        self.parent, self.router, self.rows_EH, self.experts = _found(block, fused)
         counted = (x for m in (self.router, self.parent) for n, x in vars(m).items() if _GROUPS.search(n))
         self.groups = next((x for x in counted if type(x) is int and x > 0), 1)
 
@@ -63,8 +65,25 @@ class Mixture:
     def routed(self, x_TH: Tensor, gone: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The experts chosen for each token, [T, K], and their weights, if those of `gone` are never chosen.
 
-        Raises Otherwise if the experts are not called with tokens, choices and weights.
+        Raises Otherwise if the experts are not called with tokens, choices and weights, ValueError if they are not chosen by the
+        tokens' hidden states alone.
         """
+        with never([self], gone):
+            return self._chosen(x_TH, {})
+
+    def routed_by(self, x_TH: Tensor, rows_EH: Tensor) -> tuple[Tensor, Tensor]:
+        """routed() with other rows of the router, of which the weights have a gradient; all that chooses is in fp32."""
+        inside = {id(m) for m in self.experts.modules()}
+        other: dict[str, Any] = {}
+        for path, module in self.parent.named_modules():
+            if id(module) not in inside:
+                for n, t in (*module._parameters.items(), *module._buffers.items()):
+                    if t is not None and t.is_floating_point():
+                        other[f"{path}.{n}" if path else n] = rows_EH if t is self.rows_EH else t.float()
+        return self._chosen(x_TH.float(), other)
+
+    def _chosen(self, x_TH: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """routed(), with other tensors in place of some of the mixture's."""
         seen: list[Any] = []
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -73,10 +92,12 @@ class Mixture:
 
         handle = self.experts.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with never([self], gone):
-                self.parent(x_TH[None])
+            functional_call(self.parent, dict(tensors), (x_TH[None],))
         except _Seen:
             pass
+        # DeepSeek-V4's first blocks choose by the token's number, which is not given here
+        except (TypeError, AttributeError):
+            raise ValueError("its experts are chosen by more than a token's hidden state") from None
         finally:
             handle.remove()
         index, weight = [*seen, None, None, None][1:3]
@@ -92,13 +113,11 @@ class Mixture:
     @property
     def active(self) -> int:
         """How many experts a token is sent to."""
-        rows_EH: Any = self.router._parameters["weight"]
-        return self.routed(rows_EH.detach()[:1])[0].shape[1]
+        return self.routed(self.rows_EH.detach()[:1])[0].shape[1]
 
     def is_sum_of_experts(self) -> None:
         """Raise Otherwise unless the experts give, for some tokens, the weighted sum of what each of them gives alone."""
-        rows_EH: Any = self.router._parameters["weight"]
-        x_TH = rows_EH.detach()
+        x_TH = self.rows_EH.detach()
         index_TK, weight_TK = self.routed(x_TH)
         with torch.no_grad():
             whole_TH = self.experts(x_TH, index_TK, weight_TK.to(x_TH.dtype)).reshape(x_TH.shape).float()
@@ -131,7 +150,7 @@ class Mixture:
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """The router's logits, [T, E]."""
-        seen = _Logits([self.router._parameters["weight"]], [])
+        seen = _Logits([self.rows_EH], [])
         with seen:
             self.routed(x_TH)
         if not seen.found:
@@ -182,6 +201,7 @@ class Mixture:
     def cut(self, removed: Collection[int]) -> None:
         """Take experts out, in place: their matrices, the router's rows and biases, the numbers that the modules state."""
         stays = torch.tensor([e for e in range(self.number) if e not in removed])
+        holder = next(m for m in self.router.modules() if m._parameters.get("weight") is self.rows_EH)
         for module in (self.parent, self.experts, *self.router.modules()):
             for held in (module._parameters, module._buffers):
                 for name, tensor in list(held.items()):
@@ -193,19 +213,22 @@ class Mixture:
             for name, value in list(vars(module).items()):
                 if type(value) is int and value == self.number and _COUNTS.search(name) and not _PER_TOKEN.search(name):
                     setattr(module, name, len(stays))
-        self.number = len(stays)
+        self.number, self.rows_EH = len(stays), holder._parameters["weight"]
 
 
-def _found(block: nn.Module, fused: Collection[str]) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(the mixture, its router, its experts) of a block."""
+def _found(block: nn.Module, fused: Collection[str]) -> tuple[nn.Module, nn.Module, Any, nn.Module]:
+    """(the mixture, its router, the router's matrix, its experts) of a block."""
     for path, module in block.named_modules():
         held = [p for n, p in module._parameters.items() if n in fused and p is not None]
         if held:
+            if len({len(p) for p in held}) > 1:
+                raise ValueError("its experts have unequal numbers of matrices")
             parent = block.get_submodule(path.rpartition(".")[0])
             for child in parent.children():
-                weight = child._parameters.get("weight")
-                if child is not module and weight is not None and weight.dim() == 2 and len(weight) == len(held[0]):
-                    return parent, child, module
+                for inner in child.modules() if child is not module else ():
+                    weight = inner._parameters.get("weight")
+                    if weight is not None and weight.dim() == 2 and len(weight) == len(held[0]):
+                        return parent, child, weight, module
     raise ValueError("no router with one row for every expert was found")
 
 
@@ -228,14 +251,14 @@ def never(mixtures: Sequence[Mixture], gone: Sequence[int]) -> Iterator[None]:
     biases = [
         (tensor, tensor.detach().clone())
         for m in mixtures
-        for module in m.router.modules()
+        for module in (m.parent, *m.router.modules())
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None and tensor.numel() == m.number and "bias" in name
     ]
     try:
         for tensor, _ in biases:
             tensor.detach().reshape(-1)[list(gone)] = -torch.inf
-        with _Logits([m.router._parameters["weight"] for m in mixtures], gone):
+        with _Logits([m.rows_EH for m in mixtures], gone):
             yield
     finally:
         for tensor, before in biases:

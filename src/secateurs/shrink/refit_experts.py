@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from secateurs.shrink.experts import Trial
 from secateurs.shrink.mixture import Mixture
@@ -42,8 +41,7 @@ def refit(mixture: Mixture, x_TH: Tensor, wanted_TH: Tensor, weight_H: Tensor | 
     first = fit.error()
     if not first > 0:
         return Refit(1.0, 1.0, int((~held).sum()))
-    router: Any = mixture.router._parameters["weight"]
-    routed = fit.unless_worse([router], fit.router, first)
+    routed = fit.unless_worse([mixture.rows_EH], fit.router, first)
     matrices: list[Any] = [p for n, p in mixture.experts._parameters.items() if n in mixture.fused]
     shared = mixture.shared(x_TH)
     if shared is not None:
@@ -88,13 +86,8 @@ class _Fit:
         chosen = chosen[:: -(-len(chosen) // _ROUTED)]
         x_NH = self.x_TH[chosen]
         trial = Trial(self.mixture, x_NH, self.given_H)
-        parameter: Any = self.mixture.router._parameters["weight"]
-        start_EH = parameter.detach().float()
+        start_EH = self.mixture.rows_EH.detach().float()
         rows_EH = start_EH.clone().requires_grad_(True)
-        found = _choose(self.mixture.router, x_NH, rows_EH)
-        routed = self.mixture.routed(x_NH)
-        if found is None or not torch.equal(found[0].sort().values, routed[0].sort().values):
-            return
         everyone_N = torch.arange(len(chosen))
         # the shared expert does what it did
         shared_ND = self.mixture(x_NH) @ trial.scale_HD - trial.dense_TD
@@ -108,7 +101,7 @@ class _Fit:
         def objective() -> Tensor:
             optimizer.zero_grad()
             with torch.enable_grad():
-                index_NK, weight_NK = _choose(self.mixture.router, x_NH, rows_EH) or routed
+                index_NK, weight_NK = self.mixture.routed_by(x_NH, rows_EH)
                 now_ND = trial.mixed(everyone_N, index_NK, weight_NK)
                 error = (now_ND - wanted_ND).square().sum() / max(first, 1e-30)
                 value: Tensor = error + ridge * (rows_EH - start_EH).square().sum()
@@ -117,7 +110,7 @@ class _Fit:
 
         optimizer.step(objective)  # type: ignore[no-untyped-call]
         if torch.isfinite(rows_EH).all():
-            parameter.detach().copy_(rows_EH.detach())
+            self.mixture.rows_EH.detach().copy_(rows_EH.detach())
 
     # ------------------------------------------------------------------------------------------------------------ matrices
 
@@ -167,13 +160,3 @@ class _Fit:
             if error < least:
                 best, least = change_OI, error
         return best
-
-
-def _choose(router: nn.Module, x_TH: Tensor, rows_EH: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Choices and weights of a router with other rows, [T, K] each, differentiable; None of a class that chooses elsewhere."""
-    others = [(n, t) for n, t in (*router.named_parameters(), *router.named_buffers()) if t.is_floating_point()]
-    out = functional_call(router, {n: t.float() for n, t in others} | {"weight": rows_EH}, (x_TH.float(),))
-    found = [t for t in out if isinstance(t, Tensor) and t.dim() == 2] if isinstance(out, tuple) else []
-    index = next((t for t in found if not t.is_floating_point()), None)
-    weight = next((t for t in found if t.is_floating_point() and index is not None and t.shape == index.shape), None)
-    return None if index is None or weight is None else (index, weight)

@@ -20,8 +20,9 @@ class Sizes:
     """What the parts of a model count, from which the counts of other shapes follow.
 
     Parameters: outside (of the blocks); of each neuron, KV head (key_value, without its query heads), query head and expert
-    (`router` of them in the router); rest, all else in a block. attended: multiplications of a query head, times the prompt
-    squared. head: of the output matrix. mixtures: the blocks that have experts. half: the sizes at half the residual width.
+    (`router` of them in the router); rest, all else in a block; other, what is more or less in the blocks that are not alike, of
+    `outside`. attended: multiplications of a query head, times the prompt squared. head: of the output matrix. mixtures: the
+    blocks that have experts. half: the sizes at half the residual width.
     """
 
     outside: int
@@ -36,6 +37,7 @@ class Sizes:
     router: int
     mixtures: int
     most_experts: int
+    other: int = 0
     half: "Sizes | None" = None
 
     def parameters(self, shape: Shape) -> int:
@@ -72,7 +74,7 @@ class Sizes:
             return self._between(shape, lambda sizes, there: sizes.multiplications(there, prompt))
         attention = shape.heads * shape.queries * self.attended * prompt**2
         active = min(shape.active, shape.experts) * (self.expert - self.router) + shape.experts * self.router
-        blocks = shape.layers * self._plain(shape) + self._mixtures(shape) * active
+        blocks = self.other + shape.layers * self._plain(shape) + self._mixtures(shape) * active
         return blocks * prompt + shape.layers * attention + self.head
 
     def share(self, kind: str, shape: Shape, prompt: int) -> float:
@@ -118,11 +120,12 @@ def sizes_of(model: Any, cuts: Cuts, kinds: Collection[str]) -> Sizes:
     experts = dense.experts * expert
     inside = (whole - experts) * dense.layers + experts * len(cuts.mixtures)
     outside = sum(p.numel() for p in model.parameters()) - inside
+    other = sum(p.numel() for n in names for p in model.get_submodule(n).parameters()) - inside
     head = model.get_output_embeddings()
     count = (embeddings_of(model) if head is None else head.weight).numel()
     return Sizes(
         outside, dense, neuron, key_value, query, rest, 2 * cuts.head, count, expert, router_row,
-        len(cuts.mixtures), most_experts,
+        len(cuts.mixtures), most_experts, other,
     )  # fmt: skip
 
 
