@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -188,6 +189,36 @@ def test_text_is_of_one_kind_as_far_as_the_less_even_of_both_says():
     even, uneven = torch.tensor([[0, 1] * 64]), torch.tensor([[0] * 64 + [1] * 64])
     assert texts.distance(even, even).within == 1.0
     assert texts.distance(even, uneven).within == texts.distance(uneven, even).within == 0.0
+
+
+def test_a_text_of_the_evaluation_that_no_part_of_the_calibration_is_like_is_named():
+    random = torch.Generator().manual_seed(0)
+    # three kinds: tokens 0..99, 100..199, 200..299
+    a, b, c, again = (torch.randint(low, low + 100, (12, 100), generator=random) for low in (0, 100, 200, 0))
+    calibration, evaluation = [("a.txt", a), ("b.txt", b)], [("more.txt", again), ("c.txt", c)]
+
+    def warned(seen, held_out):
+        return texts.unlike(seen, held_out, texts.distance(*(torch.cat([w for _, w in x]) for x in (seen, held_out))))
+
+    (words,) = warned(calibration, evaluation)
+    assert words.startswith("the evaluation's c.txt is like no calibration text: of these ")
+    assert "overlap by 0%, where text of one kind overlaps by " in words
+    # a mixture that holds the kind is no mismatch, however small its part
+    assert warned([("a.txt", a), *[(f"{n}", b) for n in range(5)]], [("more.txt", again)]) == []
+    assert warned([("a.txt", a)], [("c.txt", c)])[0].startswith("calibration text is unlike evaluation text")
+
+
+def test_windows_are_parted_as_they_were_mixed(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 5000)
+    where = f"{tmp_path}/a.txt@2; {tmp_path}/b.txt;{tmp_path}/c.txt@0.5"
+    text = texts.load(where, TOKENIZER, 14, 10, None, bare=True)
+    found = texts.parted(text.windows, text.facts())
+    assert [(Path(name).stem, len(windows)) for name, windows in found] == [("a", 8), ("b", 4), ("c", 2)]
+    assert [set(windows.flatten().tolist()) for _, windows in found] == [{TOKENIZER(c).input_ids[-1]} for c in "abc"]
+    one = texts.load(f"{tmp_path}/a.txt", TOKENIZER, 3, 10, None)
+    ((name, windows),) = texts.parted(one.windows, one.facts())
+    assert (Path(name).name, torch.equal(windows, one.windows)) == ("a.txt", True)
 
 
 def test_several_sources_share_the_windows_by_weight_and_lie_mixed(tmp_path):

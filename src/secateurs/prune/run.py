@@ -464,12 +464,13 @@ class Run:
             setattr(report, name, value)
         report.warnings += found.warnings
         file = self.work / "calibration.safetensors"
-        if found.numbers and found.windows is not None and file.is_file():
+        if file.is_file():
             from safetensors.torch import load_file
 
             windows = load_file(file).get("windows")
             if windows is not None:
-                report.distance, warnings = texts_apart(source, windows, found.windows, found.numbers, self.ranks)
+                facts = report.calibration or {}
+                report.distance, warnings = texts_apart(source, windows, facts, found, self.ranks)
                 report.warnings += warnings
         report.seconds["evaluate"] = time.perf_counter() - began
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -294,18 +294,24 @@ def predicts_next_token(source: checkpoint.Checkpoint) -> bool:
 
 
 def texts_apart(
-    source: checkpoint.Checkpoint, calibration: Tensor, evaluation: Tensor, found: compare.Quality, ranks: Ranks = ALONE
-) -> tuple[dict[str, Any], list[str]]:
-    """The distance of calibration from evaluation text as data, and warnings. found: the quality measured on evaluation text."""
+    source: checkpoint.Checkpoint, calibration: Tensor, facts: Mapping[str, Any], found: Measured, ranks: Ranks = ALONE
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The distance of calibration from evaluation text as data, and warnings; None of what was not measured on text.
+
+    calibration: its windows [N, S]; facts: as the report has them. found: what was measured of the source.
+    """
+    evaluation = found.windows
+    if found.numbers is None or found.inputs is None or evaluation is None:
+        return None, []
     apart = texts.distance(calibration, evaluation)
-    if found.ppl_dense is not None:
+    if found.numbers.ppl_dense is not None:
         some = calibration[: max(1, _TOKENS_TOLD // calibration.shape[1])]
         windows = compare.measure((source.skeleton(), source), None, some, ranks=ranks)
         seen = compare.summarise(windows).ppl_dense
         assert seen is not None
-        apart = dataclasses.replace(apart, ppl_calibration=seen.value, ppl_evaluation=found.ppl_dense.value)
-    mismatch = [apart.mismatch] if apart.mismatch else []
-    return dataclasses.asdict(apart), overlap_warning(calibration, evaluation) + mismatch
+        apart = dataclasses.replace(apart, ppl_calibration=seen.value, ppl_evaluation=found.numbers.ppl_dense.value)
+    unlike = texts.unlike(texts.parted(calibration, facts), texts.parted(evaluation, found.inputs.facts), apart)
+    return dataclasses.asdict(apart), overlap_warning(calibration, evaluation) + unlike
 
 
 def overlap_warning(calibration: Tensor, evaluation: Tensor) -> list[str]:

@@ -6,7 +6,7 @@ several of the former with their weights: 'code.jsonl@2; stories.txt'.
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -34,7 +34,8 @@ ALIKE = 0.5
 class Text:
     """Token windows and their source. asked: how many windows were wanted. bos: whether each begins with a special token.
 
-    answers: of conversations, which tokens the assistant wrote [N, S], where that was asked for.
+    answers: of conversations, which tokens the assistant wrote [N, S], where that was asked for. parts: of several texts, the name
+    of each and its windows, which lie as _spread() says.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Text:
     asked: int
     bos: bool
     answers: Tensor | None = None
+    parts: tuple[tuple[str, int], ...] = ()
 
     def facts(self) -> dict[str, Any]:
         n, positions = self.windows.shape
@@ -55,6 +57,7 @@ class Text:
             "starts_with_bos": self.bos,
             "sha256": digest,
             **({} if self.answers is None else {"answer_tokens": int(self.answers.sum())}),
+            **({"parts": [list(part) for part in self.parts]} if self.parts else {}),
         }
 
 
@@ -140,8 +143,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 
 def _mixed(texts: Sequence[Text], asked: int) -> Text:
     """The windows of several texts in one, each text's spread over all of it, so that a part holds something of all."""
-    places = [((i + 0.5) / len(text.windows), n, i) for n, text in enumerate(texts) for i in range(len(text.windows))]
-    order = [(n, i) for _, n, i in sorted(places)]
+    order = _spread([len(text.windows) for text in texts])
 
     def mixed(rows: Sequence[Tensor]) -> Tensor:
         return torch.stack([rows[n][i] for n, i in order])
@@ -149,7 +151,22 @@ def _mixed(texts: Sequence[Text], asked: int) -> Text:
     marks = [text.answers for text in texts if text.answers is not None]
     answers = mixed(marks) if len(marks) == len(texts) else None
     name = "; ".join(f"{text.source} ({len(text.windows)} windows)" for text in texts)
-    return Text(name, mixed([text.windows for text in texts]), asked, texts[0].bos, answers)
+    parts = tuple((text.source, len(text.windows)) for text in texts)
+    return Text(name, mixed([text.windows for text in texts]), asked, texts[0].bos, answers, parts)
+
+
+def _spread(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """The order in which windows of several texts lie: (which text, which of its windows)."""
+    return [
+        (n, i) for _, n, i in sorted(((i + 0.5) / count, n, i) for n, count in enumerate(counts) for i in range(count))
+    ]
+
+
+def parted(windows: Tensor, facts: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The texts that windows [N, S] are of, each with its name. facts: as Text.facts() gives them."""
+    parts = facts.get("parts") or [[facts["source"], len(windows)]]
+    of = torch.tensor([n for n, _ in _spread([count for _, count in parts])])
+    return [(name, windows[of == n]) for n, (name, _) in enumerate(parts)]
 
 
 def read(
@@ -245,6 +262,26 @@ def distance(calibration: Tensor, evaluation: Tensor) -> Distance:
     n = min(calibration.numel(), evaluation.numel())
     a, b = (_halved(windows.flatten()[:n]) for windows in (calibration, evaluation))
     return Distance(_common(a[0], b[1]), min(_common(*a), _common(*b)))
+
+
+def unlike(
+    calibration: Sequence[tuple[str, Tensor]], evaluation: Sequence[tuple[str, Tensor]], whole: Distance
+) -> list[str]:
+    """Sentences on the texts of an evaluation that are like none of the calibration's. whole: the distance of all from all."""
+    if len(calibration) == len(evaluation) == 1:
+        return [whole.mismatch] if whole.mismatch else []
+    found = []
+    for name, windows in evaluation:
+        near, apart = max(
+            ((other, distance(seen, windows)) for other, seen in calibration),
+            key=lambda pair: pair[1].overlap / max(pair[1].within, 1e-9),
+        )
+        if apart.mismatch:
+            found.append(
+                f"the evaluation's {name} is like no calibration text: of these {near} is nearest, whose token frequencies overlap "
+                f"by {apart.overlap:.0%}, where text of one kind overlaps by {apart.within:.0%}; add such text to --calibration"
+            )
+    return found
 
 
 def _halved(tokens: Tensor, piece: int = 64) -> tuple[Tensor, Tensor]:

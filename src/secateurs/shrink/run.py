@@ -191,6 +191,5 @@ def _evaluate(
     found = measured(source, checkpoint.Checkpoint(folder), job.plan.evaluation, seed, job.progress, job.work, beside)
     report |= found.as_dict()
     report["warnings"] += found.warnings
-    if found.numbers and found.windows is not None:
-        report["distance"], warnings = texts_apart(source, windows, found.windows, found.numbers)
-        report["warnings"] += warnings
+    report["distance"], warnings = texts_apart(source, windows, report["calibration"], found)
+    report["warnings"] += warnings
