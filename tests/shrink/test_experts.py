@@ -71,6 +71,31 @@ def test_the_cheapest_go_first_and_the_loss_is_that_of_the_smaller_mixture(mixtu
     assert losses[1] == pytest.approx(pairs[order[1]], rel=1e-4)
 
 
+def test_what_one_more_expert_costs_is_the_loss_of_the_set(mixture):
+    """With none and with some gone: where weights stay, where they grow with what is gone, and where groups are chosen anew."""
+    trial = Trial(mixture, random(60, 32), random(32, seed=2).abs())
+    search = experts._Search(trial)
+    for gone in ([], [1, 6], [1, 6, 2, 5]):
+        search.remove(gone)
+        for e in may_go(mixture, gone):
+            assert search.loss_without(e) / (2 * 60) == pytest.approx(trial.loss([*gone, e]), rel=1e-4, abs=1e-9)
+
+
+def test_only_tokens_of_the_expert_that_is_tried_are_mixed_again(monkeypatch):
+    """Weights that are not normalised grow for all tokens when an expert goes; the router multiplies once for all sets."""
+    model = mixtures.make("qwen2_moe")
+    mixture = Mixture(model.model.layers[1], layout_of(model).experts)
+    trial = Trial(mixture, random(60, 32))
+    search, mixed, mix = experts._Search(trial), [], trial.mixed
+    monkeypatch.setattr(
+        trial, "mixed", lambda tokens_N, *given: (mixed.append(len(tokens_N)), mix(tokens_N, *given))[1]
+    )
+    mixture.router.weight.fill_(torch.nan)
+    costs = [search.loss_without(e) for e in range(8)]
+    assert all(cost > 0 for cost in costs)
+    assert mixed == [int((search.index_TK == e).any(1).sum()) for e in range(8)]
+
+
 def test_experts_that_stand_in_for_each_other_do_not_both_go():
     mixture = qwen3()
     router_EH, experts_of = mixture.router.weight, mixture.experts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.seed import seed_of
 from secateurs.model.walk import Step
 from secateurs.shrink.mixture import Mixture, Otherwise, never
@@ -20,10 +21,12 @@ from secateurs.shrink.mixture import Mixture, Otherwise, never
 _TOKENS = 2048
 # numbers that are kept of an expert's output
 _KEPT = 256
+# how far factors of one token's weights may differ by rounding
+_ALIKE = 1e-5
 
 
 def inputs(step: Step, fused: Mapping[str, str], count: int = _TOKENS) -> Tensor | None:
-    """About so many inputs of a block's mixture, [T, H], evenly from all batches; None for a block without one."""
+    """About so many inputs of a block's mixture, [T, H], evenly from the batches of all ranks; None for a block without one."""
     if not any(name in fused for module in step.block.modules() for name in module._parameters):
         return None
     mixture = Mixture(step.block, fused)
@@ -32,6 +35,7 @@ def inputs(step: Step, fused: Mapping[str, str], count: int = _TOKENS) -> Tensor
     def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
 
+    windows = sum(step.ranks.merged(step.windows))
     handle = mixture.parent.register_forward_pre_hook(hook)
     found = []
     try:
@@ -40,11 +44,11 @@ def inputs(step: Step, fused: Mapping[str, str], count: int = _TOKENS) -> Tensor
                 seen.clear()
                 step.call(step.inputs(batch), batch)
                 x_TH = torch.cat(seen)
-                each = -(-count * step.windows[batch] // sum(step.windows))
+                each = -(-count * step.windows[batch] // windows)
                 found.append(x_TH[torch.linspace(0, len(x_TH) - 1, min(each, len(x_TH))).round().long()])
     finally:
         handle.remove()
-    return torch.cat(found)
+    return torch.cat(step.ranks.merged(found))
 
 
 def curve(step: Step, fused: Mapping[str, str], weight_H: Tensor | None, criterion: str, count: int) -> list[float]:
@@ -53,19 +57,20 @@ def curve(step: Step, fused: Mapping[str, str], weight_H: Tensor | None, criteri
     if x_TH is None:
         return [0.0] * (count + 1)
     with step.evaluating():
-        return [0.0, *removal(trial_of(Mixture(step.block, fused), x_TH, weight_H), criterion, count)[1]]
+        trial = trial_of(Mixture(step.block, fused), x_TH, weight_H, step.ranks)
+        return [0.0, *removal(trial, criterion, count)[1]]
 
 
 class Trial:
     """What a mixture gives on some tokens if some of its experts are never chosen.
 
     An output is kept times the root of weight_H, E[g^2] of the block's output, if that is known; of more than 256 numbers a random
-    projection is kept, which changes a squared length by a few percent (Johnson and Lindenstrauss 1984). mixture: the dense one.
-    dense_TD: what it gave when the trial was made.
+    random projection is kept, which changes a squared length by a few percent (Johnson and Lindenstrauss 1984). mixture: the dense
+    one. dense_TD: what it gave when the trial was made. ranks: those that share the work of choosing, on the same tokens.
     """
 
-    def __init__(self, mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None = None) -> None:
-        self.mixture, self.x_TH = mixture, x_TH
+    def __init__(self, mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        self.mixture, self.x_TH, self.ranks = mixture, x_TH, ranks
         self.weight_H = torch.ones(x_TH.shape[1]) if weight_H is None else weight_H.float()
         self.scale_HD = self.weight_H.sqrt().diag()
         if x_TH.shape[1] > _KEPT:
@@ -75,6 +80,14 @@ class Trial:
         # what an expert makes of a token, once it was asked for
         self._known_ETD = torch.full((mixture.number, len(x_TH), self.scale_HD.shape[1]), torch.nan)
         self.dense_TD = self.mixed(torch.arange(len(x_TH)), *mixture.routed(x_TH))
+
+    def ask_all(self) -> None:
+        """Find out what every expert makes of every token; ranks share the experts."""
+        with torch.no_grad():
+            for e in self.ranks.share(range(self.mixture.number)):
+                self._known_ETD[e] = self.mixture.expert(self.x_TH, e) @ self.scale_HD
+        for e, known_TD in enumerate(self._known_ETD):
+            self.ranks.hand_out(known_TD, self.ranks.owner(e))
 
     def outputs(self, tokens_N: Tensor, index_NK: Tensor) -> Tensor:
         """What the experts chosen for some tokens make of them, [N, K, D]."""
@@ -118,8 +131,8 @@ class Whole(Trial):
     All of it is run for each set, and only the criterion loss() is measured.
     """
 
-    def __init__(self, mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None = None) -> None:
-        self.mixture, self.x_TH = mixture, x_TH
+    def __init__(self, mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        self.mixture, self.x_TH, self.ranks = mixture, x_TH, ranks
         self.weight_H = torch.ones(x_TH.shape[1]) if weight_H is None else weight_H.float()
         self.dense_TD = mixture(x_TH)
 
@@ -129,14 +142,14 @@ class Whole(Trial):
         return float(((now_TH - self.dense_TD).square().mean(0) * self.weight_H).sum() / 2)
 
 
-def trial_of(mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None) -> Trial:
+def trial_of(mixture: Mixture, x_TH: Tensor, weight_H: Tensor | None, ranks: Ranks = ALONE) -> Trial:
     """A trial on so many of the inputs as sets of experts are compared on."""
     few_TH = x_TH[:: max(1, len(x_TH) // _TOKENS)]
     try:
         mixture.is_sum_of_experts()
     except Otherwise:
-        return Whole(mixture, few_TH, weight_H)
-    return Trial(mixture, few_TH, weight_H)
+        return Whole(mixture, few_TH, weight_H, ranks)
+    return Trial(mixture, few_TH, weight_H, ranks)
 
 
 Criterion = Callable[[Trial, int], list[int]]
@@ -148,38 +161,73 @@ def loss(trial: Trial, count: int) -> list[int]:
 
     Lu et al. 2024, arXiv 2402.14800, search sets by the same error, unweighted.
     """
-    mixture, everyone_T = trial.mixture, torch.arange(len(trial.x_TH))
+    search = None if isinstance(trial, Whole) else _Search(trial)
     order: list[int] = []
-    if isinstance(trial, Whole):
-        while len(order) < count:
-            order.append(min(trial.may_go(order), key=lambda e: trial.loss([*order, e])))
-        return order
-    index_TK, weight_TK = mixture.routed(trial.x_TH)
-    now_TD = trial.mixed(everyone_T, index_TK, weight_TK)
-    alone = _routes_tokens_alone(trial, index_TK, weight_TK)
     while len(order) < count:
-        before_T = (now_TD - trial.dense_TD).square().sum(1)
-        costs = {}
-        for e in trial.may_go(order):
-            tokens_N = (index_TK == e).any(1).nonzero()[:, 0] if alone else everyone_T
-            costs[e] = float(before_T.sum())
-            if len(tokens_N):
-                moved_ND = trial.mixed(tokens_N, *mixture.routed(trial.x_TH[tokens_N], [*order, e]))
-                after_N = (moved_ND - trial.dense_TD[tokens_N]).square().sum(1)
-                costs[e] += float(after_N.sum() - before_T[tokens_N].sum())
+        may_go = trial.may_go(order)
+        mine = [search.loss_without(e) if search else trial.loss([*order, e]) for e in trial.ranks.share(may_go)]
+        costs = dict(zip(may_go, trial.ranks.merged(mine), strict=True))
         order.append(min(costs, key=lambda e: costs[e]))
-        index_TK, weight_TK = mixture.routed(trial.x_TH, order)
-        now_TD = trial.mixed(everyone_T, index_TK, weight_TK)
+        if search:
+            search.remove(order)
     return order
 
 
-def _routes_tokens_alone(trial: Trial, index_TK: Tensor, weight_TK: Tensor) -> bool:
-    """True if tokens that are not sent to an expert do not notice that it is gone; a softmax over all experts does."""
-    if trial.mixture.groups > 1:
-        return False
-    others_T = ~(index_TK == 0).any(1)
-    index_NK, weight_NK = trial.mixture.routed(trial.x_TH[others_T], [0])
-    return torch.equal(index_NK, index_TK[others_T]) and torch.allclose(weight_NK, weight_TK[others_T])
+class _Search:
+    """A mixture without the experts that are gone so far, and what it would lose if one more went.
+
+    A token that is not sent to that one keeps its experts. Their weights stay, or grow alike where a softmax goes over all experts:
+    by a factor c its output y becomes c y, and the error |y - d|^2 grows by 2 (c - 1) (y - d)'y + (c - 1)^2 |y|^2. So only those
+    are mixed again that are sent elsewhere.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.everyone_T = trial, torch.arange(len(trial.x_TH))
+        trial.ask_all()
+        # the router multiplies the same tokens for every set
+        self.known_TE = trial.mixture.product(trial.x_TH)
+        self.remove([])
+        self.alone = self._routes_tokens_alone()
+
+    def _routed(self, tokens_N: Tensor, gone: Sequence[int]) -> tuple[Tensor, Tensor]:
+        known_NE = None if self.known_TE is None else self.known_TE[tokens_N]
+        return self.trial.mixture.routed(self.trial.x_TH[tokens_N], gone, known_NE)
+
+    def _routes_tokens_alone(self) -> bool:
+        """True if tokens that are not sent to an expert do not notice that it is gone; a softmax over all experts does."""
+        if self.trial.mixture.groups > 1:
+            return False
+        others_N = (~(self.index_TK == 0).any(1)).nonzero()[:, 0]
+        index_NK, weight_NK = self._routed(others_N, [0])
+        return torch.equal(index_NK, self.index_TK[others_N]) and torch.allclose(weight_NK, self.weight_TK[others_N])
+
+    def remove(self, gone: Sequence[int]) -> None:
+        """Let these be all that are gone."""
+        trial, self.gone = self.trial, list(gone)
+        self.index_TK, self.weight_TK = self._routed(self.everyone_T, self.gone)
+        now_TD = trial.mixed(self.everyone_T, self.index_TK, self.weight_TK)
+        apart_TD = now_TD - trial.dense_TD
+        self.before_T = apart_TD.square().sum(1)
+        self.along_T, self.square_T = (apart_TD * now_TD).sum(1), now_TD.square().sum(1)
+
+    def loss_without(self, e: int) -> float:
+        """The summed squared change of the outputs if e went, too."""
+        trial, after_T = self.trial, self.before_T.clone()
+        tokens_N = (self.index_TK == e).any(1).nonzero()[:, 0] if self.alone else self.everyone_T
+        if len(tokens_N):
+            index_NK, weight_NK = self._routed(tokens_N, [*self.gone, e])
+            factor_NK = weight_NK / self.weight_TK[tokens_N]
+            factor_N = factor_NK[:, 0]
+            stays_N = (index_NK == self.index_TK[tokens_N]).all(1) & factor_N.isfinite()
+            stays_N &= ((factor_NK - factor_N[:, None]).abs() <= _ALIKE * factor_N[:, None]).all(1)
+            more_N = factor_N - 1
+            grown_N = more_N * (2 * self.along_T[tokens_N] + more_N * self.square_T[tokens_N])
+            after_T[tokens_N] += grown_N.where(stays_N, torch.zeros(()))
+            sent_N = (~stays_N).nonzero()[:, 0]
+            moved_N = tokens_N[sent_N]
+            moved_ND = trial.mixed(moved_N, index_NK[sent_N], weight_NK[sent_N])
+            after_T[moved_N] = (moved_ND - trial.dense_TD[moved_N]).square().sum(1)
+        return float(after_T.sum())
 
 
 def saliency(trial: Trial) -> Tensor:
@@ -229,6 +277,8 @@ CRITERIA: dict[str, Row] = {
 
 
 def removal(trial: Trial, criterion: str, count: int) -> tuple[list[int], list[float]]:
-    """The order in which a criterion removes experts, and the loss after each; merging and refitting are not in it."""
+    """The order in which a criterion removes experts, and the loss after each; merging and refitting are not in it. All ranks find
+    the same.
+    """
     order = CRITERIA[criterion].order(trial, count)
     return order, [trial.loss(order[: n + 1]) for n in range(count)]

@@ -62,13 +62,13 @@ class Mixture:
         found: Tensor = (out[0] if isinstance(out, tuple) else out).reshape(x_TH.shape)
         return found.float()
 
-    def routed(self, x_TH: Tensor, gone: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def routed(self, x_TH: Tensor, gone: Sequence[int] = (), known_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts chosen for each token, [T, K], and their weights, if those of `gone` are never chosen.
 
-        Raises Otherwise if the experts are not called with tokens, choices and weights, ValueError if they are not chosen by the
-        tokens' hidden states alone.
+        known_TE: the router's products for these tokens, as product() gave them; None to multiply. Raises Otherwise if the experts
+        are not called with tokens, choices and weights, ValueError if they are not chosen by the tokens' hidden states alone.
         """
-        with never([self], gone):
+        with never([self], gone, known_TE):
             return self._chosen(x_TH, {})
 
     def routed_by(self, x_TH: Tensor, rows_EH: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,12 +150,17 @@ class Mixture:
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """The router's logits, [T, E]."""
+        found = self.product(x_TH)
+        if found is None:
+            raise ValueError("its router does not multiply with F.linear")
+        return found.float()
+
+    def product(self, x_TH: Tensor) -> Tensor | None:
+        """The router's logits in the dtype that it multiplies in, [T, E]; None if it does not multiply once with F.linear."""
         seen = _Logits([self.rows_EH], [])
         with seen:
             self.routed(x_TH)
-        if not seen.found:
-            raise ValueError("its router does not multiply with F.linear")
-        return seen.found[0].reshape(len(x_TH), -1).float()
+        return seen.found[0].reshape(len(x_TH), -1) if len(seen.found) == 1 else None
 
     def send_to(self, active: int) -> None:
         """Let the router send every token to so many experts. Raises ValueError if no number that it states is this one."""
@@ -243,9 +248,12 @@ def _axis(tensor: Tensor, experts: int) -> int | None:
 
 
 @contextmanager
-def never(mixtures: Sequence[Mixture], gone: Sequence[int]) -> Iterator[None]:
-    """A context in which mixtures choose some experts never: their logits are -inf, and so are the biases they are chosen by."""
-    if not gone:
+def never(mixtures: Sequence[Mixture], gone: Sequence[int], known_TE: Tensor | None = None) -> Iterator[None]:
+    """A context in which mixtures choose some experts never: their logits are -inf, and so are the biases they are chosen by.
+
+    known_TE: logits that are taken in place of a product; of one mixture.
+    """
+    if not gone and known_TE is None:
         yield
         return
     biases = [
@@ -258,7 +266,7 @@ def never(mixtures: Sequence[Mixture], gone: Sequence[int]) -> Iterator[None]:
     try:
         for tensor, _ in biases:
             tensor.detach().reshape(-1)[list(gone)] = -torch.inf
-        with _Logits([m.rows_EH for m in mixtures], gone):
+        with _Logits([m.rows_EH for m in mixtures], gone, known_TE):
             yield
     finally:
         for tensor, before in biases:
@@ -267,18 +275,23 @@ def never(mixtures: Sequence[Mixture], gone: Sequence[int]) -> Iterator[None]:
 
 class _Logits(TorchFunctionMode):
     """Sees the logits, and sets some to -inf, where F.linear multiplies with a router's matrix, or with a copy of it in another
-    dtype.
+    dtype. known_TE: what such a product gives; None to multiply.
     """
 
-    def __init__(self, weights: Sequence[Any], gone: Sequence[int]) -> None:
+    def __init__(self, weights: Sequence[Any], gone: Sequence[int], known_TE: Tensor | None = None) -> None:
         super().__init__()
+        self.known_TE = known_TE
         # the tensors themselves, lest another one gets the id of a copy that is gone
         self.weights, self.gone = {id(weight): weight for weight in weights}, list(gone)
         self.found: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and len(args) > 1 and id(args[1]) in self.weights:
+        routes = func is nn.functional.linear and len(args) > 1 and id(args[1]) in self.weights
+        if routes and self.known_TE is not None:
+            out = self.known_TE.reshape(*args[0].shape[:-1], -1)
+        else:
+            out = func(*args, **(kwargs or {}))
+        if routes:
             out = out.clone()
             out[..., self.gone] = -torch.inf
             self.found.append(out)
