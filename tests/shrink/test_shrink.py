@@ -11,10 +11,11 @@ from plans import asked, changed
 
 from secateurs.base.errors import OutputError, PlanError
 from secateurs.base.files import write_json
+from secateurs.base.progress import silent
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.shrink import cutting, estimates, latency, losses, shapes, units
 from secateurs.shrink.cuts import cuts_of
-from secateurs.shrink.job import Dense
+from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 
@@ -112,6 +113,17 @@ def test_estimates_are_put_right_between_and_beyond_what_was_measured():
     assert lost.of({"mlp": 1}, 1) == 0.5 + 1.5
     assert lost.of({"mlp": 3}, 1) == 0.5 + 5.5
     assert Losses(lost.curves, [], []).of({"mlp": 1}, 0) == 2.0
+
+
+def test_estimates_are_corrected_by_cuts_that_load(tmp_path, words):
+    """Of 4 x 2 heads 3 x 2 are refused, since 64 is no multiple of 6."""
+    sizes = {**tiny.TINY["llama"][1], "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    chosen = plan(tmp_path, words)
+    dense = Dense.of(chosen, tiny.random("LlamaForCausalLM", "llama", sizes))
+    job = Job(chosen, dense, tmp_path, silent)
+    assert estimates._parts(job, "heads", 3) == [2]
+    assert estimates._parts(job, "mlp", 48) == [16, 32]
+    assert estimates._parts(job, "mlp", 20) == [16, 20]
 
 
 def test_a_larger_cut_is_never_estimated_below_a_smaller_one():

@@ -10,6 +10,7 @@ import torch
 from test_shrink import plan
 
 from secateurs import Stats
+from secateurs.model.batches import batched
 from secateurs.shrink import width
 from secateurs.shrink.cuts import cuts_of
 from secateurs.shrink.run import shrink
@@ -48,7 +49,7 @@ def test_channels_that_nobody_writes_can_go(model_type):
     expected = logits(model)
     before = cuts.shape
     count = sum(p.numel() for p in model.parameters())
-    found = width.readers(model, stream, WINDOWS, {}, lambda: None)
+    found = width.readers(model, stream, batched(WINDOWS), {}, lambda: None)
     # they go first, because nothing is lost
     order, losses = width.removal(found, 4, 1e-4)
     assert set(order.tolist()) == set(gone.tolist())
@@ -69,7 +70,7 @@ def test_refit_brings_the_readers_nearer():
     found = {}
     for refit in (True, False):
         model = tiny.make("llama").eval()
-        reading = width.readers(model, stream, WINDOWS, {}, lambda: None)
+        reading = width.readers(model, stream, batched(WINDOWS), {}, lambda: None)
         removed, _ = width.removal(reading, 6, 1e-3)
         width.cut(model, reading, removed, 1e-3, refit)
         got = logits(model).log_softmax(-1)

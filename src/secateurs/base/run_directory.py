@@ -17,6 +17,9 @@ from secateurs.base.processes import ALONE, Ranks
 # of report.json
 REPORT_FORMAT = 1
 
+# files of a run that has made nothing
+_BEGUN = {"plan.json", "lock", "ranks", "read.json", "parts.json"}
+
 # that the ranks of a run may take to end when one of them was killed
 _LAST_SECONDS = 30.0
 
@@ -212,7 +215,7 @@ def locked(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     except BlockingIOError:
         raise OutputError(f"another secateurs is at work in {run}; wait for it or choose another folder") from None
     except SecateursError:
-        if {file.name for file in run.rglob("*") if file.is_file()} <= {"plan.json", "lock", "ranks", "read.json"}:
+        if {file.name for file in run.rglob("*") if file.is_file()} <= _BEGUN:
             shutil.rmtree(run, ignore_errors=True)
         raise
     finally:

@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "methods": (look.methods, SEE),
 }
 # what several processes of a torchrun do together
-TOGETHER = ("prune", "recover")
+TOGETHER = ("prune", "shrink", "recover")
 for _name, (_function, _panel) in COMMANDS.items():
     app.command(_name, rich_help_panel=_panel)(_function)
 app.add_typer(lab.app, name="lab", rich_help_panel=SEE)

@@ -68,10 +68,12 @@ def shrink(
     tasks_limit: options.TasksLimit = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Remove neurons, heads and blocks until a budget is met: a smaller dense model that any tool loads.
+    """Remove neurons, heads and blocks until a budget is met: a smaller dense model that any tool loads. Alone, or in several
+    processes under torchrun.
 
     Example: secateurs shrink MODEL --budget latency=0.8x --out runs/smaller
     """
+    from secateurs.base.processes import is_first
     from secateurs.report.run_tables import print_shrunk
     from secateurs.shrink.plan import ShrinkPlan
     from secateurs.shrink.run import shrink as run
@@ -89,8 +91,11 @@ def shrink(
         evaluation=options.evaluation_of(eval_text, eval_windows, eval_seqlen, gate, tasks, tasks_path, tasks_limit),
         **options.given(**values),
     )
-    with on_cpu(quiet, as_json, model) as progress:
+    first = is_first()
+    with on_cpu(quiet or not first, as_json, model) as progress:
         report = run(plan, out.expanduser(), progress)
+    if not first:
+        return
     if as_json:
         print_json(report)
     elif not quiet:

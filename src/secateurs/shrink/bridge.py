@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from secateurs.base.processes import Ranks
 from secateurs.model.layers import Layer
 from secateurs.model.walk import Step
 
@@ -24,16 +25,17 @@ def bridge(step: Step, layer: Layer, wanted: Callable[[int], Tensor], damping: f
     """Fit a layer's weight, in place, to do what the removed blocks did; return how much of it is still missing.
 
     wanted: for a batch, what the removed blocks make of what leaves the block now. The result is the squared distance on held-out
-    windows, as a fraction of the one before the fit; None if it did not fall, and the weight is then unchanged. Raises ValueError
-    if the Gram matrix is singular.
+    windows, as a fraction of the one before the fit; None if it did not fall, and the weight is then unchanged. Of several ranks
+    each passes over its batches, and the first one solves. Raises ValueError if the Gram matrix is singular.
     """
     seen: list[Tensor] = []
-    inputs = layer.shape[1]
-    gram_II = torch.zeros(inputs, inputs)
-    cross_OI = torch.zeros(layer.shape)
-    held: list[tuple[int, Tensor]] = []
-    total = sum(step.windows)
-    done = 0
+    inputs, ranks = layer.shape[1], step.ranks
+    # in fp64, so that it does not matter who adds in which order
+    gram_II = torch.zeros(inputs, inputs, dtype=torch.float64)
+    cross_OI = torch.zeros(layer.shape, dtype=torch.float64)
+    held: list[Tensor] = []
+    every = ranks.merged(step.windows)
+    total = sum(every)
     hook = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
         with step.evaluating():
@@ -41,42 +43,49 @@ def bridge(step: Step, layer: Layer, wanted: Callable[[int], Tensor], damping: f
                 seen.clear()
                 x = step.inputs(batch)
                 left = step.call(x, batch)
-                number = torch.arange(done, done + windows)
-                done += windows
+                number = torch.arange(windows) + sum(every[: ranks.number(batch)])
                 out = (number % _HELD == _HELD - 1) | ((number == total - 1) & (total < _HELD))
                 # OPT flattens windows and tokens
                 a_TI = seen[0].reshape(windows, -1, inputs)[~out].flatten(0, 1).float()
                 d_TO = (wanted(batch).float() - left.float())[~out].reshape(-1, layer.shape[0])
-                gram_II.addmm_(a_TI.T, a_TI)
-                cross_OI.addmm_(d_TO.T, a_TI)
-                if out.any():
-                    held.append((batch, out))
+                gram_II += a_TI.T @ a_TI
+                cross_OI += d_TO.T @ a_TI
+                held.append(out)
     finally:
         hook.remove()
-    mean = gram_II.diagonal().mean()
+    ranks.sum(gram_II, to=0)
+    ranks.sum(cross_OI, to=0)
+    mean = ranks.tell(float(gram_II.diagonal().mean()))
     if not mean > 0:
         # there is one window, and it is held out
         return None
-    gram_II.diagonal().add_(damping * mean)
-    lower_II, failed = torch.linalg.cholesky_ex(gram_II.double())
-    if failed:
-        raise ValueError(f"the Gram matrix of its inputs is singular at damping {damping:g}; raise --damping")
-    change_OI = torch.cholesky_solve(cross_OI.double().T, lower_II).T.float()
     weight_OI = layer.read().clone()
-    before = _distance(step, wanted, held)
-    layer.write((weight_OI.float() + change_OI).to(weight_OI.dtype))
-    after = _distance(step, wanted, held)
+    new_OI = weight_OI.contiguous().clone()
+    if ranks.first:
+        gram_II.diagonal().add_(damping * mean)
+        lower_II, failed = torch.linalg.cholesky_ex(gram_II)
+        if failed:
+            raise ValueError(f"the Gram matrix of its inputs is singular at damping {damping:g}; raise --damping")
+        change_OI = torch.cholesky_solve(cross_OI.T, lower_II).T.float()
+        new_OI.copy_(weight_OI.float() + change_OI)
+    ranks.hand_out(new_OI, owner=0)
+    before = _distance(step, wanted, held, ranks)
+    layer.write(new_OI)
+    after = _distance(step, wanted, held, ranks)
     if not after < before:
         layer.write(weight_OI)
         return None
     return after / before
 
 
-def _distance(step: Step, wanted: Callable[[int], Tensor], held: Sequence[tuple[int, Tensor]]) -> float:
-    """The squared distance between the block's output and the wanted one, on held-out windows."""
-    total = 0.0
+def _distance(step: Step, wanted: Callable[[int], Tensor], held: Sequence[Tensor], ranks: Ranks) -> float:
+    """The squared distance between the block's output and the wanted one, on the held-out windows of all batches."""
+    found = []
     with step.evaluating():
-        for batch, out in held:
-            left = step.call(step.inputs(batch), batch)[out]
-            total += float((wanted(batch)[out].float() - left.float()).square().sum())
-    return total
+        for batch, out in enumerate(held):
+            found.append(0.0)
+            if out.any():
+                left = step.call(step.inputs(batch), batch)[out]
+                found[-1] = float((wanted(batch)[out].float() - left.float()).square().sum())
+    # added in one order, whoever has found them
+    return sum(ranks.merged(found))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.solvers import DAMPING
 from secateurs.matrix.stats import Stats
 
@@ -77,16 +78,22 @@ def obs(
 
 def removal(
     sides: Iterable[Side], count: int, damping: float = DAMPING, at_once: int = 1, parents_G: Tensor | None = None,
-    folder: Path | None = None,
+    folder: Path | None = None, ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The order in which OBS removes groups, [count], and the loss after each, [count], summed over sides.
 
     With P = H^-1, removing g costs tr(W_g P_gg^-1 W_g') exactly; then W -= W_g P_gg^-1 P_g and P -= P_g' P_gg^-1 P_g.
     at_once: how many of the cheapest groups go before costs are computed again; their joint loss is exact, and divided evenly.
-    folder: where the matrices of each side lie between rounds, so that one side's are in memory; None for all in memory.
+    folder: where the matrices of each side lie between rounds, so that one side's are in memory; None for all in memory. ranks:
+    those that share the sides, of which each gives its own.
     """
-    surgeons = [_Surgeon(side, damping, None if folder is None else folder / str(i)) for i, side in enumerate(sides)]
-    parents_G = torch.zeros(len(surgeons[0].groups_GC), dtype=torch.long) if parents_G is None else parents_G
+    surgeons = [
+        _Surgeon(side, damping, None if folder is None else folder / str(ranks.number(i)))
+        for i, side in enumerate(sides)
+    ]
+    # costs are kept on the CPU, whatever the device of the sides
+    cost_SG = torch.stack(ranks.merged([surgeon.costs().cpu() for surgeon in surgeons]))
+    parents_G = torch.zeros(cost_SG.shape[1], dtype=torch.long) if parents_G is None else parents_G
     families = int(parents_G.max()) + 1
     left = torch.ones(len(parents_G), dtype=torch.bool)
     gone_P = torch.zeros(families, dtype=torch.long)
@@ -96,10 +103,10 @@ def removal(
     while len(removed) < count:
         # parents take turns: a second group goes when every parent has lost its first
         may_G = left if families == 1 else left & (gone_P == len(removed) // families)[parents_G]
-        # the order is kept on the CPU, whatever the device of the sides
-        cost_G = torch.stack([surgeon.costs() for surgeon in surgeons]).sum(0).cpu().masked_fill_(~may_G, torch.inf)
+        cost_G = cost_SG.sum(0).masked_fill_(~may_G, torch.inf)
         chosen = cost_G.argsort(stable=True)[: min(at_once if families == 1 else 1, count - len(removed))]
-        together = sum(surgeon.remove(chosen) for surgeon in surgeons)
+        done = ranks.merged([(surgeon.remove(chosen), surgeon.costs().cpu()) for surgeon in surgeons])
+        together, cost_SG = sum(cost for cost, _ in done), torch.stack([cost_G for _, cost_G in done])
         left[chosen] = False
         gone_P[parents_G[chosen]] += 1
         removed += chosen.tolist()

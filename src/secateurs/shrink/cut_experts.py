@@ -3,6 +3,7 @@ inputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,22 +43,28 @@ def cut(
     if x_TH is None:
         return None
     with step.evaluating():
-        mixture = Mixture(step.block, fused)
-        wanted_TH = mixture(x_TH)
-        trial = experts.trial_of(mixture, x_TH, weight_H)
+        mixture, ranks = Mixture(step.block, fused), step.ranks
+        trial = experts.trial_of(mixture, x_TH, weight_H, ranks)
         summed = not isinstance(trial, experts.Whole)
+        wanted_TH = mixture(x_TH) if how.refit and summed and ranks.first else None
         found: dict[str, Any] = {"tokens": experts.tokens_of(mixture, x_TH).tolist() if summed else []}
         if how.active is not None:
             mixture.send_to(how.active)
-        removed, losses = experts.removal(trial, how.criterion, how.gone)
-        if CRITERIA[how.criterion].merges and removed:
-            found["merged"] = merging.merge(trial, removed, couplings())
-        mixture.cut(removed)
-        found |= {"removed": sorted(removed), "loss": losses[-1] if losses else 0.0}
+        row = CRITERIA[how.criterion]
+        removed = row.order(trial, how.gone)
+        found |= {"removed": sorted(removed), "loss": trial.loss(removed) if removed else 0.0}
+        # what follows goes from expert to expert, so it is the first rank's, with the threads of all
+        with ranks.all_threads() if ranks.first else nullcontext():
+            if row.merges and removed and ranks.first:
+                found["merged"] = merging.merge(trial, removed, couplings())
+            mixture.cut(removed)
+            if wanted_TH is not None:
+                found["refit"] = asdict(refit_experts.refit(mixture, x_TH, wanted_TH, weight_H, how.damping))
+            found = ranks.tell(found)
         if how.refit and not summed:
             found["refit"] = "left out: its experts do not give the weighted sum of what each gives alone"
-        elif how.refit:
-            found["refit"] = asdict(refit_experts.refit(mixture, x_TH, wanted_TH, weight_H, how.damping))
+        for parameter in mixture.parent.parameters():
+            ranks.hand_out(parameter.detach(), owner=0)
     return found
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from secateurs.base.errors import PlanError, said
 from secateurs.base.progress import quiet
 from secateurs.matrix.solvers import DAMPING
-from secateurs.model.batches import embeddings_of, text_config
+from secateurs.model.batches import batched, embeddings_of, text_config
 from secateurs.model.blocks import inside
 from secateurs.model.coupling import Coupling
 from secateurs.model.couplings import couplings_of
@@ -315,7 +315,7 @@ class Cuts:
         try:
             # it is a copy of a model whose layout is known
             assume(smaller, self._layout)
-            reading = width.readers(smaller, found, windows, {}, lambda: None)
+            reading = width.readers(smaller, found, batched(windows), {}, lambda: None)
             width.cut(smaller, reading, gone, DAMPING, refit=False)
         # a class may raise anything for modules that are not what was taken for granted
         except Exception as error:

@@ -3,6 +3,8 @@
 The blocks that stay are walked in order; each is cut on the outputs of the cut blocks before it and written as a shard of the
 folder. Channels of the residual stream are removed last, in two more walks. A kill loses one block: records, the place and the
 inputs of the next block are in the work folder.
+
+Ranks share the windows; each kind of units in a block is cut by one of them, which tells the others.
 """
 
 import dataclasses
@@ -15,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.base.device import return_memory
 from secateurs.base.errors import LayerError
 from secateurs.base.files import write_json
+from secateurs.base.processes import ALONE
 from secateurs.base.progress import ticker
 from secateurs.base.seed import seed_of
 from secateurs.matrix.solvers import relative_error
 from secateurs.matrix.stats import Stats
 from secateurs.model.activations import OnDisk, note_place, read_place
-from secateurs.model.batches import batched
 from secateurs.model.blocks import caller
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.coupling import Coupling
@@ -51,17 +53,30 @@ def shaped(
     """Write the dense model, cut to a shape on calibration windows [N, S], as a model folder. Returns a record of each block.
 
     kept_layers: the places of the blocks that stay. sensitive: as estimates.estimate() found it. label: names the stage in the
-    progress display. hurry: choose units less carefully, for a model of which only the loss is wanted.
+    progress display. hurry: choose units less carefully, for a model of which only the loss is wanted. With fewer batches
+    than ranks the first one does it alone.
     """
     hidden = job.dense.shape.hidden
     wide = replace(shape, hidden=hidden)
     narrows = shape.hidden != hidden
     first = job.work / "wide" if narrows else folder
-    records = _Blocks(job, windows, wide, kept_layers, sensitive, hurry).cut(label, first)
-    if narrows:
-        # the wide model stays in work/ until the run is done: one that goes on narrows it again
-        _narrow(job, windows, sensitive, kept_layers, shape, first, folder)
-    return records
+
+    def cut(job: Job) -> None:
+        _Blocks(job, windows, wide, kept_layers, sensitive, hurry).cut(label, first)
+        if narrows:
+            # the wide model stays in work/ until the run is done: one that goes on narrows it again
+            _narrow(job, windows, sensitive, kept_layers, shape, first, folder)
+
+    if len(job.batches(windows)) < job.ranks.size:
+        job.ranks.alone(lambda: cut(replace(job, ranks=ALONE)))
+    else:
+        cut(job)
+    return [json.loads(_record(job, was).read_text()) for was in kept_layers]
+
+
+def _record(job: Job, was: int) -> Path:
+    """The file of what was done to a block."""
+    return job.work / f"block-{was:04d}.json"
 
 
 def _describe(job: Job, source: Checkpoint, folder: Path, shape: Shape, kept_layers: Sequence[int]) -> None:
@@ -85,7 +100,8 @@ class _Blocks:
         self.shape, self.kept_layers, self.hurry = shape, kept_layers, hurry
         self.source, self.model = job.dense.open()
         self.sensitive = dict(sensitive)
-        self.batches = batched(windows)
+        self.ranks = job.ranks
+        self.batches = job.ranks.share(job.batches(windows))
         self.path = self.cuts.path
         self.place = {was: index for index, was in enumerate(kept_layers)}
         self.like = self._like()
@@ -100,37 +116,38 @@ class _Blocks:
         )
         self.kinds = [k for k, count in self.todo.items() if count or (k == "experts" and active is not None)]
         # the removed blocks on what enters the dense block, and on what leaves the cut one
-        self.target, self.wanted = (OnDisk(job.work / name) for name in ("target", "wanted"))
+        self.target, self.wanted = (OnDisk(job.work / name, job.ranks) for name in ("target", "wanted"))
 
-    def cut(self, label: str, folder: Path) -> list[dict[str, Any]]:
-        """Write a folder with the blocks that are left, each cut. Returns their records."""
-        work, place = self.job.work, self.job.work / "place.json"
+    def cut(self, label: str, folder: Path) -> None:
+        """Write a folder with the blocks that are left, each cut, and their records."""
+        work, place, ranks = self.job.work, self.job.work / "place.json", self.ranks
         batches = self.batches if self.kinds or self.bridged else []
         output = Output(folder, self.like, self.path, len(self.kept_layers))
-        start = read_place(place)
+        start = ranks.tell(read_place(place))
         passes = 2 * sum(was >= start for was in self.kept_layers) - 1
         tick = ticker(self.job.progress, label, passes * len(batches))
         if self.bridged and start < self.dense.layers:
             self.call = caller(self.model, batches, self.source)
-        store = OnDisk(work / "activations")
-        walk = stream(self.model, batches, self.source, store, start, tick=tick, only=self.kept_layers)
+        store = OnDisk(work / "activations", ranks)
+        walk = stream(self.model, batches, self.source, store, start, tick=tick, ranks=ranks, only=self.kept_layers)
         for step in walk:
-            note_place(place, step.index)
+            note_place(place, step.index, ranks)
             record = self._cut_block(step)
-            output.write_block(self.place[step.index], step.block, self.model)
-            write_json(self._record(step.index), record)
+            if ranks.first:
+                output.write_block(self.place[step.index], step.block, self.model)
+                write_json(_record(self.job, step.index), record)
             # the next block must not meet this one's tensors
             return_memory()
-        note_place(place, self.dense.layers)
-        self.source.load_outside(self.model)
-        output.finish(self.model)
-        self.source.release(self.model)
-        _describe(self.job, self.source, folder, self.shape, self.kept_layers)
-        shutil.rmtree(store.folder, ignore_errors=True)
-        return [json.loads(self._record(was).read_text()) for was in self.kept_layers]
+        note_place(place, self.dense.layers, ranks)
 
-    def _record(self, was: int) -> Path:
-        return self.job.work / f"block-{was:04d}.json"
+        def finish() -> None:
+            self.source.load_outside(self.model)
+            output.finish(self.model)
+            self.source.release(self.model)
+            _describe(self.job, self.source, folder, self.shape, self.kept_layers)
+            shutil.rmtree(store.folder, ignore_errors=True)
+
+        ranks.alone(finish)
 
     def _like(self) -> Any:
         """A model of this shape without weights; its blocks run attention and experts as the dense one's do."""
@@ -183,16 +200,32 @@ class _Blocks:
         stats = step.observe(list(consumers.values()), gram=True) if of_columns else {}
         if "experts" in self.kinds:
             found |= self._cut_experts(step)
-        for kind in of_columns:
-            here = self._units(kind, step, now)
-            name = here.consumer.name
-            done = self._remove(step.block, here, stats[name])
-            found[kind] = {"removed": done.removed, "error": done.error}
-            # the next kind of units may be columns of the same consumer
-            stats[name] = stats[name].reordered(done.kept_K)
-            if f"taylor {name}" in self.sensitive:
-                self.sensitive[f"taylor {name}"] = self.sensitive[f"taylor {name}"][:, done.kept_K]
-            now = replace(now, **{kind: self.shape.steps(kind)})
+        while of_columns:
+            # one kind of each consumer: these are found at the same time, each by the consumer's owner
+            first_of: dict[str, str] = {}
+            for kind in of_columns:
+                first_of.setdefault(self._units(kind, step, now).consumer.name, kind)
+            mine = {
+                kind: self._solve(self._units(kind, step, now), stats[name])
+                for name, kind in first_of.items()
+                if step.mine([consumers[name]])
+            }
+            facts = {kind: (done.removed, done.error) for kind, done in mine.items()}
+            told = {kind: fact for theirs in self.ranks.gather(facts) for kind, fact in theirs.items()}
+            for name, kind in first_of.items():
+                here, (removed, error) = self._units(kind, step, now), told[kind]
+                layer, kept_K = here.consumer, columns.kept_columns(here.groups_GC, removed)
+                empty_OK = torch.empty(layer.shape[0], len(kept_K), dtype=layer.parameter.dtype)
+                new_OK = mine[kind].new_OK if kind in mine else empty_OK
+                self.ranks.hand_out(new_OK, step.owner(layer))
+                units.cut(step.block, here, torch.tensor(removed), new_OK)
+                found[kind] = {"removed": sorted(removed), "error": error}
+                # the next kind of units may be columns of the same consumer
+                stats[name] = stats[name].reordered(kept_K)
+                if f"taylor {name}" in self.sensitive:
+                    self.sensitive[f"taylor {name}"] = self.sensitive[f"taylor {name}"][:, kept_K]
+                now = replace(now, **{kind: self.shape.steps(kind)})
+                of_columns.remove(kind)
         if self.kinds:
             # let its modules state what those of a model of its shape do
             units.tell(step.block, self.like.get_submodule(f"{self.path}.{self.place[step.index]}"))
@@ -212,8 +245,8 @@ class _Blocks:
     def _units(self, kind: str, step: Step, now: Shape) -> units.Units:
         return self.cuts.units(kind, step.block, step.name, now)
 
-    def _remove(self, block: nn.Module, found: units.Units, stats: Stats) -> "_Removed":
-        """Cut units out of a block, in place."""
+    def _solve(self, found: units.Units, stats: Stats) -> "_Solved":
+        """Choose the units of a block that go, and refit the others."""
         plan, layer = self.plan, found.consumer
         at_once = losses.at_once(len(found.groups_GC)) if self.hurry else 1
         count = self.todo[found.kind] * (1 if found.parents_G is None else int(found.parents_G.max()) + 1)
@@ -227,11 +260,11 @@ class _Blocks:
             new_OK = columns.refit(weight_OI, stats, kept_K, plan.damping) if plan.refit else weight_OI[:, kept_K]
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from None
-        whole_OI = torch.zeros_like(weight_OI)
         # as it will be written
-        whole_OI[:, kept_K] = new_OK.to(layer.parameter.dtype).float()
-        units.cut(block, found, removed, new_OK)
-        return _Removed(sorted(removed.tolist()), kept_K, relative_error(weight_OI, whole_OI, stats))
+        written_OK = new_OK.to(layer.parameter.dtype).contiguous()
+        whole_OI = torch.zeros_like(weight_OI)
+        whole_OI[:, kept_K] = written_OK.float()
+        return _Solved(removed.tolist(), relative_error(weight_OI, whole_OI, stats), written_OK)
 
     def _bridge(self, step: Step) -> float | None:
         """Fit the block's last matrix to what the removed blocks did: bridge() of it."""
@@ -244,24 +277,25 @@ class _Blocks:
 
     def _reconstruct(self, step: Step) -> dict[str, Any]:
         """Tune the block towards the outputs of the dense block and the removed ones after it, on the same inputs."""
+        ranks = self.ranks
         with step.evaluating():
             found = reconstruct(
                 [Moving.of(p) for p in step.block.parameters()],
-                lambda batch, part: step.call(step.inputs(batch)[part], batch, part),
-                lambda batch, part: self.target.read(0, batch)[part],
-                step.windows, _TUNING,
-                seed=seed_of(self.plan.calibration.seed, f"{self.path}.{self.place[step.index]}"),
+                lambda batch, part: step.call(step.inputs(ranks.local(batch))[part], ranks.local(batch), part),
+                lambda batch, part: self.target.read(0, ranks.local(batch))[part],
+                ranks.merged(step.windows), _TUNING,
+                seed=seed_of(self.plan.calibration.seed, f"{self.path}.{self.place[step.index]}"), ranks=ranks,
             )  # fmt: skip
         return dataclasses.asdict(found)
 
 
 @dataclass(frozen=True)
-class _Removed:
-    """Units that were cut, the consumer's columns that stay, and the relative error of its output."""
+class _Solved:
+    """Units that go, the relative error of the consumer's output, and its new weight."""
 
     removed: list[int]
-    kept_K: Tensor
     error: float
+    new_OK: Tensor
 
 
 def _narrow(
@@ -283,19 +317,31 @@ def _narrow(
         if layer.name in now and len(now[layer.name]) != layer.shape[0]:
             # which of its rows were cut is not known, so all count alike
             now[layer.name] = now[layer.name].mean().expand(layer.shape[0])
-    tick = ticker(job.progress, "cutting the residual width", len(kept_layers) * len(batched(windows)))
+    ranks = job.ranks
+    batches = ranks.share(job.batches(windows))
+    tick = ticker(job.progress, "cutting the residual width", len(kept_layers) * len(batches))
     output = Output(folder, cuts.skeleton(shape, kept_layers), cuts.path, len(kept_layers))
     try:
-        found = width.readers(model, cuts.stream, windows, now, tick, source, job.work / "readers")
-        removed, _ = width.removal(found, job.dense.shape.hidden - shape.hidden, plan.damping, job.work / "surgeons")
+        found = width.readers(model, cuts.stream, batches, now, tick, source, job.work / "readers", ranks)
+        count = job.dense.shape.hidden - shape.hidden
+        removed, _ = width.removal(found, count, plan.damping, job.work / "surgeons", ranks)
         cut = width.Cut(found, removed, plan.damping, plan.refit)
-        for step in stream(model, [], source):
-            cut.block(step.block, step.name)
-            output.write_block(step.index, step.block, model)
-        source.load_outside(model)
-        cut.outside(model)
+        # nothing passes from block to block, so each rank writes those that it cuts
+        for index in ranks.share(range(len(kept_layers))):
+            name = cuts.names[index]
+            block = model.get_submodule(name)
+            source.load(model, name)
+            cut.block(block, name)
+            output.write_block(index, block, model)
+            source.release(block)
     except ValueError as error:
         raise LayerError(f"residual width: {error}") from None
-    output.finish(model)
-    source.release(model)
-    _describe(job, Checkpoint(job.dense.folder), folder, shape, kept_layers)
+
+    def finish() -> None:
+        source.load_outside(model)
+        cut.outside(model)
+        output.finish(model)
+        source.release(model)
+        _describe(job, Checkpoint(job.dense.folder), folder, shape, kept_layers)
+
+    ranks.alone(finish)

@@ -4,11 +4,13 @@ losses.json and sensitivity.safetensors hold the estimates, made on the dense mo
 in one kind of unit, which correct the estimates where several kinds compete.
 """
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from secateurs.base.progress import ticker
 from secateurs.model.activations import OnDisk
 from secateurs.model.batches import batched, first_windows
 from secateurs.model.checkpoint import Checkpoint
-from secateurs.model.walk import stream
+from secateurs.model.layers import Layer
+from secateurs.model.walk import Step, stream
 from secateurs.prune.sensitivity import sensitivity
 from secateurs.quality.outputs import embedder
 from secateurs.shrink import cutting, losses, units, width
@@ -43,23 +46,25 @@ def estimate(job: Job, windows: Tensor) -> tuple[Losses, dict[str, Tensor]]:
 
     Sensitivities: {layer: E[g^2] of its outputs}, and {'taylor LAYER': losses.taylor()} for that criterion.
     """
-    file = job.work / "losses.json"
+    file, ranks = job.work / "losses.json", job.ranks
     sensitive = _sensitivities(job, windows)
     with _folder(job, "curves") as folder:
-        if not file.is_file():
+        if not ranks.tell(file.is_file()):
             plan = job.plan
             kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
             source, model = job.dense.open()
-            batches = batched(windows)
+            batches = ranks.share(job.batches(windows))
             tick = ticker(job.progress, "what units cost", job.dense.shape.layers * len(batches))
             found = losses.curves(
-                model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, plan.experts, source, folder
-            )
+                model, batches, job.dense.cuts, kinds, sensitive, plan.damping, tick, plan.experts, source, folder,
+                ranks,
+            )  # fmt: skip
             if "hidden" in plan.units:
                 found["hidden"] = [_of_channels(job, windows, sensitive)]
             order, after = _of_blocks(job, windows) if "layers" in plan.units else ([], [])
             active = 0.0 if plan.experts_per_token is None else _of_active(job, windows, plan.experts_per_token)
-            write_json(file, {"curves": found, "blocks": order, "after": after, "active": active})
+            every = {"curves": found, "blocks": order, "after": after, "active": active}
+            ranks.alone(lambda: write_json(file, every))
     return Losses(**json.loads(file.read_text())), sensitive
 
 
@@ -68,32 +73,33 @@ def _folder(job: Job, name: str) -> Iterator[Path]:
     """A folder of the job's work for one stage, deleted once that is done; also where a kill left it behind."""
     folder = job.work / name
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    job.ranks.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
     return_memory()
 
 
 def _sensitivities(job: Job, windows: Tensor) -> dict[str, Tensor]:
-    file, plan = job.work / "sensitivity.safetensors", job.plan
-    if not file.is_file():
+    file, plan, ranks = job.work / "sensitivity.safetensors", job.plan, job.ranks
+    if not ranks.tell(file.is_file()):
         source, model = job.dense.open()
         part = first_windows(batched(windows), _SENSITIVITY)
         blocks = job.dense.shape.layers
-        tick = ticker(job.progress, "measuring sensitivity", len(part) * (2 * blocks + 1))
+        tick = ticker(job.progress, "measuring sensitivity", len(ranks.share(part)) * (2 * blocks + 1))
         embed = embedder(job.subject) if job.subject else None
         with _folder(job, "gradients") as folder:
-            found = sensitivity(model, part, source, OnDisk(folder), plan.calibration.seed, tick, embed)[0]
+            store = OnDisk(folder, ranks)
+            found = sensitivity(model, part, source, store, plan.calibration.seed, tick, embed, ranks)[0]
         kinds = [kind for kind in units.IN_BLOCKS if kind in plan.units]
         if plan.criterion == "taylor" and kinds:
             few = _first(windows, _SENSITIVITY)
-            tick = ticker(job.progress, "taking gradients", len(few) * (2 * blocks + 1))
+            tick = ticker(job.progress, "taking gradients", len(ranks.share(list(few))) * (2 * blocks + 1))
             with _folder(job, "taylor") as folder:
-                found |= {
-                    f"taylor {n}": t
-                    for n, t in losses.taylor(
-                        model, few, lambda step: consumers_of(step, job.dense.cuts, kinds), tick, source, OnDisk(folder)
-                    ).items()
-                }
-        write_tensors(file, found or {"none": torch.zeros(1)})
+
+                def of(step: Step) -> Sequence[Layer]:
+                    return consumers_of(step, job.dense.cuts, kinds)
+
+                taken = losses.taylor(model, few, of, tick, source, OnDisk(folder, ranks), ranks)
+                found |= {f"taylor {name}": products for name, products in taken.items()}
+        ranks.alone(lambda: write_tensors(file, found or {"none": torch.zeros(1)}))
     stored: dict[str, Tensor] = load_file(file)
     return stored
 
@@ -101,11 +107,12 @@ def _sensitivities(job: Job, windows: Tensor) -> dict[str, Tensor]:
 def _of_channels(job: Job, windows: Tensor, sensitive: dict[str, Tensor]) -> list[float]:
     """The loss with 0, 1, 2, ... channels removed from the residual stream."""
     source, model = job.dense.open()
-    dense, damping = job.dense.shape, job.plan.damping
-    tick = ticker(job.progress, "what channels cost", dense.layers * len(batched(windows)))
+    dense, damping, ranks = job.dense.shape, job.plan.damping, job.ranks
+    batches = ranks.share(job.batches(windows))
+    tick = ticker(job.progress, "what channels cost", dense.layers * len(batches))
     with _folder(job, "channels") as folder:
-        reading = width.readers(model, job.dense.cuts.stream, windows, sensitive, tick, source, folder)
-        lost = width.removal(reading, losses.most(dense.hidden), damping, folder / "surgeons")[1]
+        reading = width.readers(model, job.dense.cuts.stream, batches, sensitive, tick, source, folder, ranks)
+        lost = width.removal(reading, losses.most(dense.hidden), damping, folder / "surgeons", ranks)[1]
     return [0.0, *lost.tolist()]
 
 
@@ -117,13 +124,15 @@ def _of_blocks(job: Job, windows: Tensor) -> tuple[list[int], list[float]]:
     tick = ticker(job.progress, "what blocks cost", layers * losses.walks(layers, count, influence))
     few = _first(windows[:, : min(windows.shape[1], 512)], _DEPTH)
     with _folder(job, "depth") as folder:
-        return losses.blocks(model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep, source, folder)
+        return losses.blocks(
+            model, few, count, tick, influence, job.subject, job.dense.cuts.may_keep, source, folder, job.ranks
+        )
 
 
 def _of_active(job: Job, windows: Tensor, active: int) -> float:
     """The loss if tokens are sent to so many experts, and nothing else is changed."""
     cuts = job.dense.cuts
-    above = losses.above(_pair(*job.dense.open()), _first(windows, _DEPTH), job.subject)
+    above = losses.above(_pair(*job.dense.open()), _first(windows, _DEPTH), job.subject, job.ranks)
     source, model = job.dense.open()
     # what a router states stays when its block is released
     for step in stream(model, [], source):
@@ -142,25 +151,24 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
 
     If the plan names one kind of unit, there is nothing to compare and nothing is measured.
     """
-    dense, work = job.dense.shape, job.work
+    dense, work, ranks = job.dense.shape, job.work, job.ranks
     if len(job.plan.units) == 1:
         return lost
     file = work / "truth.json"
-    truth: dict[str, list[list[float]]] = json.loads(file.read_text()) if file.is_file() else {}
+    truth: dict[str, list[list[float]]] = ranks.tell(json.loads(file.read_text()) if file.is_file() else {})
     held_out = _first(windows, _DEPTH)
     # the loss is measured on windows that the model was not fitted to, unless there are no others
     others = windows[len(held_out) :]
     fitting = _first(others, _TRUTH) if len(others) else windows
     cuts = []
     for kind, curves in lost.curves.items():
-        groups = job.dense.cuts.groups if kind == "experts" else 1
-        for number, gone in enumerate(_parts(dense.steps(kind), len(curves[0]) - 1, groups)):
+        for number, gone in enumerate(_parts(job, kind, len(curves[0]) - 1)):
             if number < len(truth.get(kind, ())):
                 # that of one that was killed before it removed it
-                shutil.rmtree(work / f"{kind}-{gone}", ignore_errors=True)
+                ranks.alone(functools.partial(shutil.rmtree, work / f"{kind}-{gone}", ignore_errors=True))
             else:
                 cuts.append((kind, gone))
-    above = losses.above(_pair(*job.dense.open()), held_out, job.subject) if cuts else None
+    above = losses.above(_pair(*job.dense.open()), held_out, job.subject, ranks) if cuts else None
     for kind, gone in cuts:
         assert above
         part = replace(job, work=work / f"{kind}-{gone}")
@@ -170,18 +178,26 @@ def corrected(job: Job, lost: Losses, windows: Tensor, sensitive: dict[str, Tens
         cutting.shaped(part, fitting, shape, range(dense.layers), sensitive, label, part.work / "model", hurry=True)
         left = Checkpoint(part.work / "model")
         truth.setdefault(kind, []).append([lost.at(shape, dense), above(_pair(left, left.skeleton()))])
-        write_json(file, truth)
-        shutil.rmtree(part.work, ignore_errors=True)
+        ranks.alone(functools.partial(write_json, file, truth))
+        ranks.alone(functools.partial(shutil.rmtree, part.work, ignore_errors=True))
         return_memory()
     return replace(lost, truth=truth)
 
 
-def _parts(steps: int, known: int, groups: int) -> list[int]:
-    """A quarter and a half of the units, as far as they may go: how many are cut to measure what that loses.
+def _parts(job: Job, kind: str, known: int) -> list[int]:
+    """How many units are cut to measure what that loses: a quarter and a half of them, or the nearest numbers that may go and of
+    which transformers loads the rest.
 
-    groups: as of Mixture; experts that are chosen among groups go from all of them.
+    known: how many may go. Experts that are chosen among groups go from all of them.
     """
-    return sorted({min(known, max(groups, steps // n // groups * groups)) for n in (4, 2)})
+    dense = job.dense.shape
+    steps, each = dense.steps(kind), job.dense.cuts.groups if kind == "experts" else 1
+    found = set()
+    for part in (steps // 4, steps // 2):
+        tries = sorted(range(each, known + 1, each), key=lambda gone: abs(gone - part))
+        loads = (n for n in tries if job.dense.not_loadable(replace(dense, **{kind: steps - n})) is None)
+        found |= set(islice(loads, 1))
+    return sorted(found)
 
 
 def _pair(source: Checkpoint, model: Any) -> losses.Pair:

@@ -6,8 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress, no_bars, quiet
 from secateurs.model import checkpoint
+from secateurs.model.batches import Batch, batched
 from secateurs.quality.outputs import Subject
 from secateurs.shrink import latency
 from secateurs.shrink.cuts import Cuts, cuts_of
@@ -94,7 +98,8 @@ class Dense:
 @dataclass(frozen=True)
 class Job:
     """A run of shrink. work: the folder of intermediate results, for a run that goes on after a kill. subject: what is measured
-    of a model that is no causal language model; None for one that is.
+    of a model that is no causal language model; None for one that is. ranks: those that share the work; parts: how many there were
+    when the run was begun.
     """
 
     plan: ShrinkPlan
@@ -102,6 +107,12 @@ class Job:
     work: Path
     progress: Progress
     subject: Subject | None = None
+    ranks: Ranks = ALONE
+    parts: int = 1
+
+    def batches(self, windows: Tensor) -> list[Batch]:
+        """Calibration windows as the batches of all ranks."""
+        return batched(windows, self.parts)
 
     @property
     def new(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from secateurs.base.files import write_json
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.model.activations import Activations, InMemory, OnDisk, note_place, read_place
 from secateurs.model.batches import Batch, batched
 from secateurs.model.blocks import AllLoaded, Loader, blocks_of, leave, pieces
@@ -94,25 +95,26 @@ class Losses:
 def curves(
     model: nn.Module, batches: Sequence[Batch], cuts: Cuts, kinds: Sequence[str], sensitivity: dict[str, Tensor],
     damping: float, tick: Tick, criterion: str = "loss", loader: Loader | None = None, folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Losses.curves of a dense model, for some kinds of units. sensitivity: {layer: E[g^2] of its outputs}.
 
     criterion: of experts. folder: where hidden states and the curves so far are kept, so that a killed walk goes on; None for in
-    memory.
+    memory. ranks: those that walk together, each with batches of its own; all return the same.
     """
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     shape = cuts.shape
     if not kinds:
         return found
     of_columns = [kind for kind in kinds if kind in COLUMNS]
-    store: Activations = InMemory() if folder is None else OnDisk(folder)
+    store: Activations = InMemory() if folder is None else OnDisk(folder, ranks)
     place = None if folder is None else folder / "place.json"
-    start = read_place(place)
+    start = ranks.tell(read_place(place))
     if start:
         assert place
-        found = json.loads(place.read_text())["curves"]
-    for step in stream(model, batches, loader, store, start, "dense", tick=tick):
-        note_place(place, step.index, curves=found)
+        found = ranks.tell(json.loads(place.read_text())["curves"])
+    for step in stream(model, batches, loader, store, start, "dense", tick=tick, ranks=ranks):
+        note_place(place, step.index, ranks, curves=found)
         here = [cuts.units(kind, step.block, step.name, shape) for kind in of_columns]
         if "experts" in kinds:
             found["experts"].append(
@@ -120,14 +122,17 @@ def curves(
             )
         # a pass is needed in any case: it makes the next block's inputs
         stats = step.observe([units.consumer for units in here] or step.layers[:1], gram=bool(here))
-        for units in here:
+        mine: dict[str, list[float]] = {}
+        for units in (units for units in here if step.mine([units.consumer])):
             weight_OI = weighted(units, sensitivity.get(units.consumer.name))
             each = len(units.groups_GC) // shape.steps(units.kind)
             seen = stats[units.consumer.name]
             side = columns.Side(weight_OI, seen, units.groups_GC)
             count = each * most(shape.steps(units.kind))
             _, losses = columns.removal([side], count, damping, at_once(len(units.groups_GC)), units.parents_G)
-            found[units.kind].append([0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()])
+            mine[units.kind] = [0.0, *(losses[each - 1 :: each] / (2 * seen.tokens)).tolist()]
+        for kind, curve in (item for theirs in ranks.gather(mine) for item in theirs.items()):
+            found[kind].append(curve)
     return found
 
 
@@ -157,7 +162,7 @@ def weighted(units: Units, sensitivity_O: Tensor | None) -> Tensor:
 def blocks(
     model: nn.Module, windows: Tensor, count: int, tick: Tick, influence: bool = False, subject: Subject | None = None,
     may_keep: Callable[[Sequence[int]], bool] = lambda kept_layers: True, loader: Loader | None = None,
-    folder: Path | None = None,
+    folder: Path | None = None, ranks: Ranks = ALONE,
 ) -> tuple[list[int], list[float]]:  # fmt: skip
     """The order in which to remove up to `count` blocks, and the loss above the dense model's after each, on windows [N, S].
 
@@ -165,9 +170,11 @@ def blocks(
     Greedy: the block whose removal costs least goes next; after the first, only the cheapest ten are tried again. influence: in
     the order of 1 - mean cos(hidden before, hidden after), without a search (ShortGPT, Men et al. 2024, arXiv 2403.03853).
     folder: where hidden states and the order so far are kept, so that a killed search goes on; None for in memory. tick: called for
-    every block of a walk; walks() says how many there are.
+    every block of a walk; walks() says how many there are. ranks: those that share the sets of a walk.
     """
-    trial = _Trial(model, windows, loader, InMemory() if folder is None else OnDisk(folder / "trial"), subject, tick)
+    # each walks by itself
+    store = InMemory() if folder is None else OnDisk(folder / f"trial-{ranks.rank}")
+    trial = _Trial(model, windows, loader, store, subject, tick, ranks)
     total = trial.total
     count = min(count, total - 1)
     file = None if folder is None else folder / "order.json"
@@ -189,8 +196,8 @@ def blocks(
         (_, *lost), _ = trial.losses([frozenset(), *sets])
         return order, [loss - dense for loss in lost]
     tried = list(range(total))
-    if file is not None and file.is_file():
-        known = json.loads(file.read_text())
+    known = ranks.tell(json.loads(file.read_text()) if file is not None and file.is_file() else None)
+    if known is not None:
         order, after, tried = known["order"], known["after"], known["tried"]
     while len(order) < count:
         going = [i for i in tried if may_go(i)] or [i for i in range(total) if may_go(i)]
@@ -202,7 +209,7 @@ def blocks(
         after.append(found[best] - dense)
         if len(order) == 1:
             tried = [i for _, i in sorted(zip(found, going, strict=True))][: max(_TRIED_AGAIN, count)]
-        if file is not None:
+        if file is not None and ranks.first:
             write_json(file, {"order": order, "after": after, "tried": tried})
     return order, after
 
@@ -226,8 +233,9 @@ class _Trial:
         store: Activations,
         subject: Subject | None,
         tick: Tick,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.loader, self.store = model, loader or AllLoaded(), store
+        self.model, self.loader, self.store, self.ranks = model, loader or AllLoaded(), store, ranks
         self.batch: Batch = {"input_ids": windows}
         self.subject, self.tick = subject, tick
         self.total = len(blocks_of(model)[0])
@@ -235,8 +243,12 @@ class _Trial:
     def losses(self, sets: Sequence[frozenset[int]]) -> tuple[list[float], list[float]]:
         """The loss without the blocks of each set, and the mean cosine between what enters and what leaves each dense block.
 
-        Of a subject the loss is the distance from the dense model; its set, the empty one, must be the first.
+        The first set must be the empty one. Of a subject the loss is the distance from the dense model. Ranks share the other sets.
         """
+        found, cosines = self._losses([sets[0], *self.ranks.share(sets[1:])])
+        return [found[0], *self.ranks.merged(found[1:])], cosines
+
+    def _losses(self, sets: Sequence[frozenset[int]]) -> tuple[list[float], list[float]]:
         # the dense states are those of the walk; others have slots of their own behind its slots
         slots: dict[frozenset[int], int] = {}
         cosines: list[float] = []
@@ -288,15 +300,16 @@ class _Trial:
 
 def taylor(
     model: nn.Module, windows: Tensor, consumers: Callable[[Step], Sequence[Layer]], tick: Tick,
-    loader: Loader | None = None, store: Activations | None = None,
+    loader: Loader | None = None, store: Activations | None = None, ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:  # fmt: skip
     """{layer: [N, I]}: W dL/dW summed over outputs, for every window and input. L is the mean loss of a window's next tokens.
 
     consumers: says which layers of a block are wanted. Forward block by block and back, a window at a time, as sensitivity() goes.
-    tick: called for each window and block forward, for each window at the head, for each window and block backward.
+    tick: called for each window and block forward, for each window at the head, for each window and block backward. ranks: those
+    that share the windows; all return the same.
     """
     loader, store = loader or AllLoaded(), store or InMemory()
-    batches: list[Batch] = [{"input_ids": ids[None]} for ids in windows]
+    batches: list[Batch] = [{"input_ids": ids[None]} for ids in ranks.share(list(windows))]
     last = len(blocks_of(model)[0])
     for _ in stream(model, batches, loader, store, keep_last=True, keep_all=True, tick=tick):
         pass
@@ -305,22 +318,24 @@ def taylor(
         gradients.append(_of_next_tokens(model, loader, store.read(last, i), batch))
         tick()
     loader.release(model)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for step in stream(model, batches, loader, store, backwards=True):
         layers = consumers(step)
+        mine: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         with asking(step.block, [layer.parameter for layer in layers]):
             for i in range(len(batches)):
                 hidden = step.inputs(i).detach().requires_grad_(True)
                 with step.evaluating(), torch.enable_grad():
                     out = step.call(hidden, i)
                 asked = [hidden, *(layer.parameter for layer in layers)]
-                gradients[i], *mine = torch.autograd.grad(out, asked, gradients[i])
-                for layer, gradient in zip(layers, mine, strict=True):
+                gradients[i], *by_layer = torch.autograd.grad(out, asked, gradients[i])
+                for layer, gradient in zip(layers, by_layer, strict=True):
                     product = layer.parameter.detach().float() * gradient.float()
-                    found.setdefault(layer.name, []).append((product.T if layer.kind == "conv1d" else product).sum(0))
+                    mine[layer.name].append((product.T if layer.kind == "conv1d" else product).sum(0))
                 tick()
+        found |= {name: torch.stack(ranks.merged(parts)) for name, parts in mine.items()}
         store.drop(step.index + 1)
-    return {name: torch.stack(parts) for name, parts in found.items()}
+    return found
 
 
 def _of_next_tokens(model: nn.Module, loader: Loader, hidden: Tensor, batch: Batch) -> Tensor:
@@ -341,19 +356,23 @@ Pair = tuple[nn.Module, Loader]
 """A model, and what loads its blocks."""
 
 
-def above(dense: Pair, windows: Tensor, subject: Subject | None = None) -> Callable[[Pair], float]:
-    """A function that gives a model's loss above the dense one's on windows [N, S], 0 or more. subject: as in Job."""
+def above(
+    dense: Pair, windows: Tensor, subject: Subject | None = None, ranks: Ranks = ALONE
+) -> Callable[[Pair], float]:
+    """A function that gives a model's loss above the dense one's on windows [N, S], 0 or more. subject: as in Job. ranks: those
+    that share the windows; all get the same.
+    """
     if subject is None:
-        whole = nll(dense, windows)
-        return lambda model: max(0.0, nll(model, windows) - whole)
+        whole = nll(dense, windows, ranks)
+        return lambda model: max(0.0, nll(model, windows, ranks) - whole)
 
     def apart(model: Pair) -> float:
-        return outputs.distance(outputs.measure(dense, model, batched(windows), subject), subject)
+        return outputs.distance(outputs.measure(dense, model, batched(windows), subject, ranks=ranks), subject)
 
     return apart
 
 
-def nll(model: Pair, windows: Tensor) -> float:
+def nll(model: Pair, windows: Tensor, ranks: Ranks = ALONE) -> float:
     """A model's loss on windows [N, S], nats a token."""
-    found = measure(model, None, windows)
+    found = measure(model, None, windows, ranks=ranks)
     return sum(w.nll_dense for w in found) / sum(w.tokens for w in found)

@@ -8,6 +8,7 @@ This file orders the stages and writes and measures the result. The stages: esti
 is taken), cutting.py (the model is cut to it).
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from secateurs.base.device import machine, peak_memory
 from secateurs.base.errors import PlanError
 from secateurs.base.files import fingerprint_of, write_json, write_text
 from secateurs.base.precision import described
+from secateurs.base.processes import Ranks, joined
 from secateurs.base.progress import Clock, Progress, silent
 from secateurs.base.run_directory import REPORT_FORMAT, claim, locked, report_of, resolved, unchanged
 from secateurs.model import checkpoint
@@ -45,27 +47,38 @@ def shrink(
     """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
     beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and
-    raises nothing.
+    raises nothing. Under torchrun every process calls it, and all return the same.
     """
-    out = Path(out).expanduser()
+    with joined() as ranks:
+        return _shrink(plan, Path(out).expanduser(), progress, beside, ranks)
+
+
+def _shrink(plan: ShrinkPlan, out: Path, progress: Progress, beside: Path | None, ranks: Ranks) -> dict[str, Any]:
     plan = replace(plan, model=resolved(plan.model))
-    source = checkpoint.Checkpoint(plan.model)
+    with ranks.leading():
+        source = checkpoint.Checkpoint(plan.model)
     kind = kind_of(source)
     _refuse(kind, plan)
     check(plan.evaluation, source, plan.calibration)
     subject = None if kind.causal else subject_of(kind, source)
-    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress, subject)
+    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress, subject, ranks)
     shapes.check_units(job)
     shapes.check_experts(job)
-    if not (out / "plan.json").is_file():
-        shapes.refuse_too_small(job)
-    claim(out, plan.as_dict())
-    with locked(out):
+
+    def begin() -> None:
+        if not (out / "plan.json").is_file():
+            with ranks.all_threads():
+                shapes.refuse_too_small(job)
+        claim(out, plan.as_dict())
+
+    ranks.alone(begin)
+    with locked(out, ranks):
         report = report_of(out)
         if report is None:
-            write_json(out / "report.json", _made(job, source, out, beside))
+            made = _made(job, source, out, beside)
+            ranks.alone(lambda: write_json(out / "report.json", made))
             report = report_of(out) or {}
-    shutil.rmtree(job.work, ignore_errors=True)
+    ranks.alone(lambda: shutil.rmtree(job.work, ignore_errors=True))
     return report
 
 
@@ -83,28 +96,33 @@ def _refuse(kind: Kind, plan: ShrinkPlan) -> None:
 def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | None) -> dict[str, Any]:
     """Write the smaller model to model/ and return the report on it."""
     clock = Clock()
-    plan, dense, folder = job.plan, job.dense, out / "model"
-    text = _calibration(job, source, out)
-    windows = text.windows
+    plan, dense, folder, ranks = job.plan, job.dense, out / "model", job.ranks
+    text, parts = _calibration(job, source, out)
+    job, windows = replace(job, parts=parts), text.windows
     assert windows is not None
+    ranks.need(len(job.batches(windows)), f"batches of {len(windows)} calibration windows")
     clock.spend("calibration")
     lost, sensitive = estimates.estimate(job, windows)
     clock.spend("estimates")
     lost = estimates.corrected(job, lost, windows, sensitive)
     clock.spend("corrections")
-    shape, tried = shapes.choose(job, lost)
+    # others wait, lest they disturb the clock
+    ranks.wait()
+    with ranks.all_threads():
+        shape, tried = ranks.tell(shapes.choose(job, lost) if ranks.first else (dense.shape, []))
     clock.spend("shape")
     kept_layers = [i for i in range(dense.shape.layers) if i not in lost.blocks[: dense.shape.layers - shape.layers]]
     cut = replace(job, work=job.work / "cut")
     records = cutting.shaped(cut, windows, shape, kept_layers, sensitive, "cutting", folder)
     kind = kind_of(source)
-    write_text(folder / "README.md", _card(plan, "AutoModelForCausalLM" if kind.causal else kind.name))
+    card = _card(plan, "AutoModelForCausalLM" if kind.causal else kind.name)
+    ranks.alone(lambda: write_text(folder / "README.md", card))
     left = checkpoint.Checkpoint(folder)
     clock.spend("cutting")
     report: dict[str, Any] = {
         "format": REPORT_FORMAT,
         "plan": plan.as_dict(),
-        "machine": machine(),
+        "machine": machine() | ({"processes": ranks.size} if ranks.size > 1 else {}),
         "compute": described(dense.config.dtype),
         "dense": {**asdict(dense.shape), "parameters": dense.sizes.parameters(dense.shape)},
         "left": {
@@ -126,7 +144,10 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
         "distance": None,
         "seconds": clock.seconds,
     }
-    report["latency"], notes = _latency(job, source, folder, shape, kept_layers)
+    ranks.wait()
+    with ranks.all_threads():
+        timed = _latency(job, source, folder, shape, kept_layers) if ranks.first else ({}, [])
+        report["latency"], notes = ranks.tell(timed)
     report["warnings"] += notes
     clock.spend("latency")
     _evaluate(job, source, folder, report, windows, beside)
@@ -135,14 +156,25 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
     return report
 
 
-def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> inputs.Inputs:
-    """The plan's calibration text. Raises OutputError if it or the model has changed since the run was begun."""
-    asked = job.plan.calibration
-    text = inputs.read(asked, source, job.dense.skeleton, job.progress)
-    if text.windows is None:
-        raise PlanError(f"{asked.source} holds {text.unit}; shrink calibrates with text")
-    unchanged(out, {job.plan.model: source.fingerprint(), asked.source: fingerprint_of(text.windows)})
-    return text
+def _calibration(job: Job, source: checkpoint.Checkpoint, out: Path) -> tuple[inputs.Inputs, int]:
+    """The plan's calibration text, and the number of ranks that the run was begun with. Raises OutputError if the text or the model
+    has changed since.
+    """
+    asked, ranks, file = job.plan.calibration, job.ranks, job.work / "parts.json"
+
+    def read() -> tuple[inputs.Inputs, int]:
+        text = inputs.read(asked, source, job.dense.skeleton, job.progress)
+        if text.windows is None:
+            raise PlanError(f"{asked.source} holds {text.unit}; shrink calibrates with text")
+        unchanged(out, {job.plan.model: source.fingerprint(), asked.source: fingerprint_of(text.windows)})
+        if not file.is_file():
+            write_json(file, ranks.size)
+        return text, int(json.loads(file.read_text()))
+
+    first = read() if ranks.first else None
+    found = ranks.tell(first)
+    assert found
+    return found
 
 
 def _card(plan: ShrinkPlan, loader: str) -> str:
@@ -187,9 +219,10 @@ def _evaluate(
     job: Job, source: checkpoint.Checkpoint, folder: Path, report: dict[str, Any], windows: Tensor, beside: Path | None
 ) -> None:
     """Measure the smaller model's quality, judge it by the plan's gates, and add both to the report."""
-    seed = job.plan.calibration.seed
-    found = measured(source, checkpoint.Checkpoint(folder), job.plan.evaluation, seed, job.progress, job.work, beside)
+    seed, ranks = job.plan.calibration.seed, job.ranks
+    left = checkpoint.Checkpoint(folder)
+    found = measured(source, left, job.plan.evaluation, seed, job.progress, job.work, beside, ranks=ranks)
     report |= found.as_dict()
     report["warnings"] += found.warnings
-    report["distance"], warnings = texts_apart(source, windows, report["calibration"], found)
+    report["distance"], warnings = texts_apart(source, windows, report["calibration"], found, ranks)
     report["warnings"] += warnings

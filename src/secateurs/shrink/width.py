@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateurs.base.files import write_tensors
+from secateurs.base.processes import ALONE, Ranks
 from secateurs.matrix.stats import Stats
 from secateurs.model import walk
 from secateurs.model.activations import Activations, InMemory, OnDisk, note_place, read_place
-from secateurs.model.batches import batched
+from secateurs.model.batches import Batch
 from secateurs.model.blocks import AllLoaded, Loader, blocks_of, leave, pieces, whole
 from secateurs.model.layers import EXPERTS, Layer, layers_of
 from secateurs.shrink import columns
@@ -174,29 +175,33 @@ class Readers:
 def readers(
     model: Any,
     stream: Stream,
-    windows: Tensor,
+    batches: Sequence[Batch],
     sensitivity: dict[str, Tensor],
     tick: Callable[[], None],
     loader: Loader | None = None,
     folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Readers:
-    """The readers of a model's residual stream, from one walk over calibration text [N, S], which goes on after a kill.
+    """The readers of a model's residual stream, from one walk over calibration text, which goes on after a kill.
 
     sensitivity: {layer: E[g^2] of its outputs}. folder: for their statistics and the walk's hidden states; None for in memory.
-    tick: called for every block and batch.
+    tick: called for every block and batch. ranks: those that walk together, each with batches of its own; the folder has what all
+    have found.
     """
     loader = loader or AllLoaded()
     names = blocks_of(model)[0]
     found = Readers(names, stream, folder)
-    store: Activations = InMemory() if folder is None else OnDisk(folder / "activations")
+    store: Activations = InMemory() if folder is None else OnDisk(folder / "activations", ranks)
     place = None if folder is None else folder / "place.json"
-    batches, start = batched(windows), read_place(place)
-    for step in walk.stream(model, batches, loader, store, start, "dense", keep_last=True, tick=tick):
-        note_place(place, step.index)
+    start = ranks.tell(read_place(place))
+    for step in walk.stream(model, batches, loader, store, start, "dense", keep_last=True, tick=tick, ranks=ranks):
+        note_place(place, step.index, ranks)
         layers = {layer.name: layer for layer in step.layers}
         mine = {number: [layers[path] for path in found.norms[number][1]] for number in found.of(step.name)}
         stats = step.observe([reading[0] for reading in mine.values()], gram=True)
         for number, reading in mine.items():
+            if not step.mine(reading[:1]):
+                continue
             square_HH = torch.zeros(reading[0].shape[1], reading[0].shape[1])
             for layer in reading:
                 weight_OI = layer.read().float()
@@ -206,7 +211,8 @@ def readers(
     loader.load_outside(model)
     head = model.get_output_embeddings()
     vocabulary, hidden = head.weight.shape
-    last, curvature_V = Stats.zeros(hidden, True), torch.zeros(vocabulary)
+    # in fp64, so that it does not matter who adds in which order
+    last, curvature_V = Stats.zeros(hidden, True), torch.zeros(vocabulary, dtype=torch.float64)
 
     def at_head(_: Any, __: Any, logits: Tensor) -> None:
         chance_TV = logits.detach().float().flatten(0, -2).softmax(-1)
@@ -216,27 +222,34 @@ def readers(
         for i, batch in enumerate(batches):
             for at in pieces(model, batch):
                 leave(model, loader, store.read(len(names), i)[:, at], batch, at)
-    weight_VH = head.weight.detach().float()
-    square_HH = weight_VH.T @ (weight_VH * (curvature_V / last.tokens)[:, None])
-    found.put(len(found.norms) - 1, last.finish(), _root(square_HH))
+    ranks.sum(curvature_V)
+    last = last.summed(ranks, owner=0)
+    if ranks.first:
+        weight_VH = head.weight.detach().float()
+        square_HH = weight_VH.T @ (weight_VH * (curvature_V / last.tokens).float()[:, None])
+        found.put(len(found.norms) - 1, last, _root(square_HH))
     loader.release(model)
+    # what others have found is read from the folder
+    ranks.wait()
     return found
 
 
-def removal(found: Readers, count: int, damping: float, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+def removal(
+    found: Readers, count: int, damping: float, folder: Path | None = None, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
     """The order in which to remove channels, and the loss after each in nats a token: half the weighted error of all readers.
 
-    folder: where OBS keeps its matrices between rounds; None for in memory.
+    folder: where OBS keeps its matrices between rounds; None for in memory. ranks: those that share the readers.
     """
 
     def sides() -> Iterator[columns.Side]:
-        for number in range(len(found.norms)):
+        for number in ranks.share(range(len(found.norms))):
             stats, weight_HH = found.get(number)
             scale = sqrt(1 / (2 * stats.tokens))
             yield columns.Side(weight_HH * scale, stats, torch.arange(len(weight_HH))[:, None])
 
     width = len(found.get(0)[0].sqnorm_I)
-    return columns.removal(sides(), count, damping, max(_AT_ONCE, width // _ROUNDS), folder=folder)
+    return columns.removal(sides(), count, damping, max(_AT_ONCE, width // _ROUNDS), folder=folder, ranks=ranks)
 
 
 class Cut:
