@@ -1,7 +1,7 @@
 """Several processes against one: speed, and what a kill leaves.
 
     .venv/bin/python bench/ranks.py --speed 3 [--model FOLDER] [--methods sparsegpt,balanced]
-    .venv/bin/python bench/ranks.py --kills 50
+    .venv/bin/python bench/ranks.py --kills 50 [--command shrink]
     .venv/bin/python bench/ranks.py --machines        # as root: it makes network namespaces
 
 Speed: one process with one thread, two with one thread each, and one with two threads, in turn. Where cores are shared, wall time
@@ -10,7 +10,7 @@ so it is the sum over those steps of the CPU time of the slowest rank's main thr
 from which bench/scale.py simulates more ranks.
 
 Kills: a random one of two processes is killed at a random moment; the time until the other has ended, and whether a second run of
-the same command ends with the bytes of an undisturbed one.
+the same command ends with the bytes of an undisturbed one. shrink removes neurons, heads and blocks.
 
 Machines: two processes in network namespaces of their own, with a cable between them and one folder, against one process; then the
 cable is cut, and the time until both have ended.
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -145,9 +146,40 @@ def speed(arguments) -> None:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def kills(arguments) -> None:
+def of_prune(arguments):
     data = arguments.shared / "data"
     plan = plan_of(data / "stories260K", data / "tinystories_30KB.txt", "balanced", 32, 128, 4)
+    return lambda run: process.Job(2, prune, plan, run, 1, run.with_name("log"))
+
+
+def shrink(plan, out) -> None:
+    from secateurs.model import batches
+    from secateurs.shrink.run import shrink
+
+    # as many batches of the text that corrects the estimates as processes
+    batches.TOKENS_PER_BATCH = 512
+    shrink(plan, out)
+
+
+def of_shrink(arguments):
+    from plans import asked
+
+    from secateurs.shrink.plan import ShrinkPlan
+
+    data = arguments.shared / "data"
+    text = str(data / "tinystories_30KB.txt")
+    plan = asked(
+        ShrinkPlan, str(data / "stories260K"), "params=0.7x", units=("mlp", "heads", "layers"), multiple=4, prompt=32, new=4,
+        calibration=text, eval_text=text, samples=32, seqlen=128, eval_windows=4, eval_seqlen=128,
+    )  # fmt: skip
+    return lambda run: process.Job(2, shrink, plan, run)
+
+
+COMMANDS = {"prune": of_prune, "shrink": of_shrink}
+
+
+def kills(arguments) -> None:
+    start = COMMANDS[arguments.command](arguments)
     chance = random.Random(arguments.seed)
 
     def files(run: Path) -> dict[str, bytes]:
@@ -155,19 +187,25 @@ def kills(arguments) -> None:
             file.name: file.read_bytes() for file in sorted((run / "model").iterdir()) if file.suffix == ".safetensors"
         }
 
+    def stage(run: Path) -> str:
+        """The newest note of what was finished."""
+        notes = sorted((run / "work").glob("**/*.json"), key=lambda file: file.stat().st_mtime)
+        return str(notes[-1].relative_to(run / "work")) if notes else "the beginning"
+
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         # the first pays for imports
         for name in ("first", "whole"):
             began = time.monotonic()
-            assert [d.code for d in process.Job(2, prune, plan, out / name, 1, out / "log").join(900)] == [0, 0]
+            for done in start(out / name).join(900):
+                assert done.code == 0, done.error[-2000:]
         usual, want = time.monotonic() - began, files(out / "whole")
         assert files(out / "first") == want
-        print(f"undisturbed: {usual:.1f} s, {len(want)} files", flush=True)
+        print(f"{arguments.command}, undisturbed: {usual:.1f} s, {len(want)} files", flush=True)
         ended, killed, late, same = [], 0, 0, 0
         while killed < arguments.kills:
             run = out / f"run-{killed}-{late}"
-            job = process.Job(2, prune, plan, run, 1, out / "log")
+            job = start(run)
             time.sleep(chance.uniform(0, usual))
             who = chance.randrange(2)
             if not all(p.is_alive() for p in job.processes):
@@ -180,16 +218,16 @@ def kills(arguments) -> None:
             other = job.join(60)[1 - who]
             ended.append(time.monotonic() - began)
             assert other.code is not None, "the other process did not end"
-            state = run / "work" / "state.json"
-            block = json.loads(state.read_text())["next_block"] if state.is_file() else None
-            for done in process.Job(2, prune, plan, run, 1, out / "log").join(900):
+            after = stage(run)
+            for done in start(run).join(900):
                 assert done.code == 0, done.error[-2000:]
             killed += 1
             same += files(run) == want
             how = f"the other ended in {ended[-1]:.1f} s with {other.code}"
-            print(f"{killed}: rank {who} killed in block {block}, {how}, {same} the same", flush=True)
+            print(f"{killed}: rank {who} killed after {after}, {how}, {same} the same", flush=True)
+            shutil.rmtree(run)
         seconds = f"{statistics.median(ended):.1f} s, {max(ended):.1f} at most"
-        print(f"{killed} kills, {same} ends with the same bytes; the other ended in {seconds}")
+        print(f"{killed} kills of {arguments.command}, {same} ends with the same bytes; the other ended in {seconds}")
 
 
 def machines(arguments) -> None:
@@ -253,6 +291,7 @@ def main() -> None:
         "--ways", type=int, default=3, help="2 leaves out two threads, which wait for each other on busy cores"
     )
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--command", default="prune", choices=COMMANDS)
     parser.add_argument("--machines", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(Path.home() / ".cache" / "secateurs" / "small-lm" / "model"))
