@@ -1,8 +1,8 @@
 /* The table of kernels, which of them this CPU can run, and one product split over threads. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "kernel.h"
+#include "pool.h"
 
 namespace {
 
@@ -40,26 +40,6 @@ bool runnable(const char* isa) {
 
 secateurs_parallel_for threads_of_torch = nullptr;
 
-void parallel(int64_t pieces, secateurs_range fn, void* context) {
-  if (pieces > 1 && threads_of_torch && threads_of_torch(0, pieces, 1, fn, context) == 0) return;
-  fn(0, pieces, context);
-}
-
-/* Memory that a thread keeps between calls, so that a product needs no system call. */
-struct Kept {
-  void* memory = nullptr;
-  int64_t nbytes = 0;
-  ~Kept() { free(memory); }
-  void* get(int64_t wanted) {
-    if (wanted > nbytes) {
-      free(memory);
-      nbytes = (wanted + 4095) / 4096 * 4096;
-      memory = aligned_alloc(4096, static_cast<size_t>(nbytes));
-      if (!memory) nbytes = 0;
-    }
-    return memory;
-  }
-};
 thread_local Kept packed_x, scratch;
 
 /* About as many bytes of each are kept as this: a longer prompt is multiplied in pieces, which read all weights each, for hundreds
@@ -308,6 +288,30 @@ void spin_part(int64_t begin, int64_t end, void* context) {
 }
 
 }  // namespace
+
+void parallel(int64_t pieces, secateurs_range fn, void* context) {
+  if (pieces > 1 && threads_of_torch && threads_of_torch(0, pieces, 1, fn, context) == 0) return;
+  fn(0, pieces, context);
+}
+
+const BlockBody* block_body(int32_t kernel) {
+  const struct {
+    const char* isa;
+    const BlockBody* body;
+  } all[] = {
+#if defined(__x86_64__)
+      {"avx512", &block_avx512}, {"avx2", &block_avx2},
+#endif
+#if defined(__aarch64__)
+      {"neon", &block_neon},
+#endif
+      {"scalar", &block_scalar},
+  };
+  if (kernel < 0 || kernel >= COUNT) return nullptr;
+  for (const auto& one : all)
+    if (!strcmp(one.isa, ROWS[kernel].isa)) return one.body;
+  return nullptr;
+}
 
 extern "C" {
 

@@ -8,6 +8,7 @@ namespace {
 #include "number.h"
 #include "loops.h"
 #include "integers.h"
+#include "block.h"
 
 /* For each byte of the mask: which value goes to each of 8 places; 0x80, which the byte shuffle reads as zero, where none does. */
 struct Tables {
@@ -405,3 +406,4 @@ SECATEURS_DENSE(dense_fp32_avx2_stream, Fp32)
 SECATEURS_DENSE_TILE(dense_bf16_avx2_tile, Bf16)
 SECATEURS_DENSE_TILE(dense_fp16_avx2_tile, Fp16)
 SECATEURS_DENSE_TILE(dense_fp32_avx2_tile, Fp32)
+SECATEURS_BLOCK(avx2)

@@ -7,6 +7,7 @@ namespace {
 #include "number.h"
 #include "loops.h"
 #include "integers.h"
+#include "block.h"
 
 /* Expands in place. The instruction waits for the old value of its destination, so if the compiler chose another register,
    independent expansions would wait for each other: 11 weights a cycle instead of 18 (Zen 5). From memory it is slower still. */
@@ -399,3 +400,4 @@ SECATEURS_DENSE(dense_fp32_avx512_stream, Fp32)
 SECATEURS_DENSE_TILE(dense_bf16_avx512_tile, Bf16)
 SECATEURS_DENSE_TILE(dense_fp16_avx512_tile, Fp16)
 SECATEURS_DENSE_TILE(dense_fp32_avx512_tile, Fp32)
+SECATEURS_BLOCK(avx512)

@@ -8,6 +8,7 @@ namespace {
 #include "number.h"
 #include "loops.h"
 #include "integers.h"
+#include "block.h"
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float), bool Same>
 struct Neon {
@@ -238,3 +239,4 @@ SECATEURS_DENSE(dense_fp32_neon_stream, Fp32)
 SECATEURS_DENSE_TILE(dense_bf16_neon_tile, Bf16)
 SECATEURS_DENSE_TILE(dense_fp16_neon_tile, Fp16)
 SECATEURS_DENSE_TILE(dense_fp32_neon_tile, Fp32)
+SECATEURS_BLOCK(neon)

@@ -5,6 +5,7 @@ namespace {
 #include "number.h"
 #include "loops.h"
 #include "integers.h"
+#include "block.h"
 
 template <class Value, float (*Widen)(Value), Value (*Narrow)(float)>
 struct Scalar {
@@ -206,3 +207,4 @@ SECATEURS_DENSE(dense_fp32_scalar_stream, Fp32)
 SECATEURS_DENSE_TILE(dense_bf16_scalar_tile, Bf16)
 SECATEURS_DENSE_TILE(dense_fp16_scalar_tile, Fp16)
 SECATEURS_DENSE_TILE(dense_fp32_scalar_tile, Fp32)
+SECATEURS_BLOCK(scalar)

@@ -2,6 +2,8 @@
 #ifndef SECATEURS_KERNEL_H
 #define SECATEURS_KERNEL_H
 
+#include <stddef.h>
+
 #include "secateurs.h"
 
 /* One call. x: as given. packed: x as prepare() laid it out, or null. */
@@ -34,6 +36,35 @@ struct KernelBody {
   /* does rounds of 16 independent multiply-adds; returns the number of additions and multiplications */
   double (*spin)(int64_t rounds);
 };
+
+/* One head's part of attention: queries and out (queries x dim) of fp32; keys and values (tokens x dim) of dtype. scores: of so many
+   floats as scores_of() says. */
+struct Attention {
+  const float* queries;
+  int64_t count;
+  const void* keys;
+  const void* values;
+  int32_t dtype;
+  int64_t tokens;
+  int64_t dim;
+  float scaling;
+  float* out;
+};
+
+/* What a decoder block does beside its products, for one token; n numbers each. */
+struct BlockBody {
+  void (*widen)(int32_t dtype, const void* from, int64_t n, float* to);
+  void (*narrow)(int32_t dtype, const float* from, int64_t n, void* to);
+  /* out = x / sqrt(mean(x x) + eps) * weight; out may be x */
+  void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  /* gate = activation(gate) * up */
+  void (*gate)(int32_t activation, float* gate, const float* up, int64_t n);
+  int64_t (*scores_of)(const Attention&);
+  void (*attend)(const Attention&, float* scores);
+};
+extern const BlockBody block_avx512, block_avx2, block_neon, block_scalar;
+/* that of the kernel's instruction set, or null */
+const BlockBody* block_body(int32_t kernel);
 
 #define KERNEL(format, dtype, isa, strategy) extern const KernelBody format##_##dtype##_##isa##_##strategy;
 #include "kernels.inc"

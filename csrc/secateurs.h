@@ -14,7 +14,7 @@ extern "C" {
 #define SECATEURS_API __attribute__((visibility("default")))
 
 /* version of this interface; the Python side refuses a library with another one */
-#define SECATEURS_ABI 4
+#define SECATEURS_ABI 5
 
 enum { SECATEURS_PANEL = 4, SECATEURS_WORD = 64 };
 /* of x, bias and y */
@@ -79,6 +79,49 @@ SECATEURS_API void secateurs_use_threads(secateurs_parallel_for parallel_for);
    dtype: of x, bias and y; that of the kernel, where the kernel has one. The work is split into at most `threads` pieces. */
 SECATEURS_API int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int32_t count, const void* x,
                                        void* y, int32_t dtype, int64_t tokens, int32_t threads);
+
+/* Products that share an input, and the kernel that forms them for one token. dtype: of x, bias and y, as in secateurs_linear. outputs:
+   of all of them. */
+typedef struct {
+  const secateurs_product* products;
+  int32_t count;
+  int32_t kernel;
+  int32_t dtype;
+  int64_t outputs;
+} secateurs_call;
+
+enum { SECATEURS_SILU = 0, SECATEURS_GELU_TANH = 1 };
+
+/* A block of a decoder whose input h (width) becomes
+     h + O attention(rotated(Q n), rotated(K n), V n) with n = norm(h), and then
+     h + D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * weight.
+   dtype: of h, of cos and sin, and of the cache. norms: fp32; q_norm and k_norm (dim) are of every head, or null. qkv: one call of three
+   products, or three of one each; gate_up: one of two, or two of one each; a call that is not needed has count 0. */
+typedef struct {
+  int32_t dtype;
+  int32_t activation;
+  int64_t width;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t dim;
+  int64_t inner;
+  float scaling;
+  float eps;
+  float eps_of_heads;
+  const float* attention_norm;
+  const float* mlp_norm;
+  const float* q_norm;
+  const float* k_norm;
+  secateurs_call qkv[3];
+  secateurs_call out;
+  secateurs_call gate_up[2];
+  secateurs_call down;
+} secateurs_block;
+
+/* The block for one token after `tokens` others. cos, sin (rotated): the first `rotated` inputs of a head turn, in halves. keys, values
+   (kv_heads x room x dim): the token's are written behind the others', so room > tokens. x and y (width) may be the same. */
+SECATEURS_API int32_t secateurs_decode(const secateurs_block* block, const void* x, void* y, const void* cos, const void* sin,
+                                       int64_t rotated, void* keys, void* values, int64_t room, int64_t tokens, int32_t threads);
 
 /* Checks a mask and fills starts (panels + 1), which count survivors, or bytes if bits > 0. Returns 0 if no bit lies outside of
    outputs x inputs and the end is `stored`; where[0] is then the end, where[1] the most survivors in any byte of the mask, where[2]

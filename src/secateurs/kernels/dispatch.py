@@ -243,11 +243,11 @@ class Call:
         self.outputs = [p.shape[0] for p in packed]
         self.inputs = packed[0].shape[1]
         self.width = sum(self.outputs)
-        self._products = (Product * len(packed))()
-        for product, p, bias in zip(self._products, packed, biases, strict=True):
+        self.products = (Product * len(packed))()
+        for product, p, bias in zip(self.products, packed, biases, strict=True):
             product.weight = weight_of(p)
             product.bias = bias.data_ptr() if bias is not None else None
-        self._address = ctypes.addressof(self._products)
+        self._address = ctypes.addressof(self.products)
         self._linear = library().secateurs_linear
         self._kernels: dict[int, int] = {}
         self._listed: list[Tensor] = []
@@ -257,7 +257,7 @@ class Call:
         """List the positions that gather kernels read, or the pairs of theirs; at 90% zeros, and in 2:4, they take about as many
         bytes as the packed matrix."""
         threads, made_of = torch.get_num_threads(), []
-        for product, p in zip(self._products, self.packed, strict=True):
+        for product, p in zip(self.products, self.packed, strict=True):
             weight = ctypes.addressof(product) + Product.weight.offset
             if strategy == "pairs":
                 assert p.grid is not None
@@ -284,16 +284,21 @@ class Call:
             index = self._kernels[tokens] = row.index
         return index
 
-    def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
-        """Multiply: a flat y that holds, for each matrix in turn, tokens x outputs."""
-        if not x_TI.is_contiguous():
-            x_TI = x_TI.contiguous()
-        tokens = x_TI.numel() // self.inputs
+    def ready(self, tokens: int, kernel: int | None = None) -> int:
+        """The index of the kernel, or of that for so many tokens, when what it reads is listed."""
         index = self.kernel(tokens) if kernel is None else kernel
         if index in self._listing and not self._listed:
             with _LISTING:
                 if not self._listed:
                     self._list(self._listing[index])
+        return index
+
+    def __call__(self, x_TI: Tensor, kernel: int | None = None) -> Tensor:
+        """Multiply: a flat y that holds, for each matrix in turn, tokens x outputs."""
+        if not x_TI.is_contiguous():
+            x_TI = x_TI.contiguous()
+        tokens = x_TI.numel() // self.inputs
+        index = self.ready(tokens, kernel)
         y = x_TI.new_empty(tokens * self.width)
         wrong = self._linear(
             index, self._address, len(self.packed),
@@ -340,7 +345,7 @@ def _read(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.d
     return found
 
 
-def _call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> Call:
+def call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> Call:
     """The Call of these tensors: checked and made once, then kept until one of them changes or the first is freed."""
     state: list[Any] = [dtype, *layouts]
     for i in range(0, len(parts), len(PARTS)):
@@ -351,7 +356,7 @@ def _call_of(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torc
         for part in (mask, scale, zero):
             state += (None,) if part is None else (part.data_ptr(), _version(part), _version(values))
     first = parts[0]
-    key = id(first)
+    key = id(first), len(parts)
     kept = _calls.get(key)
     if kept is not None and kept[0]() is first and kept[1] == state:
         return kept[2]
@@ -372,8 +377,8 @@ def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
-# by the id of the first tensor, as long as that exists
-_calls: dict[int, tuple["weakref.ref[Tensor]", list[Any], Call]] = {}
+# by the id of the first tensor, as long as that exists, and the number of tensors
+_calls: dict[tuple[int, int], tuple["weakref.ref[Tensor]", list[Any], Call]] = {}
 
 
 _library: Any = torch.library.Library("secateurs", "DEF")  # type: ignore[no-untyped-call]
@@ -392,7 +397,7 @@ _library.define(
 def _linear_cpu(x: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
     if layouts[2] and x.dtype not in DTYPES:
         raise DeviceError(f"a packed layer of integers takes {', '.join(DTYPES.values())}, and was given {x.dtype}")
-    call = _call_of(parts, layouts, x.dtype)
+    call = call_of(parts, layouts, x.dtype)
     if x.dtype != call.packed[0].dtype or x.shape[-1] != call.inputs:
         raise DeviceError(
             f"a packed layer of {call.inputs} {call.packed[0].dtype} inputs was given {x.dtype} of shape {list(x.shape)}"

@@ -13,7 +13,7 @@ import torch
 
 from secateurs.base.errors import DeviceError
 
-ABI = 4
+ABI = 5
 
 
 class Weight(ctypes.Structure):
@@ -41,6 +41,43 @@ class Product(ctypes.Structure):
     """secateurs_product of csrc/secateurs.h."""
 
     _fields_ = (("weight", Weight), ("bias", ctypes.c_void_p))
+
+
+class Products(ctypes.Structure):
+    """secateurs_call of csrc/secateurs.h."""
+
+    _fields_ = (
+        ("products", ctypes.POINTER(Product)),
+        ("count", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class Block(ctypes.Structure):
+    """secateurs_block of csrc/secateurs.h."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("width", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("eps_of_heads", ctypes.c_float),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("qkv", Products * 3),
+        ("out", Products * 1),
+        ("gate_up", Products * 2),
+        ("down", Products * 1),
+    )
 
 
 class Info(ctypes.Structure):
@@ -75,6 +112,10 @@ def library() -> Any:
     loaded.secateurs_linear.argtypes = [
         ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
         ctypes.c_int32,
+    ]  # fmt: skip
+    loaded.secateurs_decode.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
     ]  # fmt: skip
     loaded.secateurs_check_bitmask.argtypes = [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateurs.kernels.dispatch import multiply
 from secateurs.kernels.formats import INTEGER_PADDING, PANEL, WORD, mask_shape, unpack
+from secateurs.kernels.fused_block import FusedBlock, separate
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, put
 
 
@@ -246,6 +247,8 @@ def make_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             made[id(module)] = module.dense()
             put(model, name, made[id(module)])
+        elif isinstance(module, FusedBlock):
+            separate(module)
         elif type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
     for name, user in tied:

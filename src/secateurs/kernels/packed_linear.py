@@ -125,7 +125,8 @@ class PackedLinear(nn.Module):
         return group.multiply(self, x)
 
     @staticmethod
-    def _multiply(layers: "list[PackedLinear]", x: Tensor) -> list[Tensor]:
+    def given(layers: "list[PackedLinear]") -> tuple[list[Tensor | None], list[int]]:
+        """The parts and layouts of layers that share an input, as multiply() takes them."""
         parts: list[Tensor | None] = []
         layouts: list[int] = []
         for layer in layers:
@@ -135,6 +136,11 @@ class PackedLinear(nn.Module):
                 own["weight"], buffers["weight_mask"], buffers["weight_scale"], buffers["weight_zero"], own["bias"],
             )  # fmt: skip
             layouts += layer.layout
+        return parts, layouts
+
+    @staticmethod
+    def _multiply(layers: "list[PackedLinear]", x: Tensor) -> list[Tensor]:
+        parts, layouts = PackedLinear.given(layers)
         flat: Any = multiply(x, parts, layouts)
         outer = x.shape[:-1]
         if len(layers) == 1:
@@ -189,9 +195,12 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not ours_is_faster(self.weight, x, self.bias):
             return nn.functional.linear(x, self.weight, self.bias)
+        return multiply(x, *self.given()).view(*x.shape[:-1], self.out_features)
+
+    def given(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """Its parts and its layout, as multiply() takes them."""
         parts = (self.weight, None, None, None, self.bias)
-        flat = multiply(x, parts, layout_of((self.out_features, self.in_features), None))
-        return flat.view(*x.shape[:-1], self.out_features)
+        return parts, layout_of((self.out_features, self.in_features), None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
 from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense, tied_to
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, put
 from secateurs.matrix.grids import Grid, parse
+from secateurs.pack.decoding import fuse_blocks
 
 METHOD = "secateurs"
 
@@ -110,6 +111,7 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
             elif type(module) is nn.Linear and module.weight.device.type == "cpu":
                 module.__class__ = DenseLinear
         group_shared_inputs(model)
+        fuse_blocks(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

@@ -1,0 +1,340 @@
+"""Blocks of decoders that are computed for one token in one call of csrc/block.cc.
+
+Where each norm, rotation and copy of the cache is a call of its own, a token of a small model takes as long between the products as
+in them. fuse() changes a block's class, so that one token of one sequence takes the short way where all is as _Parts expects it;
+everything else runs the class's own forward. That both compute the same is for the caller to prove (pack/decoding.py).
+"""
+
+import copy
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.base.errors import DeviceError
+from secateurs.kernels.dispatch import CODES, call_of, wants_gradient
+from secateurs.kernels.formats import DTYPES
+from secateurs.kernels.library import Block, Product, Products, library
+from secateurs.kernels.packed_linear import DenseLinear, PackedLinear
+
+# the modules of a block, by the names that transformers gives them; those of a second tuple may be missing
+_OF_BLOCK = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), ()
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+_OF_MLP = ("gate_proj", "up_proj", "down_proj"), ("act_fn",)
+# what csrc/secateurs.h calls activations
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    nn.functional.silu,
+    functools.partial(nn.functional.gelu, approximate="tanh"),
+)
+# arguments of a block that are looked at, and those that change nothing for one token
+_KNOWN = {"attention_mask", "past_key_values", "position_embeddings"} | {"position_ids", "use_cache", "cache_position"}
+_FP32 = CODES[torch.float32]
+
+
+class FusedBlock(nn.Module):
+    """What goes before a block's class. Its state is found again by a copy."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # a compiler sees the class's own code
+        if not (args or self.training or torch.compiler.is_compiling()):
+            decoded = _decode(self, hidden, kwargs)
+            if decoded is not None:
+                return decoded
+        return super().forward(hidden, *args, **kwargs)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        state = {k: v for k, v in self.__dict__.items() if k != "parts"}
+        return _again, (plain_class(self),), state
+
+
+def _again(cls: Any) -> nn.Module:
+    """A block of that class, fused, without state."""
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
+
+
+@functools.cache
+def _fused_class(cls: Any) -> type[nn.Module]:
+    # by the same name, by which transformers knows what not to split
+    return type(cls.__name__, (FusedBlock, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def plain_class(block: nn.Module) -> type[nn.Module]:
+    """The class that a fused block had."""
+    return type(block).__bases__[1]
+
+
+def fuse(block: nn.Module) -> None:
+    """Let a block take one call for one token, where it can."""
+    plain: Any = type(block)
+    block.__class__ = _fused_class(plain)
+
+
+def separate(block: nn.Module) -> None:
+    """Undo fuse()."""
+    block.__class__ = plain_class(block)
+    block.__dict__.pop("parts", None)
+
+
+def fusible(block: nn.Module) -> bool:
+    """True if a block has the modules of one that fuse() may speed up."""
+    found = block._modules
+    attention, mlp = found.get("self_attn"), found.get("mlp")
+    return (
+        _has(block, *_OF_BLOCK) and attention is not None and _has(attention, *_OF_ATTENTION)
+        and mlp is not None and _has(mlp, *_OF_MLP)
+    )  # fmt: skip
+
+
+def _has(module: nn.Module, needed: tuple[str, ...], allowed: tuple[str, ...]) -> bool:
+    """True if a module has the modules `needed`, perhaps those `allowed`, and neither others nor tensors of its own."""
+    here = {name for name, child in module._modules.items() if child is not None}
+    return set(needed) <= here <= {*needed, *allowed} and not module._parameters and not module._buffers
+
+
+class _Unfit(Exception):
+    """A block that has another form than csrc/block.cc computes."""
+
+
+class _Parts:
+    """What csrc/block.cc takes of a block, for hidden states of one dtype, and whether it is still so.
+
+    Raises _Unfit.
+    """
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+        self.taken = 0
+        attention, mlp = block.self_attn, block.mlp
+        self.dtype = dtype
+        # what must stay alive and as it is: modules and tensors by their places, tensors' addresses and versions, no hooks
+        modules = [m for m in block.modules() if m is not block]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.places = [(m._modules, name) for m in (block, *modules) for name in m._modules]
+        self.places += [(of, name) for m in modules for of in (m._parameters, m._buffers) for name in of]
+        self.there = [of[name] for of, name in self.places]
+        self.tensors = [x for x in self.there if isinstance(x, Tensor)]
+        self.state = self._state()
+        self.kept: list[Any] = []
+
+        self.width = int(attention.q_proj.in_features)
+        self.dim, self.layer = int(attention.head_dim), int(attention.layer_idx)
+        heads, kv_heads = (p.out_features // self.dim for p in (attention.q_proj, attention.k_proj))
+        self.kv_heads, inner = kv_heads, mlp.gate_proj.out_features
+        first, second = block.input_layernorm, block.post_attention_layernorm
+        of_heads = [attention._modules.get(name) for name in ("q_norm", "k_norm")]
+        eps = [_eps(norm) for norm in (first, second, *of_heads) if norm is not None]
+        shapes = (
+            (p.in_features, p.out_features)
+            for p in (attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.gate_proj, mlp.down_proj)
+        )
+        q, kv = heads * self.dim, kv_heads * self.dim
+        wanted = [(self.width, kv), (self.width, kv), (q, self.width), *[(self.width, inner)] * 2, (inner, self.width)]
+        if list(shapes) != wanted or heads % kv_heads or len(set(eps[:2])) > 1 or len(set(eps[2:])) > 1:
+            raise _Unfit
+        struct = Block(
+            CODES[dtype], _activation(mlp.act_fn), self.width, heads, kv_heads, self.dim, inner, float(attention.scaling),
+            eps[0], eps[-1], self._factors(first, self.width), self._factors(second, self.width),
+            *(None if norm is None else self._factors(norm, self.dim) for norm in of_heads),
+        )  # fmt: skip
+        self._products(struct.qkv, [attention.q_proj, attention.k_proj, attention.v_proj])
+        self._products(struct.out, [attention.o_proj])
+        self._products(struct.gate_up, [mlp.gate_proj, mlp.up_proj])
+        self._products(struct.down, [mlp.down_proj])
+        self.struct, self.address = struct, _address(struct)
+
+    def _state(self) -> list[int]:
+        # inference tensors have no versions: nobody may write to them outside of inference
+        versions = [-1 if t.is_inference() else t._version for t in self.tensors]
+        return [*map(Tensor.data_ptr, self.tensors), *versions]
+
+    def still(self, dtype: torch.dtype) -> bool:
+        """True if no module or tensor was replaced or written to, and no hook wants to see a part."""
+        same = all(map(operator.is_, [of.get(name) for of, name in self.places], self.there))
+        return same and dtype == self.dtype and not any(self.hooks) and self._state() == self.state
+
+    def _factors(self, norm: nn.Module, n: int) -> int:
+        """The address of what a norm multiplies with: what it makes of ones, but for eps."""
+        with torch.no_grad():
+            made = copy.deepcopy(norm).float()(torch.ones(1, 1, n)) * (1 + _eps(norm)) ** 0.5
+        if made.numel() != n:
+            raise _Unfit
+        return self._keep(made.contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _products(self, to: Any, layers: list[Any]) -> None:
+        """Fill calls of one kernel each, with layers that share one as they do in their own forward."""
+        filled, left = 0, list(layers)
+        while left:
+            group = left[0].__dict__.get("group") if isinstance(left[0], PackedLinear) else None
+            together = [left[0]] if group is None else group.layers
+            if together != left[: len(together)]:
+                together = [left[0]]
+            left = left[len(together) :]
+            parts: Any
+            layouts: Any
+            if all(type(layer) is PackedLinear for layer in together):
+                parts, layouts = PackedLinear.given(together)
+            elif type(together[0]) is DenseLinear and together[0].weight.dtype in DTYPES:
+                parts, layouts = together[0].given()
+            else:
+                raise _Unfit
+            call = call_of(parts, layouts, self.dtype)
+            if call.packed[0].dtype != self.dtype:
+                raise _Unfit
+            # integers take x as it is; and then biases are of its dtype, too
+            integers = call.packed[0].grid is not None
+            kernel = call.ready(1)
+            products = (Product * len(together))()
+            for product, made, bias in zip(products, call.products, call.biases, strict=True):
+                product.weight = made.weight
+                if bias is not None:
+                    product.bias = self._keep(bias.detach().float() if integers else bias)
+            self.kept += [call, products]
+            to[filled] = Products(products, len(together), kernel, _FP32 if integers else CODES[self.dtype], call.width)
+            filled += 1
+
+
+def _address(struct: Any) -> int:
+    import ctypes
+
+    return ctypes.addressof(struct)
+
+
+def _eps(norm: Any) -> float:
+    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(found, float):
+        raise _Unfit
+    return found
+
+
+def _activation(act: Callable[[Tensor], Tensor]) -> int:
+    """The number of an activation, by what it computes."""
+    x = torch.linspace(-8, 8, 129)
+    for code, known in enumerate(ACTIVATIONS):
+        if torch.allclose(act(x), known(x), rtol=1e-5, atol=1e-6):
+            return code
+    raise _Unfit
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+class _Room:
+    """A cache layer's keys and values in tensors with room behind them, in which a new token is written where it belongs.
+
+    keys, values: what the cache layer then holds, views of these tensors. A layer that holds others was changed by someone else.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        _, heads, tokens, dim = keys.shape
+        self.room = tokens + max(64, tokens // 4)
+        self.all = keys.new_empty(2, 1, heads, self.room, dim)
+        self.all[0, :, :, :tokens] = keys
+        self.all[1, :, :, :tokens] = values
+        self.addresses = self.all[0].data_ptr(), self.all[1].data_ptr()
+        self.keys, self.values = keys, values
+
+    def grow(self, tokens: int) -> None:
+        self.keys, self.values = self.all.narrow(3, 0, tokens).unbind(0)
+
+
+# a copy of a cache layer has none, so two never write to one place
+_rooms: "weakref.WeakKeyDictionary[Any, _Room]" = weakref.WeakKeyDictionary()
+
+
+# ----------------------------------------------------------------------------------------------------------------- a token
+
+
+def taken(block: nn.Module) -> int:
+    """How many tokens a block computed in one call each, since its parts last changed."""
+    parts: _Parts | None = block.__dict__.get("parts")
+    return 0 if parts is None else parts.taken
+
+
+def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    """What a block makes of one token, or None where that is for its own forward."""
+    cache, turns = given.get("past_key_values"), given.get("position_embeddings")
+    if (
+        hidden.numel() != hidden.shape[-1]
+        or cache is None
+        or given.get("attention_mask") is not None
+        or wants_gradient(hidden)
+    ):
+        return None
+    if not isinstance(turns, tuple) or any(
+        v is not None and v is not False for k, v in given.items() if k not in _KNOWN
+    ):
+        return None
+    parts: _Parts | None = block.__dict__.get("parts")
+    if parts is None or not parts.still(hidden.dtype):
+        parts = block.__dict__["parts"] = _parts_of(block, hidden.dtype)
+        if parts is None:
+            return None
+    cos, sin = turns
+    layer = _layer_of(cache, parts.layer)
+    if layer is None or hidden.shape[-1] != parts.width or hidden.device.type != "cpu":
+        return None
+    keys: Tensor = layer.keys
+    heads, dim, tokens = parts.kv_heads, parts.dim, keys.shape[2]
+    if keys.shape[0] != 1 or keys.shape[1] != heads or keys.shape[3] != dim or layer.values.shape != keys.shape:
+        return None
+    rotated = cos.numel()
+    if not cos.dtype == sin.dtype == keys.dtype == layer.values.dtype == hidden.dtype:
+        return None
+    if rotated != cos.shape[-1] or sin.numel() != rotated or rotated > dim or rotated % 2:
+        return None
+    if not (cos.is_contiguous() and sin.is_contiguous() and hidden.is_contiguous()):
+        return None
+    room = _rooms.get(layer)
+    if room is None or room.keys is not keys or room.values is not layer.values or tokens == room.room:
+        room = _rooms[layer] = _Room(keys, layer.values)
+    made = torch.empty_like(hidden)
+    wrong = library().secateurs_decode(
+        parts.address, hidden.data_ptr(), made.data_ptr(), cos.data_ptr(), sin.data_ptr(), rotated, *room.addresses,
+        room.room, tokens, torch.get_num_threads(),
+    )  # fmt: skip
+    if wrong:
+        raise DeviceError(f"a block of {parts.width} inputs was refused: code {wrong} of csrc/secateurs.h")
+    room.grow(tokens + 1)
+    layer.keys, layer.values = room.keys, room.values
+    if layer.is_sliding:
+        layer.cumulative_length += 1
+    parts.taken += 1
+    return made
+
+
+def _parts_of(block: nn.Module, dtype: torch.dtype) -> _Parts | None:
+    """The parts of a block, or None where it has another form."""
+    if dtype not in CODES:
+        return None
+    try:
+        parts = _Parts(block, dtype)
+    except (_Unfit, AttributeError):
+        return None
+    return None if any(parts.hooks) else parts
+
+
+@functools.cache
+def _kinds() -> tuple[Any, Any]:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return DynamicLayer, DynamicSlidingWindowLayer
+
+
+def _layer_of(cache: Any, index: int) -> Any:
+    """The cache's layer of a block if it holds tokens and will only grow by one, else None."""
+    layers = getattr(cache, "layers", ())
+    layer: Any = layers[index] if index < len(layers) else None
+    grows, slides = _kinds()
+    if type(layer) is slides:
+        # from its window on it lets go of the oldest token
+        inside = layer.is_initialized and layer.keys.shape[-2] == layer.cumulative_length < layer.sliding_window - 1
+        return layer if inside and not layer.record_past else None
+    return layer if type(layer) is grows and layer.is_initialized and layer.keys.dim() == 4 else None

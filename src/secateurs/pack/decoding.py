@@ -1,0 +1,75 @@
+"""Lets a packed model decode a token with one call a block, after a proof that its class computes what that call does."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateurs.base.progress import quiet
+from secateurs.kernels.fused_block import fuse, fusible, taken
+from secateurs.kernels.packed_linear import DenseLinear
+from secateurs.model.miniature import seeded, small_instance
+
+# tokens of the proof's prompt, and those that are decoded after it
+_PROMPT, _NEW = 5, 12
+
+
+# what was proved of a class and a config
+_KNOWN: dict[Any, bool] = {}
+
+
+def fuse_blocks(model: Any) -> None:
+    """Fuse the blocks of a model if its class is proved to compute what csrc/block.cc does."""
+    blocks = [module for module in model.modules() if fusible(module)]
+    if not blocks:
+        return
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    key = type(model), config.to_json_string(use_diff=False)
+    if key not in _KNOWN:
+        _KNOWN[key] = proved(type(model), config)
+    for block in blocks:
+        if _KNOWN[key]:
+            fuse(block)
+
+
+def proved(cls: Any, config: Any) -> bool:
+    """True if a small random instance of a class decodes the same with fused blocks as with its own, in fp32.
+
+    Every block has to take the short way for some tokens, and contexts grow beyond the small one's windows.
+    """
+    # with other kinds a class makes a mask for every token, and its blocks never take the short way
+    config._attn_implementation = "sdpa"
+    try:
+        with quiet():
+            small: Any = small_instance(cls, config)
+        for module in small.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = DenseLinear
+        wanted = _decoded(small)
+        blocks = [module for module in small.modules() if fusible(module)]
+        for block in blocks:
+            fuse(block)
+        found = _decoded(small)
+    # a class may raise anything for what it does not expect; its own forward is always right
+    except Exception:
+        return False
+    error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    # written so that NaN fails
+    return bool(blocks) and all(map(taken, blocks)) and error <= 1e-4 * size
+
+
+@torch.no_grad()
+def _decoded(model: Any) -> torch.Tensor:
+    """The logits of tokens that are given one by one after a prompt."""
+    out: Any
+    with seeded():
+        ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (1, _PROMPT + _NEW))
+    out = model(input_ids=ids[:, :_PROMPT], use_cache=True)
+    logits = []
+    for i in range(_PROMPT, _PROMPT + _NEW):
+        out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits)
