@@ -43,14 +43,90 @@ def test_a_frozen_matrix_is_refused_by_name(score):
     model = net()
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(PlanError, match="0.weight is frozen, and score .* put it in skip, or train it"):
+    said = r"0.weight is frozen \(requires_grad is False\), and .* give frozen='prune' to prune .* or frozen='skip'"
+    with pytest.raises(PlanError, match=said):
         sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), score=score)
-    with pytest.raises(PlanError, match="0.weight is frozen, and SR-STE finds its pattern by training"):
+    with pytest.raises(PlanError, match=said):
         sc.train.sr_ste(model)
-    with pytest.raises(PlanError, match="0.weight is frozen, and connections move by training"):
+    with pytest.raises(PlanError, match=said):
         sc.train.dynamic(model, optimizer, 0.5, until=5, every=1)
+    with pytest.raises(PlanError, match="frozen 'yes'; write prune or skip"):
+        sc.train.dynamic(model, optimizer, 0.5, until=5, every=1, frozen="yes")
     sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), score=score, skip=("0.weight",))
-    sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), score="magnitude")
+    model.requires_grad_(False)
+    with pytest.raises(PlanError, match="all matrices are frozen"):
+        sc.train.gradual(model, optimizer, sc.train.one_step(0.5, at=1), frozen="prune")
+
+
+def _frozen():
+    """Two layers of 8 x 8, of which the first is frozen and not the optimizer's; and its three smallest quarters of weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    size = model[0].weight.abs().flatten()
+    smallest = torch.zeros(64, dtype=torch.bool)
+    smallest[size.argsort()[:48]] = True
+    return model, optimizer, smallest.view(8, 8), model[0].weight.clone()
+
+
+def _learn(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("score", sc.train.SCORES)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_frozen_matrix_is_pruned_once_or_skipped(scope, score):
+    model, optimizer, smallest, dense = _frozen()
+    schedule = sc.train.cubic(0.75, begin=1, end=3, every=1)
+    pruner = sc.train.gradual(model, optimizer, schedule, scope=scope, score=score, frozen="prune")
+    assert torch.equal(model[0].weight, dense.masked_fill(smallest, 0))
+    for _ in range(4):
+        _learn(model, optimizer)
+    assert torch.equal(model[0].weight, dense.masked_fill(smallest, 0))
+    assert int((model[2].weight == 0).sum()) == 48
+    assert pruner.held.sparsity == 0.75
+    # a checkpoint of the dense weights, and training that thaws the layer, change nothing
+    model[0].weight.data.copy_(dense)
+    pruner.load_state_dict(pruner.state_dict())
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [model[0].weight]})
+    _learn(model, optimizer)
+    assert torch.equal(model[0].weight == 0, smallest)
+
+    model, optimizer, _, dense = _frozen()
+    pruner = sc.train.gradual(model, optimizer, sc.train.one_step(0.75, at=1), scope=scope, score=score, frozen="skip")
+    _learn(model, optimizer)
+    assert torch.equal(model[0].weight, dense)
+    assert list(pruner.held.masks) == ["2.weight"]
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_a_frozen_matrix_does_not_move_its_connections(grow):
+    model, optimizer, smallest, dense = _frozen()
+    pruner = sc.train.dynamic(model, optimizer, 0.75, until=9, every=1, grow=grow, frozen="prune")
+    first = {name: mask.clone() for name, mask in pruner.held.masks.items()}
+    for _ in range(4):
+        _learn(model, optimizer)
+    assert torch.equal(model[0].weight, dense.masked_fill(smallest, 0))
+    assert not torch.equal(pruner.held.masks["2.weight"], first["2.weight"])
+    model, optimizer, _, dense = _frozen()
+    sc.train.dynamic(model, optimizer, 0.75, until=9, every=1, grow=grow, frozen="skip")
+    assert torch.equal(model[0].weight, dense)
+
+
+def test_sr_ste_leaves_a_frozen_matrix_plain():
+    model, _, _, dense = _frozen()
+    size = dense.abs().view(8, 2, 4)
+    kept = (size >= size.topk(2).values[..., -1:]).view(8, 8)
+    assert sc.train.sr_ste(model, frozen="prune") == ["2.weight"]
+    assert torch.equal(model[0].weight, dense * kept)
+    assert isinstance(model[0].weight, nn.Parameter)
+    model, _, _, dense = _frozen()
+    assert sc.train.sr_ste(model, frozen="skip") == ["2.weight"]
+    assert torch.equal(model[0].weight, dense)
 
 
 @pytest.mark.parametrize("factor", [None, 0.0])

@@ -6,6 +6,7 @@ optimizer, so plain loops, closures, gradient scalers, accumulation, compiled mo
 need no other change.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.train.matrices import computed, prunable
+from secateurs.train.copies import Copy, found_in
+from secateurs.train.matrices import computed, make_plain, prunable
 
 # the integer type of a weight's size in bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,6 +37,7 @@ class Held:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
         self._see, self._after = see, after
+        self._followed: list[Copy] = []
         # an optimizer whose step() calls that of its base class calls hooks twice
         self._begun = self._seen = False
         # True where a weight is removed: the complement of its mask
@@ -61,6 +64,8 @@ class Held:
         for name, mask in masks.items():
             self._removed[name] = ~_placed(mask, self.parameters[name])
         self.apply()
+        for copy in self._followed:
+            self.apply_to(copy)
         # not now: a state may still be loaded
         self._state_is_clear = False
 
@@ -81,11 +86,44 @@ class Held:
         gone, total = (sum(int(f(local(r))) for r in self._removed.values()) for f in (torch.sum, torch.numel))
         return gone / total if total else 0.0
 
-    def release(self) -> None:
-        """Remove the hooks. Zeros stay until something changes them."""
+    def apply_to(self, copy: Copy) -> None:
+        """Set removed weights to 0 in another copy of the model, found by their names.
+
+        copy: an average of its weights (EMA, SWA), a deep copy, a teacher, or a state dict; plain, or in the wrapper of DDP, FSDP2,
+        torch.compile, AveragedModel or PEFT. Raises PlanError for a copy that lacks a held parameter; then nothing is changed.
+        """
+        with torch.no_grad():
+            for name, tensor in self._in(copy).items():
+                _clear(local(tensor), local(_beside(self._removed[name], tensor)))
+
+    def follow(self, copy: Copy) -> None:
+        """apply_to() now, and whenever masks change: for an average that goes on while weights are removed.
+
+        Without it the average keeps a share of every removed weight. Zeros of both stay zeros of the average by themselves.
+        """
+        self.apply_to(copy)
+        self._followed.append(copy)
+
+    def _in(self, copy: Copy) -> dict[str, Tensor]:
+        return found_in(copy, {name: tuple(removed.shape) for name, removed in self._removed.items()})
+
+    def release(self, *copies: Copy) -> None:
+        """Remove the hooks. Zeros stay until something changes them.
+
+        copies: of the model, as of apply_to(), such as the average that is shipped. Warns of each that has weights left where the
+        model has none.
+        """
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._followed = [], []
+        for copy in copies:
+            left = [n for n, t in self._in(copy).items() if bool(local(t)[local(_beside(self._removed[n], t))].any())]
+            if left:
+                warnings.warn(
+                    f"{type(copy).__name__} is not as sparse as the model: {len(left)} of {len(self._removed)} matrices have "
+                    f"weights where the model has zeros, first {left[0]}; call apply_to() on it before you save it",
+                    stacklevel=2,
+                )
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.masks
@@ -167,13 +205,23 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
     masks: {parameter: bool, True = stays}; by default every matrix that is trained keeps the zeros that it has: of Linear, Conv1D,
     Conv2d and fused experts. Masks of torch.nn.utils.prune and torch.ao.pruning are taken over and their reparametrization is
     removed, which makes new parameters: create the optimizer after take_over(). Raises PlanError for a model without zeros, for
-    zeros that are computed in every pass (weight norm), for an optimizer that does not own a masked parameter, and for a mask of
-    another shape.
+    zeros that are computed in every pass (weight norm), for an optimizer that does not own a masked parameter that is trained, and
+    for a mask of another shape. By default matrices without any weight, which is how LoRA's and other added layers begin, are not
+    held.
     """
     taken = take_over(model)
     wanted = {**_found(model, optimizer), **taken} if masks is None else dict(masks)
     if masks is None and not wanted:
-        raise PlanError("the model has no zeros that training could change: prune it first, or give masks")
+        frozen = [name for name, p in prunable(model) if not p.requires_grad and _has_zeros(p)]
+        raise PlanError(
+            "the model has no zeros that training could change: prune it first, or give masks"
+            + (
+                f"; {frozen[0]} and {len(frozen) - 1} more have zeros and are frozen, and whatever is merged into them later fills "
+                "them (LoRA): use sc.train.lora, or give masks and call apply_to() on the merged model"
+                if frozen
+                else ""
+            )
+        )
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     for name in list(wanted):
@@ -183,7 +231,8 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
         if other != name and not torch.equal(wanted[other], wanted.pop(name)):
             raise PlanError(f"{other} and {name} are one parameter, and their masks differ; give one mask")
     hint = "make it after take_over()" if taken else "give it model.parameters()"
-    check_owned(optimizer, {name: named[name] for name in wanted}, hint)
+    # nothing moves what is frozen
+    check_owned(optimizer, {name: named[name] for name in wanted if named[name].requires_grad}, hint)
     return Held({name: named[name] for name in wanted}, wanted, optimizer)
 
 
@@ -196,7 +245,8 @@ def _found(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
             )
     owned = _owned(optimizer)
     # nothing moves a frozen matrix that the optimizer does not have
-    return {n: p.detach() != 0 for n, p in prunable(model) if (p.requires_grad or id(p) in owned) and _has_zeros(p)}
+    found = {n: p.detach() != 0 for n, p in prunable(model) if (p.requires_grad or id(p) in owned) and _has_zeros(p)}
+    return {name: mask for name, mask in found.items() if bool(local(mask).any())}
 
 
 def check_owned(
@@ -233,7 +283,7 @@ def take_over(model: nn.Module) -> dict[str, Tensor]:
                 masks = [p.mask for p in chain if type(p).__name__ == "FakeSparsity"]
                 if masks:
                     found[f"{path}.{leaf}".strip(".")] = masks[0].detach().bool().clone()
-                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+                    make_plain(module, leaf)
     return found
 
 
@@ -246,6 +296,14 @@ def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
 
     whole: Any = parameter
     return distribute_tensor(mask, whole.device_mesh, whole.placements)
+
+
+def _beside(removed: Tensor, tensor: Tensor) -> Tensor:
+    """What is removed, on the device of another copy's tensor and distributed like that."""
+    if hasattr(tensor, "to_local"):
+        same = getattr(removed, "placements", None) == getattr(tensor, "placements", None)
+        return removed if same else _placed(whole(removed), tensor)
+    return whole(removed).to(tensor.device)
 
 
 def _has_zeros(parameter: nn.Parameter) -> bool:

@@ -6,13 +6,14 @@ The usual merge, W + up @ down, is dense and would fill the zeros of a pruned mo
 """
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
-from secateurs.train.matrices import prunable
+from secateurs.train.matrices import make_plain, prunable
 
 
 class _Masked(nn.Module):
@@ -42,11 +43,20 @@ class Lora:
         """The low-rank parameters, for the optimizer."""
         return self._added
 
-    def merge(self) -> None:
-        """Add the low-rank products to the weights, which are plain parameters again, zero where they were."""
+    def merge(self, *copies: nn.Module) -> None:
+        """Add the low-rank products to the weights, which are plain parameters again, zero where they were.
+
+        copies: of the model, made since, such as an average; each gets its own products.
+        """
         for module, leaf in self.places:
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+            make_plain(module, leaf)
         self.places = []
+        for module in [module for copy in copies for module in copy.modules()]:
+            if parametrize.is_parametrized(module):
+                chains: Any = module.parametrizations
+                for leaf, chain in list(chains.items()):
+                    if any(isinstance(p, _Masked) for p in chain):
+                        make_plain(module, leaf)
 
 
 # tensors that are made in inference mode could not be trained

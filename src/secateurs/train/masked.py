@@ -1,5 +1,6 @@
 """A linear layer with its mask as a buffer, and SR-STE: training that finds an N:M pattern."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError
 from secateurs.matrix import patterns
-from secateurs.train.matrices import as_matrix, check_pattern, check_trained, chosen, holders
+from secateurs.train.copies import Copy, found_in
+from secateurs.train.matrices import apart, as_matrix, check_pattern, chosen, holders, make_plain
 
 
 class MaskedLinear(nn.Module):
@@ -74,35 +76,66 @@ class SparseRefined(nn.Module):
         return found
 
 
-def sr_ste(model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tuple[str, ...] = ()) -> list[str]:
+def sr_ste(
+    model: nn.Module, pattern: str = "2:4", decay: float = 2e-4, skip: tuple[str, ...] = (), frozen: str | None = None
+) -> list[str]:
     """Train an N:M pattern from dense weights. Returns the names of the parametrized parameters; finish() makes them plain.
 
     The forward pass uses pruned weights. Gradients reach all weights, and removed ones decay: grad + decay (1 - mask) w.
     Zhou et al. 2021, arXiv 2102.04010, eq. 9. Create the optimizer afterwards. The decay is added in every backward pass as it is:
-    passes that are accumulated add it as often, and a GradScaler divides it by its scale (bf16 needs none). Raises PlanError.
+    passes that are accumulated add it as often, and a GradScaler divides it by its scale (bf16 needs none). frozen: 'prune' prunes
+    frozen matrices now, by magnitude, 'skip' leaves them dense; without it they are refused by name. Raises PlanError.
     """
     parsed = patterns.parse(pattern)
     if parsed.fixed_sparsity is None:
         raise PlanError(f"SR-STE trains N:M patterns, and {pattern} has no sparsity of its own")
     found = chosen(model, skip)
-    check_trained(found, "SR-STE finds its pattern by training")
+    trained, once = apart(found, frozen, "SR-STE finds its pattern by training")
+    found = {**trained, **once}
     layouts = {name: as_matrix(model, parameter) for name, parameter in found.items()}
     for name, parameter in found.items():
         check_pattern(name, layouts[name][0](parameter.detach()), pattern)
-    for name, parameter in found.items():
+    for name, parameter in once.items():
+        to, back = layouts[name]
+        weight = parameter.detach()
+        weight.masked_fill_(~back(parsed.keep(to(weight).abs().float(), parsed.fixed_sparsity)), 0)
+    for name, parameter in trained.items():
         # a shared matrix is pruned wherever it is used, and decays once
         own = decay
         for module, leaf in holders(model, parameter):
             refined = SparseRefined(parsed, *layouts[name], own)
             parametrize.register_parametrization(module, leaf, refined)
             own = 0.0
-    return list(found)
+    return list(trained)
 
 
-def finish(model: nn.Module) -> None:
-    """Make the parameters that sr_ste() parametrized plain again, with their zeros."""
-    for module in model.modules():
+def finish(model: nn.Module, *copies: Copy) -> None:
+    """Make the parameters that sr_ste() parametrized plain again, with their zeros.
+
+    copies: of the model, such as the average that is shipped. Those that were made after sr_ste() are finished too, by their own
+    weights. Warns of one that has fewer zeros than the model.
+    """
+    found = _finish(model)
+    for copy in copies:
+        if isinstance(copy, nn.Module):
+            _finish(copy)
+        shapes = {name: tuple(weight.shape) for name, weight in found.items()}
+        full = [n for n, t in found_in(copy, shapes).items() if int((t == 0).sum()) < int((found[n] == 0).sum())]
+        if full:
+            warnings.warn(
+                f"{type(copy).__name__} is not as sparse as the model: {len(full)} of {len(found)} matrices have fewer zeros, "
+                f"first {full[0]}; make the copy after sr_ste()",
+                stacklevel=2,
+            )
+
+
+def _finish(model: nn.Module) -> dict[str, Tensor]:
+    """Make a model's parameters plain; returns them by name."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+            for leaf, chain in list(module.parametrizations.items()):
                 if any(isinstance(p, SparseRefined) for p in chain):
-                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+                    make_plain(module, leaf)
+                    found[f"{path}.{leaf}".strip(".")] = getattr(module, leaf).detach()
+    return found

@@ -4,9 +4,11 @@ O outputs, I inputs.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from secateurs.base.errors import PlanError, nearest
 from secateurs.matrix import patterns
@@ -33,6 +35,24 @@ def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
     """Every module that holds a parameter, and its name there; weights that are tied have several."""
     return [(module, leaf) for module in model.modules() for leaf, p in module._parameters.items() if p is parameter]
+
+
+def make_plain(module: nn.Module, leaf: str) -> None:
+    """Make a parametrized weight an ordinary parameter with the value that it has now.
+
+    torch's own removal takes the weight away from deep copies of the module too, whose class is the same.
+    """
+    chains: Any = module.parametrizations
+    if len(chains) > 1:
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+        return
+    chain = chains[leaf]
+    weight = chain.original
+    with torch.no_grad():
+        weight.copy_(chain())
+    del module.parametrizations
+    module.__class__ = module.__class__.__bases__[0]
+    module.register_parameter(leaf, weight)
 
 
 def as_matrix(
@@ -78,11 +98,26 @@ def check_pattern(name: str, matrix_OI: Tensor, pattern: str) -> None:
         raise PlanError(f"{name} cannot take {pattern}: {refused}; put it in skip")
 
 
-def check_trained(names: Mapping[str, nn.Parameter], why: str) -> None:
-    """Raise PlanError for the first parameter that is frozen."""
-    for name, parameter in names.items():
-        if not parameter.requires_grad:
-            raise PlanError(f"{name} is frozen, and {why}; put it in skip, or train it")
+def apart(
+    names: Mapping[str, nn.Parameter], frozen: str | None, why: str
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The parameters that are trained, and the frozen ones that are to be pruned once.
+
+    frozen: 'prune' or 'skip', or None. Raises PlanError, naming the frozen ones, where there are some and nothing was said of them.
+    """
+    if frozen not in (None, "prune", "skip"):
+        raise PlanError(f"frozen '{frozen}'; write prune or skip")
+    still = {name: p for name, p in names.items() if not p.requires_grad}
+    trained = {name: p for name, p in names.items() if p.requires_grad}
+    if still and frozen is None:
+        some = ", ".join([*list(still)[:3], *([f"{len(still) - 3} more"] if len(still) > 3 else [])])
+        raise PlanError(
+            f"{some} {'is' if len(still) == 1 else 'are'} frozen (requires_grad is False), and {why}; give frozen='prune' to prune "
+            "them once, by magnitude, and keep their zeros, or frozen='skip' to leave them dense"
+        )
+    if not trained:
+        raise PlanError(f"all matrices are frozen, and {why}; train some")
+    return trained, still if frozen == "prune" else {}
 
 
 def largest(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:

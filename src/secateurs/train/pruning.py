@@ -19,7 +19,7 @@ from secateurs.base.seed import seed_of
 from secateurs.matrix import patterns
 from secateurs.prune.allocation import LayerSummary, erk
 from secateurs.train.held import Held, check_owned, local, whole
-from secateurs.train.matrices import as_matrix, check_pattern, check_trained, chosen, largest
+from secateurs.train.matrices import apart, as_matrix, check_pattern, chosen, largest
 from secateurs.train.schedules import Schedule
 
 # (weight, running sum) -> score; the sum is over the steps since masks were last chosen
@@ -68,17 +68,20 @@ class Gradual:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str, scope: str, score: str,
-        names: Mapping[str, nn.Parameter], seed: int,
+        names: Mapping[str, nn.Parameter], seed: int, once: Mapping[str, nn.Parameter],
     ) -> None:  # fmt: skip
+        """once: frozen parameters, which get the schedule's last sparsity now."""
         self.schedule, self.step, self._optimizer, self._seed = schedule, 0, optimizer, seed
         self._score, self._summed, _ = SCORES[score]
-        self._pattern = patterns.parse(pattern, scope if pattern == "unstructured" and scope != "global" else None)
+        alone = "layer" if scope == "global" else scope
+        self._pattern = patterns.parse(pattern, alone if pattern == "unstructured" else None)
         self._scope = scope
-        self._matrices = {n: as_matrix(model, p) for n, p in names.items()}
+        self._matrices = {n: as_matrix(model, p) for n, p in {**names, **once}.items()}
         self._sums: dict[str, Tensor] = {}
-        self.held = Held(
-            names, {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}, optimizer, self._collect, self._after
-        )  # fmt: skip
+        self._trained = dict(names)
+        masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in names.items()}
+        masks |= self._kept({n: whole(p).float().abs() for n, p in once.items()}, schedule.at(schedule.last))
+        self.held = Held({**names, **once}, masks, optimizer, self._collect, self._after)
         if schedule.due(0):
             self._decide(schedule.at(0))
 
@@ -114,7 +117,7 @@ class Gradual:
             # an N:M pattern has one sparsity, and it is not 0
             return
         scores, old = {}, {name: whole(mask) for name, mask in self.held.masks.items()}
-        ranked = self.held.parameters
+        ranked: Mapping[str, nn.Parameter] = self._trained
         if self._summed:
             ranked = _reached(ranked, self._sums, f"to rank weights by at step {self.step}; not pruned")
         for name, parameter in ranked.items():
@@ -124,24 +127,28 @@ class Gradual:
                 torch.default_generator.manual_seed(seed_of(self._seed, f"{self.step} {name}"))
                 score = self._score(weight, whole(self._sums[name]) if self._summed else weight)
             scores[name] = score.masked_fill(~old[name], -torch.inf)
-        if self._scope == "global" and scores:
-            masks = largest(scores, sparsity)
-        else:
-            matrices = self._matrices
-            masks = {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
+        masks = largest(scores, sparsity) if self._scope == "global" and scores else self._kept(scores, sparsity)
         self.held.update({name: mask & old[name] for name, mask in masks.items()})
+
+    def _kept(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """{name: mask} of each matrix by itself."""
+        matrices = self._matrices
+        return {n: matrices[n][1](self._pattern.keep(matrices[n][0](s), sparsity)) for n, s in scores.items()}
 
 
 def gradual(
     model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, pattern: str = "unstructured", scope: str = "layer",
-    score: str = "magnitude", skip: tuple[str, ...] = (), seed: int = 0,
+    score: str = "magnitude", skip: tuple[str, ...] = (), seed: int = 0, frozen: str | None = None,
 ) -> Gradual:  # fmt: skip
     """Prune every matrix of a model to the schedule's sparsity as its optimizer steps.
 
     pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
+    pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
     unstructured pattern counts: 'layer', 'row' or 'global'. score: a row of SCORES; where it is a sum over gradients, the first
     pruning is after step 1 at the earliest, and a matrix that no gradient reached keeps its weights, with a warning. skip:
-    parameters that stay dense. seed: of random scores. held.release() ends it. Raises PlanError.
+    parameters that stay dense. seed: of random scores. frozen: 'prune' prunes frozen matrices now, each by magnitude to the
+    schedule's last sparsity, and keeps their zeros; 'skip' leaves them dense; without it they are refused by name. held.release()
+    ends it. Raises PlanError.
     """
     if score not in SCORES:
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
@@ -159,14 +166,13 @@ def gradual(
     names = chosen(model, skip)
     for name, parameter in names.items():
         check_pattern(name, as_matrix(model, parameter)[0](parameter.detach()), pattern)
-    check_owned(optimizer, names)
-    if SCORES[score][1]:
-        check_trained(names, f"score {score} is a sum over its gradients")
-        if schedule.due(0) and schedule.at(0):
-            raise PlanError(
-                f"score {score} is a sum over steps, and none is taken before step 0; begin the schedule at step 1 or later"
-            )
-    return Gradual(model, optimizer, schedule, pattern, scope, score, names, seed)
+    trained, once = apart(names, frozen, "nothing trains what pruning leaves of them")
+    check_owned(optimizer, trained, "give it model.parameters(), or put it in skip")
+    if SCORES[score][1] and schedule.due(0) and schedule.at(0):
+        raise PlanError(
+            f"score {score} is a sum over steps, and none is taken before step 0; begin the schedule at step 1 or later"
+        )
+    return Gradual(model, optimizer, schedule, pattern, scope, score, trained, seed, once)
 
 
 class Dynamic:
@@ -174,8 +180,10 @@ class Dynamic:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], every: int,
-        until: int, fraction: float, by_gradient: bool, generator: torch.Generator,
+        until: int, fraction: float, by_gradient: bool, generator: torch.Generator, trained: Mapping[str, nn.Parameter],
     ) -> None:  # fmt: skip
+        """names: what is held; trained: those of them whose connections move."""
+        self._trained = dict(trained)
         self.step, self.every, self.until, self.fraction, self.by_gradient = 0, every, until, fraction, by_gradient
         self._generator, self._optimizer = generator, optimizer
         self._gradients: dict[str, Tensor] = {}
@@ -216,7 +224,7 @@ class Dynamic:
             return
         share = self.fraction / 2 * (1 + cos(pi * self.step / self.until))
         masks, old = {}, {name: whole(mask) for name, mask in self.held.masks.items()}
-        moving = self.held.parameters
+        moving: Mapping[str, nn.Parameter] = self._trained
         if self.by_gradient:
             moving = _reached(moving, self._gradients, f"in step {self.step}; connections not moved")
         for name, parameter in moving.items():
@@ -239,14 +247,15 @@ class Dynamic:
 
 def dynamic(
     model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float, until: int, every: int = 100, fraction: float = 0.3,
-    grow: str = "gradient", seed: int = 0, skip: tuple[str, ...] = (),
+    grow: str = "gradient", seed: int = 0, skip: tuple[str, ...] = (), frozen: str | None = None,
 ) -> Dynamic:  # fmt: skip
     """Train sparse from the first step: masks begin at random, then each layer drops its smallest weights and grows others.
 
     Layers get Erdos-Renyi-Kernel densities. Every `every` steps before step `until` (three quarters of training is usual) a share
     fraction / 2 (1 + cos(pi step / until)) of a layer's connections moves. grow: 'gradient' is RigL (Evci et al. 2019, arXiv
     1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). A checkpoint's weights and optimizer
-    state may be loaded before this or after. held.release() ends it. Raises PlanError.
+    state may be loaded before this or after. frozen: 'prune' prunes frozen matrices now, each by magnitude to its density, and
+    keeps their zeros; 'skip' leaves them dense; without it they are refused by name. held.release() ends it. Raises PlanError.
     """
     if grow not in ("gradient", "random"):
         raise PlanError(f"unknown grow '{grow}'; write gradient (RigL) or random (SET)")
@@ -255,8 +264,8 @@ def dynamic(
             f"sparsity {sparsity:g}, every {every}, until {until}, fraction {fraction:g}: give 0 < sparsity < 1, 1 <= every <= "
             "until and 0 < fraction <= 1"
         )
-    names = chosen(model, skip)
-    check_trained(names, "connections move by training")
+    trained, once = apart(chosen(model, skip), frozen, "connections move by training")
+    names = {**trained, **once}
     generator = torch.Generator().manual_seed(seed)
     matrices = {n: as_matrix(model, p)[0](p.detach()) for n, p in names.items()}
     summaries = {n: _summary(m, tuple(names[n].shape[2:]) if names[n].dim() == 4 else ()) for n, m in matrices.items()}
@@ -264,9 +273,14 @@ def dynamic(
     masks = {}
     for name, parameter in names.items():
         kept = parameter.numel() - patterns.count_zeros(parameter.numel(), shares[name])
-        masks[name] = patterns.top(torch.rand(parameter.numel(), generator=generator), kept).reshape(parameter.shape)
-    check_owned(optimizer, names)
-    return Dynamic(optimizer, names, masks, every, until, fraction, grow == "gradient", generator)
+        first = (
+            parameter.detach().float().abs().flatten()
+            if name in once
+            else torch.rand(parameter.numel(), generator=generator)
+        )
+        masks[name] = patterns.top(first, kept).reshape(parameter.shape)
+    check_owned(optimizer, trained, "give it model.parameters(), or put it in skip")
+    return Dynamic(optimizer, names, masks, every, until, fraction, grow == "gradient", generator, trained)
 
 
 def _summary(weight_OI: Tensor, kernel: tuple[int, ...]) -> LayerSummary:
