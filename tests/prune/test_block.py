@@ -12,12 +12,14 @@ from secateurs import Plan, Stats
 from secateurs.base.errors import LayerError
 from secateurs.matrix import solvers
 from secateurs.model import walk
+from secateurs.model.activations import InMemory
 from secateurs.model.couplings import couplings_of
+from secateurs.model.discover import layout_of
 from secateurs.model.layers import Layer, layers_of
 from secateurs.model.walk import stream
 from secateurs.prune.allocation import Share
 from secateurs.prune.assign import _levels, _losses, assign
-from secateurs.prune.block import Guide, prune_block, prune_layer
+from secateurs.prune.block import Guide, prune_block, prune_layer, take_up
 from secateurs.prune.guide import in_passes
 from secateurs.prune.record import LayerRecord
 from secateurs.prune.tuning import Outcome
@@ -230,3 +232,34 @@ def test_scores_of_layers_are_compared_in_units_of_the_loss():
     for sensitivity, shares in (({}, (0.75, 0.25)), ({"0": torch.tensor([4.0]), "1": torch.tensor([1.0])}, (0.5, 0.5))):
         found = assign(model, None, [], plan, sensitivity, {})
         assert [found[name] for name in ("0", "1")] == [Share("unstructured", share) for share in shares]
+
+
+def test_errors_of_experts_after_tuning_are_measured_in_groups_that_memory_has_room_for(monkeypatch):
+    model, batches = tiny.make("mixtral"), [{"input_ids": tiny.tokens()}]
+    fused = layout_of(model).experts
+    whole = {
+        y.name: y.read().clone()
+        for i, b in enumerate(model.model.layers)
+        for y in layers_of(b, f"model.layers.{i}", fused)
+    }
+    plan = asked(Plan, method="sparsegpt", reconstruct=0, distill=0, samples=2, seqlen=10, eval_windows=0)
+    records = sc.prune(model, plan, calibration=batches).layers
+    most = []
+    observe = walk.Step.observe
+
+    def counted(step, layers, *args, **options):
+        most.append(len(layers))
+        return observe(step, layers, *args, **options)
+
+    def again():
+        most.clear()
+        return take_up(model, plan, records, batches, lambda _: whole, {}, InMemory(), lambda *_: None)[0]
+
+    monkeypatch.setattr(walk.Step, "observe", counted)
+    at_once = again()
+    assert max(most) == 12
+    monkeypatch.setattr(walk, "memory_bytes", lambda: 0)
+    assert again() == at_once
+    # an expert at a time, and the layers of the attention
+    assert set(most) == {4, 2}
+    assert all(record.error_from == "gram" for record in at_once if record.skipped is None and record.error)

@@ -365,8 +365,9 @@ def take_up(
     for step in stream(model, batches, store=store, tick=tick, ranks=ranks):
         pruned = [layer for layer in step.layers if by_name[layer.name].skipped is None]
         weights = dense(step.index)
-        stats = step.observe(pruned, gram=needs == "gram") if needs != "weights" else {}
-        by_name.update(_all_tuned(step, pruned, by_name, weights, stats, plan, scales))
+        looks = step.observe_in_turn(pruned, needs == "gram") if needs != "weights" else iter([(pruned, {})])
+        for group, stats in looks:
+            by_name.update(_all_tuned(step, group, by_name, weights, stats, plan, scales))
         vectors += _vectors(step.name, step.block)
     return list(by_name.values()), vectors
 
