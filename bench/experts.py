@@ -1,16 +1,17 @@
 """What removing experts costs, by criterion and calibration text, on the mixture that tools/tiny_moe.py trains. Writes a table.
 
-    OMP_NUM_THREADS=1 .venv/bin/python bench/experts.py [--gone 4,8] [--windows 256] [--evaluate 200] [--out FILE.json]
+    OMP_NUM_THREADS=1 .venv/bin/python bench/experts.py [--gone 4,8] [--windows 256] [--evaluate 200] [--recover STEPS] [--out FILE]
 
-Excess loss over the dense model in nats a token, on held-out text of each domain; no training after. `published` is REAP as its
-paper has it, written without secateurs (tests/shrink/reap.py): saliencies of the dense model, nothing refit. `reap` measures them
-on what the blocks before give, as all our rows do. --windows: of calibration, 128 tokens each, shared by the domains that are
-calibrated on.
+Excess loss over the dense model in nats a token, on held-out text of each domain; no training after, or with --recover the same
+steps of `secateurs recover` for every row. `published` is REAP as its paper has it, written without secateurs
+(tests/shrink/reap.py): saliencies of the dense model, nothing refit. `reap` measures them on what the blocks before give, as all
+our rows do. --windows: of calibration, 128 tokens each, shared by the domains that are calibrated on.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,15 @@ from secateurs.model.blocks import AllLoaded  # noqa: E402
 from secateurs.model.walk import stream  # noqa: E402
 from secateurs.prune.sensitivity import sensitivity  # noqa: E402
 from secateurs.quality import texts  # noqa: E402
+from secateurs.quality.settings import Calibration, Evaluation  # noqa: E402
 from secateurs.shrink import cut_experts, losses  # noqa: E402
 from secateurs.shrink.cuts import cuts_of  # noqa: E402
+from secateurs.train.recover import recover  # noqa: E402
+from secateurs.train.recover_plan import RecoverPlan  # noqa: E402
 
 DOMAINS = ("stories", "code", "encyclopedia")
-# tokens of a window, as the model was trained; those on which sensitivities are taken
-WINDOW, SENSITIVITY = 128, 4096
+# tokens of a window, as the model was trained; those on which sensitivities are taken; windows of a step of --recover
+WINDOW, SENSITIVITY, BATCH = 128, 4096, 8
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,30 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def text_of(folder: Path, part: str, domains: tuple[str, ...]) -> str:
+    """The text of some domains, as --calibration takes it. part: train or held_out."""
+    return "; ".join(str(folder.parent / f"{part}-{name}.txt") for name in domains)
+
+
 def windows_of(folder: Path, part: str, domains: tuple[str, ...], count: int) -> Tensor:
     """Token windows of some domains, mixed. part: train or held_out."""
-    source = "; ".join(str(folder.parent / f"{part}-{name}.txt") for name in domains)
-    return texts.load(source, AutoTokenizer.from_pretrained(folder), count, WINDOW, 0).windows
+    return texts.load(text_of(folder, part, domains), AutoTokenizer.from_pretrained(folder), count, WINDOW, 0).windows
+
+
+def recovered(folder: Path, model: Any, domains: tuple[str, ...], steps: int) -> Any:
+    """The cut mixture after so many steps of `secateurs recover` against the dense one, on the training text of some domains."""
+    with tempfile.TemporaryDirectory(prefix="experts-") as work:
+        cut_folder, run = Path(work) / "cut", Path(work) / "recovered"
+        mixture = model.model.layers[0].mlp
+        model.config.num_experts, model.config.num_experts_per_tok = mixture.experts.num_experts, mixture.gate.top_k
+        model.save_pretrained(cut_folder)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(cut_folder)
+        text = Calibration(text_of(folder, "train", domains), None, WINDOW, 0)
+        plan = RecoverPlan(
+            str(cut_folder), str(folder), text, steps=steps, batch=BATCH, evaluation=Evaluation(windows=0)
+        )
+        recover(plan, run)
+        return load(run / "model")
 
 
 def cut(folder: Path, windows: Tensor, gone: int, way: Way, damping: float = 0.01) -> tuple[Any, list[Any]]:
@@ -88,7 +112,7 @@ def cut(folder: Path, windows: Tensor, gone: int, way: Way, damping: float = 0.0
 
 def excess(model: Any, dense: dict[str, float], held_out: dict[str, Tensor]) -> dict[str, float]:
     """The loss above the dense model's by domain, and their mean."""
-    found = {name: losses.nll(model, windows) - dense[name] for name, windows in held_out.items()}
+    found = {name: losses.nll((model, AllLoaded()), windows) - dense[name] for name, windows in held_out.items()}
     return {**found, "mean": sum(found.values()) / len(found)}
 
 
@@ -97,18 +121,21 @@ def main() -> None:
     parser.add_argument("--gone", default="4,8", help="experts of 16 that go (default 4,8)")
     parser.add_argument("--windows", type=int, default=256, help="calibration windows (default 256)")
     parser.add_argument("--evaluate", type=int, default=200, help="held-out windows of each domain (default 200)")
+    parser.add_argument("--recover", type=int, default=0, help="steps of training after (default 0)")
     parser.add_argument("--out", type=Path, help="a file for the numbers")
     arguments = parser.parse_args()
     folder = tiny_moe.fetch()
     held_out = {name: windows_of(folder, "held_out", (name,), arguments.evaluate) for name in DOMAINS}
     whole = load(folder)
-    dense = {name: losses.nll(whole, windows) for name, windows in held_out.items()}
+    dense = {name: losses.nll((whole, AllLoaded()), windows) for name, windows in held_out.items()}
     print("dense", {name: round(value, 4) for name, value in dense.items()}, flush=True)
     found: list[dict[str, Any]] = []
 
     def row(calibrated: tuple[str, ...], gone: int, way: Way) -> None:
         start = time.monotonic()
         model, records = cut(folder, windows_of(folder, "train", calibrated, arguments.windows), gone, way)
+        if arguments.recover:
+            model = recovered(folder, model, calibrated, arguments.recover)
         lost = excess(model, dense, held_out)
         found.append(
             {
@@ -126,7 +153,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for gone in counts:
         for way in WAYS:
-            row(DOMAINS, gone, way)
+            # what is trained after is compared for those that a user would take
+            if not arguments.recover or way.refit or way.criterion == "published":
+                row(DOMAINS, gone, way)
+    if arguments.recover:
+        return
     for name in DOMAINS:
         for way in (WAYS[0], WAYS[-1]):
             row((name,), counts[-1], way)

@@ -204,7 +204,7 @@ def test_a_text_of_the_evaluation_that_no_part_of_the_calibration_is_like_is_nam
     assert words.startswith("the evaluation's c.txt is like no calibration text: of these ")
     assert "overlap by 0%, where text of one kind overlaps by " in words
     # a mixture that holds the kind is no mismatch, however small its part
-    assert warned([("a.txt", a), *[(f"{n}", b) for n in range(5)]], [("more.txt", again)]) == []
+    assert warned([*[(f"{n}", b) for n in range(5)], ("a.txt", a)], [("more.txt", again)]) == []
     assert warned([("a.txt", a)], [("c.txt", c)])[0].startswith("calibration text is unlike evaluation text")
 
 
