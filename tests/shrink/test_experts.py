@@ -330,8 +330,12 @@ def test_experts_that_saw_too_little_are_named():
     ]
     (said,) = cut_experts.uncovered(records)
     assert said.startswith(
-        "layers.3: 2 of 4 experts saw fewer than 64 of the calibration tokens looked at (experts 1, 3)"
+        "2 of 4 experts saw fewer than 64 of the calibration tokens looked at (layers.3: 1, 3); name"
     )
+    (said,) = cut_experts.uncovered([records[0] | {"block": str(n)} for n in range(10)] + records)
+    assert said.startswith("22 of 44 experts saw fewer")
+    assert "7: 1, 3; and of 3 blocks more, see report.json)" in said
+    assert cut_experts.uncovered(records[1:]) == []
 
 
 def test_inputs_are_taken_evenly_from_all_batches():

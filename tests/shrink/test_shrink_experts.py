@@ -66,7 +66,13 @@ def test_experts_go_from_all_groups_alike_and_a_killed_run_keeps_their_biases(tm
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "glm4_moe", "qwen2_moe sparse", "afmoe"])
 def test_models_whose_first_block_is_dense_shrink_load_and_generate(tmp_path, words, model_type):
     source = saved(tmp_path / "dense", model_type)
-    report = shrink(plan(source, words, "params=0.93x", refit=False), tmp_path / "run")
+    told = {}
+    report = shrink(
+        plan(source, words, "params=0.93x", refit=False),
+        tmp_path / "run",
+        lambda what, done, total: told.update({what: (done, total)}),
+    )
+    assert told["cutting"] == (1, 1), "the second block's inputs are made by one batch"
     dense, left = (
         AutoModelForCausalLM.from_pretrained(f, experts_implementation="eager")
         for f in (source, tmp_path / "run" / "model")

@@ -19,7 +19,7 @@ from secateurs.base.files import write_text
 from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.compare import named
 from secateurs.quality.settings import FLAGS
-from secateurs.report import charts
+from secateurs.report import charts, gone_experts
 from secateurs.report.bits import Bits
 from secateurs.report.cited import Cited
 from secateurs.report.first_screen import of_decision, of_run
@@ -135,7 +135,7 @@ def _model(folder: Path, name: str) -> dict[str, Any]:
         "name": name, "folder": str(folder), "report": report, "reported": reported, "plan": flat(plan),
         "timed": _cited(timed) if timed else None, "fleet": _cited_or_none(folder / "fleet.json"),
         "kind": kind, "bits": Bits.of(report), "parts": _parts(report), "layers": _layers(report),
-        "left_dense": _left_dense(report),
+        "left_dense": _left_dense(report), "experts": gone_experts.gone(report), "of_experts": gone_experts.sentences(report),
         "command": _command({"shrunk": "shrink", "recovered": "recover"}.get(kind, "prune"), plan, folder),
     }  # fmt: skip
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from secateurs.matrix.grids import parse
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.quality.compare import named
+from secateurs.report import gone_experts
 from secateurs.report.bits import Bits
 from secateurs.report.terminal import megabytes, new_table
 
@@ -224,7 +225,12 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
     table = new_table("", "dense", "left", "ratio")
     rows = [
         ("blocks", dense["layers"], left["layers"]),
-        ("MLP neurons a block", dense["mlp"], left["mlp"]),
+        # a config states one where all MLPs are experts, too
+        *(
+            [("MLP neurons a block", dense["mlp"], left["mlp"])]
+            if not dense["experts"] or dense["mlp"] != left["mlp"]
+            else []
+        ),
         ("KV heads a block", dense["heads"], left["heads"]),
         ("query heads of each", dense["queries"], left["queries"]),
         *([("experts a block", dense["experts"], left["experts"])] if dense["experts"] else []),
@@ -242,7 +248,10 @@ def print_shrunk(report: dict[str, Any], console: Console, folder: str) -> None:
         table.add_row(name, f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"{after / before:.3f}x")
     console.print(table)
     plan = report["plan"]
-    console.print(f"Budget {plan['budget']}, units {', '.join(plan['units'])}, criterion {plan['criterion']}.")
+    by = f", criterion {plan['criterion']}" if {*plan["units"]} - {"experts", "layers"} else ""
+    console.print(f"Budget {plan['budget']}, units {', '.join(plan['units'])}{by}.")
+    for sentence in gone_experts.sentences(report):
+        console.print(f"{sentence}.")
     if report["quality"]:
         print_quality(report["quality"], report["evaluation"], console)
     _print_end(report, console, folder)

@@ -15,8 +15,8 @@ from secateurs.shrink import experts, merging, refit_experts
 from secateurs.shrink.experts import CRITERIA
 from secateurs.shrink.mixture import Mixture
 
-# an expert that fewer tokens are sent to is named: what is measured of it says little
-FEW = 64
+# an expert that fewer tokens are sent to is named, of so many blocks: what is measured of it says little
+FEW, _NAMED = 64, 8
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,18 @@ def cut(
 
 
 def uncovered(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on experts that hardly any calibration text was sent to. records: of blocks, as in report.json."""
-    found = []
+    """A sentence on the experts that hardly any calibration text was sent to. records: of blocks, as in report.json."""
+    named, few, total = [], 0, 0
     for record in records:
         tokens = record["units"].get("experts", {}).get("tokens", [])
-        few = [e for e, count in enumerate(tokens) if count < FEW]
-        if few:
-            names = ", ".join(str(e) for e in few)
-            found.append(
-                f"{record['block']}: {len(few)} of {len(tokens)} experts saw fewer than {FEW} of the calibration tokens looked at "
-                f"(experts {names}); name more --calibration text, or other text"
-            )
-    return found
+        here = [str(e) for e, count in enumerate(tokens) if count < FEW]
+        few, total = few + len(here), total + len(tokens)
+        if here:
+            named.append(f"{record['block']}: {', '.join(here)}")
+    if not named:
+        return []
+    more = f"; and of {len(named) - _NAMED} blocks more, see report.json" if len(named) > _NAMED else ""
+    return [
+        f"{few} of {total} experts saw fewer than {FEW} of the calibration tokens looked at ({'; '.join(named[:_NAMED])}{more}); "
+        "name more --calibration text, or other text"
+    ]

@@ -124,7 +124,8 @@ class _Blocks:
         batches = self.batches if self.kinds or self.bridged else []
         output = Output(folder, self.like, self.path, len(self.kept_layers))
         start = ranks.tell(read_place(place))
-        passes = 2 * sum(was >= start for was in self.kept_layers) - 1
+        looks = 2 if {*self.kinds} - {"experts"} or self.bridged else 1
+        passes = looks * sum(was >= start for was in self.kept_layers) - 1
         tick = ticker(self.job.progress, label, passes * len(batches))
         if self.bridged and start < self.dense.layers:
             self.call = caller(self.model, batches, self.source)
