@@ -71,6 +71,37 @@ def test_the_cheapest_go_first_and_the_loss_is_that_of_the_smaller_mixture(mixtu
     assert losses[1] == pytest.approx(pairs[order[1]], rel=1e-4)
 
 
+def test_the_order_is_that_of_trying_all_each_time(mixture, monkeypatch):
+    trial, wanted, tried = Trial(mixture, random(60, 32)), [], []
+    while len(wanted) < 6:
+        wanted.append(min(may_go(mixture, wanted), key=lambda e: trial.loss([*wanted, e])))
+    try_one = experts._Search.loss_without
+    monkeypatch.setattr(experts, "_TRIED", 1)
+    monkeypatch.setattr(experts._Search, "loss_without", lambda *given: (tried.append(given[1]), try_one(*given))[1])
+    assert experts.loss(trial, 6) == wanted
+    # of 33 where any may go; every one at least once
+    assert set(tried) == set(range(8))
+    assert len(tried) < 33
+
+
+def test_an_expert_that_costs_more_than_when_it_was_tried_is_tried_again(monkeypatch):
+    """0 and 1 are one expert twice: at first neither costs anything, then the other costs more than all."""
+    costs = {(): [0.0, 0.0, 2.0, 3.0], (0,): [None, 9.0, 2.5, 3.0], (0, 2): [None, 9.0, None, 4.0]}
+    monkeypatch.setattr(experts, "_TRIED", 1)
+
+    class Known(experts.Whole):
+        def __init__(self):
+            self.ranks = experts.ALONE
+
+        def may_go(self, order):
+            return [e for e in range(4) if e not in order]
+
+        def loss(self, gone):
+            return costs[tuple(gone[:-1])][gone[-1]]
+
+    assert experts.loss(Known(), 3) == [0, 2, 3]
+
+
 def test_what_one_more_expert_costs_is_the_loss_of_the_set(mixture):
     """With none and with some gone: where weights stay, where they grow with what is gone, and where groups are chosen anew."""
     trial = Trial(mixture, random(60, 32), random(32, seed=2).abs())
@@ -81,11 +112,14 @@ def test_what_one_more_expert_costs_is_the_loss_of_the_set(mixture):
             assert search.loss_without(e) / (2 * 60) == pytest.approx(trial.loss([*gone, e]), rel=1e-4, abs=1e-9)
 
 
-def test_only_tokens_of_the_expert_that_is_tried_are_mixed_again(monkeypatch):
-    """Weights that are not normalised grow for all tokens when an expert goes; the router multiplies once for all sets."""
-    model = mixtures.make("qwen2_moe")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_tokens_of_the_expert_that_is_tried_are_mixed_again(dtype, monkeypatch):
+    """Weights that are not normalised grow for all tokens when an expert goes, and are rounded to the model's dtype; the router
+    multiplies once for all sets.
+    """
+    model = mixtures.make("qwen2_moe").to(dtype)
     mixture = Mixture(model.model.layers[1], layout_of(model).experts)
-    trial = Trial(mixture, random(60, 32))
+    trial = Trial(mixture, random(60, 32).to(dtype))
     search, mixed, mix = experts._Search(trial), [], trial.mixed
     monkeypatch.setattr(
         trial, "mixed", lambda tokens_N, *given: (mixed.append(len(tokens_N)), mix(tokens_N, *given))[1]

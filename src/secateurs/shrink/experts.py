@@ -21,8 +21,8 @@ from secateurs.shrink.mixture import Mixture, Otherwise, never
 _TOKENS = 2048
 # numbers that are kept of an expert's output
 _KEPT = 256
-# how far factors of one token's weights may differ by rounding
-_ALIKE = 1e-5
+# experts that are tried together
+_TRIED = 8
 
 
 def inputs(step: Step, fused: Mapping[str, str], count: int = _TOKENS) -> Tensor | None:
@@ -159,15 +159,25 @@ Criterion = Callable[[Trial, int], list[int]]
 def loss(trial: Trial, count: int) -> list[int]:
     """Remove the expert whose removal costs least beside those that are gone, its tokens sent to their next choice; repeat.
 
-    Lu et al. 2024, arXiv 2402.14800, search sets by the same error, unweighted.
+    The more are gone the more one costs, so those are tried first that cost least when they were tried last, until none that is
+    left cost less then than the best does now. Lu et al. 2024, arXiv 2402.14800, search sets by the same error, unweighted.
     """
     search = None if isinstance(trial, Whole) else _Search(trial)
     order: list[int] = []
+    # what each added to the loss when it was tried last
+    added: dict[int, float] = {}
+    now = 0.0
     while len(order) < count:
-        may_go = trial.may_go(order)
-        mine = [search.loss_without(e) if search else trial.loss([*order, e]) for e in trial.ranks.share(may_go)]
-        costs = dict(zip(may_go, trial.ranks.merged(mine), strict=True))
-        order.append(min(costs, key=lambda e: costs[e]))
+        left = sorted(trial.may_go(order), key=lambda e: (added.get(e, -torch.inf), e))
+        costs: dict[int, float] = {}
+        while left and (not costs or now + added.get(left[0], -torch.inf) < min(costs.values())):
+            tried = [e for e in left if e not in added] or left[:_TRIED]
+            left = left[len(tried) :]
+            mine = [search.loss_without(e) if search else trial.loss([*order, e]) for e in trial.ranks.share(tried)]
+            costs |= zip(tried, trial.ranks.merged(mine), strict=True)
+        added |= {e: cost - now for e, cost in costs.items()}
+        order.append(min(costs, key=lambda e: (costs[e], e)))
+        now = costs[order[-1]]
         if search:
             search.remove(order)
     return order
@@ -188,6 +198,8 @@ class _Search:
         self.known_TE = trial.mixture.product(trial.x_TH)
         self.remove([])
         self.alone = self._routes_tokens_alone()
+        # how far factors of one token's weights may differ, which are rounded to the router's dtype
+        self.rounding = max(1e-5, 2 * torch.finfo(trial.x_TH.dtype).eps)
 
     def _routed(self, tokens_N: Tensor, gone: Sequence[int]) -> tuple[Tensor, Tensor]:
         known_NE = None if self.known_TE is None else self.known_TE[tokens_N]
@@ -216,10 +228,10 @@ class _Search:
         tokens_N = (self.index_TK == e).any(1).nonzero()[:, 0] if self.alone else self.everyone_T
         if len(tokens_N):
             index_NK, weight_NK = self._routed(tokens_N, [*self.gone, e])
-            factor_NK = weight_NK / self.weight_TK[tokens_N]
-            factor_N = factor_NK[:, 0]
+            before_NK = self.weight_TK[tokens_N]
+            factor_N = weight_NK.sum(1) / before_NK.sum(1)
             stays_N = (index_NK == self.index_TK[tokens_N]).all(1) & factor_N.isfinite()
-            stays_N &= ((factor_NK - factor_N[:, None]).abs() <= _ALIKE * factor_N[:, None]).all(1)
+            stays_N &= ((weight_NK - factor_N[:, None] * before_NK).abs() <= self.rounding * weight_NK.abs()).all(1)
             more_N = factor_N - 1
             grown_N = more_N * (2 * self.along_T[tokens_N] + more_N * self.square_T[tokens_N])
             after_T[tokens_N] += grown_N.where(stays_N, torch.zeros(()))
