@@ -38,9 +38,11 @@ test-kernels:
 	cmake -S . -B build/plain -DSECATEURS_TESTS=ON > build/plain.log 2>&1 || (cat build/plain.log; false)
 	cmake --build build/plain -j2 > build/plain.log 2>&1 || (cat build/plain.log; false)
 	build/plain/kernels_test
+	build/plain/block_test
 	cmake -S . -B build/sanitized -DSECATEURS_TESTS=ON -DSECATEURS_SANITIZE=address,undefined > build/sanitized.log 2>&1 || (cat build/sanitized.log; false)
 	cmake --build build/sanitized -j2 > build/sanitized.log 2>&1 || (cat build/sanitized.log; false)
 	build/sanitized/kernels_test
+	build/sanitized/block_test
 	build/sanitized/fuzz $(FUZZ_SECONDS)
 	csrc/test/neon
 

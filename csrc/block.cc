@@ -122,13 +122,13 @@ extern "C" int32_t secateurs_decode(const secateurs_block* block, const void* x,
   parallel(heads.parts, attend_part, &heads);
   if (heads.failed) return SECATEURS_NO_MEMORY;
   if (const int32_t wrong = token.multiply(&b.out, 1, attended, normed)) return wrong;
-  for (int64_t i = 0; i < b.width; ++i) h[i] += normed[i];
+  for (int64_t i = 0; i < b.width; ++i) h[i] += b.residual * normed[i];
 
   body->norm(h, b.mlp_norm, b.width, b.eps, normed);
   if (const int32_t wrong = token.multiply(b.gate_up, 2, normed, made)) return wrong;
   body->gate(b.activation, made, made + b.inner, b.inner);
   if (const int32_t wrong = token.multiply(&b.down, 1, made, normed)) return wrong;
-  for (int64_t i = 0; i < b.width; ++i) h[i] += normed[i];
+  for (int64_t i = 0; i < b.width; ++i) h[i] += b.residual * normed[i];
   body->narrow(b.dtype, h, b.width, y);
   return SECATEURS_OK;
 }

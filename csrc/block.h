@@ -26,6 +26,35 @@ inline float total(Wide v) {
   return lanes[0];
 }
 
+/* sum + a b, rounded once where there is an instruction for it */
+inline Wide madd(Wide sum, Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return same_bits<Wide>(_mm512_fmadd_ps(same_bits<__m512>(a), same_bits<__m512>(b), same_bits<__m512>(sum)));
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  __builtin_memcpy(x, &a, sizeof(x));
+  __builtin_memcpy(y, &b, sizeof(y));
+  __builtin_memcpy(z, &sum, sizeof(z));
+  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  __builtin_memcpy(&sum, z, sizeof(z));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
+
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+/* four numbers whose sum is that of all 16 */
+inline Quarter quarters(Wide v) {
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  const Half half = halves[0] + halves[1];
+  Quarter found[2];
+  __builtin_memcpy(found, &half, sizeof(half));
+  return found[0] + found[1];
+}
+
 inline Wide from_halves(int32_t dtype, WideHalves halves) {
   const WideBits bits = __builtin_convertvector(halves, WideBits);
   if (dtype == SECATEURS_BF16) return same_bits<Wide>(bits << 16);
@@ -125,42 +154,43 @@ void gate(int32_t activation, float* gate, const float* up, int64_t n) {
   });
 }
 
-/* queries filled up to whole registers, then a row of scores for each of them */
+/* queries filled up to whole registers, then for each of them a row of scores, and one of quarters of them */
 int64_t stride_of(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
-int64_t scores_of(const Attention& a) { return a.count * (stride_of(a.dim) + stride_of(a.tokens)); }
+int64_t scores_of(const Attention& a) { return least(a.count, 4) * (stride_of(a.dim) + 5 * stride_of(a.tokens)); }
 
 template <int QUERIES, int32_t DTYPE>
 void attend_some(const Attention& a, int64_t first, float* scratch) {
   const int64_t dims = stride_of(a.dim), row = stride_of(a.tokens), whole = a.dim / WIDE * WIDE, left = a.dim - whole;
   constexpr int64_t SIZE = DTYPE == SECATEURS_FP32 ? 4 : 2;
-  float *queries = scratch, *scores = scratch + QUERIES * dims;
+  float *queries = scratch, *scores = queries + QUERIES * dims, *fours = scores + QUERIES * row;
   for (int q = 0; q < QUERIES; ++q)
     by_wide(a.dim, [&](int64_t i, int64_t some) { put_wide(queries + q * dims + i, at(a.queries + (first + q) * a.dim, i, some) * a.scaling); });
-  float most[QUERIES];
-  for (int q = 0; q < QUERIES; ++q) most[q] = -__builtin_inff();
   for (int64_t t = 0; t < a.tokens; ++t) {
     const char* key = static_cast<const char*>(a.keys) + t * a.dim * SIZE;
     Wide sum[QUERIES] = {};
     for (int64_t i = 0; i < whole; i += WIDE) {
       const Wide part = wide_at(DTYPE, key, i);
-      for (int q = 0; q < QUERIES; ++q) sum[q] += part * wide_at(SECATEURS_FP32, queries + q * dims, i);
+      for (int q = 0; q < QUERIES; ++q) sum[q] = madd(sum[q], part, wide_at(SECATEURS_FP32, queries + q * dims, i));
     }
     if (left) {
       const Wide part = some_at(DTYPE, key, whole, left);
-      for (int q = 0; q < QUERIES; ++q) sum[q] += part * wide_at(SECATEURS_FP32, queries + q * dims, whole);
+      for (int q = 0; q < QUERIES; ++q) sum[q] = madd(sum[q], part, wide_at(SECATEURS_FP32, queries + q * dims, whole));
     }
     for (int q = 0; q < QUERIES; ++q) {
-      const float score = total(sum[q]);
-      scores[q * row + t] = score;
-      most[q] = score > most[q] ? score : most[q];
+      const Quarter found = quarters(sum[q]);
+      __builtin_memcpy(fours + 4 * (q * row + t), &found, sizeof(found));
     }
   }
   float by[QUERIES];
   for (int q = 0; q < QUERIES; ++q) {
-    Wide sum = {};
     float* of = scores + q * row;
+    const float* four = fours + 4 * q * row;
+    for (int64_t t = 0; t < a.tokens; ++t) of[t] = (four[4 * t] + four[4 * t + 1]) + (four[4 * t + 2] + four[4 * t + 3]);
+    float most = of[0];
+    for (int64_t t = 1; t < a.tokens; ++t) most = of[t] > most ? of[t] : most;
+    Wide sum = {};
     by_wide(a.tokens, [&](int64_t i, int64_t some) {
-      put_wide(of + i, exponential(at(of, i, some) - most[q]), some);
+      put_wide(of + i, exponential(at(of, i, some) - most), some);
       sum += at(of, i, some);
     });
     by[q] = 1 / total(sum);
@@ -170,7 +200,7 @@ void attend_some(const Attention& a, int64_t first, float* scratch) {
     const char* value = static_cast<const char*>(a.values);
     for (int64_t t = 0; t < a.tokens; ++t, value += a.dim * SIZE) {
       const Wide part = some == WIDE ? wide_at(DTYPE, value, i) : some_at(DTYPE, value, i, some);
-      for (int q = 0; q < QUERIES; ++q) sum[q] += part * scores[q * row + t];
+      for (int q = 0; q < QUERIES; ++q) sum[q] = madd(sum[q], part, all_of(scores[q * row + t]));
     }
     for (int q = 0; q < QUERIES; ++q) put_wide(a.out + (first + q) * a.dim + i, sum[q] * by[q], some);
   });

@@ -93,8 +93,8 @@ typedef struct {
 enum { SECATEURS_SILU = 0, SECATEURS_GELU_TANH = 1 };
 
 /* A block of a decoder whose input h (width) becomes
-     h + O attention(rotated(Q n), rotated(K n), V n) with n = norm(h), and then
-     h + D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * weight.
+     h + residual * O attention(rotated(Q n), rotated(K n), V n) with n = norm(h), and then
+     h + residual * D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * weight.
    dtype: of h, of cos and sin, and of the cache. norms: fp32; q_norm and k_norm (dim) are of every head, or null. qkv: one call of three
    products, or three of one each; gate_up: one of two, or two of one each; a call that is not needed has count 0. */
 typedef struct {
@@ -106,6 +106,7 @@ typedef struct {
   int64_t dim;
   int64_t inner;
   float scaling;
+  float residual;
   float eps;
   float eps_of_heads;
   const float* attention_norm;
@@ -135,6 +136,10 @@ SECATEURS_API int32_t secateurs_check_bitmask(const uint64_t* mask, int64_t outp
    the matrix with the code of zero; read: the inverse, with that code where no weight is stored. */
 SECATEURS_API void secateurs_write_integers(const secateurs_weight* weight, const uint8_t* codes);
 SECATEURS_API void secateurs_read_integers(const secateurs_weight* weight, uint8_t* codes);
+
+/* Rows of a matrix whose integers are all stored, as numbers: out (count x inputs) of dtype. SECATEURS_BAD_ARGUMENT for one that is
+   not there. */
+SECATEURS_API int32_t secateurs_rows(const secateurs_weight* weight, const int64_t* rows, int64_t count, int32_t dtype, void* out);
 
 /* The layout of the strategy `gather`, for at most 65536 inputs. A panel is a list of steps. A step holds two survivors of each
    of the panel's 4 rows: first 8 bytes, each survivor's distance in inputs from the one two before it in its row; then the 8

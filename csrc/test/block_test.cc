@@ -79,7 +79,7 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
   for (int n = 0; n < 4; ++n)
     for (int64_t i = 0; i < (n < 2 ? s.width : s.dim); ++i)
       norms[n].push_back(static_cast<float>((0.5 + random.uniform()) / (n < 2 ? sqrt(static_cast<double>(s.width)) : 1)));
-  secateurs_block b = {dtype_of(dtype), activation, s.width, s.heads, s.kv_heads, s.dim, s.inner, 0.3f, 1e-2f, 1e-3f, norms[0].data(), norms[1].data(),
+  secateurs_block b = {dtype_of(dtype), activation, s.width, s.heads, s.kv_heads, s.dim, s.inner, 0.3f, 0.7f, 1e-2f, 1e-3f, norms[0].data(), norms[1].data(),
                        of_heads ? norms[2].data() : nullptr, of_heads ? norms[3].data() : nullptr, {}, call(3, 1), {}, call(6, 1)};
   if (apart) {
     for (size_t i = 0; i < 3; ++i) b.qkv[i] = call(i, 1);
@@ -155,14 +155,14 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
     attended.insert(attended.end(), sum.begin(), sum.end());
   }
   const Numbers out = times(matrices[3], attended);
-  for (size_t i = 0; i < h.size(); ++i) h[i] += out[i];
+  for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * out[i];
   n = h;
   normalize(n.data(), norms[1].data(), s.width, b.eps);
   Numbers gates = times(matrices[4], n);
   const Numbers ups = times(matrices[5], n);
   for (size_t i = 0; i < gates.size(); ++i) gates[i] = activated(activation, gates[i]) * ups[i];
   const Numbers down = times(matrices[6], gates);
-  for (size_t i = 0; i < h.size(); ++i) h[i] += down[i];
+  for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * down[i];
   double summed = 0;
   for (size_t i = 0; i < h.size(); ++i) summed = std::max({summed, fabs(h[i]), fabs(out[i]), fabs(down[i])});
 
@@ -200,7 +200,7 @@ void by_hand(int32_t kernel) {
   };
   const secateurs_product qkv[] = {product(identity), product(none), product(none)}, out[] = {product(identity)};
   const secateurs_product gate_up[] = {product(identity), product(identity)}, down[] = {product(identity)};
-  secateurs_block b = {SECATEURS_FP32, SECATEURS_SILU, 4, 1, 1, 4, 4, 100.0f, 0, 0, ones, ones, nullptr, nullptr, {}, {out, 1, kernel, SECATEURS_FP32, 4}, {},
+  secateurs_block b = {SECATEURS_FP32, SECATEURS_SILU, 4, 1, 1, 4, 4, 100.0f, 1, 0, 0, ones, ones, nullptr, nullptr, {}, {out, 1, kernel, SECATEURS_FP32, 4}, {},
                        {down, 1, kernel, SECATEURS_FP32, 4}};
   b.qkv[0] = {qkv, 3, kernel, SECATEURS_FP32, 12};
   b.gate_up[0] = {gate_up, 2, kernel, SECATEURS_FP32, 8};

@@ -256,6 +256,18 @@ void integers() {
           secateurs_read_integers(&w, codes.data());
           expect(codes == problem.codes, "integers are read as they were written");
           expect(!packed || !memcmp(made.data, stored.data, stored.nbytes), "integers are written");
+          w = problem.weight(packed);
+          for (const char* dtype : {"bf16", "fp16", "fp32"}) {
+            const std::vector<int64_t> rows = {6, 0, 3, 3};
+            const size_t size = static_cast<size_t>(itemsize(dtype));
+            Exact found(rows.size() * static_cast<size_t>(inputs) * size), wanted(found.nbytes);
+            for (size_t k = 0; k < rows.size() * static_cast<size_t>(inputs); ++k)
+              put(dtype, wanted.data + k * size,
+                  static_cast<float>(problem.exact[static_cast<size_t>(rows[k / static_cast<size_t>(inputs)] * inputs) + k % static_cast<size_t>(inputs)]) + 0.0f);
+            const int32_t code = secateurs_rows(&w, rows.data(), 4, dtype_of(dtype), found.data);
+            expect(packed ? code == SECATEURS_BAD_ARGUMENT : code == SECATEURS_OK && !memcmp(found.data, wanted.data, found.nbytes), "rows");
+            for (int64_t beyond : {-1, 7}) expect(secateurs_rows(&w, &beyond, 1, dtype_of(dtype), found.data) == SECATEURS_BAD_ARGUMENT, "a row that is not there");
+          }
         }
 }
 

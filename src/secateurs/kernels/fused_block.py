@@ -110,17 +110,21 @@ class _Parts:
         self.taken = 0
         attention, mlp = block.self_attn, block.mlp
         self.dtype = dtype
-        # what must stay alive and as it is: modules and tensors by their places, tensors' addresses and versions, no hooks
+        # what must stay as it is: the modules and tensors, where these lie, and that no part has hooks or another forward
         modules = [m for m in block.modules() if m is not block]
+        self.attributes = [m.__dict__ for m in modules]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.places = [(m._modules, name) for m in (block, *modules) for name in m._modules]
-        self.places += [(of, name) for m in modules for of in (m._parameters, m._buffers) for name in of]
-        self.there = [of[name] for of, name in self.places]
+        self.held = [of for m in (block, *modules) for of in (m._modules, m._parameters, m._buffers)]
+        self.there = [x for of in self.held for x in of.values()]
         self.tensors = [x for x in self.there if isinstance(x, Tensor)]
+        # an inference tensor has no version: nobody may write to it outside of inference
+        self.counted = [x for x in self.tensors if not x.is_inference()]
         self.state = self._state()
         self.kept: list[Any] = []
 
         self.width = int(attention.q_proj.in_features)
+        # some blocks of a class may turn nothing
+        self.turns = bool(getattr(attention, "use_rope", True))
         self.dim, self.layer = int(attention.head_dim), int(attention.layer_idx)
         heads, kv_heads = (p.out_features // self.dim for p in (attention.q_proj, attention.k_proj))
         self.kv_heads, inner = kv_heads, mlp.gate_proj.out_features
@@ -137,7 +141,8 @@ class _Parts:
             raise _Unfit
         struct = Block(
             CODES[dtype], _activation(mlp.act_fn), self.width, heads, kv_heads, self.dim, inner, float(attention.scaling),
-            eps[0], eps[-1], self._factors(first, self.width), self._factors(second, self.width),
+            float(getattr(block, "residual_multiplier", 1)), eps[0], eps[-1], self._factors(first, self.width),
+            self._factors(second, self.width),
             *(None if norm is None else self._factors(norm, self.dim) for norm in of_heads),
         )  # fmt: skip
         self._products(struct.qkv, [attention.q_proj, attention.k_proj, attention.v_proj])
@@ -147,14 +152,17 @@ class _Parts:
         self.struct, self.address = struct, _address(struct)
 
     def _state(self) -> list[int]:
-        # inference tensors have no versions: nobody may write to them outside of inference
-        versions = [-1 if t.is_inference() else t._version for t in self.tensors]
-        return [*map(Tensor.data_ptr, self.tensors), *versions]
+        return [t.data_ptr() for t in self.tensors] + [t._version for t in self.counted]
 
     def still(self, dtype: torch.dtype) -> bool:
-        """True if no module or tensor was replaced or written to, and no hook wants to see a part."""
-        same = all(map(operator.is_, [of.get(name) for of, name in self.places], self.there))
-        return same and dtype == self.dtype and not any(self.hooks) and self._state() == self.state
+        """True if no module or tensor was replaced or written to, and no part is watched()."""
+        now = [x for of in self.held for x in of.values()]
+        same = len(now) == len(self.there) and all(map(operator.is_, now, self.there))
+        return same and dtype == self.dtype and not self.watched() and self._state() == self.state
+
+    def watched(self) -> bool:
+        """True if a hook wants to see a part, or a part was given a forward of its own."""
+        return any(self.hooks) or any("forward" in of for of in self.attributes)
 
     def _factors(self, norm: nn.Module, n: int) -> int:
         """The address of what a norm multiplies with: what it makes of ones, but for eps."""
@@ -285,10 +293,10 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
     heads, dim, tokens = parts.kv_heads, parts.dim, keys.shape[2]
     if keys.shape[0] != 1 or keys.shape[1] != heads or keys.shape[3] != dim or layer.values.shape != keys.shape:
         return None
-    rotated = cos.numel()
+    rotated = cos.numel() if parts.turns else 0
     if not cos.dtype == sin.dtype == keys.dtype == layer.values.dtype == hidden.dtype:
         return None
-    if rotated != cos.shape[-1] or sin.numel() != rotated or rotated > dim or rotated % 2:
+    if cos.numel() != cos.shape[-1] or sin.numel() != cos.numel() or rotated > dim or rotated % 2:
         return None
     if not (cos.is_contiguous() and sin.is_contiguous() and hidden.is_contiguous()):
         return None
@@ -318,7 +326,7 @@ def _parts_of(block: nn.Module, dtype: torch.dtype) -> _Parts | None:
         parts = _Parts(block, dtype)
     except (_Unfit, AttributeError):
         return None
-    return None if any(parts.hooks) else parts
+    return None if parts.watched() else parts
 
 
 @functools.cache

@@ -67,6 +67,7 @@ class Block(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("inner", ctypes.c_int64),
         ("scaling", ctypes.c_float),
+        ("residual", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("eps_of_heads", ctypes.c_float),
         ("attention_norm", ctypes.c_void_p),
@@ -122,6 +123,9 @@ def library() -> Any:
     ]  # fmt: skip
     for function in (loaded.secateurs_write_integers, loaded.secateurs_read_integers):
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+    loaded.secateurs_rows.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p,
+    ]  # fmt: skip
     loaded.secateurs_count_steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     loaded.secateurs_count_steps.restype = ctypes.c_int64
     loaded.secateurs_fill_steps.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]

@@ -3,20 +3,25 @@
 A PackedEmbedding holds the tensors of a PackedLinear whose integers are all stored, so a row lies in known places. A TiedHead
 multiplies with those very tensors, a TiedEmbedding looks rows up in them. Where an embedding's class does more with rows than look
 them up (Gemma's and BART's scale them), its own forward is run on those that are asked for.
-T tokens, J words of 64 inputs, G groups.
+T tokens.
 """
 
 import copy
+import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateurs.kernels.dispatch import multiply
-from secateurs.kernels.formats import INTEGER_PADDING, PANEL, WORD, mask_shape, unpack
+from secateurs.base.errors import PackError
+from secateurs.kernels.dispatch import CODES, multiply
+from secateurs.kernels.formats import packed_length, scales_shape, unpack
 from secateurs.kernels.fused_block import FusedBlock, separate
+from secateurs.kernels.library import Weight, library
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, put
+from secateurs.matrix.grids import Grid
 
 
 class _Lookup(nn.Module):
@@ -76,23 +81,9 @@ class PackedEmbedding(PackedLinear, _Lookup):
 
     def rows(self, rows_T: Tensor) -> Tensor:
         """Rows by their numbers. Raises IndexError for one that is not there."""
-        assert self.grid is not None
-        if rows_T.numel() and not torch.compiler.is_compiling():
-            low, high = rows_T.aminmax()
-            if low < 0 or high >= self.out_features:
-                raise IndexError(f"row {int(low if low < 0 else high)} of an embedding of {self.out_features} rows")
-        grid, bits, (panels, words, _) = self.grid, self.grid.bits, mask_shape(self.shape)
-        at = rows_T // PANEL, slice(None), rows_T % PANEL
-        scales: Any = self.weight_scale
-        zeros: Any = self.weight_zero
-        run_TJN = self.weight[:-INTEGER_PADDING].view(panels, words, PANEL, WORD // 8 * bits)[at]
-        codes_TI = _codes(run_TJN, bits).flatten(1)[:, : self.in_features].to(torch.int16)
-        scale_TG = scales.view(grid.scale_dtype)[at].float()
-        zero_TG = torch.full_like(scale_TG, grid.middle) if zeros is None else zeros[at]
-        integer_TI = codes_TI - grid.spread(zero_TG.to(torch.int16), self.in_features)
-        # adding a positive zero makes every zero positive
-        rows = integer_TI.float() * grid.spread(scale_TG, self.in_features) + 0.0
-        return rows.to(self.dtype)
+        parts, layout = PackedLinear.given([self])
+        found: Tensor = _operator(rows_T, parts[0], parts[2], parts[3], layout, self.dtype)
+        return found
 
     @property
     def num_embeddings(self) -> int:
@@ -103,13 +94,45 @@ class PackedEmbedding(PackedLinear, _Lookup):
         return self.plain(nn.Parameter(unpack(self.packed()), requires_grad=False))
 
 
-def _codes(run_TJN: Tensor, bits: int) -> Tensor:
-    """The 64 codes of every run of bytes, uint8 [T, J, 64]; the first lies in the lowest bits of the first byte."""
-    if bits == 8:
-        return run_TJN
-    one = (run_TJN[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    by_code = one.reshape(*run_TJN.shape[:-1], WORD, bits) << torch.arange(bits, dtype=torch.uint8)
-    return by_code.sum(-1, dtype=torch.uint8)
+_library: Any = torch.library.Library("secateurs", "FRAGMENT")  # type: ignore[no-untyped-call]
+# layout: LAYOUT of kernels/dispatch.py
+_library.define(
+    "rows(Tensor rows, Tensor values, Tensor scale, Tensor? zero, int[] layout, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_operator: Any = torch.ops.secateurs.rows.default
+
+
+@torch.library.impl(_library, "rows", "CPU")
+def _rows(
+    rows_T: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, layout: list[int], dtype: torch.dtype
+) -> Tensor:
+    outputs, inputs, bits, group, half = layout
+    grid = Grid(bits, group, zero is None, bool(half))
+    shape = (outputs, inputs)
+    wanted = packed_length(shape, grid), math.prod(scales_shape(shape, grid))
+    if (values.numel(), scale.numel()) != wanted or (zero is not None and zero.numel() != wanted[1]):
+        raise PackError(
+            f"an embedding of {outputs} x {inputs} on {grid} is stored in {wanted[0]} bytes and {wanted[1]} scales"
+        )
+    wide = dtype if dtype in CODES else torch.float32
+    found = torch.empty(len(rows_T), inputs, dtype=wide)
+    ids = rows_T.to(torch.int64).contiguous()
+    weight = Weight(
+        outputs, inputs, None, values.data_ptr(), None, 0, None, None, bits, group, half, scale.data_ptr(),
+        None if zero is None else zero.data_ptr(), None,
+    )  # fmt: skip
+    if library().secateurs_rows(ctypes.addressof(weight), ids.data_ptr(), len(ids), CODES[wide], found.data_ptr()):
+        wrong = next(i for i in ids.tolist() if not 0 <= i < outputs)
+        raise IndexError(f"row {wrong} of an embedding of {outputs} rows")
+    return found.to(dtype)
+
+
+@torch.library.register_fake("secateurs::rows", lib=_library)  # type: ignore[untyped-decorator]
+def _rows_fake(
+    rows_T: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, layout: list[int], dtype: torch.dtype
+) -> Tensor:
+    return values.new_empty((rows_T.shape[0], layout[1]), dtype=dtype)
 
 
 class _Tied(nn.Module):

@@ -367,7 +367,8 @@ def _in_transformers(
     words = model.get_input_embeddings()
     # the weight of a packed one is not a matrix
     vocabulary = getattr(words, "num_embeddings", None) or words.weight.shape[0]
-    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    # an end that never comes; min_new_tokens would go through all logits of every token
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": vocabulary}
     if "compiled" in request["how"]:
         settings["cache_implementation"] = "static"
 
@@ -379,7 +380,7 @@ def _in_transformers(
         begin = time.perf_counter()
         with torch.no_grad():
             model.generate(
-                prompts, max_new_tokens=new, min_new_tokens=new, attention_mask=torch.ones_like(prompts),
+                prompts, max_new_tokens=new, attention_mask=torch.ones_like(prompts),
                 logits_processor=LogitsProcessorList([clock]), **settings,
             )  # fmt: skip
         return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
