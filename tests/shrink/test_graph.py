@@ -1,7 +1,9 @@
 """Which channels go together in a traced module, and that taking dead ones out changes nothing."""
 
 import copy
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import nn
 
 from secateurs.base.errors import PlanError
 from secateurs.shrink import graph
+from secateurs.shrink.proof import prove
+from secateurs.shrink.readers import Reader, Watched
 from secateurs.shrink.trace import trace
 
 
@@ -61,16 +65,6 @@ def net():
     return model, (torch.randn(2, 3, 8, 8),)
 
 
-def kill(model, found, group, units):
-    """Zero what consumers take from these units."""
-    for slot in found.consumers(group):
-        weight = model.get_submodule(slot.module).weight.data
-        rows = torch.arange(len(weight)).chunk(slot.groups)
-        flat = weight.flatten(1)
-        for part, groups_GC in zip(rows, found.columns(model, group, slot), strict=True):
-            flat[part[:, None], groups_GC[units].flatten()] = 0
-
-
 def test_the_groups_are_these(net):
     model, example = net
     found = trace(model, example)
@@ -78,7 +72,7 @@ def test_the_groups_are_these(net):
     # left's 6 and right's 4 are read in two halves, place p of both together: 0 and 5 are left's, 1 to 4 go with one of right's
     assert sizes == {"stem": 8, "widen": 12, "squeeze.down": 4, "left": 1, "left'": 4, "grouped": 6, "hidden": 10}
     assert set(found.fixed) == {"out"}
-    names = {slot.module for i in found.groups[0].slots for slot in [found.slots[i]]}
+    names = {graph.layer_of(found.axes[i].tensor) for i in found.groups[0].axes}
     assert names == {"stem", "norm", "narrow", "widen", "left", "right"}
 
 
@@ -89,7 +83,7 @@ def test_dead_units_can_go_and_costs_are_true(net):
     for group in found.groups:
         whole = copy.deepcopy(model)
         units = [0, 2] if len(group.units) > 2 else []
-        kill(whole, found, group, units)
+        graph.kill(whole, found, group.units[units].tolist())
         with torch.no_grad():
             expected = whole(*example)
         smaller = copy.deepcopy(whole)
@@ -129,19 +123,43 @@ def test_two_steps_are_one(net):
         torch.testing.assert_close(once(*example), twice(*example), rtol=0, atol=0)
 
 
-def test_unfolded_times_weights_is_the_convolution():
-    for module, x in (
-        (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), torch.randn(2, 6, 9, 9)),
-        (nn.Conv2d(6, 8, (3, 1), padding="same", dilation=2), torch.randn(2, 6, 9, 9)),
-        (nn.Conv1d(6, 4, 5, padding=2), torch.randn(2, 6, 9)),
-        (nn.Linear(6, 3), torch.randn(2, 6)),
-    ):
-        parts = graph.unfolded(module, x)
-        rows = module.weight.flatten(1).chunk(len(parts))
-        got = torch.cat([part @ row.T for part, row in zip(parts, rows, strict=True)], 2).transpose(1, 2)
-        expected = module(x).detach()
-        bias = module.bias.detach().reshape(1, -1, *[1] * (expected.dim() - 2))
-        torch.testing.assert_close(got.detach().reshape(expected.shape), expected - bias, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("module", "x"), [
+    (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), torch.randn(2, 6, 9, 9)),
+    (nn.Conv2d(6, 8, (3, 2), padding="same", dilation=2), torch.randn(2, 6, 9, 9)),
+    (nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), torch.randn(2, 6, 5, 5)),
+    (nn.Conv1d(6, 4, 5, padding=2), torch.randn(2, 6, 9)),
+    (nn.Conv3d(4, 6, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 0), groups=2), torch.randn(2, 4, 5, 6, 3)),
+    (nn.ConvTranspose1d(4, 6, 4, stride=3, padding=1, dilation=2), torch.randn(2, 4, 5)),
+    (nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2), torch.randn(2, 6, 5, 4)),
+    (nn.Linear(6, 3), torch.randn(2, 6)),
+    (nn.Linear(6, 3), torch.randn(2, 5, 4, 6)),
+])  # fmt: skip
+def test_unfolded_times_matrices_is_the_layer(module, x):
+    calls = []
+    with Watched(lambda call, weight: calls.append(call)), torch.no_grad():
+        expected = module(x)
+    (call,) = calls
+    groups = getattr(module, "groups", 1)
+    reader = Reader("weight", call.kind, np.arange(6), "bias", groups)
+    parts = call.unfolded(reader, 1000, torch.Generator())
+    got = (
+        torch.cat([part @ m.T for part, m in zip(parts, reader.matrices(module.weight), strict=True)], 2) + module.bias
+    )
+    torch.testing.assert_close(got.flatten(0, 1).T, reader.rows(expected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(reader.weight_of(reader.matrices(module.weight), module.weight), module.weight)
+
+
+@pytest.mark.parametrize("make", [nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_reads_its_inputs_and_its_state_before_each_step(make):
+    module, x = make(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    calls = {}
+    with Watched(lambda call, weight: calls.setdefault(id(weight), call)), torch.no_grad():
+        out, _ = module(x)
+    state = calls[id(module.weight_hh_l0)]
+    (seen,) = state.unfolded(Reader("weight_hh_l0", "state", np.arange(4)), 1000, torch.Generator())
+    torch.testing.assert_close(seen, torch.cat([torch.zeros(2, 1, 4), out[:, :-1]], 1), rtol=0, atol=0)
+    (seen,) = state.unfolded(Reader("weight_ih_l0", "inputs", np.arange(3)), 1000, torch.Generator())
+    torch.testing.assert_close(seen, x, rtol=0, atol=0)
 
 
 class Shared(nn.Module):
@@ -204,24 +222,38 @@ class OverExamples(nn.Module):
         return self.b(self.mean(self.a(x)))
 
 
-@pytest.mark.parametrize(("model", "layer", "why"), [
-    (Shared(), "first", "again is called 2 times"),
-    (Written(), "a", "reshape"),
-    (WrittenLast(lambda x: x.view(-1, 16)), "a", "reshape"),
-    (WrittenLast(lambda x: x.reshape((-1, 16))), "a", "reshape"),
-    (WrittenLast(lambda x: torch.reshape(x, (-1, 16))), "a", "reshape"),
-    (WrittenLast(lambda x: torch.reshape(x, shape=(x.size(0), 16))), "a", "reshape"),
-    (Padded(), "a", "pad"),
-    (Shuffled(), "a", "goes through"),
-    (OverExamples(lambda x: x.mean(0).flatten(1)), "a", "goes through mean"),
-    (OverExamples(lambda x: x.mean((0, 2)).t()), "a", "goes through mean"),
-    (OverExamples(lambda x: (x - x.mean(0, keepdim=True)).mean((2, 3))), "a", "goes through mean"),
+@pytest.mark.parametrize(("model", "why"), [
+    (Written(), r"shape '\[2, 16\]' is invalid"),
+    (WrittenLast(lambda x: x.view(-1, 16)), "mat1 and mat2 shapes cannot be multiplied"),
+    (WrittenLast(lambda x: x.reshape((-1, 16))), "mat1 and mat2 shapes"),
+    (WrittenLast(lambda x: torch.reshape(x, shape=(x.size(0), 16))), "shape '"),
+    (WrittenLast(lambda x: x.flatten(1)[:, torch.arange(15, -1, -1)]), "index, which picks it by its place"),
+    (WrittenLast(lambda x: torch.fft.fft(x, dim=0).real.flatten(1)), "fft_fft, which is not known to keep channels apart"),
+    (Padded(), "add takes it together with one that stays"),
+    (Shuffled(), "without it the module gives something else"),
+    (OverExamples(lambda x: x.mean(0).flatten(1)), "it is the model's output"),
+    (OverExamples(lambda x: (x * x.mean(1, keepdim=True)).mean((2, 3))), "mul takes it with every one of several"),
+    (OverExamples(lambda x: (x.softmax(1)).mean((2, 3))), "softmax takes all of its channels together"),
+    (OverExamples(lambda x: F.layer_norm(x.mean((2, 3)), (4,))), "layer_norm takes all of its channels together"),
 ])  # fmt: skip
-def test_what_cannot_be_known_stays_whole(model, layer, why):
-    example = (torch.randn(2, 4) if isinstance(model, Shared) else torch.randn(2, 3, 2, 2),)
-    found = trace(model, example)
+def test_what_cannot_be_shown_stays_whole(model, why):
+    example = (torch.randn(2, 3, 2, 2),)
+    found = prove(model, trace(model, example), example)
     assert found.groups == []
-    assert why in found.fixed[layer]
+    assert re.search(why, found.fixed["a"])
+    assert sum(found.standing(model).values()) == pytest.approx(sum(m.weight.numel() for m in (model.a, model.b))
+                                                                / sum(p.numel() for p in model.parameters()))  # fmt: skip
+
+
+@pytest.mark.parametrize("mean", [
+    lambda x: x.mean((0, 2)).t(), lambda x: (x - x.mean(0, keepdim=True)).mean((2, 3)), lambda x: x.mean((2, 3)).t().t(),
+    lambda x: torch.einsum("ncij,ncij->nc", x, x), lambda x: torch.stack([x, x.abs()], 2).amax((2, 3, 4)),
+    lambda x: x.permute(0, 2, 3, 1).flatten(1, 2).unbind(1)[2], lambda x: F.max_pool2d(x, 2)[:, :, 0, 0],
+])  # fmt: skip
+def test_channels_are_followed_wherever_they_go(mean):
+    model, example = OverExamples(mean), (torch.randn(2, 3, 2, 2),)
+    found = prove(model, trace(model, example), example)
+    assert {g.name: len(g.units) for g in found.groups} == {"a": 4}
 
 
 @pytest.mark.parametrize(
@@ -235,10 +267,12 @@ def test_a_width_that_follows_may_change(reshape):
 
 def test_what_is_called_twice_is_counted_as_it_is():
     model, example = Shared(), (torch.randn(2, 4),)
-    found = trace(model, example)
-    assert found.parameters(model).at({}) == sum(p.numel() for p in model.parameters())
-    # first, again twice, last
-    assert found.macs(model).at({}) == 4 * 6 + 2 * 6 * 6 + 6 * 2
+    found = prove(model, trace(model, example), example)
+    assert [(g.name, len(g.units)) for g in found.groups] == [("first", 6)]
+    for count in (6, 4):
+        assert found.parameters(model).at({"first": count}) == 5 * count + count * (count + 1) + 2 * count + 2
+        # first, again twice, last
+        assert found.macs(model).at({"first": count}) == 4 * count + 2 * count * count + count * 2
     tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     tied[2].weight = tied[0].weight
     found = trace(tied, example)
@@ -250,12 +284,12 @@ def test_tied_layers_stay_whole():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model[2].weight = model[0].weight
     found = trace(model, (torch.randn(2, 4),))
-    assert found.fixed["0"] == "2 and 0 share a parameter"
+    assert found.fixed["2"] == "2 and 0 share a parameter"
     assert [group.name for group in found.groups] == []
 
 
 def test_untraceable_and_emptied():
-    with pytest.raises(PlanError, match="Branching cannot be traced by torch.fx: "):
+    with pytest.raises(PlanError, match="Branching cannot be traced by torch.export: .*data-dependent"):
         trace(Branching(), (torch.randn(2, 3, 2, 2),))
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     found = trace(model, (torch.randn(2, 4),))

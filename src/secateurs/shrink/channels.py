@@ -1,8 +1,9 @@
 """Shrinks a live module, of convolutions above all, to one of the same class with fewer channels, under a budget.
 
-trace.py finds the units. Loss curves in nats an example (half the OBS error of the consumers' outputs, rows weighted by E[g^2])
-decide how many units each group loses (widths.py). Then one group after another is cut: each consumer is refit by least squares,
-with an intercept, to the dense layer's outputs on the inputs that the module, as cut so far, gives it (consumers.py).
+trace.py finds the units, and proof.py shows that they can go. Loss curves in nats an example (half the OBS error of the
+consumers' outputs, rows weighted by E[g^2]) decide how many units each group loses (widths.py). Then one group after another is
+cut: each consumer is refit by least squares, with an intercept, to the dense layer's outputs on the inputs that the module, as
+cut so far, gives it (consumers.py).
 """
 
 import copy
@@ -25,12 +26,15 @@ from secateurs.shrink.budget import Budget
 from secateurs.shrink.consumers import Consumers, Inputs
 from secateurs.shrink.graph import Graph
 from secateurs.shrink.losses import at_once
+from secateurs.shrink.proof import prove, tensors_of
 from secateurs.shrink.trace import trace
 from secateurs.shrink.widths import Counts, Curves, Widths
 
 BUDGETS = ("params", "flops", "latency")
 # calibration inputs that a consumer needs for each of its columns: with fewer than one, every removal looks free
 _TOKENS = 2
+# the largest difference that rounding may make, relative to the largest output
+_CLOSE = 1e-2
 
 
 # gradients are needed on the way, and the copy is to have parameters that train
@@ -50,9 +54,10 @@ def shrink_module(
 
     batches: calibration inputs, each a tuple of positional arguments; the first example is traced and timed. budget: 'params=0.7x',
     'flops=0.5x' (of convolutions and linear layers) or 'latency=0.8x', measured on this machine at batch 1. criterion: a row of
-    columns.CRITERIA. refit: least squares for the consumers. multiple: new widths are multiples of this. Raises PlanError if the
-    module computes a weight from other parameters (weight norm, masks of torch.nn.utils.prune), cannot be traced, has no units or
-    cannot meet the budget; LayerError if a Gram matrix does not factor.
+    columns.CRITERIA. refit: least squares for the consumers. multiple: new widths are multiples of this. The report says why
+    channels stayed, what share of the parameters makes such channels, and on what it was shown that cutting is the same as zeros.
+    Raises PlanError if the module computes a weight from other parameters (weight norm, masks of torch.nn.utils.prune), cannot be
+    exported by torch.export, has no units or cannot meet the budget; LayerError if a Gram matrix does not factor.
     """
     if criterion not in columns.CRITERIA:
         raise PlanError(f"unknown criterion '{criterion}'; write {', '.join(columns.CRITERIA)}")
@@ -69,8 +74,10 @@ def shrink_module(
         raise PlanError(f"calibration inputs are tuples of positional arguments, and one is a {odd}; write (x,) for x")
     batches = [tuple(placed(x, device) for x in batch) for batch in batches]
     example = tuple(x[:1] for x in batches[0])
+    # an export would take a batch of one for a constant
+    shown = tuple(torch.cat([x, x])[:2] for x in batches[0])
     model = copy.deepcopy(model).eval()
-    found = trace(model, example)
+    found = prove(model, trace(model, shown), shown, seed)
     if not found.groups:
         why = "; ".join(f"{name}: {reason}" for name, reason in found.fixed.items()) or "it has no such layers"
         raise PlanError(f"{type(model).__name__} has no channels that can go: {why}")
@@ -97,6 +104,8 @@ def shrink_module(
         "budget": bound.text,
         "groups": records,
         "kept_whole": widths.kept_whole,
+        "fixed_parameters": found.standing(dense),
+        "proof": found.proof,
         "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in (("dense", dense), ("left", model))},
         "macs": {"dense": macs.at(widths.dense), "left": macs.at(counts)},
         "estimated_loss": sum(curves[name][widths.dense[name] - count] for name, count in counts.items()),
@@ -113,7 +122,7 @@ def _widths(model: nn.Module, found: Graph, consumers: Consumers, bound: Budget,
     if bound.kind == "params":
         # intercepts become biases where there are none
         cost.rest += sum(c.new_biases for c in consumers.by_name.values())
-    return Widths(bound, multiple, counts, cost, whole, dict(found.fixed))
+    return Widths(bound, multiple, counts, cost, whole, dict(found.fixed), {g.name: g.run for g in found.groups})
 
 
 def _curves(consumers: Consumers, widths: Widths) -> Curves:
@@ -153,7 +162,16 @@ def _cut(consumers: Consumers, counts: Counts, criterion: str, refit: bool) -> l
             "removed": sorted(gone.tolist()), "error": error,
         })  # fmt: skip
         consumers.progress("cutting", done + 1, len(todo))
-    graph.cut(consumers.model, consumers.graph, removed)
+    model, batch = consumers.model, consumers.batches[0]
+    with torch.no_grad():
+        zeroed = tensors_of(model(*batch))
+        graph.cut(model, consumers.graph, removed)
+        for a, b in zip(tensors_of(model(*batch)), zeroed, strict=True):
+            gap = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if b.is_floating_point() else 0.0
+            if not gap <= _CLOSE:
+                raise PlanError(
+                    f"what was cut gives something else than zeros did: {gap:.2g} of the largest output apart"
+                )
     return records
 
 

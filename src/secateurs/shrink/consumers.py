@@ -20,8 +20,10 @@ from secateurs.base.progress import Progress
 from secateurs.matrix.stats import Stats
 from secateurs.model.blocks import Stop
 from secateurs.shrink import columns
-from secateurs.shrink.graph import Graph, Group, Slot, unfolded
-from secateurs.shrink.passes import asking, hooked
+from secateurs.shrink.graph import Graph, Group, tensor_of
+from secateurs.shrink.passes import asking
+from secateurs.shrink.proof import tensors_of
+from secateurs.shrink.readers import Call, Reader, Watched
 
 Inputs = tuple[Tensor, ...]
 
@@ -33,13 +35,13 @@ _PLACES = 256
 class Consumer:
     """A layer that reads units. Lists have an entry for each convolution group.
 
-    rows: its outputs. weight_OI: the dense layer's weights. alive: the columns that are still there, on the CPU. scale_O: the
-    root of E[g^2] of its outputs. norm: a batch norm that takes the intercept where the layer has no bias, in its running mean.
+    weight_OI: the dense layer's matrices. alive: the columns that are still there, on the CPU. scale_O: the root of E[g^2] of its
+    outputs. norm: a batch norm that takes the intercept where the layer has no bias, in its running mean.
     """
 
-    slot: Slot
+    reader: Reader
     module: Any
-    rows: list[Tensor]
+    leaf: str
     weight_OI: list[Tensor]
     alive: list[Tensor]
     scale_O: list[Tensor]
@@ -48,29 +50,42 @@ class Consumer:
     mean_O: Tensor | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, graph: Graph, slot: Slot) -> "Consumer":
-        module: Any = model.get_submodule(slot.module)
-        weight_OI = module.weight.detach().float().flatten(1)
-        rows = list(torch.arange(len(weight_OI)).chunk(slot.groups))
-        weights = [weight_OI[r] for r in rows]
+    def of(cls, model: nn.Module, graph: Graph, reader: Reader) -> "Consumer":
+        path, _, leaf = reader.weight.rpartition(".")
+        weights = reader.matrices(getattr(model.get_submodule(path), leaf).detach().float().clone())
         alive = [torch.ones(w.shape[1], dtype=torch.bool) for w in weights]
-        scale_O = [w.new_ones(len(w)) for w in weights]
-        bias_O = None if module.bias is None else module.bias.detach().float().clone()
-        found = cls(slot, module, rows, weights, alive, scale_O, bias_O)
-        if bias_O is None and slot.module in graph.norms:
-            found.norm = model.get_submodule(graph.norms[slot.module])
+        bias = tensor_of(model, reader.bias) if reader.bias else None
+        bias_O = None if bias is None else bias.detach().float().clone()
+        found = cls(
+            reader, model.get_submodule(path), leaf, weights, alive, [w.new_ones(len(w)) for w in weights], bias_O
+        )
+        if bias_O is None and reader.weight in graph.norms:
+            found.norm = model.get_submodule(graph.norms[reader.weight])
             found.mean_O = found.norm.running_mean.clone()
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now."""
+        found: Tensor = getattr(self.module, self.leaf)
         return found
 
     @property
     def new_biases(self) -> int:
         """Parameters that an intercept adds: none where there is a bias or a batch norm to take it."""
-        return len(self.module.weight) if self.bias_O is None and self.norm is None else 0
+        there = self.bias_O is not None or self.norm is not None or self.reader.bias is None
+        return 0 if there else sum(len(w) for w in self.weight_OI)
 
     def kept(self, part: int) -> Tensor:
-        """The columns of a convolution group that are still there, and last the constant's."""
+        """The columns of a convolution group that are still there, and last the constant's, where there is an intercept."""
         alive = self.alive[part]
-        return torch.cat([alive.nonzero()[:, 0], torch.tensor([len(alive)])])
+        last = [len(alive)] if self.shifts else []
+        return torch.cat([alive.nonzero()[:, 0], torch.tensor(last, dtype=torch.long)])
+
+    @property
+    def shifts(self) -> bool:
+        """True if something can take an intercept."""
+        return self.norm is not None or self.reader.bias is not None
 
     def with_intercept(self, part: int) -> Tensor:
         """The dense weights of a convolution group and a column of zeros, for the constant 1 among the inputs."""
@@ -81,20 +96,22 @@ class Consumer:
         """Add an intercept to the dense layer's outputs."""
         if self.mean_O is not None:
             self.norm.running_mean.copy_(self.mean_O - more_O)
-            return
-        bias_O = more_O if self.bias_O is None else self.bias_O + more_O
-        self.module.bias = nn.Parameter(bias_O.to(self.module.weight.dtype))
+        elif self.reader.bias is not None:
+            bias_O = more_O if self.bias_O is None else self.bias_O + more_O
+            setattr(self.module, self.reader.bias.rpartition(".")[2], nn.Parameter(bias_O.to(self.weight.dtype)))
 
 
 class Consumers:
-    """All consumers of a traced module, {name: consumer} in `by_name`, and the calibration inputs that the module is run on."""
+    """All consumers of a traced module, {weight: consumer} in `by_name`, and the calibration inputs that the module is run on."""
 
     def __init__(
         self, model: nn.Module, graph: Graph, batches: Sequence[Inputs], damping: float, seed: int, progress: Progress
     ) -> None:
         self.model, self.graph, self.batches = model, graph, batches
         self.damping, self.seed, self.progress = damping, seed, progress
-        self.by_name = {s.module: Consumer.of(model, graph, s) for g in graph.groups for s in graph.consumers(g)}
+        self.by_name = {
+            name: Consumer.of(model, graph, graph.readers[name]) for g in graph.groups for name in g.readers
+        }
 
     # ----------------------------------------------------------------------------------------- runs of the module
 
@@ -105,71 +122,69 @@ class Consumers:
         """
         generator = torch.Generator().manual_seed(self.seed)
         sums: dict[str, list[Stats]] = {}
+        waiting: dict[str, int] = {}
 
-        def add(name: str, x: Tensor) -> None:
-            parts = unfolded(self.by_name[name].module, x.float())
-            places = parts[0].shape[1]
-            if places > _PLACES:
-                chosen = torch.randperm(places, generator=generator)[:_PLACES]
-                parts = [part[:, chosen] for part in parts]
-            for i, part in enumerate(parts):
+        def add(name: str, call: Call) -> None:
+            if name not in names:
+                return
+            for i, part in enumerate(call.unfolded(self.by_name[name].reader, _PLACES, generator)):
                 with_one = torch.cat([part, part.new_ones(*part.shape[:2], 1)], 2)
                 if len(sums.setdefault(name, [])) <= i:
-                    sums[name].append(Stats.zeros(with_one.shape[-1], True, x.device))
+                    sums[name].append(Stats.zeros(with_one.shape[-1], True, part.device))
                 sums[name][i].add_(with_one)
-            waiting.discard(name)
-            if not waiting and not label:
+            waiting[name] -= 1
+            if not label and not any(waiting.values()):
                 # the rest of the pass is not needed
                 raise Stop
 
-        waiting: set[str] = set()
-        hooks = [
-            self.by_name[name].module.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0])) for name in names
-        ]  # fmt: skip
-        try:
-            with torch.no_grad():
-                for i, batch in enumerate(self.batches):
-                    waiting.update(names)
-                    with suppress(Stop):
-                        self.model(*batch)
-                    if label:
-                        self.progress(label, i + 1, len(self.batches))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), self._watched(add):
+            for i, batch in enumerate(self.batches):
+                waiting.update({name: self.by_name[name].reader.calls for name in names})
+                with suppress(Stop):
+                    self.model(*batch)
+                if label:
+                    self.progress(label, i + 1, len(self.batches))
         return {name: [s.finish() for s in found] for name, found in sums.items()}
+
+    def _watched(self, watch: Callable[[str, Call], None]) -> Watched:
+        """Calls watch(weight's name, call) for each call of a consumer."""
+        names = {id(consumer.weight): name for name, consumer in self.by_name.items()}
+        return Watched(lambda call, weight: watch(names[id(weight)], call) if id(weight) in names else None)
 
     def weigh(self) -> None:
         """Set every consumer's scale_O: the root of E[g^2] of its outputs, a mean over examples and places."""
         sums: dict[str, list[Any]] = {}
 
         def take(name: str, gradient: Tensor) -> None:
-            square_O = gradient.float().square().transpose(0, 1).flatten(1)
+            square_O = self.by_name[name].reader.rows(gradient.float().square())
             total = sums.setdefault(name, [square_O.new_zeros(len(square_O)), 0])
             total[0] += square_O.sum(1)
             total[1] += square_O.shape[1]
 
-        def watch(name: str) -> Callable[..., None]:
-            def after(_: Any, __: Any, out: Tensor) -> None:
-                if out.requires_grad:
-                    out.register_hook(lambda gradient: take(name, gradient))  # type: ignore[no-untyped-call]
+        def watch(name: str, call: Call) -> None:
+            out = call.out[0] if call.kind == "recurrent" else call.out
+            if out.requires_grad:
+                out.register_hook(lambda gradient: take(name, gradient))
 
-            return after
-
-        with hooked([(c.module, watch(name)) for name, c in self.by_name.items()]):
+        with self._watched(watch):
             for _ in self._backward("measuring sensitivity"):
                 pass
         for name, (total, count) in sums.items():
             consumer = self.by_name[name]
-            consumer.scale_O = [(total / count)[rows].sqrt() for rows in consumer.rows]
+            # the gates of a recurrent layer count as the state that they make
+            rows = sum(len(w) for w in consumer.weight_OI)
+            scale_O = (total / count).sqrt().repeat(rows // len(total))
+            consumer.scale_O = list(scale_O.split([len(w) for w in consumer.weight_OI]))
 
     def taylor(self) -> dict[str, list[Tensor]]:
         """{consumer: W dL/dW summed over rows, for each of its columns, of every batch: a list of B tensors [I]}."""
         found: dict[str, list[Tensor]] = {}
         for _ in self._backward("taking gradients"):
             for name, consumer in self.by_name.items():
-                product = (consumer.module.weight * consumer.module.weight.grad).detach().float().flatten(1)
-                found.setdefault(name, []).append(torch.cat([product[rows].sum(0) for rows in consumer.rows]))
+                gradient = consumer.weight.grad
+                if gradient is not None:
+                    product = consumer.reader.matrices((consumer.weight * gradient).detach().float())
+                    found.setdefault(name, []).append(torch.cat([rows.sum(0) for rows in product]))
         return found
 
     def _backward(self, label: str) -> Iterator[None]:
@@ -182,9 +197,13 @@ class Consumers:
                 self.model.zero_grad(set_to_none=True)
                 with torch.enable_grad():
                     out = self.model(*batch)
-                    if not isinstance(out, Tensor):
-                        raise PlanError(f"{type(self.model).__name__} gives a {type(out).__name__}, not a tensor")
-                    _sampled_loss(out, generator).backward()  # type: ignore[no-untyped-call]
+                    found = [x for x in tensors_of(out) if x.requires_grad]
+                    if not found:
+                        raise PlanError(
+                            f"{type(self.model).__name__} gives a {type(out).__name__} without a tensor of floats"
+                        )
+                    loss: Any = sum(_sampled_loss(x, generator) for x in found)
+                    loss.backward()
                 yield
                 self.progress(label, i + 1, len(self.batches))
             self.model.zero_grad(set_to_none=True)
@@ -194,17 +213,18 @@ class Consumers:
     def sides(self, group: Group, stats: dict[str, list[Stats]]) -> tuple[list[columns.Side], list[int]]:
         """The consumers of a group as they are now, without the columns that are gone; and their places in one example."""
         sides, places = [], []
-        for slot in self.graph.consumers(group):
-            consumer = self.by_name[slot.module]
-            for i, groups_GC in enumerate(self.graph.columns(self.model, group, slot)):
-                seen, alive, index = stats[slot.module][i], consumer.alive[i], consumer.kept(i)
+        for name in group.readers:
+            consumer = self.by_name[name]
+            for i, groups_GC in enumerate(self.graph.columns(self.model, group, consumer.reader)):
+                seen, alive, index = stats[name][i], consumer.alive[i], consumer.kept(i)
                 renumbered = torch.full((len(alive) + 1,), -1, dtype=torch.long)
                 renumbered[index] = torch.arange(len(index))
                 weight_OI = consumer.with_intercept(i)
-                now_OI = weight_OI if bool(alive.all()) else self._refit(slot.module, weight_OI, seen, index)
+                now_OI = weight_OI if bool(alive.all()) else self._refit(name, weight_OI, seen, index)
+                now_OI = now_OI if now_OI.shape[1] == len(index) else now_OI[:, index]
                 scored_OI = now_OI * consumer.scale_O[i][:, None]
                 sides.append(columns.Side(scored_OI, seen.reordered(index), renumbered[groups_GC]))
-                places.append(self.graph.positions[slot.module])
+                places.append(self.graph.positions[name])
         return sides, places
 
     def removal(
@@ -229,8 +249,7 @@ class Consumers:
         refit: give what stays its least-squares weights, and an intercept. taylor: what taylor() found, or {}. Returns the places
         of the removed units in group.units, and the relative error of the consumers' outputs.
         """
-        slots = self.graph.consumers(group)
-        stats = self.observe([slot.module for slot in slots])
+        stats = self.observe(group.readers)
         sides, places = self.sides(group, stats)
         most = len(group.units) - count
         if criterion == "obs":
@@ -240,28 +259,26 @@ class Consumers:
                 sides = self._with_taylor(group, sides, taylor)
             gone = columns.CRITERIA[criterion][0](sides, most, self.damping, None, 1)
         error = whole = 0.0
-        for slot in slots:
-            consumer = self.by_name[slot.module]
-            more_O = consumer.weight_OI[0].new_zeros(len(consumer.module.weight))
-            new = torch.zeros_like(consumer.module.weight, dtype=torch.float32).flatten(1)
-            for i, groups_GC in enumerate(self.graph.columns(self.model, group, slot)):
+        for name in group.readers:
+            consumer = self.by_name[name]
+            new, more = [], []
+            for i, groups_GC in enumerate(self.graph.columns(self.model, group, consumer.reader)):
                 consumer.alive[i][groups_GC[gone].flatten()] = False
-                rows, seen, kept_K = consumer.rows[i], stats[slot.module][i], consumer.kept(i)
+                seen, kept_K = stats[name][i], consumer.kept(i)
                 weight_OI = consumer.with_intercept(i)
-                new_OK = self._refit(slot.module, weight_OI, seen, kept_K) if refit else weight_OI[:, kept_K]
+                new_OK = self._refit(name, weight_OI, seen, kept_K) if refit else weight_OI[:, kept_K]
                 whole_OI = torch.zeros_like(weight_OI)
                 # as it will be written
-                whole_OI[:, kept_K] = new_OK.to(consumer.module.weight.dtype).float()
+                whole_OI[:, kept_K] = new_OK.to(consumer.weight.dtype).float()
                 delta_OI = whole_OI - weight_OI
                 assert seen.gram_II is not None
                 error += float(((delta_OI @ seen.gram_II) * delta_OI).sum())
                 whole += float(((weight_OI @ seen.gram_II) * weight_OI).sum())
-                new[rows] = whole_OI[:, :-1]
-                more_O[rows] = whole_OI[:, -1]
-            parameter = consumer.module.weight
-            parameter.data.copy_(new.reshape(parameter.shape))
+                new.append(whole_OI[:, :-1])
+                more.append(whole_OI[:, -1])
+            consumer.weight.data.copy_(consumer.reader.weight_of(new, consumer.weight))
             if refit:
-                consumer.shift(more_O)
+                consumer.shift(torch.cat(more))
         return gone, (error / whole) ** 0.5 if whole else 0.0
 
     def _refit(self, name: str, weight_OI: Tensor, stats: Stats, kept_K: Tensor) -> Tensor:
@@ -275,10 +292,10 @@ class Consumers:
     ) -> list[columns.Side]:
         """The sides with their Taylor scores."""
         found, i = [], 0
-        for slot in self.graph.consumers(group):
-            products_BI = torch.stack(taylor[slot.module])
-            width = products_BI.shape[1] // slot.groups
-            for part, groups_GC in enumerate(self.graph.columns(self.model, group, slot)):
+        for name in group.readers:
+            reader, products_BI = self.by_name[name].reader, torch.stack(taylor[name])
+            width = products_BI.shape[1] // reader.groups
+            for part, groups_GC in enumerate(self.graph.columns(self.model, group, reader)):
                 mine = products_BI[:, part * width : (part + 1) * width]
                 taylor_G = mine[:, groups_GC].sum(2).abs().mean(0)
                 side = sides[i]

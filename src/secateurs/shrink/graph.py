@@ -1,67 +1,80 @@
 """The channels of a torch module that go together: where they are, what they cost, how they are cut.
 
-A unit is the set of channels that trace.py found to be tied. It has a place in slots, which are the axes of layers:
-
-    producer   rows of a convolution or linear layer (out)
-    vector     elements of a batch norm or PReLU, one for each channel
-    consumer   columns of a convolution or linear layer (in); whatever a removal loses, it loses here
-
-G units of C columns; a convolution's columns are its input channels times its kernel, in the order of unfold().
+A unit is the set of channels that trace.py found to be tied. It has places along axes of parameters and buffers, in sizes that
+modules state, and in the columns of the layers that read it (readers.py); whatever a removal loses, it loses there.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.shrink.readers import Reader
 
 Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """An axis of a layer with the number of each of its channels.
+class Axis:
+    """An axis of a parameter or buffer with the number of each of its channels.
 
-    place: out, in or vector; a depthwise convolution has no `in` of its own. groups: of a convolution.
+    role: out, of a layer that makes them; in, of one that reads them (of a grouped convolution the first group's); else empty.
+    """
+
+    tensor: str
+    axis: int
+    labels: Labels
+    role: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that a module states, as an attribute or in place `place` of one: how many of these channels there are.
+
+    guessed: it is an attribute that holds the number which an operator was given.
     """
 
     module: str
-    place: str
+    attribute: str
+    place: int | None
     labels: Labels
-    groups: int = 1
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that have their places in the same slots. units: their numbers. name: the first layer that produces them."""
+    """Units that have the same places. units: their numbers. name: the first layer that makes them.
+
+    run: how many channels of a unit lie next to each other in that layer: more than one for heads, or groups of a norm.
+    """
 
     name: str
     units: Labels
-    slots: tuple[int, ...]
+    axes: tuple[int, ...]
+    readers: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    run: int = 1
 
 
 @dataclass(frozen=True)
 class Term:
-    """factor * rows * columns parameters or multiplications.
+    """factor * the product of sides: parameters or multiplications.
 
-    rows, columns: {group: how many for each of its units}, and '' for those that stay in any case.
+    sides: {group: how many for each of its units}, and '' for those that stay in any case.
     """
 
-    rows: dict[str, int]
-    columns: dict[str, int]
+    sides: tuple[dict[str, int], ...]
     factor: float
 
-    def sides(self, counts: dict[str, int]) -> tuple[int, int]:
-        """Rows and columns when counts[group] units of every group are left."""
-        rows, columns = (sum(n * counts.get(g, 1) for g, n in side.items()) for side in (self.rows, self.columns))
-        return rows, columns
+    def at(self, counts: dict[str, int]) -> float:
+        """The term when counts[group] units of every group are left."""
+        return self.factor * prod(sum(n * counts.get(g, 1) for g, n in side.items()) for side in self.sides)
 
 
 class Cost:
@@ -73,182 +86,166 @@ class Cost:
     def __init__(self, terms: Sequence[Term], rest: int) -> None:
         self.rest = rest
         self.terms = list(terms)
-        groups = {group for term in terms for group in (*term.rows, *term.columns)}
-        self._of = {g: [term for term in terms if g in term.rows or g in term.columns] for g in groups}
+        groups = {group for term in terms for side in term.sides for group in side}
+        self._of = {g: [term for term in terms if any(g in side for side in term.sides)] for g in groups}
 
     def at(self, counts: dict[str, int]) -> int:
         """The cost when counts[group] units of every group are left."""
-        return self.rest + round(sum(term.factor * prod(term.sides(counts)) for term in self.terms))
+        return self.rest + round(sum(term.at(counts) for term in self.terms))
 
     def saved(self, counts: dict[str, int], group: str, options: Sequence[int]) -> list[float]:
         """What is saved by leaving `option` units of one group instead of counts[group], for each option."""
-        total = [0.0] * len(options)
-        for term in self._of.get(group, []):
-            rows, columns = term.sides(counts)
-            by_row, by_column = term.rows.get(group, 0), term.columns.get(group, 0)
-            for i, count in enumerate(options):
-                gone = counts[group] - count
-                total[i] += term.factor * (rows * columns - (rows - by_row * gone) * (columns - by_column * gone))
-        return total
+        terms = self._of.get(group, [])
+        now = sum(term.at(counts) for term in terms)
+        return [now - sum(term.at({**counts, group: option}) for term in terms) for option in options]
 
 
 @dataclass
 class Graph:
     """What trace() found in a module.
 
-    positions: {layer: output places of one example}. fixed: {layer: why some of its output channels stay}. norms: {layer: the
-    batch norm that alone reads its output}.
+    readers: {weight: the layer that reads channels}. positions: {weight: places of one example that it is multiplied at}. fixed:
+    {layer: why some of the channels that it makes stay}. norms: {layer: the batch norm that alone reads its output}. proof: on what
+    prove() has shown that cutting is zeroing; empty before it has.
     """
 
-    slots: list[Slot]
+    axes: list[Axis]
+    sizes: list[Size]
+    readers: dict[str, Reader]
     groups: list[Group]
     positions: dict[str, int]
     fixed: dict[str, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
-
-    def consumers(self, group: Group) -> list[Slot]:
-        """The slots whose layers read a group's channels."""
-        return [self.slots[i] for i in group.slots if self.slots[i].place == "in"]
+    proof: dict[str, Any] = field(default_factory=dict)
 
     def macs(self, model: nn.Module) -> Cost:
-        """Multiply-adds of one example in convolutions and linear layers."""
-        return Cost(self._weights(model, self.positions), 0)
+        """Multiply-adds of one example in convolutions, linear and recurrent layers."""
+        return Cost([replace(term, factor=term.factor * self.positions[name])
+                     for name, term in self._terms(model).items() if name in self.positions], 0)  # fmt: skip
 
     def parameters(self, model: nn.Module) -> Cost:
         """All parameters of the module."""
-        counted = {id(p) for slot in self.slots for p in model.get_submodule(slot.module).parameters(recurse=False)}
-        other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
-        vectors: list[Term] = []
-        seen: set[int] = set()
-        for slot in self.slots:
-            if slot.place != "in":
-                # a layer's bias, or a batch norm's weight and bias
-                module = model.get_submodule(slot.module)
-                own = [p for p in module.parameters(recurse=False) if p.dim() == 1 and id(p) not in seen]
-                seen.update(id(p) for p in own)
-                vectors.append(Term(self._width(slot), {"": 1}, sum(p.numel() for p in own) // len(slot.labels)))
-        return Cost(self._weights(model, None) + vectors, other)
+        terms = self._terms(model)
+        named = dict(model.named_parameters())
+        return Cost([terms[name] for name in named if name in terms],
+                    sum(p.numel() for name, p in named.items() if name not in terms))  # fmt: skip
 
-    def _weights(self, model: nn.Module, times: dict[str, int] | None) -> list[Term]:
-        """A term for every convolution and linear layer: its weights times times[layer]. None: each shared weight once."""
-        found: list[Term] = []
-        seen: set[Any] = set()
-        ins = {slot.module: slot for slot in self.slots if slot.place == "in"}
-        for slot in self.slots:
-            module: Any = model.get_submodule(slot.module)
-            # a module that is called twice has its slots twice
-            key = id(module.weight) if times is None else slot.module
-            if slot.place == "out" and key not in seen:
-                seen.add(key)
-                kernel = prod(getattr(module, "kernel_size", (1,)))
-                # a depthwise convolution has one column
-                columns, groups = (self._width(ins[slot.module]), slot.groups) if slot.module in ins else ({"": 1}, 1)
-                factor = 1 if times is None else times.get(slot.module, 1)
-                found.append(Term(self._width(slot), columns, kernel * factor / groups))
-        return found
+    def _terms(self, model: nn.Module) -> dict[str, Term]:
+        """{parameter: its size}, for those with an axis of channels."""
+        sides: dict[str, list[dict[str, int]]] = {}
+        covered: dict[str, int] = {}
+        for axis in self.axes:
+            if tensor_of(model, axis.tensor) is None:
+                # a bias that a layer does not have
+                continue
+            sides.setdefault(axis.tensor, []).append(self._width(axis))
+            covered[axis.tensor] = covered.get(axis.tensor, 1) * len(axis.labels)
+        return {
+            name: Term(tuple(found), tensor_of(model, name).numel() // covered[name]) for name, found in sides.items()
+        }
 
-    def _width(self, slot: Slot) -> dict[str, int]:
-        """{group: channels of the slot for each unit}, and '' for those that stay."""
-        found = {"": len(slot.labels)}
+    def _width(self, axis: Axis) -> dict[str, int]:
+        """{group: channels along the axis for each unit}, and '' for those that stay."""
+        found = {"": len(axis.labels)}
         for group in self.groups:
-            here = int(np.isin(slot.labels, group.units).sum())
+            here = int(np.isin(axis.labels, group.units).sum())
             if here:
                 found[group.name] = here // len(group.units)
                 found[""] -= here
         return found
 
-    def columns(self, model: nn.Module, group: Group, slot: Slot) -> list[Tensor]:
-        """The columns [G, C] of a consumer's unfolded input that belong to each unit, for each of its convolution groups."""
-        kernel = prod(getattr(model.get_submodule(slot.module), "kernel_size", (1,)))
-        width = len(slot.labels) // slot.groups
+    def columns(self, model: nn.Module, group: Group, reader: Reader) -> list[Tensor]:
+        """The columns [G, C] of a reader's matrices that belong to each unit, for each of its convolution groups."""
+        kernel = reader.kernel(tensor_of(model, reader.weight))
         found = []
-        for part in range(slot.groups):
-            labels = slot.labels[part * width : (part + 1) * width]
+        for labels in np.split(reader.labels, reader.groups):
             places = np.stack([np.flatnonzero(labels == unit) for unit in group.units])
             columns_GCK = torch.from_numpy(places)[:, :, None] * kernel + torch.arange(kernel)
             found.append(columns_GCK.flatten(1))
         return found
 
+    def without(self, refused: dict[str, str]) -> "Graph":
+        """The graph without some groups, {group: why}."""
+        fixed = {self.axes[i].tensor: refused[g.name] for g in self.groups if g.name in refused for i in g.axes
+                 if self.axes[i].role == "out"}  # fmt: skip
+        groups = [group for group in self.groups if group.name not in refused]
+        return replace(self, groups=groups, fixed={**self.fixed, **{layer_of(t): why for t, why in fixed.items()}})
 
-def cut(model: nn.Module, graph: Graph, removed: Sequence[int]) -> None:
-    """Remove units from a module, in place: rows, columns, vector elements, and the sizes that layers state.
+    def standing(self, model: nn.Module) -> dict[str, float]:
+        """{why: the share of the module's parameters that make channels that stay}, the largest first."""
+        units = np.concatenate([np.empty(0, np.int64), *(group.units for group in self.groups)])
+        named = dict(model.named_parameters())
+        whole = sum(p.numel() for p in named.values())
+        free = {axis.tensor: float(np.isin(axis.labels, units).mean()) for axis in self.axes if axis.role == "out"}
+        found: dict[str, float] = {}
+        for name, parameter in named.items():
+            why = self.fixed.get(layer_of(name), "it makes no channels that can be followed")
+            share = parameter.numel() / whole * (1 - free.get(name, 0.0))
+            if parameter.dim() > 1 and share:
+                found[why] = found.get(why, 0.0) + share
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def layer_of(tensor: str) -> str:
+    """The module that holds a parameter, or the parameter of a module that holds no others."""
+    return tensor.rpartition(".")[0] or tensor
+
+
+def tensor_of(model: nn.Module, name: str) -> Any:
+    """The parameter or buffer of a name."""
+    return getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+
+
+def kill(model: nn.Module, graph: Graph, units: Iterable[int]) -> None:
+    """Zero what readers take from units, in place."""
+    gone = np.array(sorted(units), np.int64)
+    for axis in graph.axes:
+        if axis.role == "in":
+            places = torch.from_numpy(np.flatnonzero(np.isin(axis.labels, gone)))
+            tensor_of(model, axis.tensor).data.index_fill_(axis.axis, places, 0)
+
+
+def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> None:
+    """Remove units from a module, in place: from axes of its parameters and buffers, and from the sizes that modules state.
 
     Raises PlanError if a layer would lose all of its channels.
     """
     gone = np.array(sorted(removed), np.int64)
-    kept = [torch.from_numpy(np.flatnonzero(~np.isin(slot.labels, gone))) for slot in graph.slots]
-    by_module: dict[str, dict[str, tuple[Slot, Tensor]]] = {}
-    for slot, index in zip(graph.slots, kept, strict=True):
-        if not len(index):
-            raise PlanError(f"all channels of {slot.module} would go; keep at least one")
-        by_module.setdefault(slot.module, {})[slot.place] = (slot, index)
-    for name, found in by_module.items():
-        module: Any = model.get_submodule(name)
-        if "vector" in found:
-            slot, index = found["vector"]
-            if len(index) < len(slot.labels):
-                _cut_vector(module, index)
-            continue
-        slot, rows = found["out"]
-        if len(rows) < len(slot.labels):
-            _replace(module, "weight", module.weight.detach()[rows])
-            if module.bias is not None:
-                _replace(module, "bias", module.bias.detach()[rows])
-        linear = isinstance(module, nn.Linear)
-        setattr(module, "out_features" if linear else "out_channels", len(rows))
-        if "in" not in found:
-            # depthwise: a group for each input channel, and a multiple of that many outputs
-            module.in_channels = module.groups = len(rows) * module.in_channels // len(slot.labels)
-            continue
-        slot, columns = found["in"]
-        width = len(slot.labels) // slot.groups
-        first = columns[columns < width]
-        if len(columns) < len(slot.labels):
-            _replace(module, "weight", module.weight.detach()[:, first])
-        setattr(module, "in_features" if linear else "in_channels", len(columns))
+    kept: dict[str, list[tuple[int, Tensor]]] = {}
+    for axis in graph.axes:
+        stays = np.flatnonzero(~np.isin(axis.labels, gone))
+        if not len(stays):
+            raise PlanError(f"all channels of {layer_of(axis.tensor)} would go; keep at least one")
+        if len(stays) < len(axis.labels) and tensor_of(model, axis.tensor) is not None:
+            kept.setdefault(axis.tensor, []).append((axis.axis, torch.from_numpy(stays)))
+    take(model, kept)
+    for size in graph.sizes:
+        if np.isin(size.labels, gone).any():
+            state(model, size, int((~np.isin(size.labels, gone)).sum()))
 
 
-def _cut_vector(module: Any, index: Tensor) -> None:
-    for name in ("weight", "bias"):
-        if module._parameters.get(name) is not None:
-            _replace(module, name, module._parameters[name].detach()[index])
-    for name in ("running_mean", "running_var"):
-        if module._buffers.get(name) is not None:
-            module._buffers[name] = module._buffers[name][index].clone()
-    setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", len(index))
+def take(model: nn.Module, kept: dict[str, list[tuple[int, Tensor]]]) -> None:
+    """Leave parts of parameters and buffers, {name: [(axis, places along it)]}, in place. Tied ones stay tied."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            holders.setdefault(id(tensor), []).append((module, name))
+    for name, places in kept.items():
+        old = tensor_of(model, name)
+        new = old.detach()
+        for number, index in places:
+            new = new.index_select(number, index.to(new.device))
+        # index_select copies; nothing of the old tensor is held
+        new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for module, leaf in holders[id(old)]:
+            setattr(module, leaf, new)
 
 
-def _replace(module: Any, name: str, tensor: Tensor) -> None:
-    module._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=module._parameters[name].requires_grad)
-
-
-def unfolded(module: Any, x: Tensor) -> list[Tensor]:
-    """The inputs that a layer's rows are multiplied with: [N, positions, I] for each of its convolution groups."""
-    if isinstance(module, nn.Linear):
-        return [x[:, None]]
-    if not isinstance(module, nn.Conv1d | nn.Conv2d):
-        raise PlanError(f"the inputs of a {type(module).__name__} cannot be cut; only Linear, Conv1d and Conv2d")
-    flat = isinstance(module, nn.Conv1d)
-
-    def square(numbers: Sequence[int], absent: int) -> tuple[int, ...]:
-        return (absent, *numbers) if flat else tuple(numbers)
-
-    columns = F.unfold(
-        x[:, :, None] if flat else x, square(module.kernel_size, 1), square(module.dilation, 1), square(_padding(module), 0),
-        square(module.stride, 1),
-    )  # fmt: skip
-    return [part.transpose(1, 2) for part in columns.chunk(module.groups, 1)]
-
-
-def _padding(module: Any) -> tuple[int, ...]:
-    """A convolution's padding on either side of each axis."""
-    if not isinstance(module.padding, str):
-        return tuple(module.padding)
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    if any(w % 2 for w in whole):
-        raise PlanError(
-            f"a convolution of kernel {module.kernel_size} with padding 'same' pads unevenly, which cannot be cut"
-        )
-    return tuple(w // 2 for w in whole)
+def state(model: nn.Module, size: Size, count: int) -> None:
+    """Write a size into a module."""
+    module = model.get_submodule(size.module)
+    if size.place is None:
+        setattr(module, size.attribute, count)
+        return
+    held = getattr(module, size.attribute)
+    setattr(module, size.attribute, type(held)((*held[: size.place], count, *held[size.place + 1 :])))

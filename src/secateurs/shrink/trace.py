@@ -1,14 +1,15 @@
-"""Finds the channels of a torch module that must go together, by following a torch.fx trace of its calls.
+"""Finds the channels of a torch module that must go together, by following the operators of its graph.
 
-Each channel of each tensor (axis 1) gets a number. Operations that tie two channels to each other (a sum, a product, a depthwise
-convolution, equal places in the groups of a grouped convolution) join their numbers. A channel that reaches the input, the output
-or an operation that is not in the tables below is fixed: it stays. Channels under one number are a unit (graph.py).
-
-The tables name the operations that are known to keep channels apart; a new operation is a name in one of them.
+torch.export gives the graph, of operators that methods, functions and modules all come down to. Each element of each tensor has the
+number of its channel (labels.py). operators.py says what each operator does to numbers: it moves them, ties some of them to each
+other, or reads them and makes new ones. What is tied must be rectangular in every shape that it takes on the way. An operator that
+is in no table fixes its channels. Channels under one number are a unit (graph.py); proof.py shows that it can go.
 """
 
-from collections.abc import Sequence
-from math import prod
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,347 +17,382 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateurs.base.errors import PlanError
-from secateurs.shrink.graph import Graph, Group, Labels, Slot
+from secateurs.shrink.graph import Axis, Graph, Group, Labels, Size, layer_of
+from secateurs.shrink.labels import FREE, STAYS, Numbers, changing, same
+from secateurs.shrink.layer_rules import LAYERS
+from secateurs.shrink.operators import MOVES, POINTWISE, Given, Unknown
+from secateurs.shrink.readers import Reader
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_VECTORS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU)
-# one channel in, the same channel out
-_PASSING = (
-    nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
-    nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus,
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d,
-)  # fmt: skip
-_PASSING_CALLS = {
-    "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid", "sigmoid_", "tanh", "hardswish",
-    "hardsigmoid", "hardtanh", "dropout", "dropout2d", "clamp", "clamp_", "contiguous", "float", "neg", "abs", "sqrt", "square",
-    "exp", "clone", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "interpolate", "pad",
-}  # fmt: skip
-_JOINING_CALLS = {"add", "add_", "iadd", "sub", "isub", "mul", "mul_", "imul", "truediv", "div", "maximum", "minimum"}
-_RESHAPING_CALLS = {"flatten", "view", "reshape"}
-_MEASURING_CALLS = {"size", "getattr", "dim"}
+_RULES = {**MOVES, **LAYERS}
+# parameters of more elements than this are not followed element by element
+_ELEMENTS = 1 << 22
+# constants of at most this many elements are computed: they may be indices
+_CONSTANT = 1 << 22
 
 
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
-    """Find a module's units. Raises PlanError if torch.fx cannot trace it."""
-    from torch.fx.passes.shape_prop import ShapeProp
+    """Find a module's units. Raises PlanError if torch.export refuses the module."""
+    with _exporting():
+        try:
+            program = torch.export.export(model, example, strict=False)
+        except Exception as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise PlanError(f"{type(model).__name__} cannot be traced by torch.export: {said[0]}") from error
+    return Walk(model, program, len(example[0])).run()
 
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        traced = fx.symbolic_trace(model)
-        with torch.no_grad():
-            ShapeProp(traced).propagate(*example)
-    except Exception as error:
-        raise PlanError(f"{type(model).__name__} cannot be traced by torch.fx: {str(error).splitlines()[0]}") from error
-    return _Walk(model, traced).run()
+        # torch.export warns of attributes that forward() writes; it works on a copy of them
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Numbers:
-    """The numbers of channels: which are joined (a union-find forest), and why some are fixed."""
+class Walk:
+    """Visits every operator of a graph, in order.
 
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-        self.reason: dict[int, str] = {}
-
-    def new(self, count: int) -> Labels:
-        start = len(self.parent)
-        self.parent += range(start, start + count)
-        return np.arange(start, start + count)
-
-    def root(self, label: int) -> int:
-        """The lowest of the numbers that are joined with this one."""
-        while self.parent[label] != label:
-            self.parent[label] = self.parent[self.parent[label]]
-            label = self.parent[label]
-        return label
-
-    def join(self, a: Labels, b: Labels) -> None:
-        """Tie each channel of a to the channel of b in the same place."""
-        for x, y in zip(a.tolist(), b.tolist(), strict=True):
-            x, y = self.root(x), self.root(y)
-            if x != y:
-                first, second = min(x, y), max(x, y)
-                self.parent[second] = first
-                if second in self.reason:
-                    self.reason.setdefault(first, self.reason[second])
-
-    def fix(self, labels: Any, why: str) -> None:
-        """Mark the channels of an array, or of a tuple of arrays, as ones that stay."""
-        if isinstance(labels, tuple):
-            for part in labels:
-                self.fix(part, why)
-        elif labels is not None:
-            for label in labels.tolist():
-                self.reason.setdefault(self.root(label), why)
-
-    def why(self, label: int) -> str | None:
-        """Why a channel is fixed, or None."""
-        return self.reason.get(self.root(label))
-
-
-class _Walk:
-    """Visits every call of a traced module, in order.
-
-    labels: the numbers of the channels that each call gives: an array, a tuple of arrays for several tensors, or None for what
-    has no channels.
+    Rules of operators.py use its methods. shaped: labels that must become rectangular, and the axes that must not be cut, with the
+    reason if they would be. sized: operators that state a number of channels: (where, the number, labels, their axis).
     """
 
-    def __init__(self, model: nn.Module, traced: fx.GraphModule) -> None:
-        self.model, self.traced = model, traced
-        self.numbers = _Numbers()
-        self.labels: dict[fx.Node, Any] = {}
-        self.slots: list[Slot] = []
+    def __init__(self, model: nn.Module, program: Any, examples: int) -> None:
+        self.model, self.program, self.examples = model, program, examples
+        self.numbers = Numbers()
+        self.values: dict[fx.Node, Any] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.elements: dict[str, Tensor] = {}
+        self.axes: dict[tuple[str, int], tuple[Tensor, str]] = {}
+        self.stated: list[tuple[str, str, int | None, Tensor]] = []
+        self.sized: list[tuple[fx.Node, int, Tensor, int]] = []
+        self.shaped: list[tuple[Tensor, tuple[int, ...], str]] = []
+        self.together: list[tuple[Tensor, str]] = []
+        self.readers: dict[str, tuple[Reader, Tensor]] = {}
         self.positions: dict[str, int] = {}
-        self.norms: dict[str, str] = {}
-        self.shared = _shared(model, traced)
+        self.normed: list[tuple[str, str]] = []
+        self.tied = _tied(model)
 
     def run(self) -> Graph:
-        for node in self.traced.graph.nodes:
-            self.labels[node] = self.visit(node)
-        root = self.numbers.root
-        slots = [
-            Slot(s.module, s.place, np.array([root(x) for x in s.labels.tolist()], np.int64), s.groups)
-            for s in self.slots
-        ]
-        groups, fixed = _grouped(slots, self.numbers)
-        return Graph(slots, groups, self.positions, fixed, self.norms)
+        signature = self.program.graph_signature
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        lifted = signature.inputs_to_lifted_tensor_constants
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.placeholder(node, held, lifted)
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    self.fix(self.values[source], "it is the model's output")
+            elif node.op == "call_function":
+                self.values[node] = self.call(node)
+            else:
+                self.values[node] = None
+        return self.finish()
 
-    def visit(self, node: fx.Node) -> Any:
-        """Return the labels of what a node gives, and note the slots of a layer."""
-        if node.op == "placeholder":
-            return self.fresh(node, "it is the model's input")
-        if node.op == "get_attr":
-            return self.fresh(node, f"it meets {node.target}, a tensor by itself")
-        if node.op == "output":
+    # ------------------------------------------------------------------------------------------------ values of nodes
+
+    def placeholder(self, node: fx.Node, held: dict[str, str], lifted: dict[str, str]) -> Any:
+        name, found = held.get(node.name), node.meta.get("val")
+        if not isinstance(found, Tensor):
+            return None
+        if name is not None:
+            value = _held(self.model, name)
+            if value.is_floating_point():
+                self.names[node] = name
+                return None
+            self.constants[node] = value
+        elif node.name in lifted:
+            self.constants[node] = self.program.constants[lifted[node.name]]
+        else:
+            return same(STAYS, tuple(found.shape))
+        return same(FREE, tuple(found.shape))
+
+    def call(self, node: fx.Node) -> Any:
+        """What a call gives: labels of each tensor."""
+        if getattr(node.target, "__name__", "") == "getitem":
+            source, place = node.args
+            return self.values[source][place]  # type: ignore[index]
+        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", str(node.target))
+        found = node.meta.get("val")
+        if found is None or isinstance(found, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+            # assertions and numbers
+            return None
+        if self.constant(node):
+            return self.outputs(node, FREE)
+        rule = _RULES.get(name.rstrip("_"), _RULES.get(name))
+        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            rule = POINTWISE
+        try:
+            if rule is None:
+                raise Unknown
+            return rule(self, Given.of(self, node, name))
+        except Unknown as error:
+            what = f"{name}{f' {error}' if str(error) else ''}{self.place(node)}"
             for source in node.all_input_nodes:
-                self.numbers.fix(self.labels[source], "it is the model's output")
-            return None
-        if node.op == "call_module":
-            return self.module(node, str(node.target), self.model.get_submodule(str(node.target)))
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-        return self.call(node, name)
+                self.fix(self.labels(source), f"it goes through {what}, which is not known to keep channels apart")
+            return self.outputs(node, STAYS)
 
-    def fresh(self, node: fx.Node, why: str) -> Any:
-        """New numbers for what a node gives, all fixed."""
-        shape = _shape(node)
-        if shape is None or len(shape) < 2:
-            return None
-        labels = self.numbers.new(shape[1])
-        self.numbers.fix(labels, why)
+    def constant(self, node: fx.Node) -> bool:
+        """True if a node depends on no input and no parameter. Its value is computed if it is small."""
+        if any(source not in self.constants for source in node.all_input_nodes):
+            return False
+        self.constants[node] = None
+        found = node.meta["val"]
+        if isinstance(found, Tensor) and not found.is_floating_point() and found.numel() <= _CONSTANT:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self.constants[source])
+            try:
+                self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except Exception:
+                # one of its inputs was not computed
+                self.constants[node] = None
+        return True
+
+    def outputs(self, node: fx.Node, number: int) -> Any:
+        found = node.meta["val"]
+        if isinstance(found, Tensor):
+            return same(number, tuple(found.shape))
+        return [same(number, tuple(x.shape)) if isinstance(x, Tensor) else None for x in found]
+
+    def labels(self, node: fx.Node) -> Any:
+        """The labels of what a node gives. A parameter that is used as a tensor has a number for each element."""
+        name = self.names.get(node)
+        return self.values[node] if name is None else self.elements_of(name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return tuple(_held(self.model, name).shape)
+
+    def elements_of(self, name: str) -> Tensor:
+        if name not in self.elements:
+            shape = tuple(_held(self.model, name).shape)
+            followed = int(np.prod(shape)) <= _ELEMENTS
+            self.elements[name] = self.numbers.new(*shape) if followed else same(STAYS, shape)
+            for (tensor, axis), (labels, _) in self.axes.items():
+                if tensor == name:
+                    self.join(self.elements[name], _along(labels, axis, shape), f"{name} is used in two ways")
+        return self.elements[name]
+
+    # ------------------------------------------------------------------------------------------------ used by rules
+
+    def join(self, a: Tensor, b: Tensor, why: str) -> None:
+        self.numbers.join(a, b, why)
+
+    def fix(self, labels: Any, why: str) -> None:
+        """Mark the channels of a tensor, or of a list of tensors, as ones that stay."""
+        for part in labels if isinstance(labels, list) else [labels]:
+            if part is not None:
+                self.numbers.fix(part, why)
+
+    def mixed(self, labels: Tensor, axes: Sequence[int], what: str) -> Tensor:
+        """Tie what lies along axes, and leave one place of each."""
+        for axis in axes:
+            axis %= max(labels.dim(), 1)
+            if labels.dim() and labels.shape[axis] > 1:
+                first = labels.narrow(axis, 0, 1)
+                if axis in changing(labels):
+                    self.join(first.expand(labels.shape), labels, f"{what} takes it together with others that stay")
+                    self.together.append((first, f"{what} takes all of its channels together"))
+                labels = first
         return labels
 
-    def unknown(self, node: fx.Node, what: str) -> Any:
-        """Fix all channels that enter and leave a node."""
-        for source in node.all_input_nodes:
-            self.numbers.fix(self.labels[source], f"it goes through {what}, which is not known to keep channels apart")
-        return self.fresh(node, f"it comes out of {what}")
+    def axis(self, name: str, axis: int, labels: Tensor | None = None, role: str = "") -> Tensor:
+        """The labels of an axis of a parameter, which are new, or tied to those that are given."""
+        shape = tuple(_held(self.model, name).shape)
+        if (name, axis) not in self.axes:
+            new = self.numbers.new(shape[axis]) if labels is None else labels
+            self.axes[name, axis] = (new, role)
+            if name in self.elements:
+                self.join(self.elements[name], _along(new, axis, shape), f"{name} is used in two ways")
+        elif labels is not None:
+            self.join(self.axes[name, axis][0], labels, f"{name} is used more than once")
+        return self.axes[name, axis][0]
 
-    def module(self, node: fx.Node, name: str, module: nn.Module) -> Any:
-        """visit() for a layer."""
-        given = self.labels[node.all_input_nodes[0]] if node.all_input_nodes else None
-        shape = _shape(node)
-        if len(node.all_input_nodes) != 1 or not isinstance(given, np.ndarray) or shape is None:
-            return self.unknown(node, name)
-        if isinstance(module, nn.Flatten):
-            return self.flat(node, given, "flatten", module.start_dim)
-        if isinstance(module, _CONVOLUTIONS) and len(shape) == module.weight.dim() and module.padding_mode == "zeros":
-            return self.convolution(node, name, module, given)
-        if isinstance(module, nn.Linear) and len(shape) == 2:
-            self.count(name, 1)
-            out = self.numbers.new(module.out_features)
-            self.slots += [Slot(name, "in", given), Slot(name, "out", out)]
-            self.fix_shared(name, given, out)
-            return out
-        if isinstance(module, _VECTORS):
-            if len(module.weight if module.weight is not None else given) == len(given):
-                self.slots.append(Slot(name, "vector", given))
-                self.fix_shared(name, given)
-                source = node.all_input_nodes[0]
-                # a norm that several layers feed has one mean for all of them
-                if (
-                    source.op == "call_module"
-                    and len(source.users) == 1
-                    and name not in self.shared
-                    and getattr(module, "running_mean", None) is not None
-                ):
-                    self.norms[str(source.target)] = name
-            return given
-        if isinstance(module, _PASSING):
-            return given
-        return self.unknown(node, f"{name} ({type(module).__name__})")
+    def state(self, module: str, attribute: str, labels: Tensor) -> None:
+        """A module states how many of these there are."""
+        if isinstance(getattr(self.model.get_submodule(module), attribute, None), int):
+            self.stated.append((module, attribute, None, labels))
 
-    def convolution(self, node: fx.Node, name: str, module: Any, given: Labels) -> Labels:
-        shape = _shape(node)
-        assert shape is not None
-        self.count(name, prod(shape[2:]))
-        groups = module.groups
-        if groups == module.in_channels and groups > 1:
-            # depthwise: channel i makes channels i k to i k + k - 1
-            out = np.repeat(given, module.out_channels // groups)
-            self.slots.append(Slot(name, "out", out, groups))
-        else:
-            out = self.numbers.new(module.out_channels)
-            for labels in (given, out) if groups > 1 else ():
-                # every group must keep equally many: the same places go from each
-                parts = labels.reshape(groups, -1)
-                for part in parts[1:]:
-                    self.numbers.join(parts[0], part)
-            self.slots += [Slot(name, "in", given, groups), Slot(name, "out", out, groups)]
-        self.fix_shared(name, given, out)
-        return out
+    def read(self, reader: Reader, labels: Tensor, places: int) -> None:
+        """A layer reads channels, at so many places of all examples."""
+        old = self.readers.get(reader.weight)
+        if old is not None:
+            self.join(old[1], labels, f"{reader.weight} is used more than once")
+            reader = Reader(reader.weight, reader.kind, reader.labels, reader.bias, reader.groups, old[0].calls + 1)
+        self.readers[reader.weight] = (reader, labels)
+        self.count(reader.weight, places)
 
-    def count(self, name: str, places: int) -> None:
-        """Add to the number of output places of a layer, which may be called several times."""
-        self.positions[name] = self.positions.get(name, 0) + places
+    def count(self, weight: str, places: int) -> None:
+        """Add to the number of places that a weight is multiplied at."""
+        self.positions[weight] = self.positions.get(weight, 0) + max(1, places // self.examples)
 
-    def fix_shared(self, name: str, *labels: Labels) -> None:
-        """Fix the channels of a layer that is called twice or shares a parameter."""
-        if name in self.shared:
-            for part in labels:
-                self.numbers.fix(part, self.shared[name])
+    def module_of(self, node: fx.Node) -> str:
+        """The module whose forward function a node was called in."""
+        return next(iter(self.modules_of(node)), "")
 
-    def call(self, node: fx.Node, name: str) -> Any:
-        """visit() for a function or a method of a tensor."""
-        sources = [self.labels[source] for source in node.all_input_nodes]
-        tensors = [labels for labels in sources if labels is not None]
-        shape = _shape(node)
-        if name in _MEASURING_CALLS or (name == "getitem" and not tensors):
-            return None
-        if name == "getitem":
-            place: Any = node.args[1]
-            return tensors[0][place] if isinstance(tensors[0], tuple) else self.unknown(node, "indexing")
-        if name in ("chunk", "split") and isinstance(tensors[0], np.ndarray):
-            return self.parts(node, tensors[0], name)
-        if shape is None or not all(isinstance(labels, np.ndarray) for labels in tensors):
-            return self.unknown(node, name) if tensors else None
-        if name in ("cat", "concat"):
-            return self.concatenation(node, tensors)
-        if name in _PASSING_CALLS and len(tensors) == 1:
-            # pad() may add channels
-            return tensors[0] if len(tensors[0]) == prod(shape[1:2]) else self.unknown(node, name)
-        if name in ("mean", "sum", "amax") and len(shape) >= 2 and not {0, 1} & {*_axes(node)}:
-            return tensors[0]
-        if name in _RESHAPING_CALLS and len(tensors) == 1:
-            return self.flat(node, tensors[0], name)
-        if name in _JOINING_CALLS:
-            return self.joined(node, name)
-        return self.unknown(node, name)
+    def modules_of(self, node: fx.Node) -> list[str]:
+        """The modules that a node was called in, the innermost first."""
+        found = [re.sub(r"@\d+", "", path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        return list(dict.fromkeys(reversed(found)))
 
-    def joined(self, node: fx.Node, name: str) -> Any:
-        """An operation on elements of tensors of the same channels."""
-        shape = _shape(node)
-        assert shape is not None
-        out = None
-        for source in node.all_input_nodes:
-            labels, its = self.labels[source], _shape(source)
-            if labels is None and its is None:
+    def place(self, node: fx.Node) -> str:
+        """Where a node was called, as part of a sentence."""
+        path = self.module_of(node)
+        return f" in {path}" if path else ""
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def finish(self) -> Graph:
+        self.square()
+        find = self.numbers.find
+        axes = []
+        for (name, number), (labels, role) in self.axes.items():
+            axes.append(Axis(name, number, find(labels).numpy(), role))
+        by_axis = {axis.tensor for axis in axes}
+        for name, labels in self.elements.items():
+            found = find(labels)
+            along = changing(found)
+            if len(along) > 1:
+                self.fix(found, f"{name} has no axis of its own for it")
+            elif along and name not in by_axis:
+                axes.append(Axis(name, along[0], _vector(found, along[0])))
+        readers = {
+            name: Reader(name, r.kind, find(labels).numpy(), r.bias, r.groups, r.calls)
+            for name, (r, labels) in self.readers.items()
+        }
+        sizes = [Size(m, a, p, find(labels).numpy()) for m, a, p, labels in self.stated]
+        sizes = _once([*sizes, *self.found_sizes()])
+        groups, fixed = _grouped(axes, sizes, readers, self.numbers, self.together)
+        makers, norms = ([pair[i] for pair in self.normed] for i in (0, 1))
+        alone = {maker: norm for maker, norm in self.normed if makers.count(maker) == norms.count(norm) == 1 and maker}
+        return Graph(axes, sizes, readers, groups, self.positions, fixed, alone)
+
+    def square(self) -> None:
+        """Tie numbers until what goes with each of them is rectangular in every tensor, and fix what is picked by its place."""
+        again = True
+        while again:
+            again = False
+            for labels, avoided, why in self.shaped:
+                found = self.numbers.find(labels)
+                along = changing(found)
+                if len(along) > 1:
+                    # channels lie on the longest axis, and of two on the later one
+                    longest = max(along, key=lambda axis: (axis not in avoided, found.shape[axis], axis))
+                    self.mixed(found, [axis for axis in along if axis != longest], why)
+                    again = True
+        for labels, avoided, why in self.shaped:
+            found = self.numbers.find(labels)
+            if set(changing(found)) & set(avoided):
+                self.fix(found, why)
+
+    def found_sizes(self) -> list[Size]:
+        """Attributes of modules that hold a number of channels which an operator in their forward function was given."""
+        found = []
+        for node, number, labels, axis in self.sized:
+            here = self.numbers.find(labels)
+            if changing(here) != [axis % here.dim()]:
                 continue
-            if labels is None or its is None or len(its) != len(shape) or len(shape) < 2:
-                return self.unknown(node, f"{name} of tensors of {its} and {shape}")
-            if its[1] == 1 and shape[1] != 1:
-                # one channel for all of the others
-                continue
-            if out is None:
-                out = labels
-            else:
-                self.numbers.join(out, labels)
-        return out if out is not None else self.fresh(node, f"it comes out of {name}")
-
-    def concatenation(self, node: fx.Node, tensors: list[Labels]) -> Any:
-        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        shape = _shape(node)
-        assert shape is not None
-        listed: Any = node.args[0]
-        parts = [self.labels[source] for source in listed]
-        if axis in (1, 1 - len(shape)):
-            return np.concatenate(parts)
-        for labels in parts[1:]:
-            self.numbers.join(parts[0], labels)
-        return parts[0]
-
-    def parts(self, node: fx.Node, labels: Labels, name: str) -> Any:
-        """A tensor split along its channels, which stay."""
-        axis = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        how: Any = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
-        if axis != 1:
-            return self.unknown(node, f"{name} along axis {axis}")
-        # sizes are written in the forward function: channels could go only if all parts lose equally many
-        self.numbers.fix(labels, f"it goes through {name}, whose sizes are written in the code")
-        if isinstance(how, int):
-            each = -(-len(labels) // how) if name == "chunk" else how
-            return tuple(labels[i : i + each] for i in range(0, len(labels), each))
-        ends = np.cumsum(how)
-        return tuple(np.split(labels, ends[:-1]))
-
-    def flat(self, node: fx.Node, labels: Labels, name: str, start: int = 1) -> Any:
-        """All axes after the first made one: each number is repeated for the places of its channel."""
-        before, after = _shape(node.all_input_nodes[0]), _shape(node)
-        if before is None or after is None or start != 1:
-            return self.unknown(node, "a reshape")
-        rest = prod(before[2:])
-        sizes: Any = node.args[1:] or tuple(node.kwargs.values())
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = sizes[0]
-        # a width that is written in the code would be wrong afterwards
-        written = name != "flatten" and (not sizes or sizes[-1] != -1)
-        if written or after[0] != before[0] or after[1:] != (before[1] * rest,):
-            return self.unknown(node, "a reshape")
-        return np.repeat(labels, rest)
+            vector = _vector(here, axis % here.dim())
+            for module in self.modules_of(node):
+                held = [(a, p) for a, p in _integers(self.model.get_submodule(module), number)]
+                found += [Size(module, attribute, place, vector, True) for attribute, place in held]
+                if held:
+                    break
+        return found
 
 
-def _grouped(slots: Sequence[Slot], numbers: _Numbers) -> tuple[list[Group], dict[str, str]]:
-    """Groups of units that stand in the same slots, and {layer: why some of its output channels are fixed}."""
-    where: dict[int, list[int]] = {}
-    for i, slot in enumerate(slots):
-        for label in dict.fromkeys(slot.labels.tolist()):
-            where.setdefault(label, []).append(i)
+def _held(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), leaf)
+    return found
+
+
+def _along(labels: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
+    """Labels of an axis as those of a tensor."""
+    return labels.reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
+def _vector(labels: Tensor, axis: int) -> Labels:
+    """Labels that change along one axis only, along it."""
+    found: Labels = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0].numpy()
+    return found
+
+
+def _integers(module: nn.Module, number: int) -> Iterator[tuple[str, int | None]]:
+    """The attributes of a module that are a number, and places of attributes that are tuples or lists of numbers."""
+    for name, value in vars(module).items():
+        if type(value) is int and value == number:
+            yield name, None
+        elif type(value) in (tuple, list) and all(type(x) is int for x in value):
+            yield from ((name, place) for place, x in enumerate(value) if x == number)
+
+
+def _once(sizes: Sequence[Size]) -> list[Size]:
+    """One size for each place; the first one, which the table of layers gave, if there are several."""
+    found: dict[tuple[str, str, int | None], Size] = {}
+    for size in sizes:
+        found.setdefault((size.module, size.attribute, size.place), size)
+    return list(found.values())
+
+
+def _grouped(
+    axes: Sequence[Axis], sizes: Sequence[Size], readers: dict[str, Reader], numbers: Numbers,
+    together: Sequence[tuple[Tensor, str]],
+) -> tuple[list[Group], dict[str, str]]:  # fmt: skip
+    """Groups of units that have the same places, and {layer: why some of its output channels are fixed}."""
+    reasons = numbers.reasons()
+    where: dict[int, list[tuple[str, Any, int]]] = {}
+    for kind, found in (("axis", enumerate(axes)), ("size", enumerate(sizes)), ("reader", readers.items())):
+        for key, held in found:
+            for label, count in zip(*np.unique(held.labels, return_counts=True), strict=True):
+                if label > STAYS:
+                    where.setdefault(int(label), []).append((kind, key, int(count)))
+    alone = {int(numbers.find(labels).flatten()[0]): why for labels, why in together[::-1]}
     fixed: dict[str, str] = {}
-    by_slots: dict[tuple[int, ...], list[int]] = {}
-    for label, found in where.items():
-        makers = [slots[i].module for i in found if slots[i].place == "out"]
-        why = numbers.why(label)
-        if why is None and not any(slots[i].place == "in" for i in found):
+    by_places: dict[tuple[tuple[str, Any, int], ...], list[int]] = {}
+    for label, places in where.items():
+        makers = [layer_of(axes[key].tensor) for kind, key, _ in places if kind == "axis" and axes[key].role == "out"]
+        why = reasons.get(label)
+        if why is None and not any(kind == "reader" for kind, _, _ in places):
             why = "nothing reads it that could make up for it"
+        if why is None and any(kind == "axis" and count == len(axes[key].labels) > 1 for kind, key, count in places):
+            why = alone.get(label, "its channels go together")
         if why is not None:
             fixed.update(dict.fromkeys(makers, why))
         elif makers:
-            by_slots.setdefault(tuple(found), []).append(label)
+            by_places.setdefault(tuple(places), []).append(label)
     groups: list[Group] = []
-    for together, units in by_slots.items():
-        name = next(slots[i].module for i in together if slots[i].place == "out")
+    for found_places, units in by_places.items():
+        of = {kind: tuple(key for k, key, _ in found_places if k == kind) for kind in ("axis", "size", "reader")}
+        first = next(axes[i] for i in of["axis"] if axes[i].role == "out")
+        name = layer_of(first.tensor)
         # two groups may begin in one layer
         while any(group.name == name for group in groups):
             name += "'"
-        groups.append(Group(name, np.array(units, np.int64), together))
+        groups.append(
+            Group(name, np.array(units, np.int64), of["axis"], of["reader"], of["size"], _run(first.labels, units))
+        )
     return groups, fixed
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    found: Any = node.meta.get("tensor_meta")
-    return tuple(found.shape) if hasattr(found, "shape") else None
+def _run(labels: Labels, units: Sequence[int]) -> int:
+    """The least number of channels of a unit that lie next to each other."""
+    ends = np.flatnonzero(np.diff(labels, append=-1))
+    lengths = np.diff(ends, prepend=-1)
+    return int(lengths[np.isin(labels[ends], units)].min())
 
 
-def _axes(node: fx.Node) -> list[int]:
-    """The axes that a reduction removes."""
-    rank = len(_shape(node.all_input_nodes[0]) or ())
-    given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    if given is None:
-        return list(range(rank))
-    return [axis % rank for axis in ([given] if isinstance(given, int) else given)]
-
-
-def _shared(model: nn.Module, traced: fx.GraphModule) -> dict[str, str]:
-    """{module: why it is not cut}, for modules that are called twice or share a parameter."""
-    called: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            called[str(node.target)] = called.get(str(node.target), 0) + 1
-    found = {name: f"{name} is called {count} times" for name, count in called.items() if count > 1}
+def _tied(model: nn.Module) -> dict[str, str]:
+    """{parameter: why its layer is not cut}, for those that two modules share."""
     owner: dict[int, str] = {}
-    for name in called:
-        for p in model.get_submodule(name).parameters(recurse=False):
-            other = owner.setdefault(id(p), name)
-            if other != name:
-                why = f"{name} and {other} share a parameter"
-                found.update({name: why, other: why})
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = owner.setdefault(id(parameter), name)
+        if other != name and layer_of(other) != layer_of(name):
+            why = f"{layer_of(name)} and {layer_of(other)} share a parameter"
+            found.update({name: why, other: why})
     return found

@@ -25,8 +25,9 @@ _OVER, _UNDER = 1.01, 0.98
 class Widths:
     """The widths that groups may have, and what they cost.
 
-    dense: {group: units}. steps: {group: widths that it may have, falling, its own first}. cost: what the budget counts (for a time
-    budget, multiplications); whole: the dense module's. kept_whole: {layer: why its channels stay}.
+    dense: {group: units}. runs: {group: channels of a unit that lie next to each other}, which count for the multiple. steps:
+    {group: widths that it may have, falling, its own first}. cost: what the budget counts (for a time budget, multiplications);
+    whole: the dense module's. kept_whole: {layer: why its channels stay}.
     """
 
     bound: Budget
@@ -35,10 +36,11 @@ class Widths:
     cost: Cost
     whole: int
     kept_whole: dict[str, str]
+    runs: Counts
 
     def __post_init__(self) -> None:
         self.steps = {
-            name: [units, *(n for n in range(units - 1, 0, -1) if n % self.multiple == 0)]
+            name: [units, *(n for n in range(units - 1, 0, -1) if n * self.runs[name] % self.multiple == 0)]
             for name, units in self.dense.items()
         }
 

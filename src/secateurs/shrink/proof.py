@@ -1,0 +1,212 @@
+"""Shows that units can go: with zeros where others read them, and without them, a module gives the same outputs.
+
+It is shown in float64, on parameters and buffers that are moved away from their values (ones and zeros would hide that they were
+forgotten), in eval and train mode, and on inputs of two sizes where the module takes two. A random half of each group goes. All
+groups go together first; where outputs differ, the groups that are at fault are found by halving.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from secateurs.shrink import graph
+from secateurs.shrink.graph import Graph, Group
+
+Inputs = tuple[Tensor, ...]
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class _Certain(TorchFunctionMode):
+    """Runs a model without dropout, which draws other numbers for other widths."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", "") and args and isinstance(args[0], Tensor):
+            return args[0]
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+            kwargs = {k: 0.0 if k == "dropout_p" else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """All tensors in what a module gives: a tensor, or lists, tuples and dicts of them."""
+    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+
+
+class Proof:
+    """Tries of cuts on a copy of a module. done: on what each is tried; missing: what the module itself does not take."""
+
+    def __init__(self, model: nn.Module, example: Inputs, seed: int) -> None:
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.missing: list[str] = []
+        self.trials: list[tuple[str, Inputs]] = []
+        self.model, self.dtype = model, torch.float32
+        for dtype in (torch.float64, torch.float32):
+            with suppress_all():
+                moved = _moved(model, dtype, self.generator)
+                whole = _two(example, dtype, self.generator)
+                if self._runs(moved, whole, False):
+                    self.model, self.dtype = moved, dtype
+                    break
+        smaller = next((x for x in _smaller(whole) if self._runs(self.model, x, False)), None)
+        inputs = [whole] if smaller is None else [smaller, tuple(torch.cat([x, x[:1]]) for x in whole)]
+        if smaller is None:
+            self.missing.append("inputs of another size")
+        for x in inputs:
+            for training in (False, True):
+                if self._runs(self.model, x, training):
+                    self.trials.append((f"{'train' if training else 'eval'} {' '.join(_shape(t) for t in x)}", x))
+        if not any(name.startswith("train") for name, _ in self.trials):
+            self.missing.append("train mode")
+
+    def _runs(self, model: nn.Module, inputs: Inputs, training: bool) -> bool:
+        """True if the module takes these inputs, and gives the same each time."""
+        try:
+            a, b = (self._outputs(copy.deepcopy(model), inputs, training) for _ in range(2))
+        except Exception:
+            return False
+        return bool(a) and all(torch.equal(x, y) and bool(x.isfinite().all()) for x, y in zip(a, b, strict=True))
+
+    def _outputs(self, model: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Certain(), suppress_all():
+            torch.manual_seed(self.seed)
+            return [x.double() for x in tensors_of(model.train(training)(*(x.clone() for x in inputs)))]
+
+    def chosen(self, group: Group) -> list[int]:
+        """A random half of a group's units."""
+        count = len(group.units)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + len(group.units)))
+        return [int(group.units[i]) for i in order[: count // 2].tolist()]
+
+    def why_not(self, found: Graph, removed: Sequence[int]) -> str | None:
+        """Why these units cannot go, or None if the module without them is the module with zeros."""
+        whole = copy.deepcopy(self.model)
+        graph.kill(whole, found, removed)
+        small = copy.deepcopy(whole)
+        try:
+            graph.cut(small, found, removed)
+        except Exception as error:
+            return _first(error)
+        for name, inputs in self.trials:
+            training = name.startswith("train")
+            # running means move, as they do in training
+            expected = self._outputs(whole, inputs, training)
+            try:
+                got = self._outputs(small, inputs, training)
+            except Exception as error:
+                return f"without it the module fails: {_first(error)}"
+            for a, b in zip(got, expected, strict=True):
+                if a.shape != b.shape:
+                    return f"without it the module gives {_shape(a)} for {_shape(b)}"
+                gap = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
+                if not gap <= _CLOSE[self.dtype]:
+                    return f"without it the module gives something else: {gap:.2g} of the largest output apart ({name})"
+        return None
+
+
+@contextmanager
+def suppress_all() -> Iterator[None]:
+    """No warnings: the same module has been run before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def prove(model: nn.Module, found: Graph, example: Inputs, seed: int = 0) -> Graph:
+    """The graph with those groups only whose units were shown to go; the others are fixed, with the reason."""
+    proof = Proof(model, example, seed)
+    if not proof.trials:
+        why = f"nothing can be shown: {type(model).__name__} does not give the same finite outputs twice"
+        return found.without({g.name: why for g in found.groups})
+    refused: dict[str, str] = {}
+    # one unit alone always stays
+    _search(proof, found, [g for g in found.groups if len(g.units) > 1], refused)
+    guessed = {i for g in found.groups if g.name in refused for i in g.sizes if found.sizes[i].guessed}
+    if guessed:
+        # an attribute may hold the same number for another reason
+        stated = [replace(s, labels=s.labels[:0]) if i in guessed else s for i, s in enumerate(found.sizes)]
+        found, refused = replace(found, sizes=stated), {}
+        _search(proof, found, [g for g in found.groups if len(g.units) > 1], refused)
+    shown = {
+        "inputs": list(dict.fromkeys(name.partition(" ")[2] for name, _ in proof.trials)),
+        "modes": list(dict.fromkeys(name.partition(" ")[0] for name, _ in proof.trials)),
+        "missing": proof.missing,
+        "dtype": str(proof.dtype).removeprefix("torch."),
+    }
+    return replace(found.without(refused), proof=shown)
+
+
+def _search(proof: Proof, found: Graph, groups: Sequence[Group], refused: dict[str, str]) -> None:
+    """Find the groups whose cuts are not zeros: all of these at once, then halves of them."""
+    if not groups:
+        return
+    why = proof.why_not(found, [unit for group in groups for unit in proof.chosen(group)])
+    if why is None:
+        return
+    if len(groups) == 1:
+        refused[groups[0].name] = why
+        return
+    before = len(refused)
+    middle = len(groups) // 2
+    _search(proof, found, groups[:middle], refused)
+    _search(proof, found, groups[middle:], refused)
+    if len(refused) == before:
+        # each half can go alone, and not both: the second stays
+        refused.update(dict.fromkeys((g.name for g in groups[middle:]), f"{why}, together with others"))
+
+
+def _moved(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+    """A copy with all floating numbers a little larger than they are, each by another amount."""
+    out = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        for tensor in (*out.parameters(), *out.buffers()):
+            if tensor.is_floating_point() and tensor.numel():
+                finite = tensor.masked_fill(~tensor.isfinite(), 0)
+                size = finite.abs().mean() if float(finite.abs().max()) else tensor.new_tensor(1.0)
+                more = torch.rand(tensor.shape, generator=generator).to(tensor)
+                tensor.add_((0.2 * size + 0.1 * (size < 1e-3)) * more)
+    return out
+
+
+def _two(example: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Two examples, the second a little different."""
+    found = []
+    for x in example:
+        x = x[:2] if len(x) > 1 else torch.cat([x, x])
+        if x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            x = (x + noise * x.float().std(unbiased=False).clamp(min=0.1)).to(dtype)
+        found.append(x)
+    return tuple(found)
+
+
+def _smaller(inputs: Inputs) -> Iterator[Inputs]:
+    """The same inputs with shorter axes: the last two of images, the last of sequences and token ids, else the one before."""
+    for share in (4, 2):
+        for number in (3, 2, 1):
+            out = []
+            for x in inputs:
+                last = range(2, x.dim()) if number == 3 else [min(number, x.dim() - 1)]
+                for axis in last:
+                    if axis > 0 and x.shape[axis] % share == 0 and x.shape[axis] > share:
+                        x = x.narrow(axis, 0, x.shape[axis] // share)
+                out.append(x)
+            if any(a.shape != b.shape for a, b in zip(out, inputs, strict=True)):
+                yield tuple(out)
+
+
+def _shape(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
