@@ -4,7 +4,7 @@ from typing import Annotated
 
 from secateurs.cli import options
 from secateurs.cli.options import METHOD, RARE, option
-from secateurs.cli.output import check_gate, console, on_cpu, print_json
+from secateurs.cli.output import check_gate, console, note, on_cpu, print_json
 
 
 def shrink(
@@ -93,7 +93,7 @@ def shrink(
     )
     first = is_first()
     with on_cpu(quiet or not first, as_json, model) as progress:
-        report = run(plan, out.expanduser(), progress)
+        report = run(plan, out.expanduser(), progress, say=lambda sentence: note(f"{sentence}.", quiet))
     if not first:
         return
     if as_json:

@@ -10,7 +10,7 @@ is taken), cutting.py (the model is cut to it).
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,21 @@ def shrink(
     out: str | Path,
     progress: Progress = silent,
     beside: Path | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
 
-    beside: a folder where the dense model's tasks are kept for other runs on it. A missed gate is in the report's `gate`, and
-    raises nothing. Under torchrun every process calls it, and all return the same.
+    beside: a folder where the dense model's tasks are kept for other runs on it. say: is told, before the work begins, if no shape
+    comes near the budget; it is among the report's warnings too. A missed gate is in the report's `gate`, and raises nothing. Under
+    torchrun every process calls it, all return the same, and the first one says it.
     """
     with joined() as ranks:
-        return _shrink(plan, Path(out).expanduser(), progress, beside, ranks)
+        return _shrink(plan, Path(out).expanduser(), progress, beside, say, ranks)
 
 
-def _shrink(plan: ShrinkPlan, out: Path, progress: Progress, beside: Path | None, ranks: Ranks) -> dict[str, Any]:
+def _shrink(
+    plan: ShrinkPlan, out: Path, progress: Progress, beside: Path | None, say: Callable[[str], None], ranks: Ranks
+) -> dict[str, Any]:
     plan = replace(plan, model=resolved(plan.model))
     with ranks.leading():
         source = checkpoint.Checkpoint(plan.model)
@@ -69,6 +73,8 @@ def _shrink(plan: ShrinkPlan, out: Path, progress: Progress, beside: Path | None
         if not (out / "plan.json").is_file():
             with ranks.all_threads():
                 shapes.refuse_too_small(job)
+                if far := shapes.coarse(job):
+                    say(far)
         claim(out, plan.as_dict())
 
     ranks.alone(begin)
@@ -140,7 +146,12 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
             "dense": source.nbytes,
             "left": left.nbytes,
         },
-        "warnings": text.warnings("calibration") + uncovered(records) + ([] if job.subject or job.new else [_UNTIMED]),
+        "warnings": [
+            *([far] if (far := shapes.coarse(job)) else []),
+            *text.warnings("calibration"),
+            *uncovered(records),
+            *([] if job.subject or job.new else [_UNTIMED]),
+        ],
         "distance": None,
         "seconds": clock.seconds,
     }

@@ -19,6 +19,8 @@ from secateurs.shrink.latency import LatencyModel, Sample, Seconds
 from secateurs.shrink.losses import Losses
 from secateurs.shrink.units import Shape
 
+# a step is coarse where the nearest shape takes less than this of the budget
+_COARSE = 0.95
 # shapes that are measured at most; one may take 1% more than the budget, and is near enough from 2% less
 _TRIES = 10
 _OVER, _UNDER, _AIM = 1.01, 0.98, 0.995
@@ -113,6 +115,47 @@ def allowed(job: Job) -> list[Shape]:
             f"{reasons[0] if reasons else 'nothing smaller is left'}"
         )
     return shapes
+
+
+def coarse(job: Job) -> str | None:
+    """A sentence on a counted budget that no shape comes near: the two nearest results, and what allows a finer step; or None."""
+    plan, dense, bound = job.plan, job.dense.shape, job.plan.bound
+    if bound.timed:
+        return None
+
+    def share(shape: Shape) -> float:
+        return job.dense.sizes.share(bound.kind, shape, plan.prompt)
+
+    shapes = allowed(job)
+    below = max((s for s in shapes if share(s) <= bound.value), key=share, default=None)
+    if below is None or share(below) >= _COARSE * bound.value:
+        return None
+    above = min((s for s in shapes if share(s) > bound.value), key=share, default=dense)
+    said = f"budget {plan.budget}: {', '.join(plan.units)} can be cut to {_of(share(below), below, job)}, and the next larger is "
+    said += _of(share(above), above, job)
+    best, multiple = below, plan.multiple
+    for step in (
+        m for m in range(plan.multiple - 1, 0, -1) if plan.multiple % m == 0 and share(best) < _COARSE * bound.value
+    ):
+        for kind in (k for k in ("mlp", "hidden") if k in plan.units):
+            numbers = (n for n in range(dense.steps(kind) - 1, best.steps(kind), -1) if n % step == 0)
+            wider = (replace(below, **{kind: n}) for n in numbers)
+            found = next((s for s in wider if share(s) <= bound.value and not job.dense.not_loadable(s)), below)
+            if share(found) > share(best):
+                best, multiple = found, step
+    if best != below:
+        said += f"; --multiple {multiple} allows {_of(share(best), best, job)}"
+    more = [kind for kind in units.KINDS if kind not in plan.units and not job.dense.cuts.refuses(kind)]
+    if more:
+        said += f"; more --units may allow a finer one ({', '.join(more)})"
+    return said
+
+
+def _of(share: float, shape: Shape, job: Job) -> str:
+    """'0.500x (hidden 48 of 96)': what is less than in the dense model."""
+    found = {kind: (getattr(shape, kind), getattr(job.dense.shape, kind)) for kind in units.KINDS}
+    what = ", ".join(f"{kind} {now} of {before}" for kind, (now, before) in found.items() if now != before)
+    return f"{share:.3f}x ({what or 'the dense model'})"
 
 
 def choose(job: Job, lost: Losses) -> tuple[Shape, list[dict[str, Any]]]:
