@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from secateurs.base.errors import OutputError
+from secateurs.base.errors import CheckpointError, OutputError
 
 # ending of a file that is not whole yet
 PART = ".part"
@@ -60,6 +60,18 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def inside(folder: Path, name: object, named_in: Path) -> Path:
+    """`folder / name`, for a name that a file states. Raises CheckpointError for one that leads out of the folder.
+
+    Names are judged, not what they link to: in a hub cache every file is a link to one elsewhere.
+    """
+    if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise CheckpointError(
+            f"{named_in} names {name!r}, which leads out of {folder}; nothing outside a model's folder is read or written"
+        )
+    return folder / name
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import OutputError, SecateursError
-from secateurs.base.files import PART, write_json
+from secateurs.base.files import PART, inside, write_json
 from secateurs.base.processes import ALONE, Ranks
 
 # of report.json
@@ -48,7 +48,7 @@ def model_in(folder: str | Path) -> Path:
                 f"{folder} decided for the dense model, so it holds none of its own; name {decided['plan']['model']}, or a folder "
                 f"in {folder / 'candidates'}"
             )
-        return folder / str(row["folder"]) / "model"
+        return inside(folder, row["folder"], file) / "model"
     if not (folder / "model" / "config.json").is_file():
         raise OutputError(f"{folder} is a run directory without a finished model; rerun the command that began it")
     return folder / "model"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateurs.base.device import return_memory
 from secateurs.base.errors import CheckpointError, said
-from secateurs.base.files import write_json
+from secateurs.base.files import inside, write_json
 from secateurs.base.progress import no_bars
 from secateurs.model import attention, shards
 from secateurs.model.blocks import blocks_of
@@ -98,7 +98,9 @@ class Checkpoint:
                 listed = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error}") from None
-            files = [self.folder / name for name in sorted(set(listed.values()))]
+            if not isinstance(listed, dict):
+                raise CheckpointError(f"{index} cannot be read: weight_map says no file for each tensor")
+            files = sorted({inside(self.folder, name, index) for name in listed.values()})
         found: dict[str, Path] = {}
         for shard in files:
             if not shard.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import CheckpointError
-from secateurs.base.files import write_json
+from secateurs.base.files import inside, write_json
 
 _MODULES = "modules.json"
 # modules that change no angle between embeddings
@@ -55,6 +55,8 @@ def sentences_of(folder: Path) -> Sentences | None:
         return None
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
+        for module in modules:
+            inside(folder, module["path"], file)
         transformer = next((folder / m["path"] for m in modules if _is(m, "Transformer")), None)
         if transformer is None:
             raise CheckpointError(f"{file} names no transformer, so there is nothing to prune")

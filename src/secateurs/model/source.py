@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import CheckpointError, said
+from secateurs.base.files import inside
 from secateurs.base.run_directory import model_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,7 +62,7 @@ def weights_of(folder: Path, config: dict[str, Any]) -> Path:
     """
     stated = config.get("transformers_weights")
     for name in [stated] if isinstance(stated, str) else [SINGLE, INDEX]:
-        if (folder / name).is_file():
+        if inside(folder, name, folder / "config.json").is_file():
             return folder / name
     names = sorted(file.name for file in folder.iterdir())
     others = ", ".join([name for name in names if name.endswith(".safetensors")][:3])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from secateurs.base.errors import CheckpointError, VerifyError
+from secateurs.base.files import inside
 from secateurs.base.processes import ALONE, Ranks
 from secateurs.base.progress import Progress, silent
 from secateurs.matrix.grids import Scales, tensors_of
@@ -60,7 +61,7 @@ def check_run(
     plan = Plan.from_dict(report.plan)
     model_folder = folder / "model"
     for name, expected in ranks.share(list(report.shards.items())):
-        file = model_folder / name
+        file = inside(model_folder, name, folder / "report.json")
         if not file.is_file():
             raise VerifyError(f"{file} is missing")
         if checksum(file) != expected:

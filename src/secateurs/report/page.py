@@ -15,7 +15,7 @@ from typing import Any
 
 from secateurs.base.device import machine
 from secateurs.base.errors import OutputError
-from secateurs.base.files import write_text
+from secateurs.base.files import inside, write_text
 from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.compare import named
 from secateurs.quality.settings import FLAGS
@@ -105,7 +105,11 @@ def _read(folder: Path) -> dict[str, Any]:
         )
     decided = _cited(folder / "decide.json")
     decision = decided.data
-    models = [_model(folder / r["folder"], r["candidate"]) for r in decision["rows"] if r["status"] == "measured"]
+    models = [
+        _model(inside(folder, r["folder"], folder / "decide.json"), r["candidate"])
+        for r in decision["rows"]
+        if r["status"] == "measured"
+    ]
     profile = DeviceProfile.read(folder / "profile.json") if (folder / "profile.json").is_file() else None
     return {
         "folder": str(folder), "plan": plan, "decision": decision, "decided": decided, "models": models,
