@@ -1258,6 +1258,12 @@ ROWS = (
          "if format_version not in VERSIONS:",
          "if False:"),
     # -------------------------------------------------------------------------------------------------------------- shrink
+    _row(DECIDE, "decide/test_needs.py::test_gram_matrices_take_more_while_they_grow",
+         'growing = round(held * _GROWING / 8) if kind == "gram" else held',
+         "growing = held"),
+    _row(DECIDE, "decide/test_needs.py::test_a_mixture_whose_experts_are_chosen_is_kept_in_part",
+         "looking = max(looking, experts.bytes_of(number, a.hidden) + fitted)",
+         "looking = max(looking, fitted)"),
     _row(DECIDE, "decide/test_needs.py::test_gram_matrices_of_experts_take_a_quarter_of_the_memory_and_more_passes",
          "return plain + max(one, room), 1 + -(-experts // max(one, room // one * one))",
          "return plain + max(one, room), 1 + experts // max(one, room // one * one)"),

@@ -90,13 +90,32 @@ def test_pruning_needs_a_block_its_statistics_and_what_factors_the_widest(tmp_pa
     plan = Plan(method="sparsegpt", calibration=Calibration(samples=64, seqlen=512))
     (step,) = needs.needs(found, plan, 512, 0, RATES)
     block = 2 * found.blocks[0].parameters
-    # three Gram matrices of 8192 and one of 28672 with their factors, and three more of the widest while it is factored
-    assert step.memory == 500_000_000 + 2 * block + 8 * (3 * 8192**2 + 28672**2) + 12 * 28672**2
+    # three Gram matrices of 8192 and one of 28672 with their factors; three more of the widest while it is factored, beside two
+    # copies of its weights
+    factoring = 12 * 28672**2 + 8 * 8192 * 28672
+    assert step.memory == 500_000_000 + 2 * block + 8 * (3 * 8192**2 + 28672**2) + factoring
     assert step.disk == 2 * found.parameters + 2 * 64 * 512 * 8192 * 2
     # two passes over all blocks, sums of Gram matrices, and the weights three times
     products = 2 * 2 * 80 * sum(m.weights for m in found.blocks[0].matrices) * 64 * 512
     grams = 80 * 1.2 * 64 * 512 * (3 * 8192**2 + 28672**2)
     assert step.seconds == pytest.approx(products / 1e12 + grams / 1e11 + 6 * found.parameters / 1e9)
+
+
+def test_gram_matrices_take_more_while_they_grow(machine):
+    # forty of them: what one more takes while it is factored is less than what all take in fp64
+    block = Block(1, 0, (Matrix(1, 1000, 40, 40),))
+    (step,) = needs.needs(Anatomy(2, 0, 64, 10, (block,), {}), Plan(method="sparsegpt"), 512, 0, RATES)
+    # and a batch in the widest layer: 1000 inputs and an output of 2 bytes and as many again, hidden states in fp32
+    assert step.memory == 500_000_000 + 8.7 * 40 * 1000**2 + 4096 * (1001 * 4 + 4 * 64)
+
+
+def test_a_mixture_whose_experts_are_chosen_is_kept_in_part(machine):
+    block = Block(1, 0, (Matrix(2, 4, 256, 256, True), Matrix(4, 2, 256, 256, True)))
+    plan = ShrinkPlan("m", "params=0.75x", units=("experts",))
+    steps = needs.needs(Anatomy(2, 0, 4096, 10, (block,), {}), plan, 512, 0, RATES)
+    # 256 numbers of each for 2048 tokens; 16384 inputs of 2 bytes, and three times as many outputs in fp32
+    kept = 256 * 256 * 2048 * 4 + 16384 * 4096 * (2 + 12)
+    assert {s.step: s.memory for s in steps}["cutting"] == 500_000_000 + kept
 
 
 def test_gram_matrices_of_experts_take_a_quarter_of_the_memory_and_more_passes(machine):

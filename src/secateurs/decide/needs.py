@@ -20,7 +20,7 @@ from secateurs.model.layers import EXPERTS, layers_of
 from secateurs.model.miniature import inputs, small_instance
 from secateurs.model.walk import OF_MEMORY, stream
 from secateurs.prune.plan import Plan
-from secateurs.shrink import latency
+from secateurs.shrink import experts, latency, refit_experts
 from secateurs.shrink.config import flat
 from secateurs.shrink.cuts import ACTIVE, cuts_of
 from secateurs.shrink.plan import ShrinkPlan
@@ -150,6 +150,10 @@ def _matrices(block: nn.Module, name: str, layout: Layout, sharing: dict[str, st
 # ------------------------------------------------------------------------------------------------------------- what is needed
 
 
+# bytes of a Gram matrix while it grows, by its inputs squared: fp32, and its upper half in fp64 (matrix/stats.py)
+_GROWING = 8.7
+
+
 @dataclass(frozen=True)
 class Need:
     """What a step needs: bytes of memory at its peak, bytes of disk that it adds, seconds."""
@@ -191,7 +195,10 @@ def _of_prune(a: Anatomy, plan: Plan, tokens: int, here: _Machine) -> list[Need]
         solving = max(_workspace(m, kind) for m in block.matrices)
         looking = _activations(a, block, min(tokens, TOKENS_PER_BATCH))
         tuned = 14 * block.parameters * a.itemsize // 2 if plan.reconstruct else 0
-        memory = max(memory, here.base + 2 * block.parameters * a.itemsize + max(held + solving, held + looking, tuned))
+        growing = round(held * _GROWING / 8) if kind == "gram" else held
+        memory = max(
+            memory, here.base + 2 * block.parameters * a.itemsize + max(held + solving, growing + looking, tuned)
+        )
         forward = 2 * block.multiplied() * tokens
         once = here.rates.products(forward * (1 + passes_here)) + here.rates.grams(_gram_flops(block, tokens, kind))
         solve = sum(m.number * here.rates.solve(plan.method or "", m.outputs, m.inputs, kind) for m in block.matrices)
@@ -212,9 +219,15 @@ def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> lis
     weights, states = a.parameters * a.itemsize, tokens * a.hidden * a.itemsize
     # OBS holds the inverse and its products in fp64 beside the Gram matrix and its factor
     held = sum(4 * inputs**2 for inputs in read) + max((28 * inputs**2 for inputs in read), default=0)
+    growing = round(sum(_GROWING * inputs**2 for inputs in read))
     memory, walk = 0, 0.0
     for block in a.blocks:
-        looking = _activations(a, block, min(tokens, TOKENS_PER_BATCH))
+        looking = growing + _activations(a, block, min(tokens, TOKENS_PER_BATCH))
+        if "experts" in plan.units:
+            number = min((m.number for m in block.matrices if m.expert), default=0)
+            # inputs of the mixture, what it gave and gives, and what is missing; and what each expert makes of some of them
+            fitted = min(tokens, refit_experts.TOKENS) * a.hidden * (a.itemsize + 12)
+            looking = max(looking, experts.bytes_of(number, a.hidden) + fitted)
         memory = max(memory, here.base + 2 * block.parameters * a.itemsize + max(held, looking))
         walk += block.number * here.rates.products(2 * block.multiplied() * tokens)
     # one by one, a quarter of them; three quarters in rounds, for an estimate
@@ -280,8 +293,9 @@ def _statistics(block: Block, kind: str, here: _Machine) -> tuple[int, int]:
 
 
 def _workspace(m: Matrix, kind: str) -> int:
-    """Bytes that one layer's solution takes beside its statistics: what factoring holds, or copies of the weights."""
-    return max(12 * m.inputs**2 if kind == "gram" else 0, 16 * m.outputs * m.inputs)
+    """Bytes that one layer's solution takes beside its statistics: what factoring holds, and copies of the weights."""
+    weights = m.outputs * m.inputs
+    return max(12 * m.inputs**2 + 8 * weights if kind == "gram" else 0, 16 * weights)
 
 
 def _activations(a: Anatomy, block: Block, tokens: int) -> int:

@@ -51,6 +51,11 @@ def inputs(step: Step, fused: Mapping[str, str], count: int = _TOKENS) -> Tensor
     return torch.cat(step.ranks.merged(found))
 
 
+def bytes_of(number: int, hidden: int) -> int:
+    """Bytes of what a Trial keeps of so many experts."""
+    return 4 * number * _TOKENS * min(hidden, _KEPT)
+
+
 def curve(step: Step, fused: Mapping[str, str], weight_H: Tensor | None, criterion: str, count: int) -> list[float]:
     """The loss with 0, 1, ... `count` experts of a block removed; all 0 for a block without any."""
     x_TH = inputs(step, fused)
