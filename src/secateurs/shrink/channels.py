@@ -8,6 +8,7 @@ cut so far, gives it (consumers.py).
 
 import copy
 import time
+import warnings
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -31,8 +32,6 @@ from secateurs.shrink.trace import trace
 from secateurs.shrink.widths import Counts, Curves, Widths
 
 BUDGETS = ("params", "flops", "latency")
-# calibration inputs that a consumer needs for each of its columns: with fewer than one, every removal looks free
-_TOKENS = 2
 # the largest difference that rounding may make, relative to the largest output
 _CLOSE = 1e-2
 
@@ -89,14 +88,16 @@ def shrink_module(
     dense = copy.deepcopy(model)
     consumers.weigh()
     curves = _curves(consumers, widths)
-    # groups with too few calibration inputs are now kept whole
-    widths.refuse_too_small()
+    few = {name: str(seen) for name, seen in consumers.seen.items() if seen.share}
+    if few:
+        name, said = max(few.items(), key=lambda item: consumers.seen[item[0]].share)
+        warnings.warn(f"{len(few)} of {len(consumers.seen)} layers saw little: {name} {said}", stacklevel=2)
 
     def ratio_of(counts: Counts) -> float:
         return measure(dense, _blank(dense, found, counts), example)[2]
 
     counts, tried = widths.choose(curves, ratio_of, progress)
-    records = _cut(consumers, counts, criterion, refit)
+    records, done = _cut(consumers, counts, criterion, refit)
     with torch.no_grad():
         model(*example)
     macs = found.macs(dense)
@@ -106,6 +107,8 @@ def shrink_module(
         "kept_whole": widths.kept_whole,
         "fixed_parameters": found.standing(dense),
         "proof": found.proof,
+        "cut": done,
+        "little_data": few,
         "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in (("dense", dense), ("left", model))},
         "macs": {"dense": macs.at(widths.dense), "left": macs.at(counts)},
         "estimated_loss": sum(curves[name][widths.dense[name] - count] for name, count in counts.items()),
@@ -126,19 +129,12 @@ def _widths(model: nn.Module, found: Graph, consumers: Consumers, bound: Budget,
 
 
 def _curves(consumers: Consumers, widths: Widths) -> Curves:
-    """What each group's units cost. Groups whose consumers saw too few inputs are kept whole, which changes `widths`."""
+    """What each group's units cost."""
     groups = consumers.graph.groups
     stats = consumers.observe(list(consumers.by_name), "what channels cost")
     found = {}
     for done, group in enumerate(groups):
         sides, places = consumers.sides(group, stats)
-        thin = min(sides, key=lambda side: side.stats.tokens / side.weight_OI.shape[1])
-        tokens, width = thin.stats.tokens, thin.weight_OI.shape[1] - 1
-        if tokens < _TOKENS * width:
-            widths.keep(
-                group.name,
-                f"a layer that reads it saw {tokens} inputs of {width} numbers; give {_TOKENS * width} or more",
-            )
         most = widths.most(group.name)
         curve = [0.0] * (most + 1)
         if most:
@@ -149,30 +145,32 @@ def _curves(consumers: Consumers, widths: Widths) -> Curves:
     return found
 
 
-def _cut(consumers: Consumers, counts: Counts, criterion: str, refit: bool) -> list[dict[str, Any]]:
-    """Cut a module's groups to `counts` units, in place. Returns what each group lost."""
+def _cut(
+    consumers: Consumers, counts: Counts, criterion: str, refit: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Cut a module's groups to `counts` units, in place. Returns what each group lost, and what graph.cut() did."""
     records, removed = [], []
     taylor = consumers.taylor() if criterion == "taylor" else {}
     todo = [g for g in consumers.graph.groups if counts[g.name] < len(g.units)]
-    for done, group in enumerate(todo):
+    for number, group in enumerate(todo):
         gone, error = consumers.cut(group, counts[group.name], criterion, refit, taylor)
         removed += group.units[gone.numpy()].tolist()
         records.append({
             "group": group.name, "before": len(group.units), "after": counts[group.name],
             "removed": sorted(gone.tolist()), "error": error,
         })  # fmt: skip
-        consumers.progress("cutting", done + 1, len(todo))
+        consumers.progress("cutting", number + 1, len(todo))
     model, batch = consumers.model, consumers.batches[0]
     with torch.no_grad():
         zeroed = tensors_of(model(*batch))
-        graph.cut(model, consumers.graph, removed)
+        done = graph.cut(model, consumers.graph, removed)
         for a, b in zip(tensors_of(model(*batch)), zeroed, strict=True):
             gap = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if b.is_floating_point() else 0.0
             if not gap <= _CLOSE:
                 raise PlanError(
                     f"what was cut gives something else than zeros did: {gap:.2g} of the largest output apart"
                 )
-    return records
+    return records, done
 
 
 def _blank(dense: nn.Module, found: Graph, counts: Counts) -> nn.Module:

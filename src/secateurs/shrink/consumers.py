@@ -24,6 +24,7 @@ from secateurs.shrink.graph import Graph, Group, tensor_of
 from secateurs.shrink.passes import asking
 from secateurs.shrink.proof import tensors_of
 from secateurs.shrink.readers import Call, Reader, Watched
+from secateurs.shrink.spread import Seen, Spread
 
 Inputs = tuple[Tensor, ...]
 
@@ -109,6 +110,7 @@ class Consumers:
     ) -> None:
         self.model, self.graph, self.batches = model, graph, batches
         self.damping, self.seed, self.progress = damping, seed, progress
+        self.seen: dict[str, Seen] = {}
         self.by_name = {
             name: Consumer.of(model, graph, graph.readers[name]) for g in graph.groups for name in g.readers
         }
@@ -116,12 +118,13 @@ class Consumers:
     # ----------------------------------------------------------------------------------------- runs of the module
 
     def observe(self, names: Sequence[str], label: str | None = None) -> dict[str, list[Stats]]:
-        """Sums over the unfolded inputs of consumers and a constant 1, for each convolution group.
+        """Sums over the unfolded inputs of consumers and a constant 1, for each convolution group; shrunk if they saw too little.
 
         label: a stage of the progress display; without one, each pass ends when the last of these consumers is reached.
         """
         generator = torch.Generator().manual_seed(self.seed)
         sums: dict[str, list[Stats]] = {}
+        spreads: dict[str, list[Spread]] = {}
         waiting: dict[str, int] = {}
 
         def add(name: str, call: Call) -> None:
@@ -131,7 +134,9 @@ class Consumers:
                 with_one = torch.cat([part, part.new_ones(*part.shape[:2], 1)], 2)
                 if len(sums.setdefault(name, [])) <= i:
                     sums[name].append(Stats.zeros(with_one.shape[-1], True, part.device))
+                    spreads.setdefault(name, []).append(Spread())
                 sums[name][i].add_(with_one)
+                spreads[name][i].add_(part)
             waiting[name] -= 1
             if not label and not any(waiting.values()):
                 # the rest of the pass is not needed
@@ -144,7 +149,12 @@ class Consumers:
                     self.model(*batch)
                 if label:
                     self.progress(label, i + 1, len(self.batches))
-        return {name: [s.finish() for s in found] for name, found in sums.items()}
+        found = {name: [s.finish() for s in parts] for name, parts in sums.items()}
+        for name, parts in found.items():
+            for stats, spread in zip(parts, spreads[name], strict=True):
+                assert stats.gram_II is not None
+                self.seen[name] = spread.shrink(stats.gram_II, stats.tokens)
+        return found
 
     def _watched(self, watch: Callable[[str, Call], None]) -> Watched:
         """Calls watch(weight's name, call) for each call of a consumer."""

@@ -18,6 +18,7 @@ from secateurs.base.errors import PlanError
 from secateurs.shrink.readers import Reader
 
 Labels = NDArray[np.int64]
+NOBODY: Labels = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Graph:
 
     def standing(self, model: nn.Module) -> dict[str, float]:
         """{why: the share of the module's parameters that make channels that stay}, the largest first."""
-        units = np.concatenate([np.empty(0, np.int64), *(group.units for group in self.groups)])
+        units = np.concatenate([NOBODY, *(group.units for group in self.groups)])
         named = dict(model.named_parameters())
         whole = sum(p.numel() for p in named.values())
         free = {axis.tensor: float(np.isin(axis.labels, units).mean()) for axis in self.axes if axis.role == "out"}
@@ -205,10 +206,11 @@ def kill(model: nn.Module, graph: Graph, units: Iterable[int]) -> None:
             tensor_of(model, axis.tensor).data.index_fill_(axis.axis, places, 0)
 
 
-def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> None:
+def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> dict[str, Any]:
     """Remove units from a module, in place: from axes of its parameters and buffers, and from the sizes that modules state.
 
-    Raises PlanError if a layer would lose all of its channels.
+    Returns what was done, as JSON has it: {axes: {tensor: [[axis, the places that are kept]]}, sizes: [[module, attribute, place,
+    count]]}. Raises PlanError if a layer would lose all of its channels.
     """
     gone = np.array(sorted(removed), np.int64)
     kept: dict[str, list[tuple[int, Tensor]]] = {}
@@ -219,9 +221,16 @@ def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> None:
         if len(stays) < len(axis.labels) and tensor_of(model, axis.tensor) is not None:
             kept.setdefault(axis.tensor, []).append((axis.axis, torch.from_numpy(stays)))
     take(model, kept)
+    sizes = []
     for size in graph.sizes:
         if np.isin(size.labels, gone).any():
-            state(model, size, int((~np.isin(size.labels, gone)).sum()))
+            count = int((~np.isin(size.labels, gone)).sum())
+            state(model, size, count)
+            sizes.append([size.module, size.attribute, size.place, count])
+    return {
+        "axes": {name: [[axis, places.tolist()] for axis, places in held] for name, held in kept.items()},
+        "sizes": sizes,
+    }
 
 
 def take(model: nn.Module, kept: dict[str, list[tuple[int, Tensor]]]) -> None:
