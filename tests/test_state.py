@@ -167,6 +167,15 @@ def shrink_module(given):
     return partial(sc.shrink_module, net(), [(torch.randn(64, 16),)], "flops=0.7x", multiple=4)
 
 
+def save_shrunk(given):
+    small, report = shrink_module(given)()
+    return partial(sc.save_shrunk, small, report, given["tmp_path"] / "small.safetensors")
+
+
+def load_shrunk(given):
+    return partial(sc.load_shrunk, save_shrunk(given)(), net)
+
+
 def exported(given):
     return partial(export, net(), (torch.ones(2, 16),), given["tmp_path"] / "exported")
 
@@ -197,7 +206,7 @@ def lora(given):
 
 
 CALLS = (
-    accelerate, table, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, exported, iterative,
+    accelerate, table, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, save_shrunk, load_shrunk, exported, iterative,
     drawn, held, lora,
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from secateurs.quality.settings import Calibration, Evaluation
 from secateurs.shrink.channels import shrink_module
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
+from secateurs.shrink.saved import load_shrunk, save_shrunk
 
 __all__ = [
     "Calibration",
@@ -33,9 +34,11 @@ __all__ = [
     "decide",
     "formats",
     "kernels",
+    "load_shrunk",
     "pack_run",
     "patterns",
     "prune",
+    "save_shrunk",
     "scores",
     "shrink",
     "shrink_module",

@@ -8,7 +8,7 @@ from test_graph import Branching, Net, Written
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from secateurs import shrink_module
+from secateurs import save_shrunk, shrink_module
 from secateurs.base.errors import OutputError, PlanError
 from secateurs.shrink import channels, graph
 from secateurs.shrink.export import export
@@ -208,14 +208,36 @@ def test_a_reader_of_many_places_counts_by_all_of_them():
     assert [(r["group"], r["removed"]) for r in report["groups"]] == [("make", [1])]
 
 
-def test_what_saw_too_little_stays_whole(net):
-    """With fewer images than columns every removal looks free."""
-    model, batches = net
-    _, report = shrink_module(model, [(x[:16],) for (x,) in batches], "flops=0.9x", multiple=2)
-    assert "saw 64 inputs of 384 numbers; give 768 or more" in report["kept_whole"]["grouped"]
-    assert "grouped" not in {r["group"] for r in report["groups"]}
-    with pytest.raises(PlanError, match="grouped stays whole: a layer that reads it saw 64"):
-        shrink_module(model, [(x[:16],) for (x,) in batches], "params=0.2x", multiple=2)
+class Smooth(nn.Module):
+    """Twelve channels of images that change slowly, of which a 3 by 3 convolution reads 108 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.read, self.out = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.read(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+def smooth(count):
+    return nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=(12, 12), mode="bilinear") + torch.randn(
+        count, 3, 1, 1
+    )
+
+
+def test_eight_images_are_enough_to_start_and_are_said_to_be_few():
+    """What least squares learns of them holds for others: it is far ahead of what needs no images."""
+    model, few, others = Smooth().eval(), smooth(8), [(smooth(256),)]
+    with pytest.warns(
+        UserWarning, match=r"2 of 2 layers saw little: .* saw 8 examples, \d+ places worth about \d+ ind"
+    ):
+        small, report = shrink_module(model, [(few,)], "params=0.7x", multiple=2)
+    with pytest.warns(UserWarning, match="saw little"):
+        blind, _ = shrink_module(model, [(few,)], "params=0.7x", "magnitude", refit=False, multiple=2)
+    assert set(report["little_data"]) == {"read.weight", "out.weight"}
+    assert "saw 8 examples, 1152 places worth about" in report["little_data"]["read.weight"]
+    assert distance(model, small, others) < 0.3 * distance(model, blind, others)
 
 
 def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
@@ -281,6 +303,23 @@ def computed(how, at):
 def test_a_weight_that_is_computed_from_another_is_refused_in_a_sentence(how, words, at):
     with pytest.raises(PlanError, match=rf"^{at}\..* cannot be cut: .*{words}"):
         shrink_module(computed(how, at), [(torch.randn(64, 4),)], "params=0.6x", multiple=1)
+
+
+def test_files_shrink_as_the_module_does(tmp_path):
+    """The archive, the ONNX file and the one that loads again: tensors are most of each."""
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3)
+    ).eval()
+    x = torch.randn(2, 3, 12, 12)
+    small, report = shrink_module(model, [(x,)], "params=0.4x", "magnitude")
+    left = report["parameters"]["left"] / report["parameters"]["dense"]
+    assert left <= 0.4
+    dense, less = (export(m, (x,), tmp_path / name) for m, name in ((model, "dense"), (small, "small")))
+    for a, b in zip(dense, less, strict=True):
+        assert b.stat().st_size < (left + 0.05) * a.stat().st_size + 20_000, b.name
+    file = save_shrunk(small, report, tmp_path / "small.safetensors")
+    assert 4 * report["parameters"]["left"] < file.stat().st_size < 4 * report["parameters"]["left"] + 5_000
 
 
 def test_what_is_exported_computes_the_same(net, tmp_path):
