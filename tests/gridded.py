@@ -1,10 +1,25 @@
 """Folders whose weights lie on grids, by rounding to nearest: what exports and packed folders are made of in tests."""
 
+import json
+
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from secateurs.matrix.grids import Scales, parse
 from secateurs.model.scales import SCALES_FILE, write_scales
+
+
+def save(place, model_type="llama", dtype=torch.float32, **changes):
+    """A tiny model whose tokenizer has a merge, without which llama.cpp takes none."""
+    architecture, config = tiny.TINY[model_type]
+    tiny.random(architecture, model_type, {**config, **changes}).to(dtype).save_pretrained(place)
+    tiny.tokenizer().save_pretrained(place)
+    data = json.loads((place / "tokenizer.json").read_text())
+    data["model"]["vocab"]["ab"] = 258
+    data["model"]["merges"] = [["a", "b"]]
+    (place / "tokenizer.json").write_text(json.dumps(data))
+    return place
 
 
 def nearest(weight_OI, grid):

@@ -13,7 +13,7 @@ import tiny
 import torch
 from command import fails, run
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from gridded import nearest, on_grid
+from gridded import nearest, on_grid, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 
@@ -25,6 +25,7 @@ from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.pack import export as stage
 from secateurs.pack import folder, to_compressed_tensors, to_gguf
 from secateurs.pack.export import export
+from secateurs.pack.on_grids import OnGrids
 
 
 @pytest.fixture
@@ -35,18 +36,6 @@ def made(tmp_path):
         return on_grid(save(tmp_path / "plain", model_type, dtype), text, **more)
 
     return make
-
-
-def save(place, model_type="llama", dtype=torch.float32, **changes):
-    """A tiny model whose tokenizer has a merge, without which llama.cpp takes none."""
-    architecture, config = tiny.TINY[model_type]
-    tiny.random(architecture, model_type, {**config, **changes}).to(dtype).save_pretrained(place)
-    tiny.tokenizer().save_pretrained(place)
-    data = json.loads((place / "tokenizer.json").read_text())
-    data["model"]["vocab"]["ab"] = 258
-    data["model"]["merges"] = [["a", "b"]]
-    (place / "tokenizer.json").write_text(json.dumps(data))
-    return place
 
 
 def logits(model):
@@ -248,6 +237,28 @@ def test_a_tied_head_is_one_tensor_under_either_name(tmp_path, name):
     assert export(plain, "compressed-tensors", tmp_path / "out")["left"][0].startswith(f"{name}: it")
     got, wanted = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "out", plain))
     assert torch.equal(logits(got), logits(wanted))
+
+
+def test_a_dense_model_is_rounded_as_llama_cpp_rounds_it(tmp_path):
+    plain = save(tmp_path / "plain", dtype=torch.bfloat16, intermediate_size=48)
+    result = to_gguf.prepare(OnGrids.open(plain), 4)(tmp_path / "model.gguf", lambda *_: None)
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    weights = {
+        name: p.detach().float().numpy() for name, p in AutoModelForCausalLM.from_pretrained(plain).named_parameters()
+    }
+    # in a block of 32 the weight that is farthest from zero is the level 0 of 16, 8 steps below zero
+    block = weights["model.layers.0.mlp.up_proj.weight"][3, :32]
+    step = numpy.float16(block[numpy.abs(block).argmax()] / -8).astype(numpy.float32)
+    levels = numpy.floor(block / (block[numpy.abs(block).argmax()] / -8) + 8.5).clip(0, 15)
+    up = found["blk.0.ffn_up.weight"]
+    got = gguf.quants.dequantize(up.data, up.tensor_type)[3, :32]
+    assert up.tensor_type.name == "Q4_0"
+    assert numpy.allclose(got, (levels - 8) * step, rtol=1e-6, atol=0)
+    # llama.cpp keeps more bits of these two; rows of 48 are no whole blocks
+    assert {found[f"{name}.weight"].tensor_type.name for name in ("token_embd", "output")} == {"Q8_0"}
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == "BF16"
+    assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    assert "model.layers.0.mlp.down_proj.weight: blocks of 32 do not divide its 48 inputs" in result["left"]
 
 
 def test_rows_that_are_no_whole_blocks_stay_plain_and_are_named(tmp_path):

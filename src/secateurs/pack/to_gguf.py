@@ -1,8 +1,8 @@
 """Llama-like models as GGUF, which llama.cpp loads: symmetric 4- and 8-bit grids as Q4_0 and Q8_0, exactly.
 
 A block is 32 weights of a row: an fp16 scale, then 32 signed bytes; or 16 bytes of two weights, each plus 8: weight i is the low
-half of byte i, weight i + 16 the high half. A group of 64 is two blocks of one scale. Other matrices keep their bits; vectors are
-fp32.
+half of byte i, weight i + 16 the high half. A group of 64 is two blocks of one scale. Other matrices keep their bits, or are
+rounded as llama.cpp's own quantizer rounds them; vectors are fp32.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,8 +40,11 @@ class _Stored:
     shape: tuple[int, ...]
 
 
-def prepare(found: OnGrids) -> Callable[[Path, Progress], dict[str, Any]]:
-    """Raises CheckpointError for a model that llama.cpp would run otherwise, PackError for scales that fp16 does not hold."""
+def prepare(found: OnGrids, bits: int | None = None) -> Callable[[Path, Progress], dict[str, Any]]:
+    """bits: 8 or 4, to which matrices that are on no grid are rounded, embedding and head to 8; None: they keep their dtype.
+
+    Raises CheckpointError for a model that llama.cpp would run otherwise, PackError for scales that fp16 does not hold.
+    """
     try:
         import gguf
     except ImportError:
@@ -59,11 +62,11 @@ def prepare(found: OnGrids) -> Callable[[Path, Progress], dict[str, Any]]:
             raise CheckpointError(
                 f"{folder}: llama.cpp has no place for {target} in a model of type {config.model_type}"
             )
-        kind, why = _kind(found, key)
+        kind, why = _kind(found, key, name, bits)
         if (layer := found.layer_of.get(key)) is not None:
             layers.append({"name": layer, "grid": str(found.scales[layer].grid), "stored": kind})
-            if why:
-                left.append(f"{layer}: {why}")
+        if why:
+            left.append(f"{layer or target}: {why}")
         plan.append(_Stored(name, key, kind, _shape(found, key)))
     factors = _factors(config)
     if factors is not None:
@@ -170,14 +173,17 @@ def _factors(config: Any) -> Tensor | None:
     return factors
 
 
-def _kind(found: OnGrids, key: str) -> tuple[str, str | None]:
-    """The GGUF type of a stored tensor, and why it is not a quantized one although it lies on a grid."""
+def _kind(found: OnGrids, key: str, named: str, bits: int | None) -> tuple[str, str | None]:
+    """The GGUF type of a stored tensor, and why it is not a quantized one although that was wanted. named: as the file names it."""
     shape = _shape(found, key)
     dtype = found.model.get_parameter(found.checkpoint.target_of[key]).dtype
     plain = _DTYPES[dtype] if len(shape) > 1 else "F32"
     name = found.layer_of.get(key)
     if name is None:
-        return plain, None
+        if bits and len(shape) > 1 and shape[-1] % BLOCK == 0:
+            # llama.cpp gives these two more bits than the blocks have, too
+            return f"Q{8 if named.startswith(('token_embd', 'output')) else bits}_0", None
+        return plain, f"blocks of {BLOCK} do not divide its {shape[-1]} inputs" if bits and len(shape) > 1 else None
     scales = found.scales[name]
     grid = scales.grid
     if grid.bits not in (4, 8) or not grid.symmetric:
@@ -208,9 +214,18 @@ def _bytes(found: OnGrids, stored: _Stored) -> Tensor:
         tensor = tensor[order]
     if not stored.kind.startswith("Q"):
         return (tensor if tensor.ndim > 1 else tensor.float()).contiguous().view(torch.uint8)
-    assert name is not None
+    if name is None:
+        return _rounded(tensor, stored.kind)
     scales = found.scales[name] if order is None else found.scales[name].reordered(order)
     return blocks(scales, tensor)
+
+
+def _rounded(weight_OI: Tensor, kind: str) -> Tensor:
+    """Blocks as llama.cpp's own quantizer makes them: each scale by its block's greatest weight."""
+    import gguf
+
+    numbers = gguf.quants.quantize(weight_OI.float().numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(numbers)
 
 
 def _order(config: Any, name: str, rows: int) -> Tensor | None:
