@@ -8,7 +8,7 @@ import tiny
 import torch
 from gridded import nearest, on_grid
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import CheckpointError, PlanError
 from secateurs.machine.bench import Variant, load
 from secateurs.matrix.grids import parse
 from secateurs.model.checkpoint import Checkpoint
@@ -24,13 +24,14 @@ class Stated:
     The machine is slower at times.
     """
 
-    positions = 128
+    positions, engine, note = 128, None, None
 
     def __init__(self, variant, new):
-        self.share = 0.5 if variant.how == "packed" else 1.0
+        self.variant = variant
+        self.share = {"packed": 0.5, "llama.cpp": 0.2}.get(variant.how, 1.0)
         # the first run warms up
         self.slower = {prompt: iter((50.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0)) for prompt in (8, 16, 64)}
-        self.kv_bytes_per_token, self.process = 8, self
+        self.kv_bytes_per_token = 8
 
     def ready(self):
         pass
@@ -42,7 +43,7 @@ class Stated:
     def finish(self):
         return 7
 
-    kill = wait = ready
+    end = ready
 
 
 @pytest.fixture
@@ -60,6 +61,50 @@ def test_rates_by_hand(ways):
     # both were slower at the same moment
     for stage in ("prefill", "decode"):
         assert [packed[stage][name] for name in ("speedup", "speedup_low", "speedup_high")] == [2, 2, 2]
+
+
+def test_the_fastest_way_to_run_the_dense_weights_is_1x_in_whatever_engine(ways, llama):
+    dense, packed = ways
+    same = Variant("theirs", str(llama / "config.json"), "llama.cpp", weights=str(llama), rival=True)
+    rounded = Variant("theirs, 4 bits", str(llama / "config.json"), "llama.cpp", rival=True)
+    found = module.bench([dense, same, rounded, packed], (8,), new=4, repeats=3)["variants"]
+    assert [r["name"] for r in found] == ["theirs", "dense", "theirs, 4 bits", "packed"]
+    assert [r["same_weights"] for r in found] == [True, True, False, False]
+    assert [r["rival"] for r in found] == [True, False, True, False]
+    # Stated: the engine takes a fifth of the dense way's time, packed half
+    assert [r["decode"]["speedup"] for r in found] == [1, pytest.approx(0.2), 1, pytest.approx(0.4)]
+
+
+@pytest.mark.parametrize("stage", ["ready", "run"])
+def test_a_rival_that_does_not_run_is_left_out_with_its_reason_and_another_way_is_an_error(
+    ways, llama, monkeypatch, stage
+):
+    def fails(self, *_):
+        if self.variant.how == "compiled":
+            raise CheckpointError("no compiler here")
+        return was(self, *_)
+
+    was = getattr(Stated, stage)
+    monkeypatch.setattr(Stated, stage, fails)
+    dense, packed = ways
+    found = module.bench([dense, Variant("frozen", str(llama), "compiled", rival=True), packed], (8,), new=4, repeats=3)
+    assert [r["name"] for r in found["variants"]] == ["dense", "packed"]
+    assert found["variants"][1]["decode"]["speedup"] == 2
+    assert found["left_out"] == ["frozen was not run: no compiler here"]
+    with pytest.raises(CheckpointError, match="no compiler here"):
+        module.bench([dense, Variant("frozen", str(llama), "compiled"), packed], (8,), new=4, repeats=3)
+
+
+def test_rivals_give_way_to_memory(ways, llama, monkeypatch):
+    dense, packed = ways
+    rival = Variant("theirs", str(llama), "llama.cpp", rival=True)
+    nbytes = module._nbytes(dense)
+    monkeypatch.setattr(module, "machine", lambda: {"memory_bytes": 2.5 * nbytes})
+    kept, said = module._that_fit([dense, rival, packed])
+    assert kept == [dense, packed]
+    assert said[0].startswith("theirs was not run: all ways together take ")
+    monkeypatch.setattr(module, "machine", lambda: {"memory_bytes": 3 * nbytes})
+    assert module._that_fit([dense, rival, packed]) == ([dense, rival, packed], [])
 
 
 def test_longer_prompts_stand_beside_the_first(ways):

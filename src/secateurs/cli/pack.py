@@ -89,6 +89,15 @@ def bench(
     batch: Annotated[
         str, option(SPEED, "Prompts at once, e.g. 1,4,16, which `secateurs fleet` needs. Default: 1.")
     ] = "1",
+    rivals: Annotated[
+        bool,
+        option(
+            SPEED,
+            "The dense model as people would run it otherwise, too: under torch.compile, and in llama.cpp (pip install xllamacpp) "
+            "in its own, 8 and 4 bits.",
+            "--rivals",
+        ),
+    ] = False,
     compiled: Annotated[bool, option(SPEED, "The dense model under torch.compile, as well.", "--compiled")] = False,
     out: Annotated[Path | None, option(OUTPUT, "Where the numbers go. Default: bench.json in a run directory.")] = None,
     as_json: options.Json = False,
@@ -101,9 +110,10 @@ def bench(
     """
     from secateurs.base.files import write_json
     from secateurs.base.run_directory import is_run, model_in
-    from secateurs.machine.bench import Variant, record_of, variants_of
     from secateurs.machine.bench import bench as measure
+    from secateurs.machine.bench import record_of, variants_of
     from secateurs.machine.probe import read_list
+    from secateurs.pack.rivals import beside, in_torch_compile
     from secateurs.report.machine_tables import print_bench
 
     batches = read_list(batch, int, "batches")
@@ -111,10 +121,11 @@ def bench(
     # of a decision, the run of the candidate to ship
     folder = model_in(model).parent if is_run(model) else model.expanduser()
     variants = variants_of(folder, against)
-    if compiled:
-        variants.insert(1, Variant("dense, compiled", variants[0].folder, "compiled"))
-    with on_cpu(quiet, as_json) as progress:
-        result = measure(variants, prompts, new, repeats, progress, batches)
+    if compiled and not rivals:
+        variants.insert(-1, in_torch_compile(variants[0].folder))
+    with on_cpu(quiet, as_json) as progress, beside(variants, rivals, folder, progress) as (ways, said):
+        result = measure(ways, prompts, new, repeats, progress, batches)
+    result["left_out"] = [*said, *result["left_out"]]
     file = out or record_of(folder)
     if file is not None:
         write_json(file.expanduser(), result)

@@ -3,7 +3,7 @@
 prefill: from the prompt to the first new token. decode: the new tokens after that. A variant is a folder and a way to
 run it: 'packed' (as stored), 'dense' (its plain model, stock torch), 'accelerated dense' (our dense kernels where they are faster),
 'compiled' and 'packed compiled' (under torch.compile, with a static cache), 'llama.cpp' (a GGUF file, where xllamacpp is
-installed). Speedups are over the fastest dense variant.
+installed). Speedups are over the fastest dense variant: of those that run the dense model's weights as they are, in any engine.
 """
 
 import json
@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,22 @@ _LONGER_RUNS = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run one folder."""
+    """One way to run one folder.
+
+    weights: the folder whose weights it runs as they are, where `folder` is another; None: its own. rival: where it does not run,
+    it is left out with the reason.
+    """
 
     name: str
     folder: str
     how: str
     dtype: str | None = None
+    weights: str | None = None
+    rival: bool = False
+
+    def runs(self, folder: str) -> bool:
+        """True if it runs the dense weights of a folder as they are."""
+        return (self.weights or self.folder) == folder and not self.how.startswith("packed")
 
 
 def variants_of(folder: Path, against: Path | None = None) -> list[Variant]:
@@ -90,13 +101,13 @@ def _wide(folder: Path) -> str | None:
 
 
 def _that_fit(variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
-    """The variants that fit into memory together, and sentences on the fp32 ones that do not. All are in memory at once."""
+    """The variants that fit into memory together, and sentences on rivals and fp32 ones that do not. All are in memory at once."""
     there = machine()["memory_bytes"]
     kept, left_out = list(variants), []
     for variant in variants:
         needed = sum(_nbytes(v) * (2 if v.dtype == "float32" else 1) for v in kept)
         others = [v for v in kept if v is not variant and v.folder == variant.folder]
-        if needed > there and variant.dtype == "float32" and others:
+        if needed > there and (variant.rival or (variant.dtype == "float32" and others)):
             kept.remove(variant)
             left_out.append(
                 f"{variant.name} was not run: all ways together take {needed / 1e9:.1f} GB of memory, this machine has "
@@ -153,18 +164,18 @@ def bench(
     try:
         for variant in variants:
             workers.append(_Worker(variant, new))
-            workers[-1].ready()
+            with _or_left_out(workers, left_out):
+                workers[-1].ready()
         positions = min((w.positions for w in workers if w.positions), default=None)
         if fit and prompts and positions:
             prompts = [prompts[0], *(p for p in prompts[1:] if p + new <= positions)]
         prompts = _within(positions, prompts, new)
-        samples, peaks = _timed(workers, prompts, new, repeats, batches, progress)
+        samples, peaks = _timed(workers, prompts, new, repeats, batches, progress, left_out)
     finally:
         for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
-    runs = list(zip(variants, workers, samples, peaks, strict=True))
-    ways = [r for r in runs if r[0].folder == variants[0].folder and not r[0].how.startswith("packed")] or runs[:1]
+            worker.end()
+    runs = list(zip([w.variant for w in workers], workers, samples, peaks, strict=True))
+    ways = [r for r in runs if r[0].runs(variants[0].folder)] or runs[:1]
     first = prompts[0]
 
     def request(run: Any) -> float:
@@ -194,6 +205,10 @@ def bench(
                 "name": variant.name,
                 "folder": variant.folder,
                 "how": variant.how,
+                "rival": variant.rival,
+                "same_weights": variant.runs(variants[0].folder),
+                "engine": worker.engine,
+                "first_run_seconds": worker.first_run_seconds,
                 "peak_memory_bytes": peak,
                 "weights_bytes": _nbytes(variant),
                 "kv_bytes_per_token": worker.kv_bytes_per_token,
@@ -204,6 +219,7 @@ def bench(
                 "longer": measured[len(batches) :],
             }
         )
+    left_out += dict.fromkeys(worker.note for worker in workers if worker.note)
     return {
         "machine": machine(),
         "bytes_per_second": DeviceProfile.bandwidth(),
@@ -230,31 +246,53 @@ def _within(positions: int | None, prompts: Sequence[int] | None, new: int) -> t
     return tuple(dict.fromkeys(prompts))
 
 
+@contextmanager
+def _or_left_out(workers: "list[_Worker]", left_out: list[str]) -> Iterator[None]:
+    """A context in which the last worker is taken from the list, with the reason, if it is a rival's and does not run."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not workers[-1].variant.rival:
+            raise
+        workers[-1].end()
+        left_out.append(f"{workers.pop().variant.name} was not run: {error}")
+
+
 def _timed(
-    workers: Sequence["_Worker"],
+    workers: "list[_Worker]",
     prompts: Sequence[int],
     new: int,
     repeats: int,
     batches: Sequence[int],
     progress: Progress,
+    left_out: list[str],
 ) -> tuple[list[dict[tuple[str, int, int], list[float]]], list[int]]:
-    """For each worker: tokens a second by (stage, batch, prompt), and its peak memory."""
+    """For each worker: tokens a second by (stage, batch, prompt), and its peak memory. Rivals' workers that fail are taken away."""
     cells = [(batch, prompt) for prompt in prompts for batch in batches]
+    runs = {prompt: repeats if prompt == prompts[0] else min(repeats, _LONGER_RUNS) for prompt in prompts}
+    asked = list(workers)
+    tick = ticker(progress, "runs", len(asked) * len(batches) * sum(n + 1 for n in runs.values()))
+    workers.clear()
+    # the first run of each cell warms up: allocator, threads, compiler
+    for worker in asked:
+        workers.append(worker)
+        with _or_left_out(workers, left_out):
+            begin = time.perf_counter()
+            for cell in cells:
+                worker.run(*cell)
+                tick()
+            worker.first_run_seconds = time.perf_counter() - begin
     samples: list[dict[tuple[str, int, int], list[float]]] = [
         {(stage, *cell): [] for cell in cells for stage in ("prefill", "decode")} for _ in workers
     ]
-    runs = {prompt: repeats if prompt == prompts[0] else min(repeats, _LONGER_RUNS) for prompt in prompts}
-    tick = ticker(progress, "runs", len(workers) * len(batches) * sum(n + 1 for n in runs.values()))
-    for number in range(repeats + 1):
+    for number in range(1, repeats + 1):
         for batch, prompt in cells:
             if number > runs[prompt]:
                 continue
             for worker, kept in zip(workers, samples, strict=True):
                 run = worker.run(batch, prompt)
-                # the first run warms up: allocator, threads, compiler
-                if number:
-                    kept["prefill", batch, prompt].append(batch * prompt / run["first"])
-                    kept["decode", batch, prompt].append(batch * (new - 1) / (run["all"] - run["first"]))
+                kept["prefill", batch, prompt].append(batch * prompt / run["first"])
+                kept["decode", batch, prompt].append(batch * (new - 1) / (run["all"] - run["first"]))
                 tick()
     return samples, [worker.finish() for worker in workers]
 
@@ -275,6 +313,10 @@ class _Worker:
     def __init__(self, variant: Variant, new: int) -> None:
         self.variant, self.kv_bytes_per_token = variant, 0
         self.positions: int | None = None
+        self.engine: str | None = None
+        self.note: str | None = None
+        # of one run of every cell, in which a compiler compiles
+        self.first_run_seconds = 0.0
         request = json.dumps({**variant.__dict__, "new": new})
         # a file and no pipe: nobody reads while the model runs, and a full pipe would stop it
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -303,12 +345,17 @@ class _Worker:
     def ready(self) -> None:
         said = self._ask("")
         self.kv_bytes_per_token, self.positions = int(said["kv_bytes_per_token"]), said["positions"]
+        self.engine, self.note = said.get("engine"), said.get("note")
 
     def run(self, batch: int, prompt: int) -> dict[str, float]:
         return self._ask(f"{batch} {prompt}")
 
     def finish(self) -> int:
         return int(self._ask("finish")["peak"])
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def load(folder: str, how: str, dtype: str | None = None) -> Any:

@@ -66,6 +66,8 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
     )
     table = new_table("", "prompt", "at once", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
+    # a name is wrapped, not cut
+    table.columns[0].overflow = "fold"
     for row in result["variants"]:
         sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
         for number, measured in enumerate([*row["batches"], *row.get("longer", [])]):
@@ -80,6 +82,15 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             tokens = str(measured.get("prompt", result["prompt"]))
             table.add_row(name, tokens, str(measured["batch"]), *cells, *(["", ""] if number else sizes))
     console.print(table)
+    dense = result["variants"][0]
+    console.print(f"1x is {escape(dense['name'])}, the fastest way here to run the dense model's weights as they are.")
+    for engine in dict.fromkeys(row["engine"] for row in result["variants"] if row.get("engine")):
+        console.print(f"[dim]{escape(engine)}.[/]")
+    for row in result["variants"]:
+        if row["how"].endswith("compiled"):
+            console.print(
+                f"[dim]{escape(row['name'])}: its first runs took {row['first_run_seconds']:.0f} s, in which it compiled.[/]"
+            )
     for sentence in result.get("left_out", []):
         console.print(f"[yellow]Warning:[/] {escape(sentence)}.")
 
