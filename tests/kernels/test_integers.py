@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -402,6 +403,17 @@ def test_what_is_smallest_and_not_slower_is_chosen(monkeypatch):
     # scales of a single input
     tall, scales = on_grid((64, 1), "int8", 0.0)
     assert choose("layer", tall, None, scales).plain
+
+
+@pytest.mark.parametrize(
+    ("isa", "text", "format"), [("avx2", "int8", "bitmask"), ("avx2", "int4", "dense"), ("avx512", "int4", "bitmask")]
+)
+def test_half_of_zeros_are_left_out_where_that_was_measured_to_be_no_slower(isa, text, format, monkeypatch):
+    rows = [replace(k, isa=isa, lacks="") for k in RUNNABLE]
+    monkeypatch.setattr(packed_linear, "kernels", lambda: rows)
+    # rounding makes some more
+    half, scales = on_grid((64, 256), text, 0.5)
+    assert choose("layer", half, None, scales).format == format
 
 
 def test_who_wants_bytes_gets_the_smallest_form_and_hears_that_it_is_slower(monkeypatch):

@@ -247,6 +247,7 @@ BITMASK_FROM: dict[tuple[str, str], float] = {
     ("int5", "avx512"): 0.45,
     ("int4", "avx512"): 0.5,
     ("int3", "avx512"): 0.7,
+    ("int8", "avx2"): 0.45,
 }
 # where at most two weights of four inputs are kept, kernels of the strategy pairs are faster at any sparsity
 PAIRS = {(numbers, isa) for numbers in ("int8", "int4") for isa in ("avx512", "avx2")}
