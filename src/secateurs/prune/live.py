@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from secateurs.model.activations import InMemory
 from secateurs.model.batches import Batch, batched, first_windows, placed
 from secateurs.model.blocks import AllLoaded, device_of
 from secateurs.model.walk import settle, stream
+from secateurs.prune.allocation import Shares
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
 from secateurs.prune.cost import cost_of, whole_of
@@ -81,7 +81,12 @@ def prune_live(
         shares = None
     else:
         alone = guide_of(model, plan, None, found)
-        nearest = partial(nearest_to_dense, model, None, batches, plan, alone, progress=progress)
+
+        def nearest(candidates: Sequence[Shares]) -> int:
+            trial = nearest_to_dense(model, None, batches, plan, alone, candidates, progress)
+            report.trial = trial.facts
+            return trial.chosen
+
         of_layers = whole.of_layers(plan) if whole else plan
         shares = assign(model, None, batches, of_layers, found, norms, cost, nearest=nearest)
     guide = guide_of(model, plan, shares, found)

@@ -79,7 +79,8 @@ class Report:
     the model before, or None. compared: tasks, dense and pruned question by question. distance: of
     calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype. bytes: of
     weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid. parameters: the numbers in
-    these files. budget: of bytes, what was asked of the whole model and what it came to (cost.Whole), or None.
+    these files. budget: of bytes, what was asked of the whole model and what it came to (cost.Whole), or None. trial: what a
+    budget chose beside the best share for all layers, each tried on the model (trial.py), or None.
     """
 
     plan: dict[str, Any]
@@ -99,6 +100,7 @@ class Report:
     bytes: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     budget: dict[str, Any] | None = None
+    trial: dict[str, Any] | None = None
     shards: dict[str, str] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
     reconstruction: list[dict[str, Any]] = field(default_factory=list)

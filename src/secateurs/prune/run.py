@@ -235,6 +235,8 @@ class Run:
             "pruned": sum((self.model_folder / f).stat().st_size for f in report.shards),
         }
         report.parameters = source.numel
+        tried = self.work / "trial.json"
+        report.trial = json.loads(tried.read_text()) if tried.is_file() else None
         report.budget = whole.as_dict(report.pruned, model.config.dtype) if whole else None
         if scales:
             held = [r for r in report.layers if r.name in scales]
@@ -359,9 +361,11 @@ class Run:
                 ranks.wait()
                 if ranks.first:
                     with ranks.all_threads():
-                        index = nearest_to_dense(
+                        trial = nearest_to_dense(
                             model, source, everything, plan, without, candidates, self.progress, self.work / "trial"
                         )
+                        index = trial.chosen
+                        write_json(self.work / "trial.json", trial.facts)
                 return ranks.tell(index)
 
             # all find the same; on machines that are not alike they might round otherwise

@@ -8,7 +8,9 @@ what leaves the model is compared with the dense model's.
 import dataclasses
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,6 +30,14 @@ from secateurs.prune.tune_model import dense_ends, divergence
 _TOKENS = 8192
 
 
+@dataclass(frozen=True)
+class Trial:
+    """chosen: which candidate is taken. facts: what the report says of it, None where nothing was tried."""
+
+    chosen: int = 0
+    facts: dict[str, Any] | None = None
+
+
 def nearest_to_dense(
     model: nn.Module,
     loader: Loader | None,
@@ -37,21 +47,21 @@ def nearest_to_dense(
     candidates: Sequence[Shares],
     progress: Progress,
     work: Path | None = None,
-) -> int:
+) -> Trial:
     """Which of the candidates leaves the model nearest to itself; the first where several do, or where it can't be told.
 
     Compared are KL(dense || candidate) of next-token distributions, or the squared distance of what left the last block where a
     model has none. The model is left as it was. work: a folder for activations, emptied before it is used.
     """
     if len(candidates) < 2 or not layout_of(model).simple:
-        return 0
+        return Trial()
     windows = first_windows(batches, _TOKENS)
     # one pass over each block, whatever the plan's solver does later
     plan = dataclasses.replace(plan, method="sparsegpt", reconstruct=0, distill=0, permute=False, blend=0.0)
     names, _ = blocks_of(model)
     tick = ticker(progress, "trying shares", len(names) * len(windows) * (1 + 2 * len(candidates)))
     ends = dense_ends(model, windows, loader or AllLoaded(), _store(work, "dense"), tick)
-    found = []
+    found, in_nats = [], True
     for shares in candidates:
         store = _store(work, "tried")
         # of a model in memory, the layers of a block as they were
@@ -61,15 +71,32 @@ def nearest_to_dense(
             dense = [] if loader else [(layer, layer.read().clone()) for layer in step.layers]
             prune_block(step, plan, dataclasses.replace(guide, shares=shares))
         _restore(dense)
-        found.append(
-            sum(
-                _apart(model, loader or AllLoaded(), store.read(len(names), b), ends(b), window)
-                for b, window in enumerate(windows)
-            )
-        )
+        each = [
+            _apart(model, loader or AllLoaded(), store.read(len(names), b), ends(b), window)
+            for b, window in enumerate(windows)
+        ]
+        in_nats = all(nats for _, _, nats in each)
+        found.append(sum(apart for apart, _, _ in each) / sum(tokens for _, tokens, _ in each))
     if work:
         shutil.rmtree(work, ignore_errors=True)
-    return found.index(min(found))
+    taken = found.index(min(found))
+    rows = [
+        {"share": _words(shares), "apart": apart, "taken": i == taken}
+        for i, (shares, apart) in enumerate(zip(candidates, found, strict=True))
+    ]
+    tokens = sum(tokens for _, tokens, _ in each)
+    return Trial(
+        taken, {"unit": "nats a token" if in_nats else "squared distance", "tokens": tokens, "candidates": rows}
+    )
+
+
+def _words(shares: Shares) -> str | None:
+    """The share that all layers have, e.g. '50% zeros, int4/64'; None where they differ."""
+    share, *others = {*shares.values()}
+    if others:
+        return None
+    zeros = f"{share.sparsity:.0%} zeros" if share.sparsity else ""
+    return ", ".join(filter(None, (zeros, share.grid))) or "as it is"
 
 
 def _store(work: Path | None, name: str) -> Activations:
@@ -84,10 +111,11 @@ def _restore(dense: Iterable[tuple[Layer, Tensor]]) -> None:
         layer.write(weight_OI)
 
 
-def _apart(model: nn.Module, loader: Loader, left: Tensor, dense: Tensor, window: Batch) -> float:
-    """How far a candidate is from the dense model on some windows. left, dense: what left the last block of each."""
+def _apart(model: nn.Module, loader: Loader, left: Tensor, dense: Tensor, window: Batch) -> tuple[float, int, bool]:
+    """How far a candidate is from the dense model on some windows, their tokens, and whether that is in nats. left, dense: what
+    left the last block of each."""
     tokens = left[..., 0].numel()
     here, there = (getattr(leave(model, loader, hidden, window), "logits", None) for hidden in (left, dense))
     if here is None or there is None or here.shape[:-1] != left.shape[:-1]:
-        return float((left.float() - dense.float()).square().sum())
-    return tokens * divergence(here, there)[0]
+        return float((left.float() - dense.float()).square().sum()), tokens, False
+    return tokens * divergence(here, there)[0], tokens, True

@@ -1,10 +1,23 @@
-"""What a report says of layers on a grid: grids, bits a weight of the layers and of the whole file, zeros that rounding made."""
+"""What a report says of layers on a grid: grids, bits a weight of the layers and of the whole file, zeros that rounding made; and
+of the trial of a budget."""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 _WIDTH = {"float32": 32}
+
+
+def trial_words(trial: dict[str, Any]) -> str:
+    """What the trial of a budget found: which shares were tried, how far each was from the dense model, which was taken."""
+    unit = "KL {:.4g} nats a token" if trial["unit"] == "nats a token" else "squared distance {:.4g} a token"
+    told = [
+        f"{row['share'] + ' for all layers' if row['share'] else 'shares by layer'}: {unit.format(row['apart'])}"
+        for row in trial["candidates"]
+    ]
+    taken = next(row["share"] for row in trial["candidates"] if row["taken"])
+    what = f"so all layers are {taken}" if taken else "so each layer has its own share"
+    return f"Tried on the model before tuning, on {trial['tokens']:,} calibration tokens: {'; '.join(told)}; {what}"
 
 
 @dataclass(frozen=True)

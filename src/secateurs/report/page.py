@@ -20,7 +20,7 @@ from secateurs.machine.profile import DeviceProfile
 from secateurs.quality.compare import named
 from secateurs.quality.settings import FLAGS
 from secateurs.report import charts, gone_experts
-from secateurs.report.bits import Bits
+from secateurs.report.bits import Bits, trial_words
 from secateurs.report.cited import Cited
 from secateurs.report.first_screen import of_decision, of_run
 
@@ -51,6 +51,8 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         runs=found,
         models=models,
         named=named,
+        trial_words=trial_words,
+        engines=_engines(models),
         # a closing tag inside would end the script
         specs=json.dumps(specs).replace("</", "<\\/"),
         charts={name: spec["description"] for name, spec in specs.items()},
@@ -249,6 +251,12 @@ def _command(stage: str, plan: dict[str, Any], folder: Path) -> str:
         else:
             words += [option, str(value)]
     return shlex.join(words)
+
+
+def _engines(models: Sequence[dict[str, Any]]) -> list[str]:
+    """Versions and build flags of the engines that models were timed in, beside our own."""
+    timed = [m["timed"].data for m in models if m["timed"]]
+    return list(dict.fromkeys(v["engine"] for data in timed for v in data["variants"] if v.get("engine")))
 
 
 def _title(runs: Sequence[dict[str, Any]]) -> str:

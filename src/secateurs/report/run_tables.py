@@ -15,7 +15,7 @@ from secateurs.matrix.grids import parse
 from secateurs.prune.record import LayerRecord, Report
 from secateurs.quality.compare import named
 from secateurs.report import gone_experts
-from secateurs.report.bits import Bits
+from secateurs.report.bits import Bits, trial_words
 from secateurs.report.terminal import megabytes, new_table
 
 # what a reader of bits should know where zeros were asked for
@@ -81,6 +81,8 @@ def print_report(report: Report, console: Console, out: str) -> None:
             f"Budget {plan['budget']}: {asked} of the {weights} that all weights take. They come to {stored}, {rest} of it outside "
             "the pruned layers (embedding, head, norms)."
         )
+    if report.trial:
+        console.print(f"{trial_words(report.trial)}.")
     if report.shrunk:
         console.print(_shrunk(report.shrunk, report.quality))
     if report.reconstruction:
