@@ -62,6 +62,10 @@ def stated_bench(runs):
                 {
                     "name": variant.name,
                     "folder": variant.folder,
+                    "how": variant.how,
+                    "rival": variant.rival,
+                    "same_weights": variant.runs(variants[0].folder),
+                    "engine": None,
                     "weights_bytes": 1000,
                     "peak_memory_bytes": 1,
                     "kv_bytes_per_token": 8,
@@ -69,7 +73,14 @@ def stated_bench(runs):
                     "batches": [{"batch": 1, **stages}],
                 }
             )
-        return {"machine": machine(), "prompt": prompts[0], "new": new, "repeats": repeats, "variants": rows}
+        return {
+            "machine": machine(),
+            "prompt": prompts[0],
+            "new": new,
+            "repeats": repeats,
+            "variants": rows,
+            "left_out": [],
+        }
 
     return bench
 
@@ -78,6 +89,6 @@ def plan(llama, words, tmp_path, **more):
     given = {
         "gate": ("ppl<=+900%",), "candidates": ("0.5", "2:4"), "profile": profile(tmp_path / "profile.json"), "effort": "fast",
         "calibration": str(words), "samples": 4, "seqlen": 32, "eval_text": str(words), "eval_windows": 8, "eval_seqlen": 32,
-        "prompt": 10, "new": 11, "repeats": 5, "multiple": 8, "integers": False,
+        "prompt": 10, "new": 11, "repeats": 5, "multiple": 8, "integers": False, "rivals": False,
     }  # fmt: skip
     return asked(DecidePlan, str(llama), **{**given, **more})

@@ -114,3 +114,72 @@ def test_an_estimate_is_called_one():
     assert "floor kl<=1" in screen.verdict.striptags()
     assert screen.seconds == "seconds of a request, estimated"
     assert screen.columns[1] == "KL to dense (nats a token)"
+
+
+def seconds(value):
+    return {"value": value, "low": value, "high": value}
+
+
+def rivals():
+    one = {"value": 1.02, "low": 1.01, "high": 1.03, "n": 8}
+    same = {"name": "llama.cpp, 16 bits", "words": "in llama.cpp at 16 bits", "engine": "llama.cpp 1.2, built with AVX2",
+            "same_weights": True, "seconds_ratio": seconds(1.0), "bytes_ratio": 1.0, "quality": None, "passed": True}  # fmt: skip
+    rounded = {
+        **same,
+        "name": "llama.cpp, 4 bits",
+        "words": "in llama.cpp at 4 bits",
+        "same_weights": False,
+        "bytes_ratio": 0.3,
+    }
+    return [same, {**rounded, "seconds_ratio": seconds(0.6), "quality": {"ppl_ratio": one}}]
+
+
+def test_the_dense_model_in_another_engine_is_a_row_and_may_be_what_is_shipped():
+    screen = of_decision(Cited("decide.json", decided(rivals=rivals())), {})
+    assert screen.verdict.striptags().startswith("Ship the dense model in llama.cpp at 4 bits: no candidate")
+    assert [row.name for row in screen.rows] == ["dense", "llama.cpp, 16 bits", "llama.cpp, 4 bits", "0.5"]
+    assert screen.rows[2].words == "llama.cpp 1.2, built with AVX2"
+    assert [str(cell.striptags()).split(" ")[0] for cell in screen.rows[2].cells] == [
+        "1.020x",
+        "0.60x",
+        "0.30x",
+        "holds",
+    ]
+    assert str(screen.rows[1].cells[0]) == "1x"
+    # the one that has a perplexity of its own is a point, beside dense
+    assert [(p["name"], p["state"]) for p in screen.points[1:]] == [("llama.cpp, 4 bits", "dense in another engine")]
+    missed = rivals()
+    missed[1]["passed"] = False
+    screen = of_decision(Cited("decide.json", decided(rivals=missed)), {})
+    assert screen.verdict.striptags().startswith("Ship the dense model in llama.cpp at 16 bits: no candidate")
+
+
+def timed(*variants):
+    rows = [
+        {"name": name, "how": how, "same_weights": same, **{stage: {"tokens_per_second": 10 * speed, "speedup": speed}
+         for stage in ("decode", "prefill")}} for name, how, same, speed in variants
+    ]  # fmt: skip
+    return Cited("bench.json", {"variants": rows})
+
+
+def said_of_run(*variants):
+    report = {"gate": [], "machine": {"processor": "p", "isa": "i", "threads": 1}, "plan": {"pattern": "2:4"},
+        "totals": {"sparsity": 0.5}, "quality": None}  # fmt: skip
+    screen = of_run("run", Cited("report.json", report), timed(*variants))
+    return screen.verdict.striptags(), screen.rows[0].words
+
+
+def test_a_run_is_held_against_the_fastest_way_to_run_dense_and_says_what_fewer_bits_do_in_llama_cpp():
+    ours = ("packed", "packed", False, 0.9)
+    said, words = said_of_run(
+        ("llama.cpp, 16 bits", "llama.cpp", True, 1.0), ("dense", "dense", True, 0.5),
+        ("llama.cpp, 8 bits", "llama.cpp", False, 1.6), ("llama.cpp, 4 bits", "llama.cpp", False, 2.5), ours,
+    )  # fmt: skip
+    assert (
+        "decoding at 0.90x the speed, prompts at 0.90x the speed of the dense model at its fastest here (llama.cpp, 16 bits), rounded it "
+        "decodes at 1.60x in llama.cpp, 8 bits, 2.50x in llama.cpp, 4 bits (quality not measured)"
+    ) in said
+    assert words == "the model as it is: llama.cpp, 16 bits"
+    said, words = said_of_run(("dense", "dense", True, 1.0), ours)
+    assert "at its fastest here (dense), not compared with llama.cpp, measured on p" in said
+    assert words == "the model as it is"

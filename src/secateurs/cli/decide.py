@@ -72,6 +72,14 @@ def decide(
     integers: Annotated[
         bool | None, option(RARE, "Dense int8 and int4 are candidates, too. Default: yes.", "--integers/--no-integers")
     ] = None,
+    rivals: Annotated[
+        bool | None,
+        option(
+            RARE,
+            "The dense model under torch.compile, and in llama.cpp where xllamacpp is installed, has to be beaten. Default: yes.",
+            "--rivals/--no-rivals",
+        ),
+    ] = None,
     repeats: Annotated[int | None, option(RARE, "Runs of each model, in turn. Default: 5.")] = None,
     multiple: Annotated[int | None, option(RARE, "MLP widths of shrink are multiples of this. Default: 64.")] = None,
     tasks_path: options.TasksPath = None,
@@ -93,7 +101,7 @@ def decide(
     chosen = None if candidates is None else tuple(c.strip() for c in candidates.split(",") if c.strip())
     values = {
         "candidates": chosen, "budget": budget, "effort": effort, "prompt": prompt, "new": new, "profile": profile,
-        "repeats": repeats, "multiple": multiple, "integers": integers,
+        "repeats": repeats, "multiple": multiple, "integers": integers, "rivals": rivals,
     }  # fmt: skip
     asked = DecidePlan(
         model,

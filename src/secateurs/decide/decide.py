@@ -22,7 +22,7 @@ from secateurs.base.files import write_json
 from secateurs.base.precision import described
 from secateurs.base.progress import Progress, silent, ticker
 from secateurs.base.run_directory import claim, locked, read_object, resolved, unchanged
-from secateurs.decide import beside_dense, through_kernels
+from secateurs.decide import beside_dense, beside_rivals, through_kernels
 from secateurs.decide.jobs import Job, run, shrink_command
 from secateurs.decide.plan import DecidePlan
 from secateurs.decide.realize import GAIN, Candidate, Worth, machine_named, realize
@@ -33,7 +33,6 @@ from secateurs.machine.bench import Variant, bench, dense_variants, variants_of
 from secateurs.machine.hardware import Hardware
 from secateurs.machine.probe import Question, probe, shapes_of
 from secateurs.machine.profile import DeviceProfile
-from secateurs.machine.timing import Timing
 from secateurs.matrix.grids import Grid
 from secateurs.model import checkpoint
 from secateurs.model.blocks import prefixes_of
@@ -86,6 +85,7 @@ class _Decision:
         self.plan = dataclasses.replace(plan, model=resolved(plan.model))
         self.out, self.progress, self.show = out, progress, show
         self.errors: list[SecateursError] = []
+        self.left_out: list[str] = [] if self.plan.integers else [LEFT_OUT]
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
@@ -143,6 +143,7 @@ class _Decision:
                 raise self.errors[0]
             result = self._result()
             write_json(self.out / "decide.json", result)
+            shutil.rmtree(self.out / "rivals", ignore_errors=True)
         return result
 
     # ------------------------------------------------------------------------------------------------------ jobs
@@ -267,6 +268,7 @@ class _Decision:
             "candidate": candidate.text, "status": "estimated", "reason": None, "worth": dataclasses.asdict(worth), "quality": None,
             "gate": [], "passed": None, **self._as_row(worth, candidate), "prefill": 1 / worth.prefill,
             "decode": 1 / worth.decode, "measured": False, "folder": None, "warnings": [], "bits": None, "through": None,
+            "rivals": [],
         }  # fmt: skip
         if not worth.pays:
             row |= {"status": "dropped", "reason": f"would not pay: {worth.why}"}
@@ -405,21 +407,18 @@ class _Decision:
             if candidate.kind == "shrink" and candidate.grid:
                 # its run knows the smaller model as the dense one
                 ways = [*dense_variants(plan.model), Variant("packed", str(folder / "packed"), "packed")]
-            write_json(file, bench(ways, prompts, plan.new, plan.repeats, progress, fit=True))
+            ways, said = beside_rivals.ways(ways, plan, self.out, progress)
+            timed = bench(ways, prompts, plan.new, plan.repeats, progress, fit=True)
+            write_json(file, timed | {"left_out": [*said, *timed["left_out"]]})
         found = json.loads(file.read_text())
         if {name: found[name] for name in asked} != asked:
             raise PlanError(f"{file} was not measured by this plan; delete it, and it is measured again")
         dense, ours = found["variants"][0], found["variants"][-1]
-
-        def seconds(variant: dict[str, Any]) -> list[float]:
-            stages = (variant[stage]["samples"] for stage in ("prefill", "decode"))
-            return [plan.prompt / a + (plan.new - 1) / b for a, b in zip(*stages, strict=True)]
-
-        ratio = Timing.of([a / b for a, b in zip(seconds(ours), seconds(dense), strict=True)])
         row |= {
-            "seconds_ratio": {"value": ratio.seconds, "low": ratio.low, "high": ratio.high},
-            "prefill": ours["prefill"]["speedup"], "decode": ours["decode"]["speedup"], "measured": True,
+            "seconds_ratio": beside_rivals.ratio(ours, dense, found), "prefill": ours["prefill"]["speedup"],
+            "decode": ours["decode"]["speedup"], "measured": True, "rivals": beside_rivals.beside(found),
         }  # fmt: skip
+        self.left_out += found["left_out"]
 
     def _judge(self, row: dict[str, Any]) -> None:
         seconds, nbytes = row["seconds_ratio"], row["bytes_ratio"]
@@ -457,6 +456,7 @@ class _Decision:
 
     def _result(self) -> dict[str, Any]:
         texts = {c.text: c for c in self.plan.parsed}
+        rivals = beside_rivals.of_rows(self.rows, self.plan, self.out, self.progress)
         best, zeros = beside_dense.compare(
             self.rows, texts, lambda c: self._as_row(realize(c, self.here, self.dtype), c)
         )
@@ -470,9 +470,10 @@ class _Decision:
             "rows": self.rows,
             "front": [r["candidate"] for r in front(self.rows)],
             "zeros": zeros,
-            "left_out": [] if self.plan.integers else [LEFT_OUT],
+            "rivals": rivals,
+            "left_out": list(dict.fromkeys([*self.left_out, *beside_rivals.lacks(self.plan, self.estimated)])),
             "recommended": best["candidate"] if best else "dense",
-            "sentence": sentence(best, texts, self.rows, zeros, self.here.name, self.estimated),
+            "sentence": sentence(best, texts, self.rows, zeros, rivals, self.here.name, self.estimated),
         }
 
 

@@ -28,7 +28,8 @@ class DecidePlan:
     'seconds=0.8x' (of a request of `prompt` tokens and `new` more) or 'bytes=0.6x', of the dense model's. profile: a file of
     `secateurs probe`, or a name of HARDWARE; None for the one at hand, which is measured where there is none. foreign: let a
     profile of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn.
-    multiple: as in ShrinkPlan. integers: dense int8 and int4 are candidates too, whatever was named.
+    multiple: as in ShrinkPlan. integers: dense int8 and int4 are candidates too, whatever was named. rivals: the dense model under
+    torch.compile and in llama.cpp is timed too, and must be beaten.
     """
 
     model: str
@@ -44,6 +45,7 @@ class DecidePlan:
     repeats: int = 5
     multiple: int = 64
     integers: bool = True
+    rivals: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(text.strip() for text in self.candidates))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from secateurs.decide import beside_rivals
 from secateurs.decide.plan import INTEGERS
 from secateurs.decide.realize import Candidate
 
@@ -31,14 +32,27 @@ def sentence(
     candidates: dict[str, Candidate],
     rows: list[dict[str, Any]],
     zeros: str,
+    rivals: list[dict[str, Any]],
     where: str,
     estimated: bool,
 ) -> str:
-    """The decision in words: what to ship and what it gains and loses, or why nothing pays. best: None for the dense model."""
+    """The decision in words: what to ship and what it gains and loses, or why nothing pays. best: None for the dense model. zeros:
+    what is said of them. rivals: those that were timed.
+    """
     how = f"by estimate for {where}" if estimated else f"measured on {where}"
     if best is None:
         reasons = "; ".join(f"{r['candidate']}: {r['reason']}" for r in rows)
-        return f"Ship the dense model: no candidate both passes the floor and pays ({how}). {reasons}."
+        rival = beside_rivals.to_ship(rivals)
+        way = "" if rival is None else f" {rival['words']}"
+        takes = (
+            ""
+            if rival is None or rival["same_weights"]
+            else (
+                f" It takes {rival['seconds_ratio']['value']:.2f}x the time of the fastest way to run it unrounded and "
+                f"{rival['bytes_ratio']:.2f}x the bytes, and holds the floor."
+            )
+        )
+        return f"Ship the dense model{way}: no candidate both passes the floor and pays ({how}).{takes} {reasons}."
     seconds, quality = best["seconds_ratio"], best["quality"]
     time = f"{seconds['value']:.2f}x the time" + (
         "" if estimated else f" (10th to 90th percentile {seconds['low']:.2f} to {seconds['high']:.2f})"
@@ -49,8 +63,9 @@ def sentence(
         change = f"{ratio['value'] - 1:+.1%}, 95% interval {ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%}"
         lost = f" Perplexity against the dense model's: {change}."
     passed = ", ".join(g["gate"] for g in best["gate"])
+    more = " ".join(told for told in (beside_rivals.sentence(best, rivals), zeros) if told)
     dense = "dense " if candidates[best["candidate"]].plain else ""
     return (
         f"Ship {dense}{best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), "
-        f"and it passes {passed}.{lost}{f' {zeros}' if zeros else ''}"
+        f"and it passes {passed}.{lost}{f' {more}' if more else ''}"
     )

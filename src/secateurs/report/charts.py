@@ -13,6 +13,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 # states of a point in the chart of candidates: shape and colour
 STATES = {
     "dense": ("diamond", "#777777"),
+    "dense in another engine": ("triangle-down", "#CC79A7"),
     "ship this": ("circle", "#009E73"),
     "holds the floor": ("square", "#0072B2"),
     "undecided": ("triangle-up", "#B8860B"),

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from secateurs.base.errors import PlanError
+from secateurs.decide.beside_rivals import sentence, to_ship
 from secateurs.decide.realize import Candidate
 from secateurs.quality.compare import named
 from secateurs.quality.gates import Gate
@@ -58,6 +59,7 @@ class Screen:
 
 
 _NONE = Markup("&ndash;")
+RIVAL = "dense in another engine"
 _BITS = "; bits: of a weight in the quantized layers, with scales and positions"
 
 
@@ -152,6 +154,10 @@ def of_decision(decided: Cited, timed: dict[str, Cited]) -> Screen:
 
     table = [_dense_of(decided, best, timed, measure if other else None)]
     points = []
+    for i, rival in enumerate(decision.get("rivals", [])):
+        table.append(_rival(decided, i, measure if other else None))
+        if rival["quality"] and (found := _estimate(decided, f"rivals/{i}/{measure.path}")):
+            points.append(_point(rival["name"], RIVAL, rival["seconds_ratio"], rival["bytes_ratio"], found))
     for i, row in enumerate(rows):
         state, verdict = _state(row, decision["recommended"])
         table.append(_candidate(decided, i, verdict, state, measure if other else None))
@@ -163,8 +169,9 @@ def of_decision(decided: Cited, timed: dict[str, Cited]) -> Screen:
         decision["recommended"] != "dense",
         ("Perplexity", *other, "Seconds", "Bytes", "Verdict"),
         tuple(table),
-        f"1x is the dense model. Seconds: of a request, a prompt of {decision['plan']['prompt']} tokens and "
-        f"{decision['plan']['new']} new ones. Bytes: of the weight files{_BITS if any(r.get('bits') for r in rows) else ''}. "
+        "1x is the dense model, in seconds by the fastest way here to run it as it is. Seconds: of a request, a prompt of "
+        f"{decision['plan']['prompt']} tokens and {decision['plan']['new']} new ones. Bytes: of the weight "
+        f"files{_BITS if any(r.get('bits') for r in rows) else ''}. "
         "Brackets: 95% intervals of perplexity, 10th to 90th percentile of seconds.",
         measure,
         _with_dense(points, measure),
@@ -182,9 +189,12 @@ def _verdict(decided: Cited, where: Markup, gates: Sequence[str]) -> Markup:
     floors = ", ".join(gates)
     at = next((i for i, r in enumerate(decision["rows"]) if r["candidate"] == decision["recommended"]), None)
     if at is None:
+        way = Markup()
+        if (rival := to_ship(decision.get("rivals", []))) is not None:
+            way = Markup(" {}").format(decided.show(f"rivals/{decision['rivals'].index(rival)}/words"))
         return Markup(
-            "<strong>Ship the dense model</strong>: no candidate both holds the floor {} and saves time or bytes, {}."
-        ).format(floors, where)
+            "<strong>Ship the dense model{}</strong>: no candidate both holds the floor {} and saves time or bytes, {}."
+        ).format(way, floors, where)
     row, path = decision["rows"][at], f"rows/{at}"
     time = Markup("a request takes {} the time").format(decided.show(f"{path}/seconds_ratio/value", "{:.2f}x"))
     if row["measured"]:
@@ -198,6 +208,8 @@ def _verdict(decided: Cited, where: Markup, gates: Sequence[str]) -> Markup:
         )  # fmt: skip
     words = words_of(row["candidate"])
     zeros = Markup(" {}").format(decided.show("zeros")) if decision.get("zeros") else ""
+    if rivals := sentence(row, decision.get("rivals", [])):
+        zeros = Markup(" {}{}").format(rivals, zeros)
     return Markup("<strong>Ship {}{}</strong>{}: {} and the weights {} the bytes{}, {}.{}").format(
         "dense " if _plain(row["candidate"]) else "", decided.show(f"{path}/candidate"), f" ({words})" if words else "", time,
         decided.show(f"{path}/bytes_ratio", "{:.2f}x"), price, where, zeros,
@@ -263,6 +275,24 @@ def _dense_of(decided: Cited, best: int | None, timed: dict[str, Cited], other: 
     if other:
         cells.insert(1, Markup("{:g}").format(other.dense))
     return Row("dense", "the model as it is", tuple(cells), "dense")
+
+
+def _rival(decided: Cited, i: int, other: Measure | None) -> Row:
+    rival, path = decided.data["rivals"][i], f"rivals/{i}"
+    quality, measured = _NONE, _NONE
+    if rival["same_weights"]:
+        quality, verdict = Markup("1x"), Markup("the same weights")
+        measured = Markup("{:g}").format(other.dense) if other else _NONE
+    else:
+        verdict = Markup("holds the floor" if rival["passed"] else "misses the floor")
+        if _estimate(decided, f"{path}/quality/ppl_ratio"):
+            quality = decided.estimate(f"{path}/quality/ppl_ratio", "{:.3f}x")
+        if other and _estimate(decided, f"{path}/{other.path}"):
+            measured = decided.estimate(f"{path}/{other.path}")
+    seconds = decided.estimate(f"{path}/seconds_ratio", "{:.2f}x")
+    cells = [quality, *([measured] if other else []), seconds, decided.show(f"{path}/bytes_ratio", "{:.2f}x"), verdict]
+    words = "the dense model under torch.compile" if rival["engine"] is None else rival["engine"]
+    return Row(rival["name"], words, tuple(cells), RIVAL if rival["quality"] else "")
 
 
 def _candidate(decided: Cited, i: int, verdict: Markup, state: str, other: Measure | None) -> Row:
@@ -348,8 +378,9 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
         )
     else:
         said.append(Markup("quality not measured"))
-    seconds = None
+    seconds, way = None, "the model as it is"
     if timed:
+        way += f": {timed.data['variants'][0]['name']}" * (timed.data["variants"][0]["name"] != "dense")
         last = len(timed.data["variants"]) - 1
         for stage, title, words in (
             ("decode", "Decoding, tokens/s", "decoding"),
@@ -365,6 +396,8 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
             said.append(
                 Markup("{} at {} the speed").format(words, timed.show(f"variants/{last}/{stage}/speedup", "{:.2f}x"))
             )
+        said[-1] += Markup(" of the dense model at its fastest here ({})").format(timed.show("variants/0/name"))
+        said.append(_beside_rounded(timed))
         found = timed.data["variants"][last]["decode"]
         ends = [1 / found.get(k, found["speedup"]) for k in ("speedup", "speedup_high", "speedup_low")]
         seconds = dict(zip(("value", "low", "high"), ends, strict=True))
@@ -412,12 +445,25 @@ def of_run(name: str, reported: Cited, timed: Cited | None) -> Screen:
         Markup("<strong>One run, no decision</strong>: {} has {}{}.").format(name, Markup(", ").join(said), floors),
         None,
         tuple(columns),
-        (Row("dense", "the model as it is", tuple(dense), "dense"), Row(name, _run_words(report), tuple(ours), state)),
+        (Row("dense", way, tuple(dense), "dense"), Row(name, _run_words(report), tuple(ours), state)),
         "1x is the dense model. Bytes: of the weight files. Brackets: 95% intervals.",
         measure,
         _with_dense(points, measure),
         "seconds a token",
     )
+
+
+def _beside_rounded(timed: Cited) -> Markup:
+    """How the dense model decodes in llama.cpp with fewer bits, which the fastest way to run it as it is leaves out."""
+    rivals = [(i, v) for i, v in enumerate(timed.data["variants"]) if v.get("how") == "llama.cpp"]
+    if not rivals:
+        return Markup("not compared with llama.cpp")
+    found = [timed.show(f"variants/{i}/decode/speedup", "{:.2f}x") for i, v in rivals if not v["same_weights"]]
+    names = [timed.show(f"variants/{i}/name") for i, v in rivals if not v["same_weights"]]
+    if not found:
+        return Markup("not compared with llama.cpp at fewer bits")
+    told = Markup(", ").join(Markup("{} in {}").format(*pair) for pair in zip(found, names, strict=True))
+    return Markup("rounded it decodes at {} (quality not measured)").format(told)
 
 
 def _run_words(report: dict[str, Any]) -> str:

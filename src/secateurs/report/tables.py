@@ -203,6 +203,18 @@ def print_decision(result: dict[str, Any], console: Console, folder: str) -> Non
             console.print(f"[yellow]Warning[/] ({row['candidate']}): {escape(warning)}.")
         if beside := _beside(row):
             console.print(f"{row['candidate']}: {beside}.", highlight=False)
+    for rival in result.get("rivals", []):
+        seconds = f"{rival['seconds_ratio']['value']:.2f}x s, {rival['bytes_ratio']:.2f}x bytes"
+        floor = (
+            "the same weights"
+            if rival["same_weights"]
+            else "holds the floor"
+            if rival["passed"]
+            else "misses the floor"
+        )
+        console.print(
+            f"Dense {rival['words']}: {seconds}; {floor}; {escape(rival['engine'] or 'torch')}.", highlight=False
+        )
     if through := [row for row in result["rows"] if row.get("through")]:
         _print_through(through, console)
     for sentence in result.get("left_out", []):
