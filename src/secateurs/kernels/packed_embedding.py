@@ -20,6 +20,7 @@ from secateurs.kernels.dispatch import CODES, multiply
 from secateurs.kernels.formats import packed_length, scales_shape, unpack
 from secateurs.kernels.fused_block import FusedBlock, separate
 from secateurs.kernels.library import Weight, library
+from secateurs.kernels.packed_experts import dense_again
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, put
 from secateurs.matrix.grids import Grid
 
@@ -266,6 +267,8 @@ def make_dense(model: nn.Module) -> nn.Module:
     """Undo packing: every packed layer becomes the dense one that it replaced, bit for bit."""
     tied = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedHead | TiedEmbedding)]
     made: dict[int, Any] = {}
+    for module in list(model.modules()):
+        dense_again(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             made[id(module)] = module.dense()
