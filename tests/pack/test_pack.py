@@ -273,7 +273,7 @@ def test_bench_refuses_what_it_cannot_compare(tmp_path, zeros, capsys):
     stage.pack(zeros, tmp_path / "packed")
     assert "give at least" in fails(capsys, 2, "bench", tmp_path / "packed", "--new", 1)
     (tmp_path / "packed" / "config.json").write_text(
-        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "secateurs", "format_version": 3}})
+        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "secateurs", "format_version": 9}})
     )
     assert "does not run" in fails(capsys, 1, "bench", tmp_path / "packed")
 

@@ -19,9 +19,10 @@ from secateurs.base.errors import PackError
 from secateurs.kernels.library import Weight, library
 from secateurs.matrix.grids import Grid, Scales
 
-VERSION = 2
-# version 1 has no integers
-VERSIONS = (1, 2)
+VERSION = 3
+# version 1 has no integers; of folders without fused experts, which those below 3 do not know, that of older releases is written
+VERSIONS = (1, 2, 3)
+VERSION_WITHOUT_EXPERTS = 2
 PANEL = 4
 WORD = 64
 # zeros after the last survivor: a kernel's last load may reach 64 bytes past it, also after a cast to 16 bits

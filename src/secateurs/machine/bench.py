@@ -363,7 +363,9 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from secateurs.kernels.packed_experts import run_one_by_one
     from secateurs.kernels.packed_linear import DenseLinear
+    from secateurs.model.fused import packable_experts, split_experts
 
     precision = {"dtype": getattr(torch, dtype)} if dtype else {}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted(), **precision)
@@ -374,6 +376,11 @@ def load(folder: str, how: str, dtype: str | None = None) -> Any:
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = DenseLinear
+        able, _ = packable_experts(model)
+        for name, transposed in able.items():
+            owner, _, leaf = name.rpartition(".")
+            split_experts(model.get_submodule(owner), leaf, transposed)
+        run_one_by_one(model)
     if how in ("compiled", "packed compiled"):
         import torch._inductor.config as inductor
 

@@ -380,7 +380,27 @@ class Checkpoint:
                 )
             self._sound.add(name)
 
+    def made_of(self, model: Any, name: str, keys: list[str]) -> Tensor:
+        """The parameter that stored tensors are converted to, in their dtype. Raises CheckpointError."""
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        on_meta = module._parameters[leaf]
+        try:
+            self._fill(model, keys)
+            return module._parameters[leaf].detach()  # type: ignore[no-any-return]
+        finally:
+            module._parameters[leaf] = on_meta
+
     # ------------------------------------------------------------------------------------------------------ writing
+
+    def stored_as(self, model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors that save_pretrained() stores for a parameter that files hold in parts."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        # what was loaded before decides otherwise, and another process has loaded something else
+        model.__dict__.pop("_weight_conversions", None)
+        found = revert_weight_conversion(model, {name: tensor})
+        return {key: part.contiguous() for key, part in found.items()}
 
     def edited(self, model: nn.Module, prefix: str, names: set[str]) -> dict[str, Tensor]:
         """The stored tensors of a block after some of its parameters were edited; see edited_keys()."""

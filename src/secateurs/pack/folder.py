@@ -5,26 +5,26 @@ folder that was cut off does not load, and the same command goes on where it sto
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from secateurs.base.errors import OutputError, PackError, PlanError, nearest
+from secateurs.base.errors import OutputError, PlanError, nearest
 from secateurs.base.files import PART, write_json, write_text
 from secateurs.base.progress import Progress, silent
 from secateurs.base.run_directory import models_of
 from secateurs.kernels import formats
 from secateurs.kernels.packed_embedding import tables
-from secateurs.kernels.packed_linear import OPTIMIZE, LayerChoice, choose, linears
+from secateurs.kernels.packed_linear import OPTIMIZE, linears
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.reads import READ, read_by_code
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.model.shards import shard_name, write_index, write_shard
-from secateurs.model.unpacked import PARTS, packed_scales, packed_tensors, plain_reader
-from secateurs.pack.on_grids import check
+from secateurs.model.unpacked import PARTS, PlainReader, packed_scales, packed_tensors
+from secateurs.pack.experts import stored_experts
+from secateurs.pack.matrices import Matrices
 
 # dense bytes that are read for one shard
 SHARD_BYTES = 1 << 29
@@ -40,8 +40,9 @@ def pack(
 ) -> dict[str, Any]:
     """Write `out`, a Hugging Face folder of packed layers, from a folder or hub id; return the contents of its pack.json.
 
-    Each Linear (and Conv1D) takes the format of packed_linear.choose(), integers where the source has its scales, and so does an
-    embedding on a grid, with the head that is tied to it; all other tensors are copied as they are, and what scales they have.
+    Each Linear (and Conv1D) and each matrix of fused experts takes the format of packed_linear.choose(), integers where the source
+    has its scales, and so does an embedding on a grid, with the head that is tied to it; all other tensors are copied as they are,
+    and what scales they have.
     Negative zeros, which weight * mask leaves behind, are kept as weights, for a dense export has every bit; merge_zeros drops
     them. Integers have none. optimize: 'speed' never takes a format that is slower for one token, 'size' takes the smallest. Raises
     CheckpointError for a source that cannot be read, PackError for a weight that is not on its grid, OutputError for a place that
@@ -75,6 +76,9 @@ def pack(
         if target in embeddings and key not in checkpoint.converted
     }
     read, unknown = read_by_code(skeleton)
+    experts, unpacked_experts = stored_experts(checkpoint, skeleton)
+    fused = {each.name: each for each in experts}
+    matrices = Matrices(scales, profile, merge_zeros, optimize)
     packable = {name for name, _ in layer_of.values()}
     settings = {
         "source": checkpoint.fingerprint(),
@@ -88,47 +92,37 @@ def pack(
         target = checkpoint.target_of[key]
         return all(checkpoint.renamed(key + part, {target + part: True}) == (target + part, None) for part in parts)
 
-    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        name, transposed = layer_of.get(key, (None, False))
+    def convert(unit: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        if unit in fused:
+            return fused[unit].packed(checkpoint, skeleton, matrices)
+        tensor = checkpoint.read([unit])[unit]
+        name, transposed = layer_of.get(unit, (None, False))
         if name is None:
-            return {key: tensor}, None
-        weight_OI = tensor.T.contiguous() if transposed else tensor
-        grid = scales.get(name)
-        if grid is not None:
-            check(name, grid, weight_OI)
-        negative_zeros = int(((weight_OI == 0) & weight_OI.signbit()).sum())
-        if (merge_zeros or grid is not None) and negative_zeros:
-            weight_OI = weight_OI.masked_fill(weight_OI == 0, 0)
-            tensor = weight_OI.T.contiguous() if transposed else weight_OI
+            return {unit: tensor}, []
         stays = (
             READ
             if name in read
             else None
-            if followed(key, PARTS if grid else ("_mask",))
+            if followed(unit, PARTS if name in scales else ("_mask",))
             else "transformers would not find its mask by its stored name"
         )
-        choice = choose(name, weight_OI, profile, grid, checkpoint.target_of[key] in embeddings, optimize).but(stays)
-        record = {
-            **_record(choice),
-            "transposed": transposed,
-            "negative_zeros": 0 if merge_zeros or grid is not None else negative_zeros,
-        }
-        if choice.plain:
-            return {key: tensor}, record
-        packed = formats.pack(weight_OI, choice.format, grid if choice.grid else None)
-        record["nbytes"] = packed.nbytes
-        if choice.grid:
-            record |= {"dtype": str(weight_OI.dtype).removeprefix("torch."), "length": packed.values.numel()}
-        if not torch.equal(_bits(formats.unpack(packed)), _bits(weight_OI)):
-            raise PackError(
-                f"{name}: unpacking does not give the weights back; this is a bug, keep the model and report it"
-            )
-        return packed_tensors(key, packed), record
+        looked_up = checkpoint.target_of[unit] in embeddings
+        weight_OI = tensor.T.contiguous() if transposed else tensor
+        stored, record = matrices.packed(name, weight_OI, transposed, stays, looked_up)
+        if isinstance(stored, Tensor):
+            return {unit: stored.T.contiguous() if transposed else stored}, [record]
+        return packed_tensors(unit, stored), [record]
 
-    notes = _rewrite(checkpoint, out, settings, convert, progress)
-    records = [r for shard in notes["shards"].values() for r in shard]
+    owner = {key: each.name for each in experts for key in each.keys}
+    units: dict[str, list[str]] = {}
+    for key in checkpoint.ordered_keys():
+        units.setdefault(owner.get(key, key), []).append(key)
+    notes = _rewrite(checkpoint, out, settings, units, convert, progress)
+    every = [r for shard in notes["shards"].values() for r in shard]
+    records = [r for r in every if "left_out" not in r]
     config = dict(checkpoint.raw_config)
-    stored = [r for r in records if r["format"] != "dense" or r["grid"]]
+    # experts that stay dense beside packed ones are stored matrix by matrix, too
+    stored = [r for r in records if _is_packed(r) or "experts" in r]
     layers = {
         r["name"]: {
             **{key: r[key] for key in ("format", "survivors", "transposed")},
@@ -136,16 +130,19 @@ def pack(
         }
         for r in stored
     }
+    packed_experts = {r["experts"]: fused[r["experts"]].stored for r in stored if "experts" in r}
     # of layers that are stored as plain weights
     rest = {name: found for name, found in scales.items() if not layers.get(name, {}).get("grid")}
     (out / SCALES_FILE).unlink(missing_ok=True)
     if rest:
         write_scales(out / SCALES_FILE, rest)
+    version = formats.VERSION if packed_experts else formats.VERSION_WITHOUT_EXPERTS
     if layers:
         config["quantization_config"] = {
             "quant_method": "secateurs",
-            "format_version": formats.VERSION,
+            "format_version": version,
             "layers": layers,
+            **({"experts": packed_experts} if packed_experts else {}),
         }
     tied = {id(skeleton.get_parameter(target)) for target, name in embeddings.items() if name in packable}
     left = [f"{name}: {why}" for name, why in looked_up.values() if why is not None] + [
@@ -153,19 +150,22 @@ def pack(
         for target, (name, _) in sorted(modules.items())
         if name not in packable and id(skeleton.get_parameter(target)) not in tied
     ]
+    left += [f"{name}: {why}" for name, why in unpacked_experts.items()] + [
+        r["left_out"] for r in every if "left_out" in r
+    ]
     result = {
-        "format_version": formats.VERSION,
+        "format_version": version,
         "status": "complete",
         **settings,
         "totals": {
-            "layers_packed": len(layers),
-            "layers_dense": len(records) - len(layers),
+            "layers_packed": sum(_is_packed(r) for r in records),
+            "layers_dense": sum(not _is_packed(r) for r in records),
             "layers_slower": sum(r["slower"] for r in records),
             "nbytes": sum(r["nbytes"] for r in records),
             "least_nbytes": sum(r["least_nbytes"] for r in records),
             "dense_nbytes": sum(r["dense_nbytes"] for r in records),
-            "packed_layers_nbytes": sum(r["nbytes"] for r in stored),
-            "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in stored),
+            "packed_layers_nbytes": sum(r["nbytes"] for r in records if _is_packed(r)),
+            "packed_layers_dense_nbytes": sum(r["dense_nbytes"] for r in records if _is_packed(r)),
             "negative_zeros": sum(r["negative_zeros"] for r in records),
             "folder_nbytes": _weights_nbytes(out),
             "source_folder_nbytes": checkpoint.nbytes,
@@ -220,14 +220,10 @@ def unpack(source: str | Path, out: Path, progress: Progress = silent) -> dict[s
     Raises as pack() does, and for damaged tensors.
     """
     checkpoint = Checkpoint(source, packed=True)
-    plain = plain_reader(checkpoint)
+    reader = PlainReader(checkpoint)
     scales = packed_scales(checkpoint)
-
-    def convert(key: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        beside = any(key.endswith(part) and key.removesuffix(part) in checkpoint.file_of for part in PARTS)
-        return {} if beside else {key: plain(key)}, None
-
-    _rewrite(checkpoint, out, {"source": checkpoint.fingerprint(), "dense": True}, convert, progress)
+    settings = {"source": checkpoint.fingerprint(), "dense": True}
+    _rewrite(checkpoint, out, settings, reader.units, lambda unit: (reader.read(unit), []), progress)
     if scales:
         write_scales(out / SCALES_FILE, scales)
     config = {k: v for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
@@ -241,10 +237,14 @@ def _rewrite(
     checkpoint: Checkpoint,
     out: Path,
     settings: dict[str, Any],
-    convert: Callable[[str, Tensor], tuple[dict[str, Tensor], dict[str, Any] | None]],
+    units: Mapping[str, list[str]],
+    convert: Callable[[str], tuple[dict[str, Tensor], list[dict[str, Any]]]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Pass every tensor of a checkpoint through convert() into shards of `out`; shards that an earlier run finished are kept."""
+    """Write what convert() makes of each unit, and note its records; shards that an earlier run finished are kept.
+
+    units: of stored tensors that are converted together, by the name that convert() is given.
+    """
     if out.resolve() == checkpoint.folder.resolve():
         raise OutputError(f"{out} is the folder to read; give another with --out")
     state = out / "pack.json"
@@ -261,19 +261,19 @@ def _rewrite(
     # until config.json is back, no loader takes the folder for a model
     (out / "config.json").unlink(missing_ok=True)
     checkpoint.copy_small_files(out, but=("config.json", "pack.json"))
-    groups = shards_of(checkpoint)
-    for index, keys in enumerate(groups):
-        progress("tensors", sum(map(len, groups[:index])), len(checkpoint.file_of))
+    groups = _in_shards(checkpoint, units)
+    for index, names in enumerate(groups):
+        done = sum(len(units[unit]) for group in groups[:index] for unit in group)
+        progress("tensors", done, len(checkpoint.file_of))
         name = shard_name(index, len(groups))
         if name in notes["shards"] and (out / name).is_file():
             continue
         tensors: dict[str, Tensor] = {}
         records = []
-        for key in keys:
-            stored, record = convert(key, checkpoint.read([key])[key])
-            tensors.update(stored)
-            if record:
-                records.append(record)
+        for unit in names:
+            stored, made = convert(unit)
+            tensors |= stored
+            records += made
         write_shard(out, index, len(groups), tensors)
         notes["shards"][name] = records
         write_json(state, notes)
@@ -288,14 +288,19 @@ def _rewrite(
 
 def shards_of(checkpoint: Checkpoint) -> list[list[str]]:
     """Keys in natural order, in groups of at most SHARD_BYTES as they are stored; one tensor at least."""
+    return _in_shards(checkpoint, {key: [key] for key in checkpoint.ordered_keys()})
+
+
+def _in_shards(checkpoint: Checkpoint, units: Mapping[str, list[str]]) -> list[list[str]]:
+    """Units in groups of at most SHARD_BYTES; one unit at least."""
     groups: list[list[str]] = []
     room = 0
-    for key in checkpoint.ordered_keys():
-        nbytes = checkpoint.nbytes_of(key)
+    for unit, keys in units.items():
+        nbytes = sum(map(checkpoint.nbytes_of, keys))
         if not groups or nbytes > room:
             groups.append([])
             room = SHARD_BYTES
-        groups[-1].append(key)
+        groups[-1].append(unit)
         room -= nbytes
     return groups
 
@@ -307,16 +312,8 @@ def _stored_once(checkpoint: Checkpoint, skeleton: Any, target: str) -> str | No
     return None if stored == [target] else f"it is stored as {' and as '.join(stored)}"
 
 
-def _record(choice: LayerChoice) -> dict[str, Any]:
-    return {
-        "name": choice.name, "shape": list(choice.shape), "sparsity": choice.sparsity, "format": choice.format,
-        "grid": str(choice.grid) if choice.grid else None, "survivors": choice.survivors, "nbytes": choice.nbytes,
-        "dense_nbytes": choice.dense_nbytes, "least_nbytes": choice.least_nbytes, "slower": choice.slower, "reason": choice.reason,
-    }  # fmt: skip
-
-
-def _bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(torch.int16 if weight.element_size() == 2 else torch.int32)
+def _is_packed(record: dict[str, Any]) -> bool:
+    return record["format"] != "dense" or record["grid"] is not None
 
 
 def _weights_nbytes(folder: Path) -> int:

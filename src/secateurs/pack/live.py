@@ -8,6 +8,7 @@ from torch import nn
 
 from secateurs.base.errors import PackError
 from secateurs.kernels.formats import pack
+from secateurs.kernels.packed_experts import run_one_by_one
 from secateurs.kernels.packed_linear import (
     DenseLinear,
     LayerChoice,
@@ -17,6 +18,7 @@ from secateurs.kernels.packed_linear import (
     linears,
     put,
 )
+from secateurs.model.fused import packable_experts, split_experts
 from secateurs.model.reads import READ, read_by_code
 
 
@@ -25,7 +27,8 @@ from secateurs.model.reads import READ, read_by_code
 def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
     """Put packed layers into a live model on the CPU, in place; returns the choice for each layer, in order.
 
-    choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster.
+    choose() decides for each layer; a Linear that stays dense uses our dense kernel where that is faster. Experts that a Hugging
+    Face model has in one parameter are layers too, where its code bears it (secateurs.model.fused).
     Weights shared between modules (a head tied to the embeddings), computed from others (weight norm), multiplied in a fused
     kernel (nn.TransformerEncoderLayer) or read by a Hugging Face model's own code stay dense. The model is for inference from
     then on. Raises PackError for a model that is not on the CPU.
@@ -53,5 +56,33 @@ def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
         elif not transposed and uses[id(weight)]:
             module.__class__ = DenseLinear
         choices.append(choice)
+    if hasattr(getattr(model, "config", None), "model_type"):
+        choices += _accelerate_experts(model, uses, profile)
     group_shared_inputs(model)
+    return choices
+
+
+def _accelerate_experts(model: nn.Module, uses: Counter[int], profile: Any) -> list[LayerChoice]:
+    able, _ = packable_experts(model)
+    choices = []
+    for name, transposed in able.items():
+        place, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(place)
+        fused: Any = owner._parameters[leaf]
+        if fused.device.type != "cpu":
+            raise PackError(f"{name} is on {fused.device}; the kernels run on the CPU: model.cpu() first")
+        found = [
+            choose(f"{name}.{i}", w.T if transposed else w, profile).but(
+                "shared weight" if uses[id(fused)] > 1 else None
+            )
+            for i, w in enumerate(fused.detach())
+        ]
+        choices += found
+        if all(choice.plain for choice in found):
+            continue
+        experts = split_experts(owner, leaf, transposed)
+        for i, choice in enumerate(found):
+            if not choice.plain:
+                put(experts, str(i), PackedLinear.of(pack(experts[i].weight)))
+        run_one_by_one(model)
     return choices

@@ -4,6 +4,7 @@ Importing secateurs registers it. Without it the packed layers' tensors have sha
 loads with random weights in their place.
 """
 
+import re
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
 from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
 from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense, tied_to
+from secateurs.kernels.packed_experts import PackedExperts, put_experts, run_one_by_one, with_fences
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, put
 from secateurs.matrix.grids import Grid, parse
 from secateurs.pack.decoding import fuse_blocks
@@ -24,14 +26,19 @@ METHOD = "secateurs"
 @register_quantization_config(METHOD)
 class SecateursConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """quantization_config of a packed folder. layers: module name -> {format, survivors, transposed}, and of integers {grid, dtype,
-    length}."""
+    length}. experts: fused parameter whose matrices are among the layers -> its name in the plain folder, None if
+    it is stored in parts there."""
 
     def __init__(
-        self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = VERSION, **_: Any
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        format_version: int = VERSION,
+        experts: dict[str, str | None] | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
-        self.layers = layers or {}
+        self.layers, self.experts = layers or {}, experts or {}
         if format_version not in VERSIONS:
             raise CheckpointError(
                 f"this folder is packed in format version {format_version}, this secateurs reads versions "
@@ -48,22 +55,21 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        for name in self.quantization_config.experts:
+            self._fuse(model, name)
+        # what keeps other loaders out
+        model._keys_to_ignore_on_load_unexpected |= {
+            rf"(^|\.){re.escape(n)}$" for n in self.quantization_config.experts
+        }
         for name, layer in layers.items():
-            grid, kind = _grid(name, layer), layer.get("format")
-            if kind not in FORMATS or (kind == "dense" and grid is None):
-                raise CheckpointError(f"{name} is packed as {kind!r}, which this secateurs does not know")
+            if name.rpartition(".")[0] in self.quantization_config.experts:
+                continue
             found = self._find(model, name)
             if found is None:
                 continue
-            survivors, length = _count(name, layer, "survivors"), _count(name, layer, "length") if grid else None
-            transposed = bool(layer.get("transposed"))
             module = model.get_submodule(found)
-            shape = tuple(module.weight.shape)
             of = PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear
-            packed = of.empty(
-                (shape[1], shape[0]) if transposed else (shape[0], shape[1]),
-                survivors, module.weight.dtype, getattr(module, "bias", None) is not None, transposed, str(kind), grid, length,
-            )  # fmt: skip
+            packed = _empty(name, layer, module.weight, getattr(module, "bias", None) is not None, of)
             put(model, found, packed)
             if isinstance(packed, PackedEmbedding):
                 packed.keep(module)
@@ -74,6 +80,36 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
             for done in (packed, *(() if above is model or _holds(above) else (above,))):
                 done._is_hf_initialized = True
         return model
+
+    def _fuse(self, model: Any, name: str) -> None:
+        """Put packed experts, yet empty, in the place of a fused parameter."""
+        place, _, leaf = name.rpartition(".")
+        found = self._find(model, place)
+        if found is None:
+            return
+        owner = model.get_submodule(found)
+        fused = owner._parameters.get(leaf)
+        if fused is None or fused.dim() != 3:
+            raise CheckpointError(f"config.json: {name} has no experts in a {type(owner).__name__}; pack it again")
+        layers, matrices, turned = self.quantization_config.layers, [], set()
+        for i, weight in enumerate(fused):
+            layer = layers.get(f"{name}.{i}")
+            if layer is None:
+                raise CheckpointError(f"config.json: {name}.{i} is missing among the layers; pack it again")
+            turned.add(bool(layer.get("transposed")))
+            if layer.get("format") == "dense" and not layer.get("grid"):
+                rows, columns = weight.shape[::-1] if layer.get("transposed") else weight.shape
+                made: Any = DenseLinear(columns, rows, bias=False, device="meta", dtype=weight.dtype)
+                made.requires_grad_(False)
+            else:
+                made = _empty(f"{name}.{i}", layer, weight, False)
+            made._is_hf_initialized = True
+            matrices.append(made)
+        if len(turned) > 1:
+            raise CheckpointError(f"config.json: some of {name} are transposed and some not; pack it again")
+        experts: Any = PackedExperts(matrices, turned.pop())
+        experts._is_hf_initialized = True
+        put_experts(owner, leaf, experts)
 
     @staticmethod
     def _tie(model: Any, name: str, embedding: PackedEmbedding) -> None:
@@ -111,11 +147,28 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
             elif type(module) is nn.Linear and module.weight.device.type == "cpu":
                 module.__class__ = DenseLinear
         group_shared_inputs(model)
+        if self.quantization_config.experts:
+            run_one_by_one(model)
+            # saved as they were loaded, matrix by matrix
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not any(
+                    conversion.reverse_transform().rename_source_key(name)[1]
+                    for name in self.quantization_config.experts
+                )
+            ]
         fuse_blocks(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """What save_pretrained() stores."""
+        return with_fences(model) if self.quantization_config.experts else None, {}
+
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         make_dense(model)
+        # of the tensors that were loaded, none was made of parts; what is saved is
+        model.__dict__.pop("_weight_conversions", None)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -128,6 +181,19 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _empty(
+    name: str, layer: dict[str, Any], weight: Any, bias: bool, of: type[PackedLinear] = PackedLinear
+) -> PackedLinear:
+    """A packed layer in the place of a matrix, for the loader to fill, as config.json describes it."""
+    grid, kind = _grid(name, layer), layer.get("format")
+    if kind not in FORMATS or (kind == "dense" and grid is None):
+        raise CheckpointError(f"{name} is packed as {kind!r}, which this secateurs does not know")
+    survivors, length = _count(name, layer, "survivors"), _count(name, layer, "length") if grid else None
+    transposed = bool(layer.get("transposed"))
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    return of.empty((rows, columns), survivors, weight.dtype, bias, transposed, str(kind), grid, length)
 
 
 def _grid(name: str, layer: dict[str, Any]) -> Grid | None:

@@ -18,7 +18,7 @@ from secateurs.model.discover import STEPPED, assume, layout_of
 from secateurs.model.layers import Layer
 from secateurs.model.scales import SCALES_FILE, read_scales
 from secateurs.model.shards import checksum
-from secateurs.model.unpacked import packed_scales, plain_reader
+from secateurs.model.unpacked import PlainReader, packed_scales
 from secateurs.model.walk import layers_at
 from secateurs.prune.outside import matrix_at
 from secateurs.prune.plan import Plan
@@ -131,11 +131,15 @@ def _check_layer(layer: Layer, record: LayerRecord, scope: str | None, scales: M
 def _check_packed(folder: Path, result: Checkpoint) -> None:
     """Check that the packed model has the pruned one's weights, bit for bit but for the sign of zeros, and its scales."""
     packed = Checkpoint(folder, packed=True)
-    plain = plain_reader(packed)
-    for name in result.file_of:
-        before, after = result.read([name])[name], plain(name)
-        if before.shape != after.shape or before.dtype != after.dtype or not torch.equal(before, after):
-            raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
+    reader, unseen = PlainReader(packed), set(result.file_of)
+    for unit in reader.units:
+        for name, after in reader.read(unit).items():
+            before = result.read([name])[name] if name in unseen else None
+            if before is None or before.dtype != after.dtype or not torch.equal(before, after):
+                raise VerifyError(f"{name} in {folder} is not what {result.folder} has; pack it again")
+            unseen.discard(name)
+    if unseen:
+        raise VerifyError(f"{min(unseen)} is in {result.folder} and not in {folder}; pack it again")
     (wanted, grids), (found, others) = map(
         tensors_of, (read_scales(result.folder / SCALES_FILE), packed_scales(packed))
     )
