@@ -1,11 +1,13 @@
-"""Decoding of a 1B-shaped random Llama end to end: packed zeros and integers against torch's ways and llama.cpp's.
+"""Decoding of a random model end to end: packed zeros and integers against torch's ways and llama.cpp's.
 
-    .venv/bin/python bench/decode.py [--bits 16 8 4] [--work FOLDER] [--repeats 5] [--new 32]
+    .venv/bin/python bench/decode.py [--model llama|mixtral] [--bits 16 8 4] [--work FOLDER] [--repeats 5] [--new 32]
 
-2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary. All ways of one number of bits run in turn.
-16 bits: dense, and 50% zeros. 8 and 4 bits: all integers, 50% zeros and 2:4 on llama.cpp's own grids (q8_0, q4_0), rounded to
-nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need its package (pip
-install xllamacpp). Each number of bits needs 10 GB of disk. Writes results/decode-BITS.json.
+llama: 1B-shaped, 2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary. mixtral: as wide, 4 layers
+of 8 experts of 4096 neurons, 2 of a token, 4096 tokens of vocabulary: experts are 80% of what a token reads. All ways of one number
+of bits run in turn. 16 bits: dense, and 50% zeros. 8 and 4 bits: all integers, 50% zeros and 2:4 on llama.cpp's own grids (q8_0,
+q4_0), rounded to nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need
+its package (pip install xllamacpp); of mixtral there are none, nor compiled ones: its loop over experts is not compiled. Each
+number of bits needs 10 GB of disk. Writes results/decode-BITS.json, or decode-mixtral-BITS.json.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 from kernels import rounded
+from torch import nn
 
 from secateurs.machine.bench import Variant, bench
 from secateurs.machine.llama_cpp import PACKAGE
@@ -30,27 +33,39 @@ GRIDS = {16: None, 8: "q8_0", 4: "q4_0"}
 CASES = {"all weights": None, "50% zeros": "unstructured", "2:4": "2:4"}
 
 
-def make(folder: Path, pattern: str | None, grid: str | None) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def model_of(kind: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=4096, dtype="bfloat16",
+    sizes = {
+        "llama": {"intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000},
+        "mixtral": {"intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 4096, "num_local_experts": 8},
+    }
+    config = AutoConfig.for_model(
+        kind, hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=4096, dtype="bfloat16", **sizes[kind],
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def make(folder: Path, kind: str, pattern: str | None, grid: str | None) -> None:
+    from transformers import AutoTokenizer
+
+    model = model_of(kind)
+    # a router is no layer
+    weights = {name: m.weight.data for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    weights.pop("lm_head")
+    for name, fused in model.named_parameters():
+        if fused.dim() == 3:
+            weights |= {f"{name}.{i}": weight for i, weight in enumerate(fused.data)}
     scales = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim < 2 or name == "lm_head":
-            continue
+    for name, weight in weights.items():
         embedding = "embed" in name
         if pattern and not embedding:
-            weight.data.masked_fill_(~parse_pattern(pattern).keep(torch.rand(weight.shape), 0.5), 0)
+            weight.masked_fill_(~parse_pattern(pattern).keep(torch.rand(weight.shape), 0.5), 0)
         if grid:
-            weight.data, scales[name] = rounded(weight.data, parse_grid("q8_0" if embedding else grid))
+            on_grid, scales[name] = rounded(weight, parse_grid("q8_0" if embedding else grid))
+            weight.copy_(on_grid)
     model.save_pretrained(folder)
     if TOKENIZER.is_dir():
         # a GGUF file has to have one
@@ -59,25 +74,27 @@ def make(folder: Path, pattern: str | None, grid: str | None) -> None:
         write_scales(folder / SCALES_FILE, scales)
 
 
-def variants(work: Path, bits: int) -> list[Variant]:
+def variants(work: Path, kind: str, bits: int) -> list[Variant]:
     """The ways to run the model with so many bits; makes what they need."""
     there = []
     for case, pattern in CASES.items():
         if bits == 16 and pattern == "2:4":
             continue
-        plain, packed = (work / f"{bits} {case} {kind}" for kind in ("plain", "packed"))
+        plain, packed = (work / f"{kind} {bits} {case} {what}" for what in ("plain", "packed"))
         if not (plain / "config.json").is_file():
-            make(plain, pattern, GRIDS[bits])
+            make(plain, kind, pattern, GRIDS[bits])
         if pattern or bits != 16:
             if not (packed / "config.json").is_file():
                 folder.pack(plain, packed)
             there.append(Variant(f"{case}, packed", str(packed), "packed"))
-            there.append(Variant(f"{case}, packed, torch.compile", str(packed), "packed compiled"))
+            if kind == "llama":
+                there.append(Variant(f"{case}, packed, torch.compile", str(packed), "packed compiled"))
         else:
             there.append(Variant("dense, torch", str(plain), "dense"))
-            there.append(Variant("dense, torch.compile with frozen weights", str(plain), "compiled"))
+            if kind == "llama":
+                there.append(Variant("dense, torch.compile with frozen weights", str(plain), "compiled"))
             there.append(Variant("dense, our kernels", str(plain), "accelerated dense"))
-        if pattern is None and find_spec(PACKAGE) and TOKENIZER.is_dir():
+        if kind == "llama" and pattern is None and find_spec(PACKAGE) and TOKENIZER.is_dir():
             file = work / f"{bits}.gguf"
             if not file.is_file():
                 export(plain, "gguf", file)
@@ -87,16 +104,19 @@ def variants(work: Path, bits: int) -> list[Variant]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--model", choices=("llama", "mixtral"), default="llama")
     arguments.add_argument("--bits", type=int, nargs="+", choices=tuple(GRIDS), default=list(GRIDS))
     arguments.add_argument("--work", type=Path)
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--new", type=int, default=32)
     given = arguments.parse_args()
-    if not find_spec(PACKAGE):
+    if given.model == "llama" and not find_spec(PACKAGE):
         print(f"no rows of llama.cpp: {PACKAGE} is not installed; pip install {PACKAGE}")
     for bits in given.bits:
         with tempfile.TemporaryDirectory() as temporary:
-            result = bench(variants(given.work or Path(temporary), bits), (64,), new=given.new, repeats=given.repeats)
+            result = bench(
+                variants(given.work or Path(temporary), given.model, bits), (64,), new=given.new, repeats=given.repeats
+            )
         rows = {row["name"]: row for row in result["variants"]}
         base = max(
             (r for r in rows.values() if "zeros" not in r["name"] and "2:4" not in r["name"]),
@@ -113,7 +133,7 @@ def main() -> None:
                 f"{row['name']:42s} {speeds}, {row['weights_bytes'] / 1e6:.0f} MB, peak {row['peak_memory_bytes'] / 1e9:.2f} GB"
             )
             row["folder"] = Path(row["folder"]).name
-        file = Path(__file__).parent / "results" / f"decode-{bits}.json"
+        file = Path(__file__).parent / "results" / f"decode-{'mixtral-' if given.model == 'mixtral' else ''}{bits}.json"
         file.write_text(json.dumps(result, indent=2) + "\n")
 
 
