@@ -15,7 +15,7 @@ struct Token {
   const secateurs_block& block;
   const BlockBody& body;
   int32_t threads;
-  char* halves; /* x and y of a product that takes 16 bits */
+  char* halves; /* x and y of a product that takes 16 bits; then a bias */
   int64_t room_for_x;
 
   /* y = the products of x, one after the other; of up to `most` calls */
@@ -30,9 +30,23 @@ struct Token {
         if (const int32_t wrong = secateurs_linear(call.kernel, call.products, call.count, from, to, call.dtype, 1, threads)) return wrong;
         body.widen(call.dtype, to, call.outputs, y);
       }
-      y += call.outputs;
+      float* bias = reinterpret_cast<float*>(halves);
+      for (int32_t p = 0; p < call.count; ++p) {
+        const int64_t outputs = call.products[p].weight.outputs;
+        if (call.biases[p]) {
+          body.widen(block.dtype, call.biases[p], outputs, bias);
+          for (int64_t i = 0; i < outputs; ++i) y[i] += bias[i];
+        }
+        y += outputs;
+      }
     }
     return SECATEURS_OK;
+  }
+  /* the factors of a norm of n numbers, in memory for them */
+  const float* factors(const void* weight, int64_t n, float* memory) const {
+    body.widen(block.dtype, weight, n, memory);
+    for (int64_t i = 0; i < n; ++i) memory[i] += block.plus;
+    return memory;
   }
 };
 
@@ -85,27 +99,27 @@ extern "C" int32_t secateurs_decode(const secateurs_block* block, const void* x,
   if (threads < 1 || tokens < 0 || tokens >= room || b.kv_heads < 1 || b.heads % b.kv_heads || rotated % 2 || rotated > b.dim)
     return SECATEURS_BAD_ARGUMENT;
   const int64_t q = b.heads * b.dim, kv = b.kv_heads * b.dim, widest = larger(larger(q + 2 * kv, 2 * b.inner), b.width);
-  /* h, normed h, all of q, k and v or of gate and up, what attention gives, cos, sin, and 16-bit x and y */
-  const int64_t sizes[] = {up(b.width), up(b.width), up(widest), up(q), up(rotated), up(rotated), up(widest)};
+  /* h, normed h, all of q, k and v or of gate and up, what attention gives, cos, sin, 16-bit x and y, and the factors of a norm */
+  const int64_t sizes[] = {up(b.width), up(b.width), up(widest), up(q), up(rotated), up(rotated), up(widest), up(larger(b.width, b.dim))};
   int64_t wanted = 0;
   for (int64_t size : sizes) wanted += size;
   float* memory = static_cast<float*>(numbers.get(wanted * static_cast<int64_t>(sizeof(float))));
   if (!memory) return SECATEURS_NO_MEMORY;
-  float* at[7];
-  for (int i = 0; i < 7; ++i, memory += sizes[i - 1]) at[i] = memory;
-  float *h = at[0], *normed = at[1], *made = at[2], *attended = at[3], *cosines = at[4], *sines = at[5];
+  float* at[8];
+  for (int i = 0; i < 8; ++i, memory += sizes[i - 1]) at[i] = memory;
+  float *h = at[0], *normed = at[1], *made = at[2], *attended = at[3], *cosines = at[4], *sines = at[5], *factors = at[7];
   const Token token = {b, *body, threads, reinterpret_cast<char*>(at[6]), widest};
 
   body->widen(b.dtype, x, b.width, h);
   body->widen(b.dtype, cos, rotated, cosines);
   body->widen(b.dtype, sin, rotated, sines);
-  body->norm(h, b.attention_norm, b.width, b.eps, normed);
+  body->norm(h, token.factors(b.attention_norm, b.width, factors), b.width, b.eps, normed);
   if (const int32_t wrong = token.multiply(b.qkv, 3, normed, made)) return wrong;
   const int64_t itemsize = b.dtype == SECATEURS_FP32 ? 4 : 2;
   for (int64_t head = 0; head < b.heads + b.kv_heads; ++head) {
     float* one = made + head * b.dim;
-    const float* weight = head < b.heads ? b.q_norm : b.k_norm;
-    if (weight) body->norm(one, weight, b.dim, b.eps_of_heads, one);
+    const void* weight = head < b.heads ? b.q_norm : b.k_norm;
+    if (weight) body->norm(one, token.factors(weight, b.dim, factors), b.dim, b.eps_of_heads, one);
     rotate(one, cosines, sines, rotated);
   }
   for (int64_t head = 0; head < b.kv_heads; ++head) {
@@ -124,7 +138,7 @@ extern "C" int32_t secateurs_decode(const secateurs_block* block, const void* x,
   if (const int32_t wrong = token.multiply(&b.out, 1, attended, normed)) return wrong;
   for (int64_t i = 0; i < b.width; ++i) h[i] += b.residual * normed[i];
 
-  body->norm(h, b.mlp_norm, b.width, b.eps, normed);
+  body->norm(h, token.factors(b.mlp_norm, b.width, factors), b.width, b.eps, normed);
   if (const int32_t wrong = token.multiply(b.gate_up, 2, normed, made)) return wrong;
   body->gate(b.activation, made, made + b.inner, b.inner);
   if (const int32_t wrong = token.multiply(&b.down, 1, made, normed)) return wrong;

@@ -80,10 +80,11 @@ SECATEURS_API void secateurs_use_threads(secateurs_parallel_for parallel_for);
 SECATEURS_API int32_t secateurs_linear(int32_t kernel, const secateurs_product* products, int32_t count, const void* x,
                                        void* y, int32_t dtype, int64_t tokens, int32_t threads);
 
-/* Products that share an input, and the kernel that forms them for one token. dtype: of x, bias and y, as in secateurs_linear. outputs:
-   of all of them. */
+/* Products that share an input, without biases, and the kernel that forms them for one token. dtype: of x and y, as in secateurs_linear.
+   biases: one for each product, of the block's dtype, or null. outputs: of all of them. */
 typedef struct {
   const secateurs_product* products;
+  const void* const* biases;
   int32_t count;
   int32_t kernel;
   int32_t dtype;
@@ -94,8 +95,8 @@ enum { SECATEURS_SILU = 0, SECATEURS_GELU_TANH = 1 };
 
 /* A block of a decoder whose input h (width) becomes
      h + residual * O attention(rotated(Q n), rotated(K n), V n) with n = norm(h), and then
-     h + residual * D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * weight.
-   dtype: of h, of cos and sin, and of the cache. norms: fp32; q_norm and k_norm (dim) are of every head, or null. qkv: one call of three
+     h + residual * D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * (weight + plus).
+   dtype: of h, weights of norms, cos, sin, and the cache. q_norm and k_norm (dim) are of every head, or null. qkv: one call of three
    products, or three of one each; gate_up: one of two, or two of one each; a call that is not needed has count 0. */
 typedef struct {
   int32_t dtype;
@@ -109,10 +110,11 @@ typedef struct {
   float residual;
   float eps;
   float eps_of_heads;
-  const float* attention_norm;
-  const float* mlp_norm;
-  const float* q_norm;
-  const float* k_norm;
+  float plus;
+  const void* attention_norm;
+  const void* mlp_norm;
+  const void* q_norm;
+  const void* k_norm;
   secateurs_call qkv[3];
   secateurs_call out;
   secateurs_call gate_up[2];

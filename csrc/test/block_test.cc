@@ -21,21 +21,21 @@ struct Shape {
 };
 
 /* what a matrix makes of x, rounded before and after as the kernel does */
-Numbers times(const Problem& problem, const Numbers& x) {
+Numbers times(const Problem& problem, const Numbers& x, const Numbers& bias) {
   const size_t size = static_cast<size_t>(itemsize(problem.dtype));
   Exact given(x.size() * size);
   for (size_t i = 0; i < x.size(); ++i) put(problem.dtype, given.data + i * size, static_cast<float>(x[i]));
   const Numbers numbers = problem.numbers(given.data);
   Numbers y;
   for (int64_t o = 0; o < problem.outputs; ++o) {
-    double sum = 0;
+    double sum = bias[static_cast<size_t>(o)];
     for (int64_t i = 0; i < problem.inputs; ++i) sum += problem.exact[static_cast<size_t>(o * problem.inputs + i)] * numbers[static_cast<size_t>(i)];
     y.push_back(sum);
   }
   return y;
 }
 
-void normalize(double* x, const float* weight, int64_t n, double eps) {
+void normalize(double* x, const double* weight, int64_t n, double eps) {
   double squares = 0;
   for (int64_t i = 0; i < n; ++i) squares += x[i] * x[i];
   const double by = 1 / sqrt(squares / static_cast<double>(n) + eps);
@@ -68,19 +68,35 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
   for (const auto& shape : shapes) matrices.emplace_back(random, row.dtype, of_products, shape[0], shape[1], 1.0, 0);
   std::vector<secateurs_product> products;
   for (const Problem& matrix : matrices) products.push_back({matrix.weight(false), nullptr});
+  /* every other matrix has a bias */
+  std::vector<Exact> of_biases;
+  std::vector<const void*> biases;
+  std::vector<Numbers> added;
+  for (size_t i = 0; i < 7; ++i) {
+    of_biases.emplace_back(static_cast<size_t>(shapes[i][0]) * size);
+    if (i % 2) random_numbers(random, dtype, of_biases.back());
+    biases.push_back(i % 2 ? of_biases.back().data : nullptr);
+    added.push_back(read(dtype, of_biases.back()));
+  }
   const int32_t code = dtype_of(of_products);
   const auto call = [&](size_t first, int32_t count) {
     int64_t outputs = 0;
     for (size_t i = first; i < first + static_cast<size_t>(count); ++i) outputs += shapes[i][0];
-    return secateurs_call{&products[first], count, kernel, code, outputs};
+    return secateurs_call{&products[first], &biases[first], count, kernel, code, outputs};
   };
   /* factors that keep scores of attention and the MLP's numbers near 1 */
-  std::vector<float> norms[4];
-  for (int n = 0; n < 4; ++n)
+  Numbers norms[4];
+  std::vector<Exact> weights;
+  const float plus = random.below(2) ? 0.125f : 0;
+  for (int n = 0; n < 4; ++n) {
+    weights.emplace_back(static_cast<size_t>(n < 2 ? s.width : s.dim) * size);
     for (int64_t i = 0; i < (n < 2 ? s.width : s.dim); ++i)
-      norms[n].push_back(static_cast<float>((0.5 + random.uniform()) / (n < 2 ? sqrt(static_cast<double>(s.width)) : 1)));
-  secateurs_block b = {dtype_of(dtype), activation, s.width, s.heads, s.kv_heads, s.dim, s.inner, 0.3f, 0.7f, 1e-2f, 1e-3f, norms[0].data(), norms[1].data(),
-                       of_heads ? norms[2].data() : nullptr, of_heads ? norms[3].data() : nullptr, {}, call(3, 1), {}, call(6, 1)};
+      put(dtype, weights.back().data + static_cast<size_t>(i) * size, static_cast<float>((0.5 + random.uniform()) / (n < 2 ? sqrt(static_cast<double>(s.width)) : 1)) - plus);
+    norms[n] = read(dtype, weights.back());
+    for (double& factor : norms[n]) factor += plus;
+  }
+  secateurs_block b = {dtype_of(dtype), activation, s.width, s.heads, s.kv_heads, s.dim, s.inner, 0.3f, 0.7f, 1e-2f, 1e-3f, plus, weights[0].data, weights[1].data,
+                       of_heads ? weights[2].data : nullptr, of_heads ? weights[3].data : nullptr, {}, call(3, 1), {}, call(6, 1)};
   if (apart) {
     for (size_t i = 0; i < 3; ++i) b.qkv[i] = call(i, 1);
     for (size_t i = 0; i < 2; ++i) b.gate_up[i] = call(4 + i, 1);
@@ -121,8 +137,8 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
   const Numbers cosines = read(dtype, cos), sines = read(dtype, sin);
   Numbers h = read(dtype, x), n = h;
   normalize(n.data(), norms[0].data(), s.width, b.eps);
-  Numbers qs = times(matrices[0], n), ks = times(matrices[1], n);
-  const Numbers vs = times(matrices[2], n);
+  Numbers qs = times(matrices[0], n, added[0]), ks = times(matrices[1], n, added[1]);
+  const Numbers vs = times(matrices[2], n, added[2]);
   for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) {
     double* at = head < s.heads ? &qs[static_cast<size_t>(head * s.dim)] : &ks[static_cast<size_t>((head - s.heads) * s.dim)];
     if (of_heads) normalize(at, norms[head < s.heads ? 2 : 3].data(), s.dim, b.eps_of_heads);
@@ -154,14 +170,14 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
       for (int64_t i = 0; i < s.dim; ++i) sum[static_cast<size_t>(i)] += weights[static_cast<size_t>(t)] / all * value_numbers[place(of, t, i)];
     attended.insert(attended.end(), sum.begin(), sum.end());
   }
-  const Numbers out = times(matrices[3], attended);
+  const Numbers out = times(matrices[3], attended, added[3]);
   for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * out[i];
   n = h;
   normalize(n.data(), norms[1].data(), s.width, b.eps);
-  Numbers gates = times(matrices[4], n);
-  const Numbers ups = times(matrices[5], n);
+  Numbers gates = times(matrices[4], n, added[4]);
+  const Numbers ups = times(matrices[5], n, added[5]);
   for (size_t i = 0; i < gates.size(); ++i) gates[i] = activated(activation, gates[i]) * ups[i];
-  const Numbers down = times(matrices[6], gates);
+  const Numbers down = times(matrices[6], gates, added[6]);
   for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * down[i];
   double summed = 0;
   for (size_t i = 0; i < h.size(); ++i) summed = std::max({summed, fabs(h[i]), fabs(out[i]), fabs(down[i])});
@@ -198,12 +214,13 @@ void by_hand(int32_t kernel) {
   const auto product = [](const float* matrix) {
     return secateurs_product{{4, 4, nullptr, matrix, nullptr, 0, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr}, nullptr};
   };
+  const void* const no_biases[3] = {};
   const secateurs_product qkv[] = {product(identity), product(none), product(none)}, out[] = {product(identity)};
   const secateurs_product gate_up[] = {product(identity), product(identity)}, down[] = {product(identity)};
-  secateurs_block b = {SECATEURS_FP32, SECATEURS_SILU, 4, 1, 1, 4, 4, 100.0f, 1, 0, 0, ones, ones, nullptr, nullptr, {}, {out, 1, kernel, SECATEURS_FP32, 4}, {},
-                       {down, 1, kernel, SECATEURS_FP32, 4}};
-  b.qkv[0] = {qkv, 3, kernel, SECATEURS_FP32, 12};
-  b.gate_up[0] = {gate_up, 2, kernel, SECATEURS_FP32, 8};
+  secateurs_block b = {SECATEURS_FP32, SECATEURS_SILU, 4, 1, 1, 4, 4, 100.0f, 1, 0, 0, 0, ones, ones, nullptr, nullptr, {}, {out, no_biases, 1, kernel, SECATEURS_FP32, 4}, {},
+                       {down, no_biases, 1, kernel, SECATEURS_FP32, 4}};
+  b.qkv[0] = {qkv, no_biases, 3, kernel, SECATEURS_FP32, 12};
+  b.gate_up[0] = {gate_up, no_biases, 2, kernel, SECATEURS_FP32, 8};
   /* n = (1, -1, 1, -1); the first key's score is 400 above the others', so its value is what attention gives */
   float x[4] = {2, -2, 2, -2}, cos[2] = {1, 1}, sin[2] = {0, 0};
   float keys[12] = {1, -1, 1, -1}, values[12] = {1, 5, -1, -1, 9, 9, 9, 9};

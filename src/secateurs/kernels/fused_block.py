@@ -6,6 +6,7 @@ everything else runs the class's own forward. That both compute the same is for 
 """
 
 import copy
+import ctypes
 import functools
 import operator
 import weakref
@@ -128,28 +129,35 @@ class _Parts:
         self.dim, self.layer = int(attention.head_dim), int(attention.layer_idx)
         heads, kv_heads = (p.out_features // self.dim for p in (attention.q_proj, attention.k_proj))
         self.kv_heads, inner = kv_heads, mlp.gate_proj.out_features
-        first, second = block.input_layernorm, block.post_attention_layernorm
         of_heads = [attention._modules.get(name) for name in ("q_norm", "k_norm")]
-        eps = [_eps(norm) for norm in (first, second, *of_heads) if norm is not None]
+        norms = [block.input_layernorm, block.post_attention_layernorm, *of_heads]
+        eps = [_eps(norm) for norm in norms if norm is not None]
+        widths = [self.width, self.width, self.dim, self.dim]
+        plus = {_plus(norm, n, dtype) for norm, n in zip(norms, widths, strict=True) if norm is not None}
         shapes = (
             (p.in_features, p.out_features)
             for p in (attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.gate_proj, mlp.down_proj)
         )
         q, kv = heads * self.dim, kv_heads * self.dim
         wanted = [(self.width, kv), (self.width, kv), (q, self.width), *[(self.width, inner)] * 2, (inner, self.width)]
-        if list(shapes) != wanted or heads % kv_heads or len(set(eps[:2])) > 1 or len(set(eps[2:])) > 1:
+        if (
+            list(shapes) != wanted
+            or heads % kv_heads
+            or len(set(eps[:2])) > 1
+            or len(set(eps[2:])) > 1
+            or len(plus) > 1
+        ):
             raise _Unfit
         struct = Block(
             CODES[dtype], _activation(mlp.act_fn), self.width, heads, kv_heads, self.dim, inner, float(attention.scaling),
-            float(getattr(block, "residual_multiplier", 1)), eps[0], eps[-1], self._factors(first, self.width),
-            self._factors(second, self.width),
-            *(None if norm is None else self._factors(norm, self.dim) for norm in of_heads),
+            float(getattr(block, "residual_multiplier", 1)), eps[0], eps[-1], plus.pop(),
+            *(None if norm is None else norm.weight.data_ptr() for norm in norms),
         )  # fmt: skip
         self._products(struct.qkv, [attention.q_proj, attention.k_proj, attention.v_proj])
         self._products(struct.out, [attention.o_proj])
         self._products(struct.gate_up, [mlp.gate_proj, mlp.up_proj])
         self._products(struct.down, [mlp.down_proj])
-        self.struct, self.address = struct, _address(struct)
+        self.struct, self.address = struct, ctypes.addressof(struct)
 
     def _state(self) -> list[int]:
         return [t.data_ptr() for t in self.tensors] + [t._version for t in self.counted]
@@ -163,18 +171,6 @@ class _Parts:
     def watched(self) -> bool:
         """True if a hook wants to see a part, or a part was given a forward of its own."""
         return any(self.hooks) or any("forward" in of for of in self.attributes)
-
-    def _factors(self, norm: nn.Module, n: int) -> int:
-        """The address of what a norm multiplies with: what it makes of ones, but for eps."""
-        with torch.no_grad():
-            made = copy.deepcopy(norm).float()(torch.ones(1, 1, n)) * (1 + _eps(norm)) ** 0.5
-        if made.numel() != n:
-            raise _Unfit
-        return self._keep(made.contiguous())
-
-    def _keep(self, tensor: Tensor) -> int:
-        self.kept.append(tensor)
-        return tensor.data_ptr()
 
     def _products(self, to: Any, layers: list[Any]) -> None:
         """Fill calls of one kernel each, with layers that share one as they do in their own forward."""
@@ -196,23 +192,16 @@ class _Parts:
             call = call_of(parts, layouts, self.dtype)
             if call.packed[0].dtype != self.dtype:
                 raise _Unfit
-            # integers take x as it is; and then biases are of its dtype, too
-            integers = call.packed[0].grid is not None
+            # integers take x as it is
+            code = CODES[self.dtype] if call.packed[0].grid is None else _FP32
             kernel = call.ready(1)
             products = (Product * len(together))()
-            for product, made, bias in zip(products, call.products, call.biases, strict=True):
+            for product, made in zip(products, call.products, strict=True):
                 product.weight = made.weight
-                if bias is not None:
-                    product.bias = self._keep(bias.detach().float() if integers else bias)
-            self.kept += [call, products]
-            to[filled] = Products(products, len(together), kernel, _FP32 if integers else CODES[self.dtype], call.width)
+            biases = (ctypes.c_void_p * len(together))(*(made.bias for made in call.products))
+            self.kept += [call, products, biases]
+            to[filled] = Products(products, biases, len(together), kernel, code, call.width)
             filled += 1
-
-
-def _address(struct: Any) -> int:
-    import ctypes
-
-    return ctypes.addressof(struct)
 
 
 def _eps(norm: Any) -> float:
@@ -220,6 +209,22 @@ def _eps(norm: Any) -> float:
     if not isinstance(found, float):
         raise _Unfit
     return found
+
+
+def _plus(norm: Any, n: int, dtype: torch.dtype) -> float:
+    """What a norm adds to its weights before it multiplies with them: Gemma's 1, or 0."""
+    weight: Tensor = norm.weight
+    with torch.no_grad():
+        of_ones = copy.deepcopy(norm).float()(torch.ones(1, 1, n)).flatten()
+    added = of_ones * (1 + _eps(norm)) ** 0.5 - weight.float()
+    found = round(float(added[0]))
+    if (
+        weight.shape != (n,)
+        or weight.dtype != dtype
+        or not torch.allclose(added, torch.tensor(float(found)), atol=1e-3)
+    ):
+        raise _Unfit
+    return float(found)
 
 
 def _activation(act: Callable[[Tensor], Tensor]) -> int:

@@ -48,6 +48,7 @@ class Products(ctypes.Structure):
 
     _fields_ = (
         ("products", ctypes.POINTER(Product)),
+        ("biases", ctypes.POINTER(ctypes.c_void_p)),
         ("count", ctypes.c_int32),
         ("kernel", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
@@ -70,6 +71,7 @@ class Block(ctypes.Structure):
         ("residual", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("eps_of_heads", ctypes.c_float),
+        ("plus", ctypes.c_float),
         ("attention_norm", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
         ("q_norm", ctypes.c_void_p),
