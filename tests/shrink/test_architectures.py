@@ -233,20 +233,20 @@ class Encoder(nn.Module):
 IMAGE, SMALL = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
 # the module, an input, and {group: units}
 ALL = {
-    "C2f chunk": (Head(C2f(False)), IMAGE,
+    "C2f-chunk": (Head(C2f(False)), IMAGE,
                   {"stem.0": 8, "body.cv1.0": 6, "body.m.0.0.0": 6, "body.m.1.0.0": 6, "body.cv2.0": 8}),
-    "C2f split": (Head(C2f(True)), IMAGE,
+    "C2f-split": (Head(C2f(True)), IMAGE,
                   {"stem.0": 8, "body.cv1.0": 6, "body.m.0.0.0": 6, "body.m.1.0.0": 6, "body.cv2.0": 8}),
     "SPPF": (Head(SPPF()), IMAGE, {"stem.0": 8, "body.cv1.0": 4, "body.cv2.0": 8}),
     "detector": (Detect(), IMAGE, {"stem.0": 8, "down.0": 12, "box.0.0.0": 10, "box.1.0.0": 10, "cls.0.1.0": 10, "cls.1.1.0": 10}),
-    "coordinate attention": (Head(Coordinates()), IMAGE, {"stem.0": 8, "body.down.0": 4}),
+    "coordinate-attention": (Head(Coordinates()), IMAGE, {"stem.0": 8, "body.down.0": 4}),
     "shuffle": (Head(Shuffle()), IMAGE, {"stem.0": 4, "body.b.0.0": 6, "body.after.0": 8}),
     "dense": (Head(Dense()), IMAGE, {"stem.0": 8, "body.layers.0.0": 4, "body.layers.1.0": 4, "body.layers.2.0": 4, "body.last.0": 8}),
     "squeeze": (Head(Squeeze()), IMAGE, {"stem.0": 8, "body.down": 4}),
     "norms": (Head(Norms()), IMAGE, {"stem.0": 8, "body.a": 6, "body.b": 4, "body.c": 8}),
     "up": (Head(Up()), IMAGE, {"stem.0": 8, "body.down.0": 12, "body.more": 4, "body.last": 8}),
     "volume": (Volume(), torch.randn(2, 1, 8, 4, 4), {"a": 6, "b": 4}),
-    **{f"vit {kind}": (ViT(kind), SMALL, {f"blocks.{i}.{layer}": n for i in (0, 1) for layer, n in (("qkv", 4), ("fc1", 16))})
+    **{f"vit-{kind}": (ViT(kind), SMALL, {f"blocks.{i}.{layer}": n for i in (0, 1) for layer, n in (("qkv", 4), ("fc1", 16))})
        for kind in ("sdpa", "einsum", "matmul")},
     "gru": (Recurrent(nn.GRU), torch.randint(11, (2, 8)), {"embed": 6, "rnn": 5}),
     "lstm": (Recurrent(nn.LSTM), torch.randint(11, (2, 8)), {"embed": 6, "rnn": 5}),

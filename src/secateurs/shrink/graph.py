@@ -203,7 +203,8 @@ def kill(model: nn.Module, graph: Graph, units: Iterable[int]) -> None:
     for axis in graph.axes:
         if axis.role == "in":
             places = torch.from_numpy(np.flatnonzero(np.isin(axis.labels, gone)))
-            tensor_of(model, axis.tensor).data.index_fill_(axis.axis, places, 0)
+            held = tensor_of(model, axis.tensor).data
+            held.index_fill_(axis.axis, places.to(held.device), 0)
 
 
 def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> dict[str, Any]:
