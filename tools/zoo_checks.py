@@ -5,7 +5,7 @@ A check returns a note, raises SecateursError where the product refuses, and Wro
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import secateurs as sc
 from secateurs.base.errors import SecateursError, said
 from secateurs.model.activations import InMemory
 from secateurs.model.blocks import blocks_of
+from secateurs.model.discover import layout_of
 from secateurs.model.layers import kind_of
 from secateurs.model.made_up import inputs, uncached
 from secateurs.model.walk import stream
 from secateurs.pack.folder import pack
+from secateurs.shrink.mixture import Mixture, never
 
 # floats may differ by so much of the largest: sums in another order, through a few layers
 CLOSE = 5e-5
@@ -374,6 +376,26 @@ def shrunk(case: Case, unit: str, budget: str) -> str:
     return f"{size / sum(p.numel() for p in case.model.parameters()):.2f}x"
 
 
+def without_experts(case: Case) -> str:
+    """The smaller model gives what the dense one gives if it never chooses the experts that went."""
+    asked = sc.Calibration(case.calibration, samples=8, seqlen=32)
+    plan = sc.ShrinkPlan(
+        str(case.folder), "params=0.97x", ("experts",), refit=False, prompt=8, new=2, calibration=asked,
+        evaluation=sc.Evaluation(case.text, windows=0),
+    )  # fmt: skip
+    report = sc.shrink(plan, case.work / "shrunk experts")
+    loaded = case.load(case.work / "shrunk experts" / "model")
+    fused = layout_of(case.model).experts
+    gone = {b["block"]: b["units"]["experts"]["removed"] for b in report["blocks"] if b["units"]}
+    if not gone or not all(gone.values()):
+        raise Wrong("a block with a mixture has lost no expert")
+    with edited(case.model) as hand, ExitStack() as stack:
+        for name, removed in gone.items():
+            stack.enter_context(never([Mixture(hand.get_submodule(name), fused)], removed))
+        same_model(loaded, hand, case, "without experts")
+    return f"{report['left']['experts']} of {report['dense']['experts']} experts"
+
+
 def _skip(model: Any, names: list[str], case: Case) -> None:
     """Make blocks hand on what they get."""
     for name in names:
@@ -409,6 +431,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "neurons": lambda case: shrunk(case, "mlp", "params=0.93x"),
     "heads": lambda case: shrunk(case, "heads", "params=0.97x"),
     "layers": lambda case: shrunk(case, "layers", "params=0.85x"),
+    "experts": without_experts,
     "packed": packed,
 }
 

@@ -40,6 +40,7 @@ The small model has the class and the config of its type, few narrow blocks of e
 - **2:4**: every group of four inputs keeps two at most (wanda).
 - **reordered**: 2:4 with reordered inputs; the weights that are left, put back in their old places, give the same outputs.
 - **neurons, heads, layers**: `shrink`; the smaller model gives what the dense one gives without those units.
+- **experts**: `shrink`; the smaller mixtures give what the dense ones give if they never choose the experts that went.
 - **packed**: the packed folder loads in transformers and gives the same.
 
 ✓ holds; · does not occur in the type, or transformers itself cannot do it; a number is the sentence of a refusal below the table;
