@@ -97,7 +97,7 @@ class _Decision:
                 "tokens; prune it, and compare by `secateurs eval`"
             )
         skeleton = source.skeleton()
-        _fits(skeleton.config, self.plan)
+        self.plan.fits(skeleton.config)
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton)
         self.units = _units(skeleton)
@@ -475,16 +475,6 @@ class _Decision:
             "recommended": best["candidate"] if best else "dense",
             "sentence": sentence(best, texts, self.rows, zeros, rivals, self.here.name, self.estimated),
         }
-
-
-def _fits(config: Any, plan: DecidePlan) -> None:
-    """Raise PlanError for a request that the model's positions do not hold, before hours of work."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and plan.prompt + plan.new > positions:
-        raise PlanError(
-            f"a request of {plan.prompt} tokens and {plan.new} new ones was asked for, the model has {positions} positions; lower "
-            "--prompt or --new"
-        )
 
 
 def _units(skeleton: Any) -> tuple[str, ...]:

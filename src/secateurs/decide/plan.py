@@ -113,6 +113,15 @@ class DecidePlan:
             calibration=self.calibration, evaluation=self.evaluation, **units,
         )  # fmt: skip
 
+    def fits(self, config: Any) -> None:
+        """Raise PlanError for a request that the model's positions do not hold, before hours of work."""
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions and self.prompt + self.new > positions:
+            raise PlanError(
+                f"a request of {self.prompt} tokens and {self.new} new ones was asked for, the model has {positions} positions; "
+                "lower --prompt or --new"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found
