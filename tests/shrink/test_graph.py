@@ -245,6 +245,20 @@ def test_what_cannot_be_shown_stays_whole(model, why):
                                                                 / sum(p.numel() for p in model.parameters()))  # fmt: skip
 
 
+class Unused(Written):
+    """A layer that is called, and whose outputs are multiplied by zero."""
+
+    def forward(self, x):
+        return x.mean((2, 3)) + self.b(self.a(x).flatten(1)).sum() * 0
+
+
+def test_what_no_output_changes_with_is_not_cut():
+    model, example = Unused(), (torch.randn(2, 3, 2, 2),)
+    found = trace(model, example)
+    assert [g.name for g in found.groups] == ["a"]
+    assert "no output changes with it" in prove(model, found, example).fixed["a"]
+
+
 @pytest.mark.parametrize("mean", [
     lambda x: x.mean((0, 2)).t(), lambda x: (x - x.mean(0, keepdim=True)).mean((2, 3)), lambda x: x.mean((2, 3)).t().t(),
     lambda x: torch.einsum("ncij,ncij->nc", x, x), lambda x: torch.stack([x, x.abs()], 2).amax((2, 3, 4)),

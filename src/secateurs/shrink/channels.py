@@ -74,7 +74,7 @@ def shrink_module(
     batches = [tuple(placed(x, device) for x in batch) for batch in batches]
     example = tuple(x[:1] for x in batches[0])
     # an export would take a batch of one for a constant
-    shown = tuple(torch.cat([x, x])[:2] for x in batches[0])
+    shown = tuple(torch.cat([x[:2], x[:2]])[:2] for x in batches[0])
     model = copy.deepcopy(model).eval()
     found = prove(model, trace(model, shown), shown, seed)
     if not found.groups:
