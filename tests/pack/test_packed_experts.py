@@ -25,7 +25,7 @@ from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.fused import packable_experts
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.pack import folder as stage
-from secateurs.pack import matrices as matrices_of_pack
+from secateurs.pack import matrices as stage_of_one
 from secateurs.prune.verify import _check_packed, verify
 
 _MOE = {**tiny._LLAMA, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -104,7 +104,7 @@ def experts_of(model):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_answers_as_its_own_code_does_and_comes_back_bit_for_bit(tmp_path, model_type):
+def test_every_family_answers_as_its_own_code_does_and_comes_back(tmp_path, model_type):
     plain, cls = make(tmp_path / "plain", model_type)
     result = stage.pack(plain, tmp_path / "packed")
     assert not [line for line in result["left_out"] if "expert" in line]
@@ -186,9 +186,9 @@ def test_what_is_loaded_is_saved_copied_and_made_dense_again(tmp_path):
 def test_without_secateurs_packed_experts_do_not_load(tmp_path, monkeypatch):
     plain, cls = make(tmp_path / "plain")
     # nothing else whose shape would keep a loader out
-    choose = matrices_of_pack.choose
+    choose = stage_of_one.choose
     monkeypatch.setattr(
-        matrices_of_pack, "choose", lambda name, *given: choose(name, *given).but(None if "experts" in name else "no")
+        stage_of_one, "choose", lambda name, *given: choose(name, *given).but(None if "experts" in name else "no")
     )
     assert stage.pack(plain, tmp_path / "packed")["totals"]["layers_packed"] == 32
     model, told = cls.from_pretrained(tmp_path / "packed", output_loading_info=True)

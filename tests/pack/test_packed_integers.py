@@ -19,6 +19,7 @@ from secateurs.matrix.grids import Scales, tensors_of
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.scales import SCALES_FILE, read_scales, write_scales
 from secateurs.pack import folder as stage
+from secateurs.pack import matrices
 from secateurs.prune.verify import _check_packed
 from secateurs.report.run_tables import print_packed
 
@@ -57,8 +58,8 @@ def same(one, other):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", formats.FORMATS)
 def test_there_and_back_bit_for_bit_with_the_scales(tmp_path, made, text, model_type, kind, monkeypatch):
-    choose = stage.choose
-    monkeypatch.setattr(stage, "choose", lambda *given: replace(c, format=kind) if (c := choose(*given)).grid else c)
+    choose = matrices.choose
+    monkeypatch.setattr(matrices, "choose", lambda *given: replace(c, format=kind) if (c := choose(*given)).grid else c)
     plain, result, packed = made(text, model_type, skip="head")
     assert {r["format"] for r in result["layers"] if r["grid"]} == {kind}
     assert result["totals"]["layers_packed"] == len(read_scales(plain / SCALES_FILE))
@@ -185,9 +186,9 @@ def test_a_folder_of_version_1_loads(tmp_path):
 
 
 def test_a_loaded_bitmask_of_integers_is_the_model(tmp_path, made, monkeypatch):
-    choose = stage.choose
+    choose = matrices.choose
     monkeypatch.setattr(
-        stage, "choose", lambda *given: replace(c, format="bitmask") if (c := choose(*given)).grid else c
+        matrices, "choose", lambda *given: replace(c, format="bitmask") if (c := choose(*given)).grid else c
     )
     plain, _, packed = made("int4/32")
     dense = AutoModelForCausalLM.from_pretrained(packed).dequantize()
@@ -248,7 +249,7 @@ def test_other_versions_are_refused(tmp_path, made):
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"]["format_version"] = max(formats.VERSIONS) + 1
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="version 3, this secateurs reads versions 1, 2"):
+    with pytest.raises(CheckpointError, match="version 4, this secateurs reads versions 1, 2, 3"):
         AutoModelForCausalLM.from_pretrained(packed)
-    with pytest.raises(CheckpointError, match="version 3, this secateurs reads versions 1, 2"):
+    with pytest.raises(CheckpointError, match="version 4, this secateurs reads versions 1, 2, 3"):
         stage.unpack(packed, tmp_path / "back")
