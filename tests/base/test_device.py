@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import process
 import pytest
 import torch
 
@@ -100,3 +101,29 @@ def test_memory_is_what_the_control_group_may_have(tmp_path):
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/box\n1:cpu:/\n")
     assert device._allowed(tmp_path) == [1000000000]
     assert 0 < device.memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+_HOLES = """
+import torch
+from secateurs.base.device import return_at_once
+
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
+
+return_at_once()
+# by itself glibc would keep what is smaller than this from now on
+torch.ones(4 << 20)
+before = held()
+pairs = [(torch.ones(1 << 20), torch.ones(1000)) for _ in range(16)]
+kept = [small for _, small in pairs]
+del pairs
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_freed_tensors_leave_no_holes():
+    """16 tensors of 4 MB between small ones that stay."""
+    done = process.execute(_HOLES, MALLOC_ARENA_MAX=1)
+    assert done.code == 0, done.error
+    assert int(done.out) < 16

@@ -89,6 +89,23 @@ def return_memory() -> None:
         trim(0)
 
 
+# glibc's name for the size from which memory is asked of the system by itself, and that size
+_MMAP_THRESHOLD, _APART = -3, 1 << 20
+
+
+def return_at_once() -> None:
+    """Let tensors of 1 MB and more go back to the system when they are freed, where the C library can (glibc).
+
+    By itself it raises that size to the largest that was ever freed, up to 32 MB; smaller ones then leave holes, more with every
+    block. Costs 3% of the CPU time of a small run.
+    """
+    import ctypes
+
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        set_option(_MMAP_THRESHOLD, _APART)
+
+
 def _version(name: str) -> str:
     """The version of a library; that of a source tree on the path is its __version__."""
     try:

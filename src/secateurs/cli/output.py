@@ -136,9 +136,10 @@ def progress_bars(show: bool) -> Iterator[Any]:
 @contextmanager
 def on_cpu(quiet: bool, as_json: bool, *models: object) -> Iterator[Any]:
     """progress_bars() of a command that works on model folders; says if a GPU is left alone, and what a run directory means."""
-    from secateurs.base.device import cpu_note
+    from secateurs.base.device import cpu_note, return_at_once
     from secateurs.base.run_directory import model_note
 
+    return_at_once()
     note(cpu_note(), quiet)
     for model in models:
         note(model_note(str(model)), quiet)
