@@ -1,7 +1,14 @@
+"""Progress in a log, and streams that nobody reads."""
+
+import json
+import os
+import sys
 import time
 
+import process
 import pytest
 
+from secateurs import cli
 from secateurs.cli import output
 
 
@@ -88,3 +95,65 @@ def test_candidates_of_a_decision_are_lines_of_a_log_too(capsys):
         show([{"candidate": "0.5", "status": "running"}])
         progress("0.5: pruning", 0, 10)
     assert capsys.readouterr().err == ""
+
+
+def _unread(number, *arguments):
+    """The command line with a stream whose reader has gone."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    os.dup2(writes, number)
+    os.close(writes)
+    cli.main([str(a) for a in arguments])
+
+
+def _printed():
+    """What stays in a buffer until the end, as other libraries' lines do."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    os.dup2(writes, 1)
+    os.close(writes)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    with output.streams():
+        print("a line")
+
+
+def _closed(number, *arguments):
+    """The command line with a stream that is not there."""
+    os.close(number)
+    setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    cli.main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("arguments", ["methods", "methods --json", "--version", "prune --help", "lab magnitude"])
+def test_output_that_nobody_reads_ends_as_if_by_the_system(arguments):
+    assert process.run(_unread, 1, *arguments.split()) == (output.GONE, "", "")
+
+
+def test_what_is_still_in_a_buffer_at_the_end_is_no_traceback_either():
+    assert process.run(_printed) == (output.GONE, "", "")
+
+
+def test_errors_keep_their_code_and_sentence_when_nobody_reads_output():
+    done = process.run(_unread, 1, "realize", "blok", "--profile", "a100")
+    assert (done.code, done.out) == (2, "")
+    assert done.error.startswith("error: ")
+
+
+def test_nothing_of_a_run_is_lost_whose_output_nobody_reads(llama, tmp_path):
+    how = ["prune", llama, "--method", "magnitude", "--eval-windows", "0"]
+    done = process.run(_unread, 1, *how, "--out", tmp_path / "run")
+    assert (done.code, "Traceback" in done.error) == (output.GONE, False)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "complete"
+    # nor does a run end because nobody reads its progress
+    done = process.run(_unread, 2, *how, "--out", tmp_path / "other")
+    assert done.code == 0
+    assert "Pruned 21 layers" in done.out
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_stream_that_is_closed_is_no_error_and_no_file_gets_its_number(number, llama, tmp_path):
+    how = ["prune", llama, "--method", "magnitude", "--eval-windows", "0"]
+    done = process.run(_closed, number, *how, "--out", tmp_path / "run")
+    assert (done.code, "Traceback" in done.error) == (0, False)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "complete"
+    assert process.run(_closed, number, "methods").code == 0

@@ -16,6 +16,7 @@ from rich.markup import escape
 from secateurs.base.errors import PlanError, SecateursError
 from secateurs.base.processes import is_alone
 from secateurs.cli import decide, estimate, export, lab, look, machine, pack, prune, recover, shrink
+from secateurs.cli.output import streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,7 +74,11 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every error is one sentence on standard error and a non-zero exit."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with streams():
+        _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> None:
     try:
         app(arguments, prog_name="secateurs")
     except SecateursError as error:
@@ -87,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         _complain("interrupted; what was finished is kept, rerun the same command to go on", 130)
     except MemoryError:
         _complain("out of memory; lower --seqlen, or use a machine with more", 1)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if "--debug" in arguments:
             raise

@@ -3,6 +3,7 @@
 Progress is bars on a terminal. In a log it is a line when a stage begins, and one for every 30 seconds after it.
 """
 
+import os
 import sys
 import threading
 import time
@@ -22,15 +23,56 @@ _WIDTH = 120
 _EVERY = 30.0
 
 
+# of a process that the system would have ended for writing to nobody: 128 + SIGPIPE
+GONE = 141
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """A context with all standard streams, which ends with code 141 and no word when nobody reads standard output any more."""
+    # a file that is opened later must not get the number of a stream that was closed
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _to_nobody(1)
+        sys.exit(GONE)
+    except SystemExit as stopped:
+        # rich and typer make this of it
+        if not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        _to_nobody(1)
+        sys.exit(GONE)
+
+
+def _to_nobody(number: int) -> None:
+    """Let what is written to a stream go nowhere, also what is still on its way."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def console() -> Console:
     """Standard output."""
     return Console() if sys.stdout.isatty() else Console(width=_WIDTH, soft_wrap=True)
 
 
 def note(sentence: str | None, quiet: bool = False) -> None:
-    """A sentence on standard error, if there is one."""
+    """A sentence on standard error, if there is one and somebody reads it: work goes on without."""
     if sentence and not quiet:
-        Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)
+        try:
+            print(sentence, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            _to_nobody(2)
 
 
 def print_json(data: dict[str, Any]) -> None:
