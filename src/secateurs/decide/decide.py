@@ -183,9 +183,8 @@ class _Decision:
         def wanted(job: Job) -> bool:
             return any(self._hopeless(index[text]) is None for text in job.candidates)
 
-        tick = ticker(self.progress, "making candidates", len(jobs))
-        self.progress("making candidates", 0, len(jobs))
-        run(jobs, at_once, threads, self.out / "work" / "jobs.log", wanted, tick)
+        self.progress(label := "making candidates", 0, len(jobs))
+        run(jobs, at_once, threads, self.out / "work" / "jobs.log", wanted, ticker(self.progress, label, len(jobs)))
 
     def _hopeless(self, i: int) -> str | None:
         """Why a candidate will not hold the floor: one that removes less does not."""
@@ -335,7 +334,6 @@ class _Decision:
             report, nbytes = smaller, smaller["bytes"]
         else:
             made = Run(asked, folder, progress, self.out / "work").complete()
-            # not in the candidate's own folder, where nothing of a finished run stays
             work = self.out / "work" / folder.name
             if smaller is not None and not made.gate:
                 self._against_dense(folder, work, made, smaller["bytes"]["dense"], progress)
