@@ -86,6 +86,22 @@ def test_a_planted_error_is_no_check_mark(zoo, case, monkeypatch, name, change, 
     assert said in found["note"]
 
 
+def test_mixtures_without_some_experts_are_held_against_never_choosing_them(zoo, tmp_path, monkeypatch):
+    model = zoo.zoo_types.small("causal", "mixtral")
+    zoo.zoo_types.save(model, tmp_path / "dense", "causal", tiny.tokenizer())
+    text = str(tiny.text(tmp_path / "words"))
+    case = zoo.zoo_checks.case_of(model, tmp_path / "dense", text, text, tmp_path)
+    assert zoo.zoo_checks.check("experts", case) == {"result": "yes", "note": "3 of 4 experts"}
+    # the router's rows of the experts that are left, in another order
+    spoiled(
+        zoo,
+        case,
+        monkeypatch,
+        lambda left: left.model.layers[0].mlp.gate.weight.copy_(left.model.layers[0].mlp.gate.weight.flip(0)),
+    )
+    assert zoo.zoo_checks.check("experts", case)["result"] == "wrong"
+
+
 def test_the_product_is_held_to_what_transformers_loads_where_that_is_another_model(zoo, case, monkeypatch):
     spoiled(zoo, case, monkeypatch, move)
     own = dataclasses.replace(case, runs={})
