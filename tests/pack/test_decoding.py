@@ -10,7 +10,8 @@ import tiny
 import torch
 from gridded import on_grid
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateurs.kernels import fused_block
 from secateurs.kernels.fused_block import FusedBlock, plain_class, separate, taken
@@ -113,7 +114,8 @@ def test_a_sliding_window_is_decoded_up_to_its_length():
     assert cache.get_seq_length() == other.get_seq_length() == 35
 
 
-@pytest.mark.parametrize("model_type", ["helium", "gemma2"])
+# ministral3 scales queries from place 16384 on
+@pytest.mark.parametrize("model_type", ["helium", "gemma2", "ministral3"])
 def test_a_class_that_computes_something_else_is_not_proved(model_type):
     config = AutoConfig.for_model(model_type)
     assert not proved(AutoModelForCausalLM._model_mapping[type(config)], config)
@@ -159,6 +161,7 @@ def test_what_others_do_to_a_cache_is_seen():
             results[-1].append(model(one, past_key_values=cache).logits)
             for layer in cache.layers:
                 layer.crop(-4)
+                layer.keys = layer.keys * 0.5
             results[-1].append(model(one + 2, past_key_values=cache).logits)
             results[-1].append(model(other, past_key_values=cache).logits)
             cache.reorder_cache(torch.tensor([0]))
@@ -225,7 +228,76 @@ def test_hooks_and_other_forwards_of_parts_are_called():
     part.forward = lambda x: seen.append(x) or own(x)
     decoded(fused)
     assert len(seen) == 30
-    assert all_taken(fused) == [28, 42, 0]
+    assert all_taken(fused) == [28, 42, 28]
+
+
+def test_numbers_and_classes_that_change_are_seen(monkeypatch):
+    fused, plain = half_packed()
+    decoded(fused)
+    for model in (fused, plain):
+        model.model.layers[0].self_attn.scaling *= 0.1
+        model.model.layers[1].mlp.act_fn = nn.PReLU(1)
+    torch.testing.assert_close(decoded(fused)[0], decoded(plain)[0], rtol=1e-4, atol=1e-5)
+    assert all_taken(fused) == [14, 0, 28]
+    cls = type(fused.model.layers[0].mlp)
+    own = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: 0.5 * own(self, x))
+    torch.testing.assert_close(decoded(fused)[0], decoded(plain)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_apart_or_computed_are_for_the_class():
+    fused, plain = half_packed()
+    for model in (fused, plain):
+        first, second, _ = model.model.layers
+        first.input_layernorm.weight = nn.Parameter(torch.rand(32, 2)[:, 0] * 0 + first.input_layernorm.weight)
+        first.input_layernorm.weight.data = torch.stack([first.input_layernorm.weight.data] * 2, 1)[:, 0]
+        nn.utils.parametrize.register_parametrization(second.input_layernorm, "weight", nn.Tanh())
+    torch.testing.assert_close(decoded(fused)[0], decoded(plain)[0], rtol=1e-4, atol=1e-5)
+    assert all_taken(fused) == [0, 0, 14]
+
+
+def test_other_attention_and_other_caches_are_the_users():
+    class Halved(DynamicCache):
+        def update(self, keys, values, *others, **given):
+            return super().update(keys / 2, values, *others, **given)
+
+    fused, plain = half_packed()
+    found, wanted = (decoded(m, cache=Halved(config=m.config))[0] for m in (fused, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    called = []
+
+    def mine(module, query, *others, **given):
+        called.append(module)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *others, **given)
+
+    AttentionInterface.register("mine", mine)
+    fused.set_attn_implementation("mine")
+    decoded(fused)
+    assert len(called) == 15 * 3
+    assert all_taken(fused) == [0] * 3
+
+
+def test_a_room_goes_when_the_class_itself_writes_to_the_cache():
+    fused, _ = half_packed()
+    _, cache = decoded(fused)
+    assert all(layer in fused_block._rooms for layer in cache.layers)
+    with torch.no_grad():
+        fused(tokens_of(1, 3), past_key_values=cache)
+    assert not any(layer in fused_block._rooms for layer in cache.layers)
+
+
+def test_gradients_of_weights_go_through_the_class_itself():
+    fused, plain = half_packed()
+    got = []
+    for model in (fused, plain):
+        _, cache = decoded(model)
+        model.get_input_embeddings().requires_grad_(False)
+        model(tokens_of(1, 1), past_key_values=cache).logits.sum().backward()
+        got.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert got[0].keys() == got[1].keys()
+    assert len(got[0]) >= 7
+    for name, grad in got[0].items():
+        torch.testing.assert_close(grad, got[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_go_through_the_class_itself():
@@ -248,6 +320,11 @@ def test_hidden_states_are_recorded_by_hooks_which_the_class_itself_calls():
     assert all_taken(fused) == [0] * 3
     for mine, its in zip(found[-1], wanted[-1], strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+    # the hooks stay; what was found of a block is not found anew for every token
+    decoded(fused)
+    kept = [block.parts for block in fused.model.layers]
+    torch.testing.assert_close(decoded(fused)[0], decoded(plain)[0], rtol=1e-4, atol=1e-5)
+    assert [block.parts for block in fused.model.layers] == kept
 
 
 def test_a_compiler_sees_the_classs_own_code():

@@ -185,6 +185,9 @@ def ours_is_faster(weight_OI: Tensor, x: Tensor, bias: Tensor | None = None) -> 
         return False
     if weight_OI.dtype not in DTYPES or x.dtype != weight_OI.dtype or x.device.type != "cpu":
         return False
+    # kernels read rows one after another
+    if not weight_OI.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        return False
     if wants_gradient(x, weight_OI, bias):
         return False
     most = _dense_tokens(weight_OI.dtype)

@@ -45,6 +45,7 @@ class FusedBlock(nn.Module):
             decoded = _decode(self, hidden, kwargs)
             if decoded is not None:
                 return decoded
+            _forget(self, kwargs.get("past_key_values"))
         return super().forward(hidden, *args, **kwargs)
 
     def __reduce_ex__(self, _: Any) -> Any:
@@ -72,6 +73,8 @@ def plain_class(block: nn.Module) -> type[nn.Module]:
 def fuse(block: nn.Module) -> None:
     """Let a block take one call for one token, where it can."""
     plain: Any = type(block)
+    for part in block.modules():
+        _forwards.setdefault(type(part), type(part).forward)
     block.__class__ = _fused_class(plain)
 
 
@@ -97,6 +100,10 @@ def _has(module: nn.Module, needed: tuple[str, ...], allowed: tuple[str, ...]) -
     return set(needed) <= here <= {*needed, *allowed} and not module._parameters and not module._buffers
 
 
+# of each class of a part when it was first met
+_forwards: "weakref.WeakKeyDictionary[type[nn.Module], Any]" = weakref.WeakKeyDictionary()
+
+
 class _Unfit(Exception):
     """A block that has another form than csrc/block.cc computes."""
 
@@ -104,25 +111,37 @@ class _Unfit(Exception):
 class _Parts:
     """What csrc/block.cc takes of a block, for hidden states of one dtype, and whether it is still so.
 
-    Raises _Unfit.
+    fits: False for a block of another form, which need not be looked at again while it is still so.
     """
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.taken = 0
-        attention, mlp = block.self_attn, block.mlp
-        self.dtype = dtype
+        self.block, self.dtype = weakref.ref(block), dtype
         # what must stay as it is: the modules and tensors, where these lie, and that no part has hooks or another forward
         modules = [m for m in block.modules() if m is not block]
         self.attributes = [m.__dict__ for m in modules]
+        self.classes = [type(m) for m in modules]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.held = [of for m in (block, *modules) for of in (m._modules, m._parameters, m._buffers)]
         self.there = [x for of in self.held for x in of.values()]
         self.tensors = [x for x in self.there if isinstance(x, Tensor)]
         # an inference tensor has no version: nobody may write to it outside of inference
         self.counted = [x for x in self.tensors if not x.is_inference()]
+        self.numbers = _numbers(block)
         self.state = self._state()
         self.kept: list[Any] = []
+        try:
+            self._fill(block)
+            self.fits = True
+        # a part may raise anything for what it does not expect; the class's own forward is always right
+        except Exception:
+            self.fits = False
 
+    def _fill(self, block: Any) -> None:
+        """Make what the library is given. Raises _Unfit."""
+        attention, mlp, dtype = block.self_attn, block.mlp, self.dtype
+        if dtype not in CODES or not all(t.is_contiguous() for t in self.tensors):
+            raise _Unfit
         self.width = int(attention.q_proj.in_features)
         # some blocks of a class may turn nothing
         self.turns = bool(getattr(attention, "use_rope", True))
@@ -132,6 +151,9 @@ class _Parts:
         of_heads = [attention._modules.get(name) for name in ("q_norm", "k_norm")]
         norms = [block.input_layernorm, block.post_attention_layernorm, *of_heads]
         eps = [_eps(norm) for norm in norms if norm is not None]
+        # one with modules of its own computes its weights
+        if any(norm is not None and norm._modules for norm in norms):
+            raise _Unfit
         widths = [self.width, self.width, self.dim, self.dim]
         plus = {_plus(norm, n, dtype) for norm, n in zip(norms, widths, strict=True) if norm is not None}
         shapes = (
@@ -163,14 +185,16 @@ class _Parts:
         return [t.data_ptr() for t in self.tensors] + [t._version for t in self.counted]
 
     def still(self, dtype: torch.dtype) -> bool:
-        """True if no module or tensor was replaced or written to, and no part is watched()."""
+        """True if no module, tensor or number was replaced or written to."""
         now = [x for of in self.held for x in of.values()]
         same = len(now) == len(self.there) and all(map(operator.is_, now, self.there))
-        return same and dtype == self.dtype and not self.watched() and self._state() == self.state
+        same = same and dtype == self.dtype and self._state() == self.state
+        return same and _numbers(self.block()) == self.numbers
 
     def watched(self) -> bool:
-        """True if a hook wants to see a part, or a part was given a forward of its own."""
-        return any(self.hooks) or any("forward" in of for of in self.attributes)
+        """True if a hook wants to see a part, or a part or its class was given another forward."""
+        others = (_forwards.setdefault(cls, cls.forward) is not cls.forward for cls in self.classes)
+        return any(self.hooks) or any("forward" in of for of in self.attributes) or any(others)
 
     def _products(self, to: Any, layers: list[Any]) -> None:
         """Fill calls of one kernel each, with layers that share one as they do in their own forward."""
@@ -202,6 +226,15 @@ class _Parts:
             self.kept += [call, products, biases]
             to[filled] = Products(products, biases, len(together), kernel, code, call.width)
             filled += 1
+
+
+def _numbers(block: Any) -> list[Any]:
+    """What a block says of itself, beside modules and tensors, that csrc/block.cc is told."""
+    attention, mlp = block.self_attn, block.mlp
+    found = [getattr(attention, name, None) for name in ("layer_idx", "head_dim", "scaling", "use_rope")]
+    norms = (block.input_layernorm, block.post_attention_layernorm, *map(attention._modules.get, ("q_norm", "k_norm")))
+    found += [getattr(norm, name, None) for norm in norms for name in ("variance_epsilon", "eps")]
+    return [*found, getattr(block, "residual_multiplier", None), getattr(mlp, "act_fn", None)]
 
 
 def _eps(norm: Any) -> float:
@@ -274,12 +307,11 @@ def taken(block: nn.Module) -> int:
 def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     """What a block makes of one token, or None where that is for its own forward."""
     cache, turns = given.get("past_key_values"), given.get("position_embeddings")
-    if (
-        hidden.numel() != hidden.shape[-1]
-        or cache is None
-        or given.get("attention_mask") is not None
-        or wants_gradient(hidden)
-    ):
+    if hidden.numel() != hidden.shape[-1] or cache is None or given.get("attention_mask") is not None:
+        return None
+    # other kinds of attention may be anyone's, and other caches may keep something else than they are given
+    config = getattr(block.self_attn, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or type(cache) is not _kinds()[0]:
         return None
     if not isinstance(turns, tuple) or any(
         v is not None and v is not False for k, v in given.items() if k not in _KNOWN
@@ -287,12 +319,14 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
         return None
     parts: _Parts | None = block.__dict__.get("parts")
     if parts is None or not parts.still(hidden.dtype):
-        parts = block.__dict__["parts"] = _parts_of(block, hidden.dtype)
-        if parts is None:
-            return None
+        parts = block.__dict__["parts"] = _Parts(block, hidden.dtype)
+    if not parts.fits or parts.watched():
+        return None
     cos, sin = turns
     layer = _layer_of(cache, parts.layer)
     if layer is None or hidden.shape[-1] != parts.width or hidden.device.type != "cpu":
+        return None
+    if wants_gradient(hidden, *parts.tensors, layer.keys, layer.values):
         return None
     keys: Tensor = layer.keys
     heads, dim, tokens = parts.kv_heads, parts.dim, keys.shape[2]
@@ -323,29 +357,25 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
     return made
 
 
-def _parts_of(block: nn.Module, dtype: torch.dtype) -> _Parts | None:
-    """The parts of a block, or None where it has another form."""
-    if dtype not in CODES:
-        return None
-    try:
-        parts = _Parts(block, dtype)
-    except (_Unfit, AttributeError):
-        return None
-    return None if parts.watched() else parts
+def _forget(block: Any, cache: Any) -> None:
+    """Let go of the room of a block's cache layer, whose keys the block's own forward copies elsewhere."""
+    layers, index = getattr(cache, "layers", ()), getattr(block.self_attn, "layer_idx", None)
+    if isinstance(index, int) and index < len(layers):
+        _rooms.pop(layers[index], None)
 
 
 @functools.cache
-def _kinds() -> tuple[Any, Any]:
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+def _kinds() -> tuple[Any, Any, Any]:
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return DynamicLayer, DynamicSlidingWindowLayer
+    return DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 def _layer_of(cache: Any, index: int) -> Any:
     """The cache's layer of a block if it holds tokens and will only grow by one, else None."""
     layers = getattr(cache, "layers", ())
     layer: Any = layers[index] if index < len(layers) else None
-    grows, slides = _kinds()
+    _, grows, slides = _kinds()
     if type(layer) is slides:
         # from its window on it lets go of the oldest token
         inside = layer.is_initialized and layer.keys.shape[-2] == layer.cumulative_length < layer.sliding_window - 1
