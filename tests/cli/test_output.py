@@ -133,6 +133,24 @@ def test_what_is_still_in_a_buffer_at_the_end_is_no_traceback_either():
     assert process.run(_printed) == (output.GONE, "", "")
 
 
+def _to_a_process_that_ended():
+    """The command line with a command that writes to a pipe of its own whose reader has gone."""
+    from secateurs.report import tables
+
+    def fails(*_):
+        reads, writes = os.pipe()
+        os.close(reads)
+        os.write(writes, b"a word")
+
+    tables.print_methods = fails
+    cli.main(["methods"])
+
+
+def test_a_pipe_to_another_process_that_broke_is_an_error_with_a_sentence():
+    sentence = "error: a process that this one wrote to has ended; nothing that was finished is lost\n"
+    assert process.run(_to_a_process_that_ended) == (1, "", sentence)
+
+
 def test_errors_keep_their_code_and_sentence_when_nobody_reads_output():
     done = process.run(_unread, 1, "realize", "blok", "--profile", "a100")
     assert (done.code, done.out) == (2, "")

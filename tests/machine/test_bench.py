@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 
 import pytest
 import tiny
@@ -93,6 +94,23 @@ def test_a_rival_that_does_not_run_is_left_out_with_its_reason_and_another_way_i
     assert found["left_out"] == ["frozen was not run: no compiler here"]
     with pytest.raises(CheckpointError, match="no compiler here"):
         module.bench([dense, Variant("frozen", str(llama), "compiled"), packed], (8,), new=4, repeats=3)
+
+
+def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monkeypatch):
+    def dies(command, **streams):
+        return started(
+            'echo \'{"kv_bytes_per_token": 8, "positions": 128}\'; echo killed by hand >&2', shell=True, **streams
+        )
+
+    started = subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", dies)
+    worker = module._Worker(Variant("dense", "a folder", "dense"), 4)
+    worker.ready()
+    # nobody reads its input any more
+    worker.process.wait()
+    with pytest.raises(CheckpointError, match=r"a folder \(dense\) does not run: killed by hand"):
+        worker.run(1, 8)
+    worker.end()
 
 
 def test_rivals_give_way_to_memory(ways, llama, monkeypatch):

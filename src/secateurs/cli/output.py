@@ -4,6 +4,7 @@ Progress is bars on a terminal. In a log it is a line when a stage begins, and o
 """
 
 import os
+import select
 import sys
 import threading
 import time
@@ -29,7 +30,10 @@ GONE = 141
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """A context with all standard streams, which ends with code 141 and no word when nobody reads standard output any more."""
+    """A context with all standard streams, which ends with code 141 and no word when nobody reads standard output any more.
+
+    A pipe to another process that broke is an error, with code 1 and one sentence.
+    """
     # a file that is opened later must not get the number of a stream that was closed
     for number in range(3):
         try:
@@ -38,20 +42,32 @@ def streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    # rich gives its number to another file
+    out = os.dup(1)
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        _to_nobody(1)
-        sys.exit(GONE)
-    except SystemExit as stopped:
-        # rich and typer make this of it
-        if not isinstance(stopped.__context__, BrokenPipeError):
+    except (BrokenPipeError, SystemExit) as stopped:
+        # rich and typer make a SystemExit of it
+        if isinstance(stopped, SystemExit) and not isinstance(stopped.__context__, BrokenPipeError):
             raise
+        if _read(out):
+            note("error: a process that this one wrote to has ended; nothing that was finished is lost")
+            sys.exit(1)
         _to_nobody(1)
         sys.exit(GONE)
+    finally:
+        os.close(out)
+
+
+def _read(number: int) -> bool:
+    """True unless what is written to a stream reaches nobody."""
+    poll = select.poll()
+    poll.register(number, 0)
+    # without asking, errors and the other end's leaving are told
+    return not poll.poll(0)
 
 
 def _to_nobody(number: int) -> None:

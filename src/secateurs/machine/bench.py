@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -329,8 +329,10 @@ class _Worker:
         assert self.process.stdin
         assert self.process.stdout
         if word:
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
+            # of one that has died, the end of its output and what it said are below
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(word + "\n")
+                self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
@@ -356,6 +358,11 @@ class _Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.said):
+            assert stream
+            # the first may hold a word that nobody reads any more
+            with suppress(BrokenPipeError):
+                stream.close()
 
 
 def load(folder: str, how: str, dtype: str | None = None) -> Any:
