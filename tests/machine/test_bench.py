@@ -44,7 +44,8 @@ class Stated:
     def finish(self):
         return 7
 
-    end = ready
+    def end(self):
+        self.ended = True
 
 
 @pytest.fixture
@@ -76,17 +77,25 @@ def test_the_fastest_way_to_run_the_dense_weights_is_1x_in_whatever_engine(ways,
     assert [r["decode"]["speedup"] for r in found] == [1, pytest.approx(0.2), 1, pytest.approx(0.4)]
 
 
-@pytest.mark.parametrize("stage", ["ready", "run"])
+@pytest.mark.parametrize(("stage", "calls"), [("ready", 0), ("run", 0), ("run", 2), ("finish", 0)])
 def test_a_rival_that_does_not_run_is_left_out_with_its_reason_and_another_way_is_an_error(
-    ways, llama, monkeypatch, stage
+    ways, llama, monkeypatch, stage, calls
 ):
     def fails(self, *_):
         if self.variant.how == "compiled":
-            raise CheckpointError("no compiler here")
+            self.called = getattr(self, "called", 0) + 1
+            # the first run warms up, the second is timed
+            if self.called > calls:
+                raise CheckpointError("no compiler here")
         return was(self, *_)
 
-    was = getattr(Stated, stage)
+    def starts(*given):
+        started.append(Stated(*given))
+        return started[-1]
+
+    was, started = getattr(Stated, stage), []
     monkeypatch.setattr(Stated, stage, fails)
+    monkeypatch.setattr(module, "_Worker", starts)
     dense, packed = ways
     found = module.bench([dense, Variant("frozen", str(llama), "compiled", rival=True), packed], (8,), new=4, repeats=3)
     assert [r["name"] for r in found["variants"]] == ["dense", "packed"]
@@ -94,6 +103,9 @@ def test_a_rival_that_does_not_run_is_left_out_with_its_reason_and_another_way_i
     assert found["left_out"] == ["frozen was not run: no compiler here"]
     with pytest.raises(CheckpointError, match="no compiler here"):
         module.bench([dense, Variant("frozen", str(llama), "compiled"), packed], (8,), new=4, repeats=3)
+    # no process outlives the measurement, whoever failed and when
+    assert len(started) == (5 if stage == "ready" else 6)
+    assert all(worker.ended for worker in started)
 
 
 def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monkeypatch):

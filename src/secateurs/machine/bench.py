@@ -163,18 +163,18 @@ def bench(
     workers: list[_Worker] = []
     try:
         for variant in variants:
-            workers.append(_Worker(variant, new))
-            with _or_left_out(workers, left_out):
-                workers[-1].ready()
+            workers.append(worker := _Worker(variant, new))
+            with _or_left_out(worker, workers, left_out):
+                worker.ready()
         positions = min((w.positions for w in workers if w.positions), default=None)
         if fit and prompts and positions:
             prompts = [prompts[0], *(p for p in prompts[1:] if p + new <= positions)]
         prompts = _within(positions, prompts, new)
-        samples, peaks = _timed(workers, prompts, new, repeats, batches, progress, left_out)
+        found = _timed(workers, prompts, new, repeats, batches, progress, left_out)
     finally:
         for worker in workers:
             worker.end()
-    runs = list(zip([w.variant for w in workers], workers, samples, peaks, strict=True))
+    runs = [(worker.variant, worker, *found[worker]) for worker in workers]
     ways = [r for r in runs if r[0].runs(variants[0].folder)] or runs[:1]
     first = prompts[0]
 
@@ -247,15 +247,16 @@ def _within(positions: int | None, prompts: Sequence[int] | None, new: int) -> t
 
 
 @contextmanager
-def _or_left_out(workers: "list[_Worker]", left_out: list[str]) -> Iterator[None]:
-    """A context in which the last worker is taken from the list, with the reason, if it is a rival's and does not run."""
+def _or_left_out(worker: "_Worker", workers: "list[_Worker]", left_out: list[str]) -> Iterator[None]:
+    """A context in which a worker is ended and taken from the list, with the reason, if it is a rival's and does not run."""
     try:
         yield
     except CheckpointError as error:
-        if not workers[-1].variant.rival:
+        if not worker.variant.rival:
             raise
-        workers[-1].end()
-        left_out.append(f"{workers.pop().variant.name} was not run: {error}")
+        worker.end()
+        workers.remove(worker)
+        left_out.append(f"{worker.variant.name} was not run: {error}")
 
 
 def _timed(
@@ -266,35 +267,37 @@ def _timed(
     batches: Sequence[int],
     progress: Progress,
     left_out: list[str],
-) -> tuple[list[dict[tuple[str, int, int], list[float]]], list[int]]:
-    """For each worker: tokens a second by (stage, batch, prompt), and its peak memory. Rivals' workers that fail are taken away."""
+) -> "dict[_Worker, tuple[dict[tuple[str, int, int], list[float]], int]]":
+    """{worker: (tokens a second by (stage, batch, prompt), peak memory)}. A rival's worker that fails, whenever, is taken away."""
     cells = [(batch, prompt) for prompt in prompts for batch in batches]
     runs = {prompt: repeats if prompt == prompts[0] else min(repeats, _LONGER_RUNS) for prompt in prompts}
-    asked = list(workers)
-    tick = ticker(progress, "runs", len(asked) * len(batches) * sum(n + 1 for n in runs.values()))
-    workers.clear()
+    tick = ticker(progress, "runs", len(workers) * len(batches) * sum(n + 1 for n in runs.values()))
     # the first run of each cell warms up: allocator, threads, compiler
-    for worker in asked:
-        workers.append(worker)
-        with _or_left_out(workers, left_out):
+    for worker in list(workers):
+        with _or_left_out(worker, workers, left_out):
             begin = time.perf_counter()
             for cell in cells:
                 worker.run(*cell)
                 tick()
             worker.first_run_seconds = time.perf_counter() - begin
-    samples: list[dict[tuple[str, int, int], list[float]]] = [
-        {(stage, *cell): [] for cell in cells for stage in ("prefill", "decode")} for _ in workers
-    ]
+    samples: dict[_Worker, dict[tuple[str, int, int], list[float]]] = {
+        worker: {(stage, *cell): [] for cell in cells for stage in ("prefill", "decode")} for worker in workers
+    }
     for number in range(1, repeats + 1):
         for batch, prompt in cells:
             if number > runs[prompt]:
                 continue
-            for worker, kept in zip(workers, samples, strict=True):
-                run = worker.run(batch, prompt)
-                kept["prefill", batch, prompt].append(batch * prompt / run["first"])
-                kept["decode", batch, prompt].append(batch * (new - 1) / (run["all"] - run["first"]))
-                tick()
-    return samples, [worker.finish() for worker in workers]
+            for worker in list(workers):
+                with _or_left_out(worker, workers, left_out):
+                    run, kept = worker.run(batch, prompt), samples[worker]
+                    kept["prefill", batch, prompt].append(batch * prompt / run["first"])
+                    kept["decode", batch, prompt].append(batch * (new - 1) / (run["all"] - run["first"]))
+                    tick()
+    found = {}
+    for worker in list(workers):
+        with _or_left_out(worker, workers, left_out):
+            found[worker] = samples[worker], worker.finish()
+    return found
 
 
 def _rate(values: list[float], base: list[float]) -> dict[str, Any]:
