@@ -1,5 +1,6 @@
 """Zeros that stay, grow and move on two ranks, by gloo on this machine's CPUs."""
 
+import copy
 import faulthandler
 import gc
 
@@ -64,6 +65,49 @@ def _trained(kind, rank):
         wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     _train(wrapped, rank, 2, masks=masks, pruner=PRUNERS.get(kind.rpartition(" ")[2], sc.train.hold))
     return [_full(p) for p in wrapped.parameters()]
+
+
+def _holds_zeros_of_one_rank():
+    """Rank 0 has all zeros of layer 0; rank 1 those of layer 1, and layer 2's only weights."""
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight[1, 2] = model[1].weight[6, 3] = 0
+        model[2].weight[:4] = 0
+    wholes = [layer.weight.detach().clone() for layer in model]
+    # an average that is sharded otherwise: by inputs
+    average = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model, mesh=mesh)
+    fully_shard(average, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    held = sc.train.hold(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert list(held.masks) == ["0.weight", "1.weight", "2.weight"]
+    with torch.no_grad():
+        average[0].weight.fill_(1.0)
+    with pytest.warns(UserWarning, match="1 of 3 matrices .* first 0.weight"):
+        held.release(average)
+    held.apply_to(average)
+    assert torch.equal(_full(average[0].weight), (wholes[0] != 0).float())
+    for layer, before in zip(average[1:], wholes[1:], strict=True):
+        assert torch.equal(_full(layer.weight), before)
+
+
+def _one_of_two(rank, meeting):
+    faulthandler.dump_traceback_later(60, exit=True)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        _holds_zeros_of_one_rank()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_hold_the_same_matrices_whichever_has_the_zeros(tmp_path):
+    mp.spawn(_one_of_two, (str(tmp_path / "meeting"),), nprocs=2)
 
 
 def _rank(rank, meeting, kind, file):

@@ -364,7 +364,7 @@ class _Worker:
         for stream in (self.process.stdin, self.process.stdout, self.said):
             assert stream
             # the first may hold a word that nobody reads any more
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 stream.close()
 
 

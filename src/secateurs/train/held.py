@@ -117,7 +117,7 @@ class Held:
             handle.remove()
         self._handles, self._followed = [], []
         for copy in copies:
-            left = [n for n, t in self._in(copy).items() if bool(local(t)[local(_beside(self._removed[n], t))].any())]
+            left = [n for n, t in self._in(copy).items() if _any((t.detach() != 0) & _beside(self._removed[n], t))]
             if left:
                 warnings.warn(
                     f"{type(copy).__name__} is not as sparse as the model: {len(left)} of {len(self._removed)} matrices have "
@@ -216,7 +216,7 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
         raise PlanError(
             "the model has no zeros that training could change: prune it first, or give masks"
             + (
-                f"; {frozen[0]} and {len(frozen) - 1} more have zeros and are frozen, and whatever is merged into them later fills "
+                f"; frozen matrices have zeros ({len(frozen)}, first {frozen[0]}), and whatever is merged into them later fills "
                 "them (LoRA): use sc.train.lora, or give masks and call apply_to() on the merged model"
                 if frozen
                 else ""
@@ -239,14 +239,14 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
 def _found(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{parameter: mask} of the matrices with zeros. Raises PlanError for a weight with zeros that is no parameter."""
     for name, weight in computed(model):
-        if bool((weight == 0).any()):
+        if _any(weight == 0):
             raise PlanError(
                 f"{name} has zeros and is computed in every pass, so they cannot be held; make it a plain parameter"
             )
     owned = _owned(optimizer)
     # nothing moves a frozen matrix that the optimizer does not have
     found = {n: p.detach() != 0 for n, p in prunable(model) if (p.requires_grad or id(p) in owned) and _has_zeros(p)}
-    return {name: mask for name, mask in found.items() if bool(local(mask).any())}
+    return {name: mask for name, mask in found.items() if _any(mask)}
 
 
 def check_owned(
@@ -307,7 +307,12 @@ def _beside(removed: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _has_zeros(parameter: nn.Parameter) -> bool:
-    return bool((local(parameter.detach()) == 0).any())
+    return _any(parameter.detach() == 0)
+
+
+def _any(mask: Tensor) -> bool:
+    """True if any of a mask is, on whatever rank: all ranks ask of the same masks in the same order, and get the same answer."""
+    return bool(whole(mask.any()))
 
 
 def _clear(values: Tensor, removed: Tensor) -> None:
