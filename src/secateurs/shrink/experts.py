@@ -70,7 +70,7 @@ class Trial:
     """What a mixture gives on some tokens if some of its experts are never chosen.
 
     An output is kept times the root of weight_H, E[g^2] of the block's output, if that is known; of more than 256 numbers a random
-    random projection is kept, which changes a squared length by a few percent (Johnson and Lindenstrauss 1984). mixture: the dense
+    projection is kept, which changes a squared length by a few percent (Johnson and Lindenstrauss 1984). mixture: the dense
     one. dense_TD: what it gave when the trial was made. ranks: those that share the work of choosing, on the same tokens.
     """
 

@@ -143,7 +143,6 @@ def gradual(
     """Prune every matrix of a model to the schedule's sparsity as its optimizer steps.
 
     pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
-    pattern: as in patterns.py; an N:M pattern has one sparsity, which the schedule must reach in one step. scope: over what an
     unstructured pattern counts: 'layer', 'row' or 'global'. score: a row of SCORES; where it is a sum over gradients, the first
     pruning is after step 1 at the earliest, and a matrix that no gradient reached keeps its weights, with a warning. skip:
     parameters that stay dense. seed: of random scores. frozen: 'prune' prunes frozen matrices now, each by magnitude to the
