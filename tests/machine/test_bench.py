@@ -108,11 +108,11 @@ def test_a_rival_that_does_not_run_is_left_out_with_its_reason_and_another_way_i
     assert all(worker.ended for worker in started)
 
 
-def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monkeypatch):
+@pytest.mark.parametrize(("end", "why"), [("", "no more words"), ("kill -9 $$", r"it was killed \(signal 9\)")])
+def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monkeypatch, end, why):
     def dies(command, **streams):
-        return started(
-            'echo \'{"kv_bytes_per_token": 8, "positions": 128}\'; echo killed by hand >&2', shell=True, **streams
-        )
+        facts = '{"kv_bytes_per_token": 8, "positions": 128}'
+        return started(f"echo '{facts}'; echo no more words >&2; {end}", shell=True, **streams)
 
     started = subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", dies)
@@ -120,7 +120,7 @@ def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monke
     worker.ready()
     # nobody reads its input any more
     worker.process.wait()
-    with pytest.raises(CheckpointError, match=r"a folder \(dense\) does not run: killed by hand"):
+    with pytest.raises(CheckpointError, match=r"a folder \(dense\) does not run: " + why):
         worker.run(1, 8)
     worker.end()
 

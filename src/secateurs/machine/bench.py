@@ -7,6 +7,7 @@ installed). Speedups are over the fastest dense variant: of those that run the d
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -340,12 +341,14 @@ class _Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        self.process.wait()
+        code = self.process.wait()
         self.said.seek(0)
         said = self.said.read().strip().splitlines()
-        raise CheckpointError(
-            f"{self.variant.folder} ({self.variant.how}) does not run: {said[-1] if said else 'it died'}"
-        )
+        why = said[-1] if said else "it died"
+        if code == -signal.SIGKILL:
+            # it could say nothing, and its last line is about something else
+            why = "it was killed (signal 9), as the system does when memory runs out"
+        raise CheckpointError(f"{self.variant.folder} ({self.variant.how}) does not run: {why}")
 
     def ready(self) -> None:
         said = self._ask("")
