@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from secateurs.shrink.labels import changing
 from secateurs.shrink.operators import Given, Rule, Unknown, names
@@ -45,8 +45,9 @@ def _batch_norm(walk: "Walk", given: Given) -> Any:
     if isinstance(walk.model.get_submodule(path), nn.modules.batchnorm._NormBase):
         walk.state(path, "num_features", labels)
     source = given.held["input"]
-    # a norm that several layers feed has one mean for all of them
-    maker = source.args[1] if len(source.args) > 1 else None
+    # a norm that several layers feed has one mean for all; one over tokens has none for a linear layer's channels
+    made = _name(source).startswith("conv") or (_name(source) == "linear" and x.dim() == 2)
+    maker = source.args[1] if made and len(source.args) > 1 else None
     if (
         given.name == "batch_norm"
         and given.held["running_mean"] is not None
@@ -57,6 +58,11 @@ def _batch_norm(walk: "Walk", given: Given) -> Any:
     elif path:
         walk.normed.append(("", path))
     return x
+
+
+def _name(node: fx.Node) -> str:
+    """The operator's name."""
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
 def _group_norm(walk: "Walk", given: Given) -> Any:

@@ -268,7 +268,11 @@ class Walk:
         sizes = _once([*sizes, *self.found_sizes()])
         groups, fixed = _grouped(axes, sizes, readers, self.numbers, self.together)
         makers, norms = ([pair[i] for pair in self.normed] for i in (0, 1))
-        alone = {maker: norm for maker, norm in self.normed if makers.count(maker) == norms.count(norm) == 1 and maker}
+        alone = {
+            maker: norm
+            for maker, norm in self.normed
+            if maker in readers and makers.count(maker) == norms.count(norm) == readers[maker].calls == 1
+        }
         return Graph(axes, sizes, readers, groups, self.positions, fixed, alone)
 
     def square(self) -> None:
