@@ -162,13 +162,28 @@ def _made(
     ):
         if takes:
             walk.state(path, attribute, part)
-    kept = bias
-    if bias is None and takes:
+    # the intercept of a bias that others hold would go to them as well
+    kept = bias if bias is not None and bias not in walk.tied and bias.rpartition(".")[0] == path else None
+    own = f"{path}.bias".lstrip(".")
+    if bias is None and takes and isinstance(getattr(module, "bias", None), Tensor):
+        # this call leaves it out
+        walk.axis(own, 0, out)
+    elif bias is None and takes and _may_have_a_bias(walk, given.node, module):
         # an intercept may come there
-        kept = f"{path}.bias"
-        walk.axes[kept, 0] = (out, "")
+        kept = own
+        walk.axes[own, 0] = (out, "")
     _reads(walk, given, Reader(name, kind, labels.numpy(), kept, groups), labels, places)
     return out
+
+
+def _may_have_a_bias(walk: "Walk", node: fx.Node, module: nn.Module) -> bool:
+    """True if a node is the call of a layer without a bias in torch's own forward function, which would add one."""
+    own = {type(module).forward, getattr(type(module), "_conv_forward", nn.Linear.forward)}
+    return (
+        walk.model.get_submodule(walk.module_of(node)) is module
+        and "forward" not in vars(module)
+        and all(f.__module__.startswith("torch.nn.") for f in own)
+    )
 
 
 def _convolution(walk: "Walk", given: Given) -> Any:

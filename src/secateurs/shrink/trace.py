@@ -222,7 +222,9 @@ class Walk:
         old = self.readers.get(reader.weight)
         if old is not None:
             self.join(old[1], labels, f"{reader.weight} is used more than once")
-            reader = Reader(reader.weight, reader.kind, reader.labels, reader.bias, reader.groups, old[0].calls + 1)
+            # each call must add the intercept
+            bias = reader.bias if reader.bias == old[0].bias else None
+            reader = Reader(reader.weight, reader.kind, reader.labels, bias, reader.groups, old[0].calls + 1)
         self.readers[reader.weight] = (reader, labels)
         self.count(reader.weight, places)
 
@@ -260,8 +262,11 @@ class Walk:
                 self.fix(found, f"{name} has no axis of its own for it")
             elif along and name not in by_axis:
                 axes.append(Axis(name, along[0], _vector(found, along[0])))
+        # a bias that others use as well takes no intercept
+        takers = [r.bias for r, _ in self.readers.values()]
+        own = {bias for bias in takers if takers.count(bias) == 1 and bias not in self.elements}
         readers = {
-            name: Reader(name, r.kind, find(labels).numpy(), r.bias, r.groups, r.calls)
+            name: Reader(name, r.kind, find(labels).numpy(), r.bias if r.bias in own else None, r.groups, r.calls)
             for name, (r, labels) in self.readers.items()
         }
         sizes = [Size(m, a, p, find(labels).numpy()) for m, a, p, labels in self.stated]
