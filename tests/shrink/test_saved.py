@@ -17,6 +17,11 @@ MODELS = {
     "vit": (lambda: ViT("sdpa"), torch.randn(16, 3, 8, 8), "params=0.8x"),
     # an intercept comes where there was no bias
     "intercept": (lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3, bias=False)), torch.randn(64, 4), "params=0.8x"),
+    # and its own channels were cut
+    "no biases": (
+        lambda: nn.Sequential(nn.Linear(4, 12, bias=False), nn.ReLU(), nn.Linear(12, 12, bias=False), nn.ReLU(), nn.Linear(12, 3)),
+        torch.randn(64, 4), "params=0.5x",
+    ),
 }  # fmt: skip
 
 
@@ -73,6 +78,8 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(made, tmp_path):
         load_shrunk(file, lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 5)))
     with pytest.raises(CheckpointError, match=r"holds no 3.bias"):
         load_shrunk(file, lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3), nn.Linear(3, 3)))
+    with pytest.raises(CheckpointError, match=r"holds 2.bias of \[3\], and the factory's module has none"):
+        load_shrunk(file, lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Embedding(3, 12)))
     save_file(dict(dense.state_dict()), tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="was not written by save_shrunk"):
         load_shrunk(tmp_path / "plain.safetensors", factory)

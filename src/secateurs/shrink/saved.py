@@ -74,11 +74,13 @@ def load_shrunk(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
         model = model_factory()
     if type(model).__name__ != cut["class"]:
         raise CheckpointError(f"{path} holds a {cut['class']}, and the factory builds a {type(model).__name__}")
-    for name, axes in cut["axes"].items():
+    # an intercept that came where there was no bias is filled in as it is
+    there = {name: axes for name, axes in cut["axes"].items() if not _may_come(model, name)}
+    for name, axes in there.items():
         tensor = _tensor(model, name)
         if tensor is None or any(len(tensor.shape) <= axis or tensor.shape[axis] <= max(kept) for axis, kept in axes):
             raise CheckpointError(f"the factory's {cut['class']} has no {name} of the size that {path} was cut from")
-    kept = {name: [(axis, torch.tensor(places)) for axis, places in axes] for name, axes in cut["axes"].items()}
+    kept = {name: [(axis, torch.tensor(places)) for axis, places in axes] for name, axes in there.items()}
     graph.take(model, kept)
     for module, attribute, place, count in cut["sizes"]:
         graph.state(model, Size(module, attribute, place, graph.NOBODY), count)
@@ -89,8 +91,7 @@ def load_shrunk(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     for name, tensor in tensors.items():
         holder, _, leaf = name.rpartition(".")
-        # an intercept that came where there was no bias
-        if _tensor(model, name) is None and leaf == "bias":
+        if _may_come(model, name):
             model.get_submodule(holder).register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
         here = _tensor(model, name)
         if here is None or here.shape != tensor.shape:
@@ -100,6 +101,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Non
     if missing:
         raise CheckpointError(f"{path} holds no {min(missing)}; the factory builds another module")
     model.load_state_dict(tensors)
+
+
+def _may_come(model: nn.Module, name: str) -> bool:
+    """True if this is the bias of a layer that has none."""
+    holder, _, leaf = name.rpartition(".")
+    held = dict(model.named_modules()).get(holder)
+    return leaf == "bias" and held is not None and held._parameters.get(leaf, held) is None
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor | None:
