@@ -1,13 +1,14 @@
 """Shows that units can go: with zeros where others read them, and without them, a module gives the same outputs.
 
 It is shown in float64, on parameters and buffers that are moved away from their values (ones and zeros would hide that they were
-forgotten), in eval and train mode, and on inputs of two sizes where the module takes two. A random half of each group goes. All
-groups go together first; where outputs differ, the groups that are at fault are found by halving.
+forgotten), in eval and train mode, and on inputs of two sizes where the module takes two. Random units of each group go, from a
+third to a half of them. All groups go together first; where outputs differ, the groups that are at fault are found by halving.
 """
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -89,11 +90,18 @@ class Proof:
             torch.manual_seed(self.seed)
             return [x.double() for x in tensors_of(model.train(training)(*(x.clone() for x in inputs)))]
 
-    def chosen(self, group: Group) -> list[int]:
-        """A random half of a group's units."""
-        count = len(group.units)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + len(group.units)))
-        return [int(group.units[i]) for i in order[: count // 2].tolist()]
+    def chosen(self, found: Graph, groups: Sequence[Group]) -> list[int]:
+        """Random units of each group, from a third to a half by turns: two groups of one size rarely lose the same number."""
+        turns = {group.name: turn for turn, group in enumerate(found.groups)}
+        gone = []
+        for group in groups:
+            count = len(group.units)
+            fewest, most = max(1, count // 3), count // 2
+            many = most - turns[group.name] % (most - fewest + 1)
+            seed = self.seed + zlib.crc32(group.name.encode())
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            gone += [int(group.units[i]) for i in order[:many].tolist()]
+        return gone
 
     def why_not(self, found: Graph, removed: Sequence[int]) -> str | None:
         """Why these units cannot go, or None if the module without them is the module with zeros."""
@@ -170,15 +178,12 @@ def prove(model: nn.Module, found: Graph, example: Inputs, seed: int = 0) -> Gra
     if not proof.trials:
         why = f"nothing can be shown: {type(model).__name__} does not give the same finite outputs twice"
         return found.without({g.name: why for g in found.groups})
-    refused: dict[str, str] = {}
-    # one unit alone always stays
-    _search(proof, found, [g for g in found.groups if len(g.units) > 1], refused)
+    refused = _refused(proof, found)
     guessed = {i for g in found.groups if g.name in refused for i in g.sizes if found.sizes[i].guessed}
     if guessed:
         # an attribute may hold the same number for another reason
-        stated = [replace(s, labels=s.labels[:0]) if i in guessed else s for i, s in enumerate(found.sizes)]
-        found, refused = replace(found, sizes=stated), {}
-        _search(proof, found, [g for g in found.groups if len(g.units) > 1], refused)
+        found = _without(found, guessed)
+        refused = _refused(proof, found)
     left = [g for g in found.groups if len(g.units) > 1 and g.name not in refused]
     refused.update(dict.fromkeys(proof.unheard(found, left), "no output changes with it, so nothing can be shown"))
     shown = {
@@ -190,11 +195,29 @@ def prove(model: nn.Module, found: Graph, example: Inputs, seed: int = 0) -> Gra
     return replace(found.without(refused), proof=shown)
 
 
+def _without(found: Graph, sizes: Collection[int]) -> Graph:
+    """The graph without some of the sizes that modules state."""
+    return replace(
+        found, sizes=[replace(s, labels=s.labels[:0]) if i in sizes else s for i, s in enumerate(found.sizes)]
+    )
+
+
+def _refused(proof: Proof, found: Graph) -> dict[str, str]:
+    """{group: why it stays}; all others were shown to go together."""
+    refused: dict[str, str] = {}
+    before = -1
+    while len(refused) > before:
+        before = len(refused)
+        # one unit alone always stays
+        _search(proof, found, [g for g in found.groups if len(g.units) > 1 and g.name not in refused], refused)
+    return refused
+
+
 def _search(proof: Proof, found: Graph, groups: Sequence[Group], refused: dict[str, str]) -> None:
     """Find the groups whose cuts are not zeros: all of these at once, then halves of them."""
     if not groups:
         return
-    why = proof.why_not(found, [unit for group in groups for unit in proof.chosen(group)])
+    why = proof.why_not(found, proof.chosen(found, groups))
     if why is None:
         return
     if len(groups) == 1:

@@ -341,11 +341,15 @@ def _integers(module: nn.Module, number: int) -> Iterator[tuple[str, int | None]
 
 
 def _once(sizes: Sequence[Size]) -> list[Size]:
-    """One size for each place; the first one, which the table of layers gave, if there are several."""
-    found: dict[tuple[str, str, int | None], Size] = {}
+    """One size for each place: the one that the table of layers gave, else what was guessed, unless it counts two things."""
+    found: dict[tuple[str, str, int | None], list[Size]] = {}
     for size in sizes:
-        found.setdefault((size.module, size.attribute, size.place), size)
-    return list(found.values())
+        found.setdefault((size.module, size.attribute, size.place), []).append(size)
+    return [
+        held[0]
+        for held in found.values()
+        if not held[0].guessed or len({np.sort(s.labels).tobytes() for s in held}) == 1
+    ]
 
 
 def _grouped(

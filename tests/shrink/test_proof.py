@@ -1,0 +1,71 @@
+"""What the proof must not take for shown."""
+
+import torch
+from torch import nn
+
+from secateurs import shrink_module
+from secateurs.shrink.proof import Proof, prove
+from secateurs.shrink.trace import trace
+
+
+class OneNumber(nn.Module):
+    """Two groups of eight channels, both of them counted by one attribute."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.c = 8
+        self.a, self.b, self.d, self.e = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        h = self.a(x).view(len(x), -1, self.c).relu()
+        h = self.b(h).reshape(len(x), -1, self.c).relu()
+        return self.e(self.d(h).relu())
+
+
+def test_two_groups_that_one_attribute_counts_stay_and_others_go():
+    model, x = OneNumber().eval(), torch.randn(100, 4, 6)
+    found = trace(model, (x[:2],))
+    assert [s.attribute for s in found.sizes if s.guessed] == []
+    proven = prove(model, found, (x[:2],))
+    assert [g.name for g in proven.groups] == ["d"]
+    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=1)
+    assert [r["group"] for r in report["groups"]] == ["d"]
+    assert small.c == 8
+
+
+class Hidden(OneNumber):
+    """The second group is counted where no operator is given the number."""
+
+    def forward(self, x):
+        h = self.a(x).view(len(x), -1, self.c).relu()
+        h = self.b(h).relu()
+        h = h * torch.ones(self.c)
+        return self.e(self.d(h).relu())
+
+
+def test_a_number_that_fits_two_groups_by_chance_is_not_shown():
+    """Groups of one size lose different numbers of units."""
+    model, x = Hidden().eval(), torch.randn(100, 4, 6)
+    proven = prove(model, trace(model, (x[:2],)), (x[:2],))
+    assert len({"a", "b"} & {g.name for g in proven.groups}) <= 1
+    small, _ = shrink_module(model, [(x,)], "params=0.8x", multiple=1)
+    assert small(x).shape == (100, 4, 3)
+
+
+def test_what_is_left_is_shown_to_go_together(monkeypatch):
+    """Of four groups "2" cannot go, and "0" not together with "4": each half without "2" can, and what is left of both cannot."""
+    layers = [nn.Linear(6, 6) for _ in range(5)]
+    model, x = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())]), torch.randn(2, 6)
+    found = trace(model, (x,))
+    assert [g.name for g in found.groups] == ["0", "2", "4", "6"]
+
+    def why_not(proof, graph, removed):
+        gone = {g.name for g in graph.groups if set(g.units.tolist()) & set(removed)}
+        return "no" if "2" in gone or {"0", "4"} <= gone else None
+
+    monkeypatch.setattr(Proof, "why_not", why_not)
+    proven = prove(model, found, (x,))
+    assert [g.name for g in proven.groups] == ["0"]
+    assert proven.fixed["2"] == "no"
+    assert proven.fixed["4"] == proven.fixed["6"] == "no, together with others"
