@@ -69,3 +69,28 @@ def test_what_is_left_is_shown_to_go_together(monkeypatch):
     assert [g.name for g in proven.groups] == ["0"]
     assert proven.fixed["2"] == "no"
     assert proven.fixed["4"] == proven.fixed["6"] == "no, together with others"
+
+
+class Bounded(nn.Module):
+    """A width, and three numbers that equal it and mean something else."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.longest, self.width, self.kernel, self.steps = 16, 16, (16, 3), 16
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        if x.shape[1] > self.longest:
+            raise ValueError("too long")
+        return self.b(self.a(x).relu().view(len(x), -1, self.width))
+
+
+def test_an_attribute_that_equals_a_width_by_chance_stays():
+    model, x = Bounded().eval(), torch.randn(100, 4, 6)
+    small, report = shrink_module(model, [(x,)], "params=0.6x", multiple=1)
+    left = report["groups"][0]["after"]
+    assert left < 12
+    assert (small.width, small.longest, small.kernel, small.steps) == (left, 16, (16, 3), 16)
+    assert [s for s in report["cut"]["sizes"] if s[0] == ""] == [["", "width", None, left]]
+    assert small(torch.randn(2, 12, 6)).shape == (2, 12, 3)

@@ -185,6 +185,8 @@ def prove(model: nn.Module, found: Graph, example: Inputs, seed: int = 0) -> Gra
         found = _without(found, guessed)
         refused = _refused(proof, found)
     left = [g for g in found.groups if len(g.units) > 1 and g.name not in refused]
+    guesses = sorted({i for g in left for i in g.sizes if found.sizes[i].guessed})
+    found = _fewest_guesses(proof, found, left, guesses)
     refused.update(dict.fromkeys(proof.unheard(found, left), "no output changes with it, so nothing can be shown"))
     shown = {
         "inputs": list(dict.fromkeys(name.partition(" ")[2] for name, _ in proof.trials)),
@@ -200,6 +202,20 @@ def _without(found: Graph, sizes: Collection[int]) -> Graph:
     return replace(
         found, sizes=[replace(s, labels=s.labels[:0]) if i in sizes else s for i, s in enumerate(found.sizes)]
     )
+
+
+def _fewest_guesses(proof: Proof, found: Graph, groups: Sequence[Group], guesses: Sequence[int]) -> Graph:
+    """The graph without those guessed sizes that the groups go without as well: all of these at once, then halves of them."""
+    if not guesses:
+        return found
+    less = _without(found, guesses)
+    if proof.why_not(less, proof.chosen(less, groups)) is None:
+        return less
+    if len(guesses) > 1:
+        middle = len(guesses) // 2
+        for half in (guesses[:middle], guesses[middle:]):
+            found = _fewest_guesses(proof, found, groups, half)
+    return found
 
 
 def _refused(proof: Proof, found: Graph) -> dict[str, str]:
