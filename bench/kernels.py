@@ -119,13 +119,13 @@ def overhead():
     import time
     from statistics import median
 
-    from secateurs.kernels.dispatch import _call_of
+    from secateurs.kernels.dispatch import call_of
     from secateurs.kernels.library import library
     from secateurs.kernels.packed_linear import PackedLinear
 
     layer = PackedLinear.of(pack(torch.eye(64, dtype=torch.bfloat16)))
     x, y = torch.randn(1, 64).bfloat16(), torch.empty(64, dtype=torch.bfloat16)
-    call = _call_of([layer.weight, layer.weight_mask, None, None, None], layer.layout, torch.bfloat16)
+    call = call_of([layer.weight, layer.weight_mask, None, None, None], layer.layout, torch.bfloat16)
     arguments = (call.kernel(1), call._address, 1, x.data_ptr(), y.data_ptr(), 0, 1, 1)
     function = library().secateurs_linear
 

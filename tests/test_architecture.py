@@ -35,7 +35,10 @@ def test_every_folder_has_its_place_and_says_what_it_holds():
     for folder in ORDER:
         assert ast.get_docstring(ast.parse((SOURCE / folder / "__init__.py").read_text())), folder
     # tests lie in folders of the same names
-    assert {f.parent.name for f in Path(__file__).parent.glob("*/test_*.py")} <= {*ORDER, "tools"}
+    tests = list(Path(__file__).parent.glob("*/test_*.py"))
+    assert {f.parent.name for f in tests} <= {*ORDER, "tools"}
+    # pytest imports them by their names alone
+    assert len({f.name for f in tests}) == len(tests)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if folder_of(f)], ids=lambda f: str(f.relative_to(SOURCE)))

@@ -405,7 +405,7 @@ def test_what_zeros_are_worth_elsewhere():
 def test_decide_and_report_end_to_end(tmp_path, llama, words):
     """On a machine that was never probed, with candidates of which none can pay: a random net of 32 channels."""
     options = ["--calibration", words, "--eval-text", words, *FAST, "--candidates", "0.5,shrink:params=0.9x", "--multiple", "8",
-               "--prompt", "8", "--new", "8", "--repeats", "2", "--effort", "fast"]  # fmt: skip
+               "--prompt", "8", "--new", "8", "--repeats", "2", "--effort", "fast", "--no-rivals"]  # fmt: skip
     _, error = run("decide", llama, "--out", tmp_path / "run", "--gate", "kl<=0", *options, code=5)
     assert "Ship the dense model: no candidate both passes the floor and pays" in " ".join(error.split())
     found = json.loads((tmp_path / "run" / "decide.json").read_text())

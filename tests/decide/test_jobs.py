@@ -135,7 +135,7 @@ def test_a_shrink_command_is_its_plan(monkeypatch, tmp_path):
     )
     asked = []
     monkeypatch.setattr(
-        importlib.import_module("secateurs.shrink.run"), "shrink", lambda *given: asked.append(given[:2]) or 1 / 0
+        importlib.import_module("secateurs.shrink.run"), "shrink", lambda *given, say: asked.append(given[:2]) or 1 / 0
     )
     line = shlex.split(Job(("x",), (shrink_command(plan, tmp_path / "it"),)).line)
     with pytest.raises(ZeroDivisionError):

@@ -145,7 +145,7 @@ def test_a_larger_cut_is_never_estimated_below_a_smaller_one():
 def test_what_is_measured_to_cost_more_is_left(dear, tmp_path, llama, words, monkeypatch):
     """Curves may say what they like of it."""
 
-    def measured(pair, windows):
+    def measured(pair, windows, ranks):
         block = pair[0].model.layers[0]
         cut = {"mlp": block.mlp.down_proj.weight.shape[1] < 64, "heads": block.self_attn.k_proj.weight.shape[0] < 16}
         return 1.0 + 9.0 * cut[dear] + 0.01 * any(cut.values())
