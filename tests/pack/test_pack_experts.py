@@ -65,7 +65,7 @@ def matrices(model):
 def make(folder, model_type="mixtral", grid=None, zeros=0.5, dtype=torch.float32):
     """A tiny mixture with zeros in every matrix, on a grid if there is one, as a folder; returns the folder and the class."""
     architecture, fields = FAMILIES[model_type]
-    model = tiny.random(architecture, model_type, fields).eval().to(dtype)
+    model = tiny.random(architecture, model_type.split()[0], fields).eval().to(dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("bias"):
             tensor.detach().normal_(std=0.3)
