@@ -116,18 +116,20 @@ class _Parts:
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.taken = 0
-        self.block, self.dtype = weakref.ref(block), dtype
+        self.dtype = dtype
         # what must stay as it is: the modules and tensors, where these lie, and that no part has hooks or another forward
         modules = [m for m in block.modules() if m is not block]
         self.attributes = [m.__dict__ for m in modules]
-        self.classes = [type(m) for m in modules]
+        classes: list[type[nn.Module]] = [type(m) for m in modules]
+        self.forwards = [(cls, _forwards.setdefault(cls, cls.forward)) for cls in classes]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.held = [of for m in (block, *modules) for of in (m._modules, m._parameters, m._buffers)]
         self.there = [x for of in self.held for x in of.values()]
         self.tensors = [x for x in self.there if isinstance(x, Tensor)]
         # an inference tensor has no version: nobody may write to it outside of inference
         self.counted = [x for x in self.tensors if not x.is_inference()]
-        self.numbers = _numbers(block)
+        self.said = _said(block)
+        self.numbers = [of.get(name) for of, name in self.said]
         self.state = self._state()
         self.kept: list[Any] = []
         try:
@@ -189,12 +191,12 @@ class _Parts:
         now = [x for of in self.held for x in of.values()]
         same = len(now) == len(self.there) and all(map(operator.is_, now, self.there))
         same = same and dtype == self.dtype and self._state() == self.state
-        return same and _numbers(self.block()) == self.numbers
+        return same and [of.get(name) for of, name in self.said] == self.numbers
 
     def watched(self) -> bool:
         """True if a hook wants to see a part, or a part or its class was given another forward."""
-        others = (_forwards.setdefault(cls, cls.forward) is not cls.forward for cls in self.classes)
-        return any(self.hooks) or any("forward" in of for of in self.attributes) or any(others)
+        others = any(cls.forward is not own for cls, own in self.forwards)
+        return others or any(self.hooks) or any("forward" in of for of in self.attributes)
 
     def _products(self, to: Any, layers: list[Any]) -> None:
         """Fill calls of one kernel each, with layers that share one as they do in their own forward."""
@@ -228,13 +230,13 @@ class _Parts:
             filled += 1
 
 
-def _numbers(block: Any) -> list[Any]:
-    """What a block says of itself, beside modules and tensors, that csrc/block.cc is told."""
-    attention, mlp = block.self_attn, block.mlp
-    found = [getattr(attention, name, None) for name in ("layer_idx", "head_dim", "scaling", "use_rope")]
+def _said(block: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a block says, beside modules and tensors, what csrc/block.cc is told: attributes of its parts, and their names."""
+    attention = block.self_attn
+    found = [(attention, name) for name in ("layer_idx", "head_dim", "scaling", "use_rope")]
     norms = (block.input_layernorm, block.post_attention_layernorm, *map(attention._modules.get, ("q_norm", "k_norm")))
-    found += [getattr(norm, name, None) for norm in norms for name in ("variance_epsilon", "eps")]
-    return [*found, getattr(block, "residual_multiplier", None), getattr(mlp, "act_fn", None)]
+    found += [(norm, name) for norm in norms if norm is not None for name in ("variance_epsilon", "eps")]
+    return [(of.__dict__, name) for of, name in (*found, (block, "residual_multiplier"), (block.mlp, "act_fn"))]
 
 
 def _eps(norm: Any) -> float:
