@@ -66,8 +66,9 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
     )
     table = new_table("", "prompt", "at once", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
-    # a name is wrapped, not cut
+    # a name is wrapped between its words, and not cut
     table.columns[0].overflow = "fold"
+    table.columns[0].min_width = max(len(word) for row in result["variants"] for word in row["name"].split())
     for row in result["variants"]:
         sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
         for number, measured in enumerate([*row["batches"], *row.get("longer", [])]):
@@ -75,7 +76,7 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             for stage in ("prefill", "decode"):
                 found = measured[stage]
                 cells += [
-                    f"{found['tokens_per_second']:.1f} [{found['low']:.1f}, {found['high']:.1f}]",
+                    f"{_speed(found['tokens_per_second'])} [{_speed(found['low'])}, {_speed(found['high'])}]",
                     f"{found['speedup']:.2f}x",
                 ]
             name = "" if number else escape(row["name"])
@@ -93,6 +94,11 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             )
     for sentence in result.get("left_out", []):
         console.print(f"[yellow]Warning:[/] {escape(sentence)}.")
+
+
+def _speed(tokens_per_second: float) -> str:
+    """'24.1', '282', '1,121'."""
+    return f"{tokens_per_second:.1f}" if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
 
 
 def print_worth(rows: Sequence[Any], name: str, sources: dict[str, str], console: Console) -> None:
