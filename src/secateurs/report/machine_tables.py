@@ -66,9 +66,8 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         f"{result['machine']['threads']} threads; median, and 10th to 90th percentile, of all prompts together"
     )
     table = new_table("", "prompt", "at once", "prefill tokens/s", "", "decode tokens/s", "", "peak memory", "weights")
-    # a name is wrapped between its words, and not cut
+    # a name is wrapped, not cut
     table.columns[0].overflow = "fold"
-    table.columns[0].min_width = max(len(word) for row in result["variants"] for word in row["name"].split())
     for row in result["variants"]:
         sizes = [megabytes(row["peak_memory_bytes"]), megabytes(row["weights_bytes"])]
         for number, measured in enumerate([*row["batches"], *row.get("longer", [])]):
