@@ -125,6 +125,14 @@ def test_a_worker_that_died_between_two_runs_is_an_error_with_what_it_said(monke
     worker.end()
 
 
+@pytest.mark.parametrize(("model_type", "notes"), [("llama", []), ("gemma2", ["packed decodes module by module, "])])
+def test_a_packed_model_whose_blocks_do_not_decode_in_one_call_is_named(tmp_path, model_type, notes):
+    pack(on_grid(tiny.save(tmp_path / "plain", model_type, torch.float32), "int8/32"), tmp_path / "packed")
+    way = Variant("packed", str(tmp_path / "packed"), "packed")
+    told = module.bench([way], (8,), new=2, repeats=1)["left_out"]
+    assert [said[: len(note)] for said, note in zip(told, notes, strict=True)] == notes
+
+
 def test_rivals_give_way_to_memory(ways, llama, monkeypatch):
     dense, packed = ways
     rival = Variant("theirs", str(llama), "llama.cpp", rival=True)

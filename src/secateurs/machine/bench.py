@@ -453,7 +453,10 @@ def _in_transformers(
         return {"first": clock.ticks[0] - begin, "all": clock.ticks[-1] - begin}
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return seconds, {"kv_bytes_per_token": _kv_bytes_per_token(model), "positions": positions}
+    facts = {"kv_bytes_per_token": _kv_bytes_per_token(model), "positions": positions}
+    if request["how"] == "packed" and (why := getattr(model.hf_quantizer, "why_not_fused", None)):
+        facts["note"] = f"{request['name']} decodes module by module, where other models take one call a block: {why}"
+    return seconds, facts
 
 
 def _kv_bytes_per_token(model: Any) -> int:

@@ -17,28 +17,32 @@ _PROMPT = 5
 _PLACES = (5, 6, 2**10 + 1, 2**13 + 1, 2**15 + 1, 2**17 + 1, 2**20 + 1, 2**22 + 1, 13, 14, 15, 16)
 
 
-# what was proved of a class and a config
-_KNOWN: dict[Any, bool] = {}
+# what was found of a class and a config: None is proved
+_KNOWN: dict[Any, str | None] = {}
 
 
-def fuse_blocks(model: Any) -> None:
-    """Fuse the blocks of a model if its class is proved to compute what csrc/block.cc does."""
+def fuse_blocks(model: Any) -> str | None:
+    """Fuse the blocks of a model if its class is proved to compute what csrc/block.cc does; else say why not, in a clause."""
     blocks = [module for module in model.modules() if fusible(module)]
     if not blocks:
-        return
+        return (
+            f"{type(model).__name__} has no block of self_attn with q_proj, k_proj, v_proj and o_proj, mlp with gate_proj, up_proj "
+            "and down_proj, and two norms"
+        )
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     key = type(model), config.to_json_string(use_diff=False)
     if key not in _KNOWN:
-        _KNOWN[key] = proved(type(model), config)
-    for block in blocks:
-        if _KNOWN[key]:
+        _KNOWN[key] = doubt(type(model), config)
+    if _KNOWN[key] is None:
+        for block in blocks:
             fuse(block)
+    return _KNOWN[key]
 
 
-def proved(cls: Any, config: Any) -> bool:
-    """True if a small random instance of a class decodes the same with fused blocks as with its own, in fp32.
+def doubt(cls: Any, config: Any) -> str | None:
+    """None if a small random instance of a class decodes the same with fused blocks as with its own, in fp32; else what was found.
 
     Every block has to take the short way for some tokens, and contexts grow beyond the small one's windows.
     """
@@ -56,11 +60,19 @@ def proved(cls: Any, config: Any) -> bool:
             fuse(block)
         found = _decoded(small)
     # a class may raise anything for what it does not expect; its own forward is always right
-    except Exception:
-        return False
-    error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    except Exception as error:
+        said = (str(error).strip() or "nothing more").splitlines()[0]
+        return f"a small instance of {cls.__name__} does not decode: {type(error).__name__}: {said}"
+    refused = sum(not taken(block) for block in blocks)
+    if refused or not blocks:
+        return (
+            f"{refused or 'all'} of {cls.__name__}'s {len(blocks)} blocks compute something else than the one call does"
+        )
+    off, size = float((found - wanted).abs().max()), float(wanted.abs().max())
     # written so that NaN fails
-    return bool(blocks) and all(map(taken, blocks)) and error <= 1e-4 * size
+    if not off <= 1e-4 * size:
+        return f"the logits of a small {cls.__name__} change by {off / size:.2g} of the largest"
+    return None
 
 
 @torch.no_grad()

@@ -158,7 +158,8 @@ class SecateursQuantizer(HfQuantizer):  # type: ignore[misc]
                     for name in self.quantization_config.experts
                 )
             ]
-        fuse_blocks(model)
+        # of tokens that are decoded, which `bench` tells
+        self.why_not_fused = fuse_blocks(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
