@@ -77,7 +77,7 @@ bench: $(READY)
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/kernels.py
 	SECATEURS_MAX_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python bench/kernels.py
-	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/decode.py --compile
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache

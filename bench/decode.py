@@ -1,13 +1,14 @@
 """Decoding of a random model end to end: packed zeros and integers against torch's ways and llama.cpp's.
 
-    .venv/bin/python bench/decode.py [--model llama|mixtral] [--bits 16 8 4] [--work FOLDER] [--repeats 5] [--new 32]
+    .venv/bin/python bench/decode.py [--model llama|mixtral] [--bits 16 8 4] [--work FOLDER] [--repeats 5] [--new 32] [--compile]
 
 llama: 1B-shaped, 2048 wide, 8192 in the MLP, 16 layers, 8 key-value heads, 32000 tokens of vocabulary. mixtral: as wide, 4 layers
 of 8 experts of 4096 neurons, 2 of a token, 4096 tokens of vocabulary: experts are 80% of what a token reads. All ways of one number
 of bits run in turn. 16 bits: dense, and 50% zeros. 8 and 4 bits: all integers, 50% zeros and 2:4 on llama.cpp's own grids (q8_0,
 q4_0), rounded to nearest, the embedding on q8_0, so that llama.cpp's file and ours hold the same numbers. Rows of llama.cpp need
-its package (pip install xllamacpp); of mixtral there are none, nor compiled ones: its loop over experts is not compiled. Each
-number of bits needs 10 GB of disk. Writes results/decode-BITS.json, or decode-mixtral-BITS.json.
+its package (pip install xllamacpp); of mixtral there are none. --compile: rows under torch.compile too, which compiles for
+minutes; of mixtral there are none, its loop over experts is not compiled. Each number of bits needs 10 GB of disk. Writes
+results/decode-BITS.json, or decode-mixtral-BITS.json.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def make(folder: Path, kind: str, pattern: str | None, grid: str | None) -> None
         write_scales(folder / SCALES_FILE, scales)
 
 
-def variants(work: Path, kind: str, bits: int) -> list[Variant]:
+def variants(work: Path, kind: str, bits: int, compiled: bool) -> list[Variant]:
     """The ways to run the model with so many bits; makes what they need."""
     there = []
     for case, pattern in CASES.items():
@@ -87,11 +88,11 @@ def variants(work: Path, kind: str, bits: int) -> list[Variant]:
             if not (packed / "config.json").is_file():
                 folder.pack(plain, packed)
             there.append(Variant(f"{case}, packed", str(packed), "packed"))
-            if kind == "llama":
+            if compiled:
                 there.append(Variant(f"{case}, packed, torch.compile", str(packed), "packed compiled"))
         else:
             there.append(Variant("dense, torch", str(plain), "dense"))
-            if kind == "llama":
+            if compiled:
                 there.append(Variant("dense, torch.compile with frozen weights", str(plain), "compiled"))
             there.append(Variant("dense, our kernels", str(plain), "accelerated dense"))
         if kind == "llama" and pattern is None and find_spec(PACKAGE) and TOKENIZER.is_dir():
@@ -109,14 +110,14 @@ def main() -> None:
     arguments.add_argument("--work", type=Path)
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--new", type=int, default=32)
+    arguments.add_argument("--compile", action="store_true")
     given = arguments.parse_args()
     if given.model == "llama" and not find_spec(PACKAGE):
         print(f"no rows of llama.cpp: {PACKAGE} is not installed; pip install {PACKAGE}")
     for bits in given.bits:
         with tempfile.TemporaryDirectory() as temporary:
-            result = bench(
-                variants(given.work or Path(temporary), given.model, bits), (64,), new=given.new, repeats=given.repeats
-            )
+            ways = variants(given.work or Path(temporary), given.model, bits, given.compile and given.model == "llama")
+            result = bench(ways, (64,), new=given.new, repeats=given.repeats)
         rows = {row["name"]: row for row in result["variants"]}
         base = max(
             (r for r in rows.values() if "zeros" not in r["name"] and "2:4" not in r["name"]),

@@ -406,7 +406,13 @@ def test_what_is_smallest_and_not_slower_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("isa", "text", "format"), [("avx2", "int8", "bitmask"), ("avx2", "int4", "dense"), ("avx512", "int4", "bitmask")]
+    ("isa", "text", "format"),
+    [
+        ("avx2", "int8", "bitmask"),
+        ("avx2", "int4", "dense"),
+        ("avx512", "int4", "bitmask"),
+        ("avx512", "int3", "dense"),
+    ],
 )
 def test_half_of_zeros_are_left_out_where_that_was_measured_to_be_no_slower(isa, text, format, monkeypatch):
     rows = [replace(k, isa=isa, lacks="") for k in RUNNABLE]

@@ -243,10 +243,9 @@ class LayerChoice:
 # (docs/log.md); where a pair is missing it never is.
 BITMASK_FROM: dict[tuple[str, str], float] = {
     ("int8", "avx512"): 0.3,
-    ("int6", "avx512"): 0.4,
-    ("int5", "avx512"): 0.45,
+    ("int6", "avx512"): 0.3,
+    ("int5", "avx512"): 0.3,
     ("int4", "avx512"): 0.5,
-    ("int3", "avx512"): 0.7,
     ("int8", "avx2"): 0.45,
 }
 # where at most two weights of four inputs are kept, kernels of the strategy pairs are faster at any sparsity
