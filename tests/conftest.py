@@ -3,6 +3,8 @@ import os
 # before transformers is imported: tests never reach for a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# before triton is: its kernels are interpreted, on tensors of the CPU; tools/gpu_check.py runs them on a card
+os.environ["TRITON_INTERPRET"] = "1"
 # before torch is: workers that share the cores have one thread each, or every product would wait for a thread that waits for a core
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -12,8 +12,7 @@ from torch import nn
 import secateurs as sc
 from secateurs import cli
 from secateurs.base import device, errors
-from secateurs.base.errors import DeviceError, PlanError
-from secateurs.kernels import dispatch
+from secateurs.base.errors import PlanError
 from secateurs.model.blocks import AllLoaded
 from secateurs.quality import compare
 from secateurs.train.matrices import prunable
@@ -209,8 +208,6 @@ def test_fewer_channels(criterion, budget):
 def test_what_is_for_the_cpu_says_so():
     with second_device() as card, pytest.raises(errors.PackError, match="run on the CPU: model.cpu"):
         sc.accelerate(card(net()))
-    with pytest.raises(DeviceError, match="packed layers multiply on the CPU"):
-        dispatch._linear_cuda(torch.ones(2, 3))
 
 
 def test_a_model_that_is_not_loaded_is_refused():

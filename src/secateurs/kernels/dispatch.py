@@ -1,8 +1,9 @@
 """Which kernel multiplies a packed matrix, and the call: y = x W' + b for T tokens.
 
 A Kernel is a row: of csrc/kernels.inc for CPUs, and PyTorch's 2:4 for GPUs. It says why it cannot take a problem, and select()
-chooses by the measured CHOICES. SECATEURS_KERNEL=name forces a row; SECATEURS_MAX_ISA=avx2 leaves out rows of richer
-instruction sets. The torch.library operator secateurs::linear is the only way in, so torch.compile traces through it.
+chooses by the measured CHOICES; on_gpu.py multiplies on a GPU and chooses by itself. SECATEURS_KERNEL=name forces a row;
+SECATEURS_MAX_ISA=avx2 leaves out rows of richer instruction sets. The torch.library operator secateurs::linear is the only way
+in, so torch.compile traces through it.
 """
 
 import ctypes
@@ -20,13 +21,17 @@ from torch import Tensor
 
 from secateurs.base.errors import DeviceError, PackError
 from secateurs.base.precision import compute_dtype
-from secateurs.kernels import semi_structured
+from secateurs.kernels import on_gpu, semi_structured
 from secateurs.kernels.formats import (
     DTYPES,
+    LAYOUT,
     PANEL,
+    PARTS,
     Packed,
+    layout_of,
     mask_shape,
     pack_dense,
+    parts_of,
     read_bitmask,
     read_integers,
     unpack,
@@ -314,21 +319,6 @@ class Call:
         return y
 
 
-# what is given of each matrix to the operators: five tensors, of which all but the first may be None, and five numbers
-PARTS = ("values", "mask", "scale", "zero", "bias")
-LAYOUT = ("outputs", "inputs", "bits", "group", "half")
-
-
-def layout_of(shape: tuple[int, int], grid: Grid | None) -> tuple[int, ...]:
-    """The numbers of LAYOUT; bits are 0 if the values are floats."""
-    return (*shape, 0, 0, 0) if grid is None else (*shape, grid.bits, grid.group, int(grid.half))
-
-
-def parts_of(packed: Packed, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """The tensors of PARTS."""
-    return packed.values, packed.mask_PJ4, packed.scale_PG4, packed.zero_PG4, bias
-
-
 def _read(parts: Sequence[Tensor | None], layouts: Sequence[int], dtype: torch.dtype) -> list[Packed]:
     """The matrices of these tensors, checked. dtype: of the weights, where they are integers. Raises PackError."""
     found = []
@@ -409,11 +399,8 @@ def _linear_cpu(x: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Te
 
 
 @torch.library.impl(_library, "linear", "CUDA")
-def _linear_cuda(x: Tensor, *_: Any) -> Tensor:
-    raise DeviceError(
-        f"packed layers multiply on the CPU, and one was given tensors on {x.device}: model.cpu() first, or run what "
-        "`secateurs pack --dense` makes on the GPU"
-    )
+def _linear_cuda(x: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
+    return on_gpu.linear(x, parts, layouts)
 
 
 @torch.library.register_fake("secateurs::linear", lib=_library)  # type: ignore[untyped-decorator]
@@ -431,6 +418,11 @@ def _linear_back(by_y: Tensor, parts: list[Tensor | None], layouts: list[int]) -
     for piece, packed in zip(pieces, _read(parts, layouts, by_y.dtype), strict=True):
         by_x_TI += piece.view(tokens, packed.shape[0]) @ unpack(packed)
     return by_x_TI.flatten()
+
+
+@torch.library.impl(_library, "linear_back", "CUDA")
+def _linear_back_cuda(by_y: Tensor, parts: list[Tensor | None], layouts: list[int]) -> Tensor:
+    return on_gpu.linear_back(by_y, parts, layouts)
 
 
 @torch.library.register_fake("secateurs::linear_back", lib=_library)  # type: ignore[untyped-decorator]

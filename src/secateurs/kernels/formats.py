@@ -331,6 +331,21 @@ def unpack_integers(packed: Packed) -> Tensor:
     return scales.weights(codes.to(torch.int16) - zero).add_(0.0).to(packed.dtype)
 
 
+# what is given of each matrix to the operators: five tensors, of which all but the first may be None, and five numbers
+PARTS = ("values", "mask", "scale", "zero", "bias")
+LAYOUT = ("outputs", "inputs", "bits", "group", "half")
+
+
+def layout_of(shape: tuple[int, int], grid: Grid | None) -> tuple[int, ...]:
+    """The numbers of LAYOUT; bits are 0 if the values are floats."""
+    return (*shape, 0, 0, 0) if grid is None else (*shape, grid.bits, grid.group, int(grid.half))
+
+
+def parts_of(packed: Packed, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The tensors of PARTS."""
+    return packed.values, packed.mask_PJ4, packed.scale_PG4, packed.zero_PG4, bias
+
+
 def weight_of(packed: Packed) -> Weight:
     """What the compiled kernels are given of a matrix; its tensors must outlive it."""
 

@@ -96,7 +96,7 @@ class PackedEmbedding(PackedLinear, _Lookup):
 
 
 _library: Any = torch.library.Library("secateurs", "FRAGMENT")  # type: ignore[no-untyped-call]
-# layout: LAYOUT of kernels/dispatch.py
+# layout: LAYOUT of kernels/formats.py
 _library.define(
     "rows(Tensor rows, Tensor values, Tensor scale, Tensor? zero, int[] layout, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),

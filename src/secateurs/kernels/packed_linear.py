@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PackError
-from secateurs.kernels.dispatch import kernels, layout_of, multiply, ours_is_faster, parts_of, wants_gradient
+from secateurs.kernels.dispatch import kernels, multiply, ours_is_faster, wants_gradient
 from secateurs.kernels.formats import (
     DTYPES,
     PADDING,
     Packed,
     bitmask_nbytes,
     count_stored,
+    layout_of,
     mask_shape,
     masked_length,
     packed_length,
     packed_nbytes,
+    parts_of,
     read_bitmask,
     read_integers,
     scales_shape,
