@@ -1,5 +1,5 @@
-"""Check on a machine with a CUDA card what secateurs does there: masks against the CPU's, PyTorch's 2:4 against dense products,
-zeros that stay in mixed precision.
+"""Check on a machine with a CUDA card what secateurs does there: packed layers against float64 and their speed against
+dense products, masks against the CPU's, PyTorch's 2:4, zeros that stay in mixed precision.
 
     PYTHONPATH=src python tools/gpu_check.py [--out gpu_check.json] [--model FOLDER] [--minutes 7]
 
@@ -10,11 +10,13 @@ that is cut off keeps what it measured. Exits 1 if a check failed, 0 otherwise, 
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +28,10 @@ import secateurs as sc
 from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError
 from secateurs.base.files import write_json
-from secateurs.kernels import semi_structured
+from secateurs.kernels import on_gpu, semi_structured
+from secateurs.kernels.dispatch import multiply
+from secateurs.kernels.formats import INTEGER_PADDING, bitmask_of, layout_of
+from secateurs.matrix.grids import Grid, Scales
 from secateurs.train.matrices import prunable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,10 +278,201 @@ def trained(
     return losses[0], losses[-1], broken, median(seconds)
 
 
+# ------------------------------------------------------------------------------------------------ packed layers on the card
+
+
+def kinds() -> dict[str, tuple[Callable[[tuple[int, int]], Tensor], Grid | None, bool]]:
+    """What a matrix is: which weights it keeps, its grid, and whether zeros are left out."""
+    half, third = (lambda shape: torch.rand(shape) < 0.5), (lambda shape: torch.rand(shape) < 0.3)
+
+    def two(shape: tuple[int, int]) -> Tensor:
+        return (torch.rand(shape[0], shape[1] // 4, 4).argsort(-1) < 2).view(shape)
+
+    return {
+        "bf16 50%": (half, None, True), "bf16 70%": (third, None, True), "bf16 2:4": (two, None, True),
+        "int8 50%": (half, Grid(8, 128), True), "int8 dense": (half, Grid(8, 128), False),
+        "int4 2:4": (two, Grid(4, 64), True), "int4 dense": (half, Grid(4, 64), False),
+    }  # fmt: skip
+
+
+def stored(shape: tuple[int, int], kind: str) -> tuple[Tensor, list[Tensor | None], tuple[int, ...]]:
+    """Random bf16 weights of a kind, and the tensors and numbers that the operator takes; made without the compiled library."""
+    keep, grid, masked = kinds()[kind]
+    kept_OI = keep(shape)
+    if grid is None:
+        weight_OI = (torch.randn(shape) * kept_OI).bfloat16()
+        return weight_OI, [*bitmask_of(weight_OI), None, None, None], layout_of(shape, None)
+    most = grid.middle - 1
+    integer_OI = torch.randint(1, most + 1, shape, dtype=torch.int16) * (
+        1 - 2 * torch.randint(0, 2, shape, dtype=torch.int16)
+    )
+    integer_OI *= kept_OI
+    scales = Scales(grid, (torch.rand(shape[0], grid.groups(shape[1])) / most + 0.01).to(grid.scale_dtype), None)
+    _, mask = bitmask_of(integer_OI.bfloat16())
+    panels = -(-shape[0] // 4)
+    padded = nn.functional.pad(scales.scale_OG.view(torch.int16), (0, 0, 0, 4 * panels - shape[0]))
+    scale = padded.view(panels, 4, -1).transpose(1, 2).contiguous()
+    values = integers(integer_OI + grid.middle, kept_OI if masked else torch.ones(shape, dtype=torch.bool), grid.bits)
+    return (
+        scales.weights(integer_OI).add_(0.0).bfloat16(), [values, mask if masked else None, scale, None, None],
+        layout_of(shape, grid),
+    )  # fmt: skip
+
+
+def integers(code_OI: Tensor, kept_OI: Tensor, bits: int) -> Tensor:
+    """The codes that are kept, of 8 or 4 bits, in runs of whole bytes, then padding. Shapes are multiples of 4 and 64."""
+    outputs, inputs = code_OI.shape
+
+    def ordered(matrix_OI: Tensor) -> Tensor:
+        return matrix_OI.view(outputs // 4, 4, inputs // 64, 64).transpose(1, 2).reshape(-1, 64)
+
+    code, kept = ordered(code_OI), ordered(kept_OI)
+    bit = (kept.cumsum(1) - 1) * bits
+    length = (kept.sum(1) * bits + 7) // 8
+    at = (length.cumsum(0) - length)[:, None] + bit // 8
+    values = torch.zeros(int(length.sum()) + INTEGER_PADDING, dtype=torch.int32)
+    values.index_add_(0, at[kept], (code[kept].to(torch.int32) << (bit[kept] % 8).to(torch.int32)))
+    return values.to(torch.uint8)
+
+
+def on(device: str, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if p is None else p.to(device, copy=True) for p in parts]
+
+
+def packed(
+    log: Log, device: str, shapes: Sequence[tuple[int, int]] = ((132, 192), (1024, 4096)),
+    counts: Sequence[int] = (1, 3, 16, 17, 64, 200),
+) -> None:  # fmt: skip
+    """Every kernel for every kind of matrix, against float64 on the CPU."""
+    for shape in shapes:
+        for kind in kinds():
+            name = f"packed {kind} {shape[0]}x{shape[1]}"
+            if log.late(name):
+                return
+            with log.going_on(name):
+                weight_OI, parts, layouts = stored(shape, kind)
+                (matrix,) = on_gpu.matrices_of(on(device, parts), layouts, torch.bfloat16)
+                same = torch.equal(on_gpu.expand(matrix).cpu(), weight_OI) or on_gpu.interpreted()
+                errors: dict[str, float] = {}
+                for count in counts:
+                    x_TI = torch.randn(count, shape[1]).bfloat16()
+                    want_TO = x_TI.double() @ weight_OI.double().T
+                    for way in ("few_tokens", "many_tokens", "expanded"):
+                        if way == "few_tokens" and count > 17:
+                            continue
+                        y_TO = torch.full((count, shape[0]), torch.nan, dtype=torch.bfloat16, device=device)
+                        on_gpu.WAYS[way](matrix, x_TI.to(device), None, y_TO)
+                        error = float((y_TO.cpu().double() - want_TO).norm() / want_TO.norm())
+                        # the worst, and NaN stays the worst
+                        errors[way] = error if not error <= errors.get(way, 0.0) else errors[way]
+                good = same and all(error < 0.01 for error in errors.values())
+                texts = ", ".join(f"{way} {error:.1e}" for way, error in errors.items())
+                # JSON has no NaN
+                told = {way: error if math.isfinite(error) else None for way, error in errors.items()}
+                log.check(
+                    name,
+                    good,
+                    f"expanded {'bit for bit' if same else 'with other bits'}; errors {texts}",
+                    errors=told,
+                )
+
+
+def packed_speed(
+    log: Log, device: str, shapes: Sequence[tuple[int, int]] = SHAPES[::-1], counts: Sequence[int] = (1, 4, 16, 64, 256, 4096),
+    graph: bool = True, rounds: int = 20,
+) -> None:  # fmt: skip
+    """Packed products against the library's of the dense bf16 matrix, weights rotated past the cache."""
+    for shape in shapes:
+        for kind in kinds():
+            name = f"speed {kind} {shape[0]}x{shape[1]}"
+            if log.late(name):
+                return
+            with log.going_on(name):
+                weight_OI, parts, layouts = stored(shape, kind)
+                (one,) = on_gpu.matrices_of(given := on(device, parts), layouts, torch.bfloat16)
+                copies = 2 if device == "cpu" else -(-(160 << 20) // one.nbytes)
+                kept = [given, *(on(device, parts) for _ in range(copies - 1))]
+                matrices = [on_gpu.matrices_of(p, layouts, torch.bfloat16)[0] for p in kept]
+                dense = [weight_OI.to(device, copy=True) for _ in range(copies)]
+                for count in counts:
+                    x_TI = torch.randn(count, shape[1]).bfloat16().to(device)
+                    y_TO = torch.empty(count, shape[0], dtype=torch.bfloat16, device=device)
+                    runs: dict[str, list[Callable[[], Any]]] = {
+                        "dense": [partial(nn.functional.linear, x_TI, w) for w in dense],
+                    }  # fmt: skip
+                    for way in ("few_tokens", "many_tokens", "expanded"):
+                        if (way, count <= 16) not in {("few_tokens", False), ("expanded", True)}:
+                            runs[way] = [partial(on_gpu.WAYS[way], m, x_TI, None, y_TO) for m in matrices]
+                    samples = semi_structured.interleaved(
+                        runs, device, rounds if count < 4096 else 8, graph and count <= GRAPHED
+                    )
+                    seconds = {way: median(taken) for way, taken in samples.items()}
+                    texts = [f"{way} {s * 1e6:.1f} us ({seconds['dense'] / s:.2f}x)" for way, s in seconds.items()]
+                    log.add(
+                        f"{name}, {count} tokens", "measured", f"{one.nbytes / weight_OI.nbytes:.2f}x bytes; {'; '.join(texts)}",
+                        kind=kind, shape=shape, tokens=count, nbytes=one.nbytes, seconds=seconds, samples=samples,
+                    )  # fmt: skip
+
+
+def decode(
+    log: Log, device: str, layers: int = 16, width: int = 2048, inner: int = 8192, graph: bool = True, rounds: int = 20
+) -> None:
+    """One token through the linear layers of a 1B shape by the operator, replayed as a CUDA graph, against dense ones."""
+    name = f"decode {layers} x {width}, {inner}"
+    if log.late(name):
+        return
+    shapes = [(width + width // 2, width), (width, width), (2 * inner, width), (width, inner)] * layers
+    runs: dict[str, list[Callable[[], Any]]] = {"dense": [], "packed": []}
+    unlike = []
+    made = {shape: stored(shape, "bf16 50%") for shape in dict.fromkeys(shapes)}
+    for shape in shapes:
+        weight_OI, parts, layouts = made[shape]
+        x, dense, given = (
+            torch.randn(1, shape[1]).bfloat16().to(device),
+            weight_OI.to(device, copy=True),
+            on(device, parts),
+        )
+        call = torch.ops.secateurs.linear if device != "cpu" else on_gpu.linear
+        runs["dense"].append(partial(nn.functional.linear, x, dense))
+        runs["packed"].append(partial(call, x, given, layouts))
+        want, got = runs["dense"][-1]().double().flatten(), runs["packed"][-1]().double()
+        unlike.append(float((got - want).norm() / want.norm()))
+    samples = semi_structured.interleaved(runs, device, rounds, graph)
+    # a sample is of one layer
+    seconds = {way: median(taken) * len(shapes) for way, taken in samples.items()}
+    log.check(
+        name, all(error < 0.01 for error in unlike),
+        f"{seconds['packed'] * 1e3:.3f} ms a token, dense {seconds['dense'] * 1e3:.3f} ms "
+        f"({seconds['dense'] / seconds['packed']:.2f}x), bf16 50%, linear layers alone, error {max(unlike):.1e}",
+        seconds=seconds, samples=samples,
+    )  # fmt: skip
+
+
+def compiled(log: Log, device: str, **options: Any) -> None:
+    """torch.compile of packed layers: no graph break, the same products, and gradients of the input."""
+    name = "packed layers under torch.compile"
+    if log.late(name):
+        return
+    weight_OI, parts, layouts = stored((256, 512), "bf16 50%")
+    given, x = on(device, parts), torch.randn(3, 512).bfloat16().to(device)
+
+    def product(x_TI: Tensor) -> Tensor:
+        return multiply(x_TI, given, layouts).view(-1, 256).relu()
+
+    want, got = product(x), torch.compile(product, fullgraph=True, **options)(x)
+    by = x.clone().requires_grad_()
+    product(by).sum().backward()
+    assert by.grad is not None
+    back = (product(x) > 0).to(x.dtype) @ weight_OI.to(device)
+    error = float((by.grad - back).double().norm() / back.double().norm())
+    same = torch.equal(want, got)
+    log.check(name, same and error < 0.02, f"{'the same' if same else 'other'} bits; gradient's error {error:.1e}")
+
+
 # ------------------------------------------------------------------------------------------------------------ the rest
 
 
-def library(log: Log, device: str) -> None:
+def library(log: Log) -> None:
     """The compiled kernels: not needed by any of the above, and said in a sentence where they are not built."""
     linear = nn.Sequential(nn.Linear(64, 64, bias=False))
     linear[0].weight.data.mul_(torch.rand(64, 64) > 0.5)
@@ -290,13 +486,6 @@ def library(log: Log, device: str) -> None:
         return
     error = float((got - want).norm() / want.norm())
     log.check("packed layers on the CPU", error < 1e-5, f"relative error {error:.1e}")
-    if device != "cpu":
-        try:
-            linear.to(device)(x.to(device))
-        except DeviceError as refused:
-            log.check("packed layers on the card", True, f"refused: {refused}")
-        else:
-            log.check("packed layers on the card", False, "ran, though their kernels run on the CPU")
 
 
 def found_model(given: Path | None) -> Path | None:
@@ -341,7 +530,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = Log(options.out, facts, options.minutes)
     few = tuple(t for t in TOKENS if t <= GRAPHED)
     sections = [
-        ("library", lambda: library(log, device)),
+        ("packed", lambda: packed(log, device)),
+        ("library", lambda: library(log)),
+        ("speed", lambda: packed_speed(log, device)),
+        ("decode", lambda: decode(log, device)),
+        ("compiled", lambda: compiled(log, device)),
         ("2:4", lambda: two_four(log, device)),
         ("held", lambda: held(log, device)),
         ("masks", lambda: masks(log, device, model)),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from secateurs.kernels.formats import layout_of, pack
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.py"
 
@@ -133,8 +135,41 @@ def test_zeros_that_move_are_seen(script):
 
 
 def test_kernels_are_checked_or_skipped(script, log):
-    script.library(log, "cpu")
+    script.library(log)
     assert written(log)[0]["status"] in ("passed", "skipped")
+
+
+@pytest.mark.parametrize("kind", ["int8 50%", "int8 dense", "int4 2:4", "int4 dense", "bf16 2:4"])
+def test_what_is_stored_without_the_library_is_the_format(script, kind):
+    weight, parts, layouts = script.stored((8, 128), kind)
+    grid, masked = script.kinds()[kind][1:]
+    scales = None
+    if grid is not None:
+        by_row = parts[2].transpose(1, 2).reshape(-1, parts[2].shape[1])
+        scales = script.Scales(grid, by_row.view(grid.scale_dtype), None)
+    want = pack(weight, "bitmask" if masked else "dense", scales)
+    assert torch.equal(parts[0], want.values)
+    assert (parts[1] is None and want.mask_PJ4 is None) or torch.equal(parts[1], want.mask_PJ4)
+    assert layouts == layout_of((8, 128), grid)
+
+
+def test_packed_layers_in_the_interpreter(script, log):
+    script.packed(log, "cpu", shapes=((8, 128),), counts=(1, 17))
+    script.packed_speed(log, "cpu", shapes=((4, 64),), counts=(17,), graph=False, rounds=1)
+    script.decode(log, "cpu", layers=1, width=8, inner=8, graph=False, rounds=1)
+    script.compiled(log, "cpu", backend="eager")
+    found = written(log)
+    count = len(script.kinds())
+    assert [r["status"] for r in found] == ["passed"] * count + ["measured"] * count + ["passed"] * 2, found
+    assert set(found[0]["errors"]) == {"few_tokens", "many_tokens", "expanded"}
+
+
+def test_a_wrong_kernel_fails(script, log, monkeypatch):
+    """And NaN, which is less than nothing."""
+    for wrong in (0.0, torch.nan):
+        monkeypatch.setitem(script.on_gpu.WAYS, "many_tokens", lambda m, x, bias, y, wrong=wrong: y.fill_(wrong))
+        script.packed(log, "cpu", shapes=((4, 64),), counts=(1, 17))
+    assert {r["status"] for r in written(log)} == {"failed"}
 
 
 def test_a_failing_section_is_a_result_and_no_end(script, log, capsys):
@@ -157,4 +192,8 @@ def test_nothing_begins_when_the_time_is_up(script, tmp_path):
     script.masks(log, "cpu", None, 1, 8)
     script.two_four(log, "cpu")
     script.block_pair(log, "cpu")
-    assert [r["status"] for r in written(log)] == ["skipped"] * 4
+    script.packed(log, "cpu")
+    script.packed_speed(log, "cpu")
+    script.decode(log, "cpu")
+    script.compiled(log, "cpu")
+    assert [r["status"] for r in written(log)] == ["skipped"] * 8

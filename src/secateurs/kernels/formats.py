@@ -176,11 +176,15 @@ def _mask(kept: Tensor) -> Tensor:
 
 def pack_bitmask(weight_OI: Tensor) -> Packed:
     """A bit per weight and the survivors: itemsize * survivors + I/8 bytes a row, rounded up to words, + 32 zeros."""
+    return read_bitmask(*bitmask_of(weight_OI), (weight_OI.shape[0], weight_OI.shape[1]))
+
+
+def bitmask_of(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """The survivors with their padding, and the mask, without the compiled library."""
     ordered = _ordered(_as_bits(weight_OI))
     kept = ordered != 0
     survivors = ordered[kept]
-    values = torch.cat([survivors, survivors.new_zeros(PADDING)]).view(weight_OI.dtype)
-    return read_bitmask(values, _mask(kept), (weight_OI.shape[0], weight_OI.shape[1]))
+    return torch.cat([survivors, survivors.new_zeros(PADDING)]).view(weight_OI.dtype), _mask(kept)
 
 
 def read_bitmask(values: Tensor, mask_PJ4: Tensor, shape: tuple[int, int]) -> Packed:

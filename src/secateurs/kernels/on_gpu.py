@@ -424,7 +424,7 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], layouts: Sequence[int]) ->
     y = x.new_empty(tokens * sum(m.shape[0] for m in matrices))
     if tokens:
         with _on(x.device):
-            pieces = y.split([tokens * m.shape[0] for m in matrices])
+            pieces = torch.split(y, [tokens * m.shape[0] for m in matrices])
             for m, bias, piece in zip(matrices, biases, pieces, strict=True):
                 WAYS[m.way(tokens)](m, x_TI, None if bias is None else bias.detach(), piece.view(tokens, m.shape[0]))
     return y
@@ -436,6 +436,6 @@ def linear_back(by_y: Tensor, parts: Sequence[Tensor | None], layouts: Sequence[
     outputs = [m.shape[0] for m in matrices]
     tokens = by_y.numel() // sum(outputs)
     by_x_TI = by_y.new_zeros(tokens, layouts[1])
-    for m, piece in zip(matrices, by_y.split([tokens * n for n in outputs]), strict=True):
+    for m, piece in zip(matrices, torch.split(by_y, [tokens * n for n in outputs]), strict=True):
         by_x_TI.addmm_(piece.view(tokens, m.shape[0]), expand(m))
     return by_x_TI.flatten()

@@ -80,16 +80,25 @@ def measure(
         # what is refused (a shape, a dtype, a compute capability), and how, differs between versions of torch
         except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
             found.why_not[name] = str(error).strip().split("\n")[0] or type(error).__name__
-    passes = {name: _replayed(list(r)) if graph else _in_turn(list(r)) for name, r in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + _WARM):
-        for name, run in passes.items():
-            took = _seconds(run, device) / len(weights)
-            if number >= _WARM:
-                samples[name].append(took)
+    samples = interleaved(runs, device, rounds, graph)
     found.samples = samples
     found.seconds = {name: median(values) for name, values in samples.items()}
     return found
+
+
+def interleaved(runs: dict[str, list[Run]], device: str, rounds: int, graph: bool) -> dict[str, list[float]]:
+    """Seconds of a run by name: a sample is a pass over all runs of a name, divided by their number; names take turns.
+
+    graph: a pass is replayed as a CUDA graph.
+    """
+    passes = {name: _replayed(r) if graph else _in_turn(r) for name, r in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + _WARM):
+        for name, run in passes.items():
+            took = _seconds(run, device) / len(runs[name])
+            if number >= _WARM:
+                samples[name].append(took)
+    return samples
 
 
 def _random(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Tensor:
