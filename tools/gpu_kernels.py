@@ -82,7 +82,7 @@ def variants() -> Iterator[Variant]:
             }  # fmt: skip
             product = {**constants, "BIASED": False, "WHOLE": True}
             quads = on_gpu.FEW_QUADS
-            for tokens in (1, 4, 16) if dtype == "fp32" else (1, 4):
+            for tokens in (1, 4, 8) if dtype == "fp32" else (1, 4):
                 own = {**product, "TOKENS": tokens, "QUADS": quads, "BLOCKS": INPUTS // (4 * quads)}
                 yield Variant("few_tokens", f"{dtype} {form}, {tokens} tokens", pointers, own, 4, 16 * quads)
             if dtype != "fp32":

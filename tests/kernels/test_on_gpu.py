@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from secateurs.base.errors import DeviceError, PackError
 from secateurs.kernels import on_gpu
 from secateurs.kernels.formats import layout_of, pack, parts_of, unpack
+from secateurs.kernels.packed_linear import PackedLinear, tune_on_gpu
 from secateurs.matrix.grids import Grid, Scales
 
 BF16 = torch.bfloat16
@@ -316,6 +317,33 @@ def test_every_number_of_tokens_has_a_way_and_measured_ones_come_first():
         "few_tokens",
     ]
     assert on_gpu.default_way(16, torch.float32) == "few_tokens"
+
+
+def test_tuning_takes_the_fastest_and_a_copy_where_memory_is_allowed(monkeypatch):
+    seconds = {
+        1: {"few_tokens": 1.0, "many_tokens": 2.0, "expanded": 9.0, "dense": 1.5},
+        64: {"many_tokens": 3.0, "expanded": 4.0, "dense": 2.0},
+    }  # fmt: skip
+    model = torch.nn.Sequential(*(PackedLinear.of(pack(sparse((4, 64)))) for _ in range(2)))
+    monkeypatch.setattr(on_gpu, "_timed", lambda same, tokens: seconds[tokens])
+    # memory for one of two
+    found = tune_on_gpu(model, (64, 1), copies_nbytes=4 * 64 * 2 + 100)
+    assert found["0"].ways == ((1, "few_tokens"), (64, "dense"))
+    assert found["1"].ways == ((1, "few_tokens"), (64, "many_tokens"))
+    assert (found["0"].slower, found["1"].slower) == ((), (64,))
+    for layer in model:
+        (matrix,) = on_gpu.matrices_of(*PackedLinear.given([layer]), BF16)
+        y, x_TI = torch.full((64, 4), torch.nan, dtype=BF16), torch.randn(64, 64).to(BF16)
+        assert matrix.way(64) == found["0" if layer is model[0] else "1"].ways[1][1]
+        on_gpu.WAYS[matrix.way(64)](matrix, x_TI, None, y)
+        torch.testing.assert_close(y, x_TI @ layer.dense().weight.T, atol=0.1, rtol=0.02)
+
+
+def test_every_way_is_timed():
+    matrix = read(pack(sparse((4, 64))))
+    assert set(on_gpu._timed([matrix], 1)) == set(on_gpu.WAYS)
+    assert set(on_gpu._timed([matrix], 17)) == {*on_gpu.WAYS} - {"few_tokens"}
+    assert not matrix.copies
 
 
 def test_the_library_multiplies_what_is_expanded():

@@ -12,15 +12,17 @@ import functools
 import importlib.util
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateurs.base.errors import DeviceError, PackError
+from secateurs.kernels import semi_structured
 from secateurs.kernels.formats import (
     DTYPES,
     INTEGER_PADDING,
@@ -37,6 +39,7 @@ from secateurs.matrix.grids import Grid
 QUAD = 4
 # a program of few_tokens takes so many quads at a time: 8 words, one quad a thread of 4 warps
 FEW_QUADS = 128
+FEW_TOKENS = 8
 # programs for each multiprocessor from which inputs are not split: 8 of 4 warps are half of what one holds
 _PROGRAMS = 8
 # warps are 4 where not said otherwise; (tokens, rows, quads, warps) of many_tokens: the first that holds all tokens, or the last
@@ -74,7 +77,7 @@ class Matrix:
     """One packed matrix on a device. values: floats, or uint8; mask: int64 (P, J, 4); starts: int64 (P, J), see above.
 
     kept: survivors of every quad, 0 if that varies. scale: bf16 or fp16; dtype: of x and of the weights that it stands for.
-    copies: the same weights in other forms, by the way that multiplies them, where the memory for them was allowed.
+    copies: the same weights by the way that multiplies them (dense), where tune() was allowed the memory.
     ways: (tokens, way), as measured: the way up to so many tokens; empty for the defaults.
     """
 
@@ -301,11 +304,11 @@ def _multiplied(
 
 
 def few_tokens(m: Matrix, x_TI: Tensor, bias: Tensor | None, y_TO: Tensor, splits: int | None = None) -> None:
-    """y = x W' + b in fp32 units, for up to 16 tokens at once."""
+    """y = x W' + b in fp32 units, for up to 8 tokens at once: 16 of fp32 would spill registers."""
     panels, words, _ = mask_shape(m.shape)
     splits, each = _split(panels, -(-words * 16 // FEW_QUADS), x_TI.device, splits)
-    for begin in range(0, len(x_TI), 16):
-        part, to = x_TI[begin : begin + 16], y_TO[begin : begin + 16]
+    for begin in range(0, len(x_TI), FEW_TOKENS):
+        part, to = x_TI[begin : begin + FEW_TOKENS], y_TO[begin : begin + FEW_TOKENS]
         _multiplied(
             _kernels().few_tokens, (panels, splits), splits, m, part, bias, to, (words, _groups(m)), 4,
             BLOCKS=each, EVEN=_even(m, 1, FEW_QUADS, splits * each), TOKENS=1 << (len(part) - 1).bit_length(), QUADS=FEW_QUADS,
@@ -358,16 +361,69 @@ def _dense(m: Matrix, x_TI: Tensor, bias: Tensor | None, y_TO: Tensor) -> None:
     _library(m.values if m.plain else m.copies["dense"], x_TI, bias, y_TO)
 
 
-def _two_four(m: Matrix, x_TI: Tensor, bias: Tensor | None, y_TO: Tensor) -> None:
-    """PyTorch's 2:4 product with a copy in its format."""
-    y_TO.copy_(torch.nn.functional.linear(x_TI, m.copies["two_four"], bias))
+# how a product may be computed: (matrix, x (T, I), bias or None, y (T, O) to write); dense wants a copy of the weights
+WAYS = {"few_tokens": few_tokens, "many_tokens": many_tokens, "expanded": _expanded, "dense": _dense}
 
 
-# how a product may be computed: (matrix, x (T, I), bias or None, y (T, O) to write); COPIES of them read a copy of the weights
-WAYS = {
-    "few_tokens": few_tokens, "many_tokens": many_tokens, "expanded": _expanded, "dense": _dense, "two_four": _two_four,
-}  # fmt: skip
-COPIES = ("dense", "two_four")
+@dataclass(frozen=True)
+class Tuned:
+    """seconds: by tokens and way, of one kind of matrix. ways: of the matrix. slower: tokens for which a dense copy would be
+    faster, but its memory was not allowed."""
+
+    kind: tuple[Any, ...]
+    seconds: dict[int, dict[str, float]]
+    ways: tuple[tuple[int, str], ...]
+    slower: tuple[int, ...]
+
+
+def tune(
+    matrices: Sequence[Matrix], tokens: Sequence[int] = (1, 4, 16, 64, 256, 2048), copies_nbytes: int = 0
+) -> list[Tuned]:
+    """Time every way for every kind of matrix, and let each matrix take the fastest. In place; a result for each matrix.
+
+    A dense copy is kept where it is fastest for some number of tokens and copies_nbytes of memory are not used up; where they are,
+    the result says for which it is slower than dense.
+    """
+    kinds: dict[Any, list[Matrix]] = {}
+    for m in matrices:
+        kinds.setdefault(m.kind, []).append(m)
+    times = {kind: {t: _timed(same, t) for t in sorted(tokens)} for kind, same in kinds.items() if not same[0].plain}
+    found, left = [], copies_nbytes
+    for m in matrices:
+        seconds = times.get(m.kind, {})
+        fastest = {t: min(by_way, key=by_way.__getitem__) for t, by_way in seconds.items()}
+        nbytes = math.prod(m.shape) * m.dtype.itemsize
+        m.copies.clear()
+        if "dense" in fastest.values() and nbytes <= left:
+            left -= nbytes
+            m.copies["dense"] = expand(m)
+        here = {w for w in WAYS if w != "dense" or w in m.copies}
+        m.ways = tuple((t, min(here & by_way.keys(), key=by_way.__getitem__)) for t, by_way in seconds.items())
+        slower = tuple(t for t, way in m.ways if fastest[t] == "dense" != way)
+        found.append(Tuned(m.kind, seconds, m.ways, slower))
+    return found
+
+
+# weights are rotated through at least so much memory, where a model has as much of a kind
+_COLD_BYTES = 160 << 20
+
+
+def _timed(same: Sequence[Matrix], tokens: int) -> dict[str, float]:
+    """Median seconds of every way, interleaved, each pass over several matrices of a kind; replayed as a CUDA graph."""
+    first = same[0]
+    some = same[: max(1, -(-_COLD_BYTES // first.nbytes))]
+    device = first.values.device
+    x_TI = torch.randn(tokens, first.shape[1], device=device).to(first.dtype)
+    y_TO = x_TI.new_empty(tokens, first.shape[0])
+    runs: dict[str, list[Callable[[], Any]]] = {}
+    for name, way in WAYS.items():
+        # a copy for the time of the measurement
+        given = [replace(m, copies={"dense": expand(m)}) for m in some] if name == "dense" else some
+        if name != "few_tokens" or tokens <= 16:
+            runs[name] = [functools.partial(way, m, x_TI, None, y_TO) for m in given]
+    with _on(device):
+        samples = semi_structured.interleaved(runs, device.type, 10, device.type == "cuda")
+    return {name: median(taken) for name, taken in samples.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- kept matrices

@@ -8,7 +8,7 @@ A DenseLinear is an nn.Linear that uses our dense kernel where that is faster th
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PackError
+from secateurs.kernels import on_gpu
 from secateurs.kernels.dispatch import kernels, multiply, ours_is_faster, wants_gradient
 from secateurs.kernels.formats import (
     DTYPES,
@@ -189,6 +190,21 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without results that wait
         return {"layers": self.layers, "waiting": {}}
+
+
+def tune_on_gpu(
+    model: nn.Module,
+    tokens: Sequence[int] = (1, 4, 16, 64, 256, 2048),
+    copies_nbytes: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, on_gpu.Tuned]:
+    """Time the kernels of a packed model that is on a GPU, and let every packed layer take the fastest; what was found, by name.
+
+    copies_nbytes: memory that dense copies may take. dtype: of activations, where layers hold integers. See on_gpu.tune().
+    """
+    named = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    matrices = [on_gpu.matrices_of(*PackedLinear.given([m]), dtype or m.dtype)[0] for m in named.values()]
+    return dict(zip(named, on_gpu.tune(matrices, tokens, copies_nbytes), strict=True))
 
 
 class DenseLinear(nn.Linear):

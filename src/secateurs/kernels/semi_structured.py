@@ -22,7 +22,7 @@ _WARM, _CHECKED = 3, 256
 # torch._int_mm takes more tokens than this; cuSPARSELt takes int8 in multiples of it
 _INT8_TOKENS = 16
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Any]
 
 
 def lacks(dtype: torch.dtype = torch.bfloat16) -> str | None:
