@@ -183,6 +183,8 @@ def run(root: Path, rows: Sequence[Row], jobs: int) -> int:
     """Run the rows and say what became of each; the exit code."""
     os.environ.update(
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1",
+        # what is loaded beforehand may load triton
+        TRITON_INTERPRET="1",
         # tests that are killed leave semaphores to whoever watches over this process's
         PYTHONWARNINGS="ignore:resource_tracker:UserWarning",
     )  # fmt: skip
