@@ -38,9 +38,12 @@ def _main() -> None:
     from vllm import LLM, SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    # one that is freed takes what all share with it
+    kept = []
     for folder, arguments in json.loads(sys.argv[1]):
         try:
             llm = LLM(model=folder, max_model_len=64, disable_log_stats=True, dtype="float32", **arguments)
+            kept.append(llm)
             made = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
             found = [list(each.outputs[0].token_ids) for each in made]
         # the test says what was wanted
