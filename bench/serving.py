@@ -56,7 +56,8 @@ def main() -> None:
             over = [a / b for a, b in zip(samples, found[first], strict=True)]
             print(
                 f"{requests} requests, {name}: {statistics.median(samples):.1f} tokens a CPU second "
-                f"[{min(samples):.1f}-{max(samples):.1f}], {statistics.median(over):.2f}x {first} [{min(over):.2f}-{max(over):.2f}]",
+                f"[{min(samples):.1f}-{max(samples):.1f}], {statistics.median(over):.2f}x {first} "
+                f"[{min(over):.2f}-{max(over):.2f}]",
                 flush=True,
             )
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -38,14 +37,18 @@ def register() -> None:
 class SecateursConfig(QuantizationConfig):  # type: ignore[misc]
     """quantization_config of a packed folder."""
 
-    def __init__(self, layers: dict[str, Entry], experts: dict[str, str | None]) -> None:
+    def __init__(self, layers: dict[str, Entry]) -> None:
         super().__init__()
-        self.layers, self.experts = layers, experts
+        self.layers = layers
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SecateursConfig":
         check_version(config.get("format_version"))
-        return cls(config.get("layers") or {}, config.get("experts") or {})
+        for name in config.get("experts") or ():
+            raise CheckpointError(
+                f"{name}: packed experts are not served by vLLM; serve what `secateurs pack --dense` makes of the folder"
+            )
+        return cls(config.get("layers") or {})
 
     def get_name(self) -> str:
         return METHOD
@@ -76,10 +79,6 @@ class SecateursConfig(QuantizationConfig):  # type: ignore[misc]
             if name in self.layers:
                 return PackedMethod({name: self.layers[name]})
             return _Head() if isinstance(layer, ParallelLMHead) else None
-        if isinstance(layer, RoutedExperts) and self.experts:
-            raise CheckpointError(
-                f"{prefix}: packed experts are not served by vLLM: serve what `secateurs pack --dense` makes of the folder"
-            )
         return None
 
 
