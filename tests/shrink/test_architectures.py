@@ -210,6 +210,43 @@ class ViT(nn.Module):
         return self.head(self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place)[:, 0])
 
 
+class Gated(nn.Module):
+    """A gated linear unit: rows of both halves go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 12, 1), nn.Conv2d(6, 8, 1)
+
+    def forward(self, x):
+        return self.b(F.glu(self.a(x), 1))
+
+
+class Bias(nn.Module):
+    """A table of biases, read by a method that leaves no trace in the graph: its size is an attribute of its own."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.num_heads, self.table = heads, nn.Parameter(torch.randn(2, heads))
+
+    def get(self):
+        return self.table[torch.tensor([0, 1, 1, 0])].reshape(2, 2, self.num_heads).permute(2, 0, 1)
+
+
+class Related(nn.Module):
+    """Attention of two places, with a bias for each head and pair of places."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.num_heads, self.bias = heads, Bias(heads)
+        self.qkv, self.proj, self.head = nn.Linear(6, 3 * heads * 3), nn.Linear(heads * 3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1) + self.bias.get()).softmax(-1) @ v
+        return self.head(self.proj(y.transpose(1, 2).reshape(b, n, -1)))
+
+
 class Recurrent(nn.Module):
     def __init__(self, make):
         super().__init__()
@@ -243,6 +280,8 @@ ALL = {
     "shuffle": (Head(Shuffle()), IMAGE, {"stem.0": 4, "body.b.0.0": 6, "body.after.0": 8}),
     "dense": (Head(Dense()), IMAGE, {"stem.0": 8, "body.layers.0.0": 4, "body.layers.1.0": 4, "body.layers.2.0": 4, "body.last.0": 8}),
     "squeeze": (Head(Squeeze()), IMAGE, {"stem.0": 8, "body.down": 4}),
+    "gated": (Head(Gated()), IMAGE, {"stem.0": 8, "body.a": 6, "body.b": 8}),
+    "related": (Related(), torch.randn(2, 2, 6), {"qkv": 4, "proj": 6}),
     "norms": (Head(Norms()), IMAGE, {"stem.0": 8, "body.a": 6, "body.b": 4, "body.c": 8}),
     "up": (Head(Up()), IMAGE, {"stem.0": 8, "body.down.0": 12, "body.more": 4, "body.last": 8}),
     "volume": (Volume(), torch.randn(2, 1, 8, 4, 4), {"a": 6, "b": 4}),

@@ -94,3 +94,23 @@ def test_an_attribute_that_equals_a_width_by_chance_stays():
     assert (small.width, small.longest, small.kernel, small.steps) == (left, 16, (16, 3), 16)
     assert [s for s in report["cut"]["sizes"] if s[0] == ""] == [["", "width", None, left]]
     assert small(torch.randn(2, 12, 6)).shape == (2, 12, 3)
+
+
+class Chaos(nn.Module):
+    """In training the last digits of its numbers decide the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((1e15 * y).sin() if self.training else y)
+
+
+def test_a_mode_in_which_rounding_decides_is_left_out_and_said():
+    model, x = Chaos().eval(), torch.randn(2, 3, 8, 8)
+    found = prove(model, trace(model, (x,)), (x,))
+    assert {g.name: len(g.units) for g in found.groups} == {"a": 8}
+    assert found.proof["modes"] == ["eval"]
+    assert found.proof["missing"] == ["train mode"]

@@ -90,3 +90,24 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(made, tmp_path):
         save_shrunk(dense, report, tmp_path / "other.safetensors")
     with pytest.raises(PlanError, match="give the one that came with it"):
         save_shrunk(small, {}, tmp_path / "other.safetensors")
+
+
+class Versioned(nn.Sequential):
+    """It asks which version of it wrote a file, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("no version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_class_that_asks_for_its_version_is_told(tmp_path):
+    def factory():
+        return Versioned(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    x = torch.randn(64, 4)
+    small, report = shrink_module(factory().eval(), [(x,)], "params=0.8x", multiple=1)
+    again = load_shrunk(save_shrunk(small, report, tmp_path / "small.safetensors"), factory)
+    assert torch.equal(again(x), small(x))

@@ -108,6 +108,14 @@ def _chunk(walk: "Walk", given: Given) -> Any:
     return parts
 
 
+def _glu(walk: "Walk", given: Given) -> Any:
+    """One half times the sigmoid of the other: both lose the same places."""
+    x, axis = given["self"], given["dim"] % given["self"].dim()
+    a, b = x.chunk(2, axis)
+    walk.join(a, b, f"{given.what} takes it together with one that stays")
+    return walk.numbers.find(a)
+
+
 def _slice(walk: "Walk", given: Given) -> Any:
     x, axis = given["self"], given["dim"] % given["self"].dim()
     out, size = _moving(walk, given), x.shape[axis]
@@ -330,6 +338,7 @@ MOVES: dict[str, Rule] = {
              "repeat_interleave tile pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle rot90 narrow"),
     **names(_shaping, "view reshape _unsafe_view flatten unflatten expand expand_as view_as reshape_as"),
     **names(_chunk, "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split"),
+    **names(_glu, "glu"),
     **names(_slice, "slice"),
     **names(_picking, "select unbind"),
     **names(_index, "index index_select"),

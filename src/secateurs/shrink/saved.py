@@ -100,7 +100,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Non
     missing = set(model.state_dict()) - set(tensors)
     if missing:
         raise CheckpointError(f"{path} holds no {min(missing)}; the factory builds another module")
-    model.load_state_dict(tensors)
+    # it states the versions that modules ask for
+    held = model.state_dict()
+    held.update(tensors)
+    model.load_state_dict(held)
 
 
 def _may_come(model: nn.Module, name: str) -> bool:

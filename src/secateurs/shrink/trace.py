@@ -196,7 +196,8 @@ class Walk:
                 first = labels.narrow(axis, 0, 1)
                 if axis in changing(labels):
                     self.join(first.expand(labels.shape), labels, f"{what} takes it together with others that stay")
-                    self.together.append((first, f"{what} takes all of its channels together"))
+                    if changing(first) == []:
+                        self.together.append((first, f"{what} takes all of its channels together"))
                 labels = first
         return labels
 
@@ -306,10 +307,14 @@ class Walk:
             if changing(here) != [axis % here.dim()]:
                 continue
             vector = _vector(here, axis % here.dim())
-            for module in self.modules_of(node):
-                held = [(a, p) for a, p in _integers(self.model.get_submodule(module), number)]
-                found += [Size(module, attribute, place, vector, True) for attribute, place in held]
+            for path in self.modules_of(node):
+                module = self.model.get_submodule(path)
+                held = set(_integers(module, number))
                 if held:
+                    # a method of a member may have been called, which leaves no trace in the graph
+                    for name, member in module.named_modules(prefix=path):
+                        same_names = [pair for pair in _integers(member, number) if pair in held]
+                        found += [Size(name, attribute, place, vector, True) for attribute, place in same_names]
                     break
         return found
 
