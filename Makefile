@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 USED := .venv/used
 
-.PHONY: demo test test-kernels test-real mutants browser check bench clean
+.PHONY: docs demo test test-kernels test-real mutants browser check bench clean
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -55,6 +55,12 @@ browser:
 test-real: $(READY)
 	$(BIN)/python -m pytest -m real -s
 
+# the site in site/: guides, reference, API; a warning or a dead link is an error, and nothing is fetched but the tools
+docs: $(READY)
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tools/dead_links.py site
+
 # plants small mistakes one at a time in a copy of the tree, and runs the tests that should notice; WORD=fleet: rows that hold it
 WORD ?=
 mutants: $(READY)
@@ -80,4 +86,4 @@ bench: $(READY)
 	$(BIN)/python bench/decode.py --compile
 
 clean:
-	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs build dist site .mypy_cache .ruff_cache .pytest_cache
