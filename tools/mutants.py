@@ -74,10 +74,10 @@ class Tree:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
-        for name in ("src", "csrc", "tests", "tools", "bench"):
+        for name in ("src", "csrc", "tests", "tools", "bench", "docs"):
             if (root / name).is_dir():
                 shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        for name in ("pyproject.toml", "CMakeLists.txt"):
+        for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "mkdocs.yml"):
             if (root / name).is_file():
                 shutil.copy(root / name, folder)
         (folder / "site").mkdir()

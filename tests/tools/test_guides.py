@@ -135,7 +135,13 @@ def test_commands_and_options_of_the_readme_exist():
         assert words, line
         named |= set(words)
         known = {o for w in words for p in commands[w].params for o in (*p.opts, *p.secondary_opts)}
-        known |= {o for w in words for sub in getattr(commands[w], "commands", {}).values() for p in sub.params for o in p.opts}
+        known |= {
+            o
+            for w in words
+            for sub in getattr(commands[w], "commands", {}).values()
+            for p in sub.params
+            for o in p.opts
+        }
         for option in re.findall(r"--[a-z-]+", line):
             assert option in known, f"{option} of {words}: {line}"
     assert named == set(commands)
