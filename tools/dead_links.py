@@ -2,7 +2,7 @@
 
     python tools/dead_links.py site        # one line for each; exit code 1 if there is one
 
-Links to other hosts are not followed, since building needs no network; but what a page loads (scripts, styles, pictures, fonts) has to
+Links to other hosts are not followed, since building needs no network; what a page loads (scripts, styles, pictures) has to
 lie in the site.
 """
 

@@ -2,9 +2,9 @@
 
     python tools/guide_models.py lm | moe      # makes one and prints where it lies
 
-`lm` is a Llama of 400 thousand parameters, `moe` a Qwen3-MoE of 8 experts. Neither knows much, but both have learned: removing a weight
-costs something, and which one is removed matters. They need no network and no file outside the repository. Kept in build/guides/, by
-the bytes of this file and the versions that make them.
+`lm` is a Llama of 340 thousand parameters, `moe` a Qwen3-MoE of 8 experts. Neither knows much, but both have learned: it
+matters which weight is removed. They need no network and no file outside the repository. Kept in build/guides/, by the bytes of
+this file and the versions that make them.
 """
 
 import fcntl

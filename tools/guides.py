@@ -4,11 +4,11 @@
     python tools/guides.py --update 04 06       # run these pages, and write into them what was printed
     python tools/guides.py --real 01            # on SmolLM2-135M; output is not compared
 
-A page begins with a comment, `<!-- guide: small=lm real=smollm2 -->`: which model $MODEL is (tools/guide_models.py). Blocks fenced as
-bash or python run in their order in an empty folder that holds the model as `my-model`; a block fenced as text after one is what
+A page begins with a comment, `<!-- guide: small=lm real=smollm2 -->`: which model $MODEL is (tools/guide_models.py). Blocks fenced
+as bash or python run in their order in an empty folder that holds the model as `my-model`; a block fenced as text after one is what
 it printed. A comment before a block says what is special of it: `<!-- run: exit=5 -->` (or 0,5), `<!-- run: varies -->` (which of
-several answers is printed depends on the machine: some output is asked for, its words are not), `<!-- run: real -->` (on real models
-only), `<!-- run: needs=vllm -->` (only where that can be imported), `<!-- run: no, REASON -->`.
+several answers is printed depends on the machine: some output is asked for, its words are not), `<!-- run: real -->` (on real
+models only), `<!-- run: needs=vllm -->` (only where that can be imported), `<!-- run: no, REASON -->`.
 
 A number matches a number, a unit a unit of its kind, a line of a table's frame any other; all else is compared word by word.
 """
@@ -40,7 +40,7 @@ _UNITS = (r"(?<=# )(?:B|KB|MB|GB)\b", "bytes"), (r"(?<=# )(?:us|ms|s|seconds?|mi
 
 @dataclass
 class Block:
-    """A fenced block. line: where its text begins, from 0. shown: the lines of the text block after it, first and one past the last."""
+    """A fenced block. line: where its text begins, from 0. shown: the lines of the output after it, first and one past the last."""
 
     kind: str
     text: str
@@ -78,7 +78,10 @@ def read(file: Path) -> Page:
     """Find the blocks of a page. Raises ValueError for a fence that is not closed, and for output that belongs to no block."""
     lines = file.read_text(encoding="utf-8").splitlines()
     name = file.name
-    page = Page(file, lines, [], (options_of(lines[0], "guide") or {}) if lines else {})
+    # the README begins with its title; its model is the guides'
+    page = Page(file, lines, [], {})
+    said_first = options_of(lines[0], "guide")
+    page.options = {"small": "lm"} if said_first is None else said_first
     at, last, said = 0, None, {}
     while at < len(lines):
         line = lines[at]

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import guides
-import guides_shell
+import guides  # noqa: E402
+import guides_shell  # noqa: E402
 
 PAGES = guides.pages()
 

@@ -11,7 +11,7 @@ import secateurs as sc
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import dead_links
+import dead_links  # noqa: E402
 
 
 def test_every_public_name_is_in_the_reference():
