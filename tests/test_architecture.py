@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "secateurs"
 # from the bottom; a folder may import those before it, and itself
 ORDER = (
-    "base", "matrix", "kernels", "model", "quality", "machine", "prune", "pack", "shrink", "train", "decide", "report", "cli",
+    "base", "matrix", "kernels", "model", "quality", "machine", "prune", "pack", "rescue", "shrink", "train", "decide", "report", "cli",
 )  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES = 500

@@ -20,8 +20,8 @@ def _row(where: str, tests: str, line: str, instead: str) -> Row:
 
 BASE, MATRIX, KERNELS, MODEL = (f"src/secateurs/{name}" for name in ("base", "matrix", "kernels", "model"))
 QUALITY, MACHINE, PRUNE, PACK = (f"src/secateurs/{name}" for name in ("quality", "machine", "prune", "pack"))
-SHRINK, TRAIN, DECIDE, REPORT, CLI = (
-    f"src/secateurs/{name}" for name in ("shrink", "train", "decide", "report", "cli")
+SHRINK, TRAIN, DECIDE, REPORT, CLI, RESCUE = (
+    f"src/secateurs/{name}" for name in ("shrink", "train", "decide", "report", "cli", "rescue")
 )
 COMPILED, OF_BLOCKS = "csrc/test/kernels_test.cc", "csrc/test/block_test.cc"
 
@@ -49,6 +49,34 @@ ROWS = (
     _row(KERNELS, "kernels/test_on_gpu.py::test_a_matrix_is_read_once_and_again_when_it_changes",
          "state += (None,) if part is None else (part.data_ptr(), -1 if part.is_inference() else part._version)",
          "state += (None,) if part is None else (part.data_ptr(),)"),
+    # -------------------------------------------------------------------------------------------------------------- rescue
+    _row(RESCUE, "rescue/test_rescue.py::test_old_files_are_read_bit_for_bit[bitmask-0.10.2]",
+         "bits = bitmask[..., None] >> torch.arange(8, dtype=torch.uint8) & 1",
+         "bits = bitmask[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1"),
+    _row(RESCUE, "rescue/test_rescue.py::test_old_files_are_read_bit_for_bit[bitmask-0.8.1]",
+         'whole = any(name.endswith(".weight") for name in names)',
+         "whole = False"),
+    _row(RESCUE, "rescue/test_rescue.py::test_parts_that_do_not_fit_together_are_refused[offsets]",
+         "if not torch.equal(row_offsets.flatten(), counts.cumsum(0) - counts):",
+         "if len(row_offsets.flatten()) != len(counts):"),
+    _row(RESCUE, "rescue/test_rescue.py::test_old_files_are_read_bit_for_bit[packed-int4-zero-0.9.4]",
+         "centred = integer_OI if zero_OG is None else integer_OI - zero_OG[:, group_I]",
+         "centred = integer_OI"),
+    _row(RESCUE, "rescue/test_rescue.py::test_old_files_are_read_bit_for_bit[marlin-int4-0.9.4]",
+         "out[:, order] = scale_GO.reshape(-1, 64)",
+         "out[:] = scale_GO.reshape(-1, 64)"),
+    _row(RESCUE, "rescue/test_rescue.py::test_old_files_are_read_bit_for_bit[marlin-int8-0.10.2]",
+         "row = 2 * (thread % 4) + r % 2 + 8 * (r // 2)",
+         "row = 2 * (thread % 4) + r // 2 + 8 * (r % 2)"),
+    _row(RESCUE, "rescue/test_rescue.py::test_what_was_pruned_away_may_be_anything",
+         "return torch.where(kept != 0, tensor, 0)",
+         "return tensor * kept"),
+    _row(RESCUE, "rescue/test_rescue.py::test_parts_that_do_not_fit_together_are_refused",
+         "missing = [name for name, parameter in parameters.items() if id(parameter) not in held]",
+         "missing = [name for name, parameter in parameters.items() if id(parameter) not in held and False]"),
+    _row(RESCUE, "rescue/test_onnx_files.py::test_sparseml_s_integers_by_hand",
+         "return product, (product / graph.constants[before.input[1]].astype(np.float32)).astype(np.float32)",
+         "return product, product"),
     # ---------------------------------------------------------------------------------------------------------------- base
     _row(BASE, "base/test_device.py::test_memory_is_in_bytes",
          "return int(high[1]) * 1024",

@@ -62,6 +62,22 @@ def replace(file: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+@contextmanager
+def appearing(place: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is whole. Raises OutputError for a place that is taken or cannot be written."""
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise OutputError(f"{place} exists; give an empty place with --out")
+    part = place.with_name(place.name + PART)
+    with writing(place):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            yield part
+            part.replace(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 def inside(folder: Path, name: object, named_in: Path) -> Path:
     """`folder / name`, for a name that a file states. Raises CheckpointError for one that leads out of the folder.
 

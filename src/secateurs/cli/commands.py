@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from secateurs.base.errors import PlanError, SecateursError
 from secateurs.base.processes import is_alone
-from secateurs.cli import decide, estimate, export, lab, look, machine, pack, prune, recover, shrink
+from secateurs.cli import decide, estimate, export, lab, look, machine, pack, prune, recover, rescue, shrink
 from secateurs.cli.output import streams
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "recover": (recover.recover, MAKE),
     "pack": (pack.pack, MAKE),
     "export": (export.export, MAKE),
+    "import": (rescue.import_, MAKE),
     "bench": (pack.bench, SEE),
     "eval": (look.evaluate, SEE),
     "verify": (look.verify, SEE),

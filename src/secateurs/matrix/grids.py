@@ -37,7 +37,8 @@ class Grid:
         named = next((name for name, grid in NAMED.items() if grid == self), None)
         if named:
             return named
-        return f"int{self.bits}/{self.group or 'row'}{'' if self.symmetric else '/asymmetric'}"
+        kind = f"{'' if self.symmetric else '/asymmetric'}{'/fp16' if self.half else ''}"
+        return f"int{self.bits}/{self.group or 'row'}{kind}"
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -84,13 +85,14 @@ def parse(text: str) -> Grid:
     """'int4', 'int4/128', 'int3/row', 'int4/64/asymmetric', 'q4_0' -> Grid. Raises ValueError naming what may be written."""
     if text in NAMED:
         return NAMED[text]
-    found = re.fullmatch(r"int(\d+)(?:/(\d+|row))?(/asymmetric)?", text)
+    found = re.fullmatch(r"int(\d+)(?:/(\d+|row))?(/asymmetric)?(/fp16)?", text)
     if found and int(found[1]) in BITS and (found[2] in (None, "row") or int(found[2]) in GROUPS):
         group = 64 if found[2] is None else ROW if found[2] == "row" else int(found[2])
-        return Grid(int(found[1]), group, symmetric=not found[3])
+        return Grid(int(found[1]), group, not found[3], bool(found[4]))
     raise ValueError(
         f"unknown grid '{text}'; write intB or intB/GROUP with B in {', '.join(map(str, BITS))} and GROUP in "
-        f"{', '.join(map(str, GROUPS))} or row, e.g. int4/64, with /asymmetric after it for a zero point a group, or "
+        f"{', '.join(map(str, GROUPS))} or row, e.g. int4/64, with /asymmetric after it for a zero point a group, then /fp16 "
+        "for scales of that type, or "
         f"{', '.join(NAMED)}{nearest(text, ('int4', 'int8', 'int4/128', *NAMED))}"
     )
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,20 +18,19 @@ from torch import Tensor, nn
 
 from secateurs.base.device import return_memory
 from secateurs.base.errors import CheckpointError, said
-from secateurs.base.files import inside, write_json
+from secateurs.base.files import write_json
 from secateurs.base.progress import no_bars
 from secateurs.model import attention, shards
 from secateurs.model.blocks import blocks_of
 from secateurs.model.miniature import seeded
 from secateurs.model.on_meta import without_weights
 from secateurs.model.sentences import Sentences, sentences_of
-from secateurs.model.source import INDEX, resolve, trusted, untrusted, weights_of
+from secateurs.model.source import resolve, trusted, untrusted, weights_of
 
 # weights outside the blocks that are written together
 _SHARD_WEIGHTS = 1 << 27
 # bytes of a safetensors dtype; those not listed take 8 at most
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "F64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 
 
 class Checkpoint:
@@ -74,7 +72,7 @@ class Checkpoint:
                 f"{self.folder} is already quantized ({method or 'by no method that it names'}), and nothing here turns that back "
                 "into 16-bit weights on a CPU; prune the model that it was made from"
             )
-        self.file_of = self._find_tensors()
+        self.file_of = shards.files_of(weights_of(self.folder, self.raw_config))
         self.target_of: dict[str, str] = {}
         # of stored tensors that are not a parameter each: the parameters that are made of them
         self.converted: dict[str, frozenset[str]] = {}
@@ -88,29 +86,6 @@ class Checkpoint:
         self._sound: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------------ reading
-
-    def _find_tensors(self) -> dict[str, Path]:
-        index = weights_of(self.folder, self.raw_config)
-        files = [index]
-        listed: dict[str, str] | None = None
-        if index.suffix == ".json":
-            try:
-                listed = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{index} cannot be read: {error}") from None
-            if not isinstance(listed, dict):
-                raise CheckpointError(f"{index} cannot be read: weight_map says no file for each tensor")
-            files = sorted({inside(self.folder, name, index) for name in listed.values()})
-        found: dict[str, Path] = {}
-        for shard in files:
-            if not shard.is_file():
-                raise CheckpointError(f"{shard} is missing, though {index.name} lists it; download the model again")
-            with shards.opened(shard) as handle:
-                found.update(dict.fromkeys(handle.keys(), shard))
-        missing = sorted(set(listed or ()) - set(found))
-        if missing:
-            raise CheckpointError(f"{index.name} lists {missing[0]} and no shard holds it; download the model again")
-        return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name as stored."""
@@ -155,6 +130,11 @@ class Checkpoint:
         with shards.opened(self.file_of[key]) as handle:
             part = handle.get_slice(key)
             return int(math.prod(part.get_shape())) * _ITEMSIZE.get(part.get_dtype(), 8)
+
+    def shape_of(self, key: str) -> list[int]:
+        """The shape of one tensor as stored."""
+        with shards.opened(self.file_of[key]) as handle:
+            return list(handle.get_slice(key).get_shape())
 
     def fingerprint(self) -> str:
         """A hash that changes when a weight file or the config does; of names, sizes and times, not of contents.
@@ -443,10 +423,7 @@ class Checkpoint:
 
         Of a sentence-transformers folder the other modules too; its transformer is at the root of the new one.
         """
-        to.mkdir(parents=True, exist_ok=True)
-        for file in sorted(self.folder.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ("README.md", *but):
-                shutil.copyfile(file, to / file.name)
+        shards.copy_small_files(self.folder, to, but)
         # the name of a weight file that is not there
         if "transformers_weights" in self.raw_config and "config.json" not in but:
             kept = {key: value for key, value in self.raw_config.items() if key != "transformers_weights"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.base.errors import OutputError, PlanError, nearest
-from secateurs.base.files import PART, replace, writing
+from secateurs.base.files import appearing, replace
 from secateurs.base.progress import Progress, silent
 from secateurs.model.checkpoint import Checkpoint
 from secateurs.model.source import INDEX, resolve
@@ -46,15 +46,8 @@ def export(source: str | Path, to: str, out: str | Path, progress: Progress = si
         replace(place, lambda part: result.update(write(part, progress)))
         nbytes = place.stat().st_size
     else:
-        part = place.with_name(place.name + PART)
-        with writing(place):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            try:
-                result.update(write(part, progress))
-                part.replace(place)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        with appearing(place) as part:
+            result.update(write(part, progress))
         nbytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     return {"to": to, "place": str(place), "nbytes": nbytes, "layers": [], "left": [], "warnings": [], **result}
 

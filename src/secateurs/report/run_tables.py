@@ -3,6 +3,7 @@
 Everything is printed from reports; only totals are computed here.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -342,5 +343,23 @@ def print_exported(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"[yellow]Not quantized there: {_layers(len(result['left']))}[/], first {escape(result['left'][0])}."
         )
+    for warning in result["warnings"]:
+        console.print(f"[yellow]{escape(warning)}[/]")
+
+
+def print_rescued(result: dict[str, Any], console: Console) -> None:
+    """Print what rescue() read."""
+    layers = result["layers"]
+    grids = Counter(layer["grid"] for layer in layers if layer["grid"])
+    numel = sum(math.prod(layer["shape"]) for layer in layers)
+    zeros = sum(math.prod(layer["shape"]) * layer["sparsity"] for layer in layers)
+    held = f": {_layers(len(layers))}, {zeros / numel:.1%} zeros" if numel else ""
+    console.print(
+        f"[green]{result['place']}[/] (from {', '.join(result['formats'])}){held}; {megabytes(result['nbytes'])}."
+    )
+    for grid, count in grids.items():
+        console.print(f"{_layers(count)} on the grid {grid}, which `secateurs pack` stores as integers.")
+    for why, count in Counter(layer["off_grid"] for layer in layers if layer["off_grid"]).items():
+        console.print(f"{_layers(count)} without a grid: {escape(why)}.")
     for warning in result["warnings"]:
         console.print(f"[yellow]{escape(warning)}[/]")
