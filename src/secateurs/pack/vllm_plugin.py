@@ -21,8 +21,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from secateurs.base.errors import CheckpointError
 from secateurs.kernels import shards
-from secateurs.kernels.dispatch import layout_of, multiply, parts_of
-from secateurs.kernels.formats import DTYPES, Packed
+from secateurs.kernels.dispatch import multiply
+from secateurs.kernels.formats import DTYPES, Packed, layout_of, parts_of
 from secateurs.pack.stored import PARTS, Entry, Stored, check_version, matrices_of
 
 METHOD = "secateurs"
