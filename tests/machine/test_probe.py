@@ -8,7 +8,7 @@ from secateurs.base.device import machine
 from secateurs.base.errors import DeviceError, PlanError
 from secateurs.kernels import dispatch, semi_structured
 from secateurs.machine import timing
-from secateurs.machine.probe import Question, probe, read_shapes, shapes_of
+from secateurs.machine.probe import Question, check, probe, read_shapes, shapes_of
 from secateurs.machine.profile import DeviceProfile, default_file
 from secateurs.machine.timing import Timing, dense_runs, interleaved
 from secateurs.matrix.grids import parse
@@ -260,6 +260,25 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(dispatch.Call, "__call__", lambda self, x, kernel=None: call(self, x, kernel) * 1.1)
     with pytest.raises(DeviceError, match="is wrong on 8x64, 1 tokens"):
         probe(Question(shapes=((8, 64),), tokens=(1,), patterns=("2:4",)))
+
+
+def test_inputs_rounded_to_8_bits_are_not_taken_for_a_wrong_kernel():
+    """The rows of small matrices are four, eight times over; their products may be more than 2% off by that rounding alone."""
+    torch.manual_seed(0)
+    far = 0
+    for _ in range(400):
+        weight = torch.randn(4, 32).repeat(8, 1)
+        x = torch.randn(1, 32)
+        step = x.abs().max() / 127
+        rounded = (x / step).round() * step
+        want, found = x @ weight.T, rounded @ weight.T
+        far += float((found - want).norm() / want.norm()) > 0.02
+        check("dense_int8_scalar_stream", found, weight, x)
+        with pytest.raises(DeviceError, match="is wrong on 32x32, 1 tokens"):
+            check("dense_int8_scalar_stream", found * 1.1, weight, x)
+        with pytest.raises(DeviceError, match="is wrong on 32x32, 1 tokens"):
+            check("dense_fp32_scalar_stream", want * 1.02, weight, x)
+    assert far
 
 
 def test_gpus_say_why_not():
