@@ -1436,7 +1436,7 @@ ROWS = (
          "for done in (packed, *(() if above is model or _holds(above) else (above,))):",
          "for done in (packed,):"),
     _row(PACK, "pack/test_pack.py::test_damage_is_one_sentence",
-         "if format_version not in VERSIONS:",
+         "if version not in VERSIONS:",
          "if False:"),
     _row(PACK, "pack/test_pack_experts.py::test_experts_that_would_not_come_back_stay_dense_with_the_reason",
          "if dtypes != {wanted}:",

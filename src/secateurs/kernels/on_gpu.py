@@ -2,7 +2,7 @@
 
 The tensors are those of docs/format.md, on the device. Beside them lies, made when a matrix is first used there, an int64 for every
 word of 64 inputs of a panel: below where its survivors begin, above, a byte each, how much further those of its rows do. That is
-0.25 bits a weight, read unless every quad (four inputs side by side) keeps as many, as in 2:4. Activations are not rounded to
+0.25 bits a weight, not made where every quad (four inputs side by side) keeps as many, as in 2:4. Activations are not rounded to
 integers, as CPU kernels do: integers are expanded to floats.
 All of it is torch's operators and Triton, so tests run it on the CPU in Triton's interpreter. No card has run it yet.
 Shapes: T tokens, O outputs, I inputs, P panels of 4 rows, J words of 64 inputs, S splits of the inputs.
@@ -108,7 +108,7 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         """Bytes that a product of few tokens reads."""
-        own = (self.values, self.mask, self.starts if not self.kept else None, self.scale, self.zero)
+        own = (self.values, self.mask, self.starts, self.scale, self.zero)
         return sum(t.nbytes for t in own if t is not None)
 
     def way(self, tokens: int) -> str:
@@ -232,8 +232,9 @@ def _follow(found: Matrix, mask_PJ4: Tensor, stored: int) -> Matrix:
         raise PackError(f"the mask keeps {total} {what}, but {stored} are stored")
     first = int(of_quads.flatten()[0]) & 0xF
     found.kept = first if first and bool((of_quads == _alike(first)).all()) else 0
-    of_rows = (upto_PJ4[..., 0] << 8) | (upto_PJ4[..., 1] << 16) | (upto_PJ4[..., 2] << 24)
-    found.starts = (ends_PJ - lengths_PJ) | (of_rows.to(torch.int64) << 32)
+    if not found.kept:
+        of_rows = (upto_PJ4[..., 0] << 8) | (upto_PJ4[..., 1] << 16) | (upto_PJ4[..., 2] << 24)
+        found.starts = (ends_PJ - lengths_PJ) | (of_rows.to(torch.int64) << 32)
     return found
 
 
@@ -443,9 +444,7 @@ def matrix_of(parts: Sequence[Tensor | None], shape: tuple[int, int], grid: Grid
     kept = _matrices.get(id(values))
     if kept is not None and kept[0]() is values and kept[1] == state:
         return kept[2]
-    values_, mask, scale, zero = parts
-    assert values_ is not None
-    found, key = read(values_, mask, scale, zero, shape, grid, dtype), id(values)
+    found, key = read(values, parts[1], parts[2], parts[3], shape, grid, dtype), id(values)
     _matrices[key] = (weakref.ref(values, lambda _: _matrices.pop(key, None)), state, found)
     return found
 

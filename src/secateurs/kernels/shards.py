@@ -32,9 +32,7 @@ def rows(packed: Packed, start: int, stop: int) -> Packed:
     Raises PackError for rows that it does not have.
     """
     outputs = packed.shape[0]
-    if not 0 <= start < stop <= outputs:
-        raise PackError(f"rows {start}..{stop - 1} were asked of a matrix of {outputs} rows")
-    if (start, stop) == (0, outputs):
+    if _is_all("rows", start, stop, outputs):
         return packed
     if packed.grid is None and packed.mask_PJ4 is None:
         return pack_dense(packed.values[start:stop])
@@ -53,14 +51,18 @@ def inputs(packed: Packed, start: int, stop: int) -> Packed:
 
     Raises PackError for inputs that it does not have, and where a cut would part a group of integers that share a scale.
     """
-    found = packed.shape[1]
-    if not 0 <= start < stop <= found:
-        raise PackError(f"inputs {start}..{stop - 1} were asked of a matrix of {found} inputs")
-    if (start, stop) == (0, found):
+    if _is_all("inputs", start, stop, packed.shape[1]):
         return packed
     if packed.grid is None and packed.mask_PJ4 is None:
         return pack_dense(packed.values[:, start:stop].contiguous())
     return _cut(packed, slice(None), slice(start, stop))
+
+
+def _is_all(what: str, start: int, stop: int, there: int) -> bool:
+    """True if start to stop - 1 are all that are there. Raises PackError for what is not there."""
+    if not 0 <= start < stop <= there:
+        raise PackError(f"{what} {start}..{stop - 1} were asked of a matrix of {there} {what}")
+    return (start, stop) == (0, there)
 
 
 def stacked(matrices: Sequence[Packed]) -> list[Packed]:
@@ -85,12 +87,7 @@ def _joined(above: Packed, below: Packed) -> Packed:
     shape = (above.shape[0] + below.shape[0], above.shape[1])
     if above.grid is None and above.mask_PJ4 is None:
         return pack_dense(torch.cat([above.values, below.values]))
-    parts = (
-        (one, other)
-        for one, other in (
-            (above.mask_PJ4, below.mask_PJ4), (above.scale_PG4, below.scale_PG4), (above.zero_PG4, below.zero_PG4),
-        )
-    )  # fmt: skip
+    parts = ((above.mask_PJ4, below.mask_PJ4), (above.scale_PG4, below.scale_PG4), (above.zero_PG4, below.zero_PG4))
     return _read(
         above, shape, torch.cat([_unpadded(above), _unpadded(below)]),
         *(None if one is None or other is None else torch.cat([one, other]) for one, other in parts),

@@ -13,12 +13,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.base.errors import CheckpointError, DeviceError, PackError
-from secateurs.kernels.formats import FORMATS, VERSION, VERSIONS
+from secateurs.kernels.formats import FORMATS, VERSION
 from secateurs.kernels.packed_embedding import PackedEmbedding, TiedHead, make_dense, tied_to
 from secateurs.kernels.packed_experts import PackedExperts, put_experts, run_one_by_one, with_fences
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, group_shared_inputs, put
 from secateurs.matrix.grids import Grid, parse
 from secateurs.pack.decoding import fuse_blocks
+from secateurs.pack.stored import check_version
 
 METHOD = "secateurs"
 
@@ -39,12 +40,7 @@ class SecateursConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.format_version = format_version
         self.layers, self.experts = layers or {}, experts or {}
-        if format_version not in VERSIONS:
-            raise CheckpointError(
-                f"this folder is packed in format version {format_version}, this secateurs reads versions "
-                f"{', '.join(map(str, VERSIONS))}: "
-                "use the release that wrote it, or its `secateurs pack --dense`"
-            )
+        check_version(format_version)
 
 
 @register_quantizer(METHOD)

@@ -196,7 +196,7 @@ class Walk:
                 first = labels.narrow(axis, 0, 1)
                 if axis in changing(labels):
                     self.join(first.expand(labels.shape), labels, f"{what} takes it together with others that stay")
-                    if changing(first) == []:
+                    if not changing(first):
                         self.together.append((first, f"{what} takes all of its channels together"))
                 labels = first
         return labels
