@@ -82,7 +82,8 @@ class Tree:
                 shutil.copy(root / name, folder)
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(_SITE)
-        self.build = folder / "build"
+        # a name that no test writes to
+        self.build = folder / "compiled"
         if (folder / "csrc").is_dir():
             self._use(_library(root) or self._built())
 

@@ -80,6 +80,11 @@ def test_numbers_may_differ_and_words_may_not(tmp_path):
         guides.check(page(tmp_path, "3 blocks, 0.5 s"))
     with pytest.raises(AssertionError, match="the end"):
         guides.check(page(tmp_path, "3 layers, 0.5 s\nand more"))
+    # nor is a page right that shows less than was printed
+    assert guides.differs("one", "one\nand more").startswith(
+        "line 2 of the output is shown as\n    (the end)\nand was printed as"
+    )
+    assert guides.differs("1 layer", "2 layer") is None
 
 
 def test_a_block_that_ends_otherwise_than_the_page_says_is_named(tmp_path):
@@ -96,7 +101,12 @@ def test_a_block_that_ends_otherwise_than_the_page_says_is_named(tmp_path):
 def test_update_writes_what_was_printed_and_nothing_else(tmp_path):
     found = page(tmp_path, "old")
     guides.update(found)
-    assert found.file.read_text() == PAGE.format(shown="3 layers, 0.5 s").replace("9 two", "2 two")
+    wanted = PAGE.format(shown="3 layers, 0.5 s").replace("9 two", "2 two")
+    assert found.file.read_text() == wanted
+    # what stands below moves with a block that grows or shrinks
+    longer = page(tmp_path, "old\nolder\noldest")
+    guides.update(longer)
+    assert longer.file.read_text() == wanted
 
 
 def test_a_page_whose_blocks_are_all_left_out_fails(tmp_path):
