@@ -155,6 +155,22 @@ def test_a_budget_of_bytes_is_kept_and_patterns_are_chosen(tmp_path, llama, word
         sc.prune(llama, changed(plan, budget="bytes=0.3", scope=None), out=tmp_path / "little")
 
 
+def test_a_budget_that_no_choice_reaches_is_refused_before_text_is_read(tmp_path, llama):
+    plan = asked(
+        sc.Plan, budget="bits=0.8", bits="8", method="sparsegpt", max_sparsity=0.9, calibration="no such text", **FAST
+    )
+    with pytest.raises(
+        PlanError, match=r"budget bits=0.8 is below bits=(\S+), the least that the layers can take"
+    ) as said:
+        sc.prune(llama, plan, out=tmp_path / "run")
+    # a bit a position, a tenth of them in 8 bits, and 16 for each group of 64
+    shapes = [p.shape for n, p in tiny.make("llama").named_parameters() if "layers" in n and p.dim() == 2]
+    bits = sum(o * i + 8 * (o * i - round(0.9 * o * i)) + 16 * o * -(-i // 64) for o, i in shapes)
+    least = float(str(said.value).split("below bits=")[1].split(",")[0])
+    assert least == pytest.approx(bits / sum(o * i for o, i in shapes), abs=2e-3)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_budget_of_seconds_needs_a_profile_and_follows_it(tmp_path, llama, words, monkeypatch):
     from secateurs.machine import profile
 

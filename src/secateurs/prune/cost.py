@@ -117,7 +117,7 @@ def whole_of(plan: Plan, model: nn.Module) -> Whole | None:
     for found in on_grid_outside(model, plan):
         rest += least_bits(found.grid, found.layer.shape, math.prod(found.layer.shape)) / 8 - _dense_bytes(found.layer)
     asked = plan.budgeted[1] * weights
-    least = sum(_least_bytes(layer, plan) for layer in layers)
+    least = sum(_least(layer, plan, _packed_bytes) for layer in layers)
     if asked < rest + least:
         raise PlanError(
             f"budget {plan.budget} is {_mb(asked)} of the {_mb(weights)} that all weights take, and {_mb(rest + least)} are "
@@ -132,12 +132,32 @@ def _dense_bytes(layer: Layer) -> int:
     return math.prod(layer.shape) * layer.parameter.element_size()
 
 
-def _least_bytes(layer: Layer, plan: Plan) -> float:
+def _least(layer: Layer, plan: Plan, cost: Cost) -> float:
     """Of all that the layer may become."""
     able = [pattern for pattern in plan.layer_patterns if not pattern.refuses(*layer.shape)]
     zeros = [plan.bounds[1] if pattern.fixed_sparsity is None else pattern.fixed_sparsity for pattern in able]
     ways = [(s, grid) for s in (0.0, *zeros) for grid in (None, *plan.layer_grids)]
-    return min(_packed_bytes(layer.shape, layer.parameter.dtype, s, grid) for s, grid in ways)
+    return min(cost(layer.shape, layer.parameter.dtype, s, grid) for s, grid in ways)
+
+
+def check_reachable(plan: Plan, model: nn.Module, cost: Cost) -> None:
+    """Raises PlanError for a budget of bits or seconds below the least that the layers can take; it needs no weights. Bytes are
+    those of the whole model: whole_of().
+    """
+    if plan.budgeted is None or plan.budgeted[0] == "bytes":
+        return
+    counted, amount = plan.budgeted
+    layers = [y for name in blocks_of(model)[0] for y in layers_at(model, name) if left_dense(y, plan) is None]
+    dense = sum(
+        math.prod(y.shape) if counted == "bits" else cost(y.shape, y.parameter.dtype, 0.0, None) for y in layers
+    )
+    least = sum(_least(layer, plan, cost) for layer in layers)
+    if least > amount * dense:
+        needed = f"{counted}={math.ceil(least / dense * 1000) / 1000:g}{'x' if counted == 'seconds' else ''}"
+        raise PlanError(
+            f"budget {plan.budget} is below {needed}, the least that the layers can take with what it may choose from; raise the "
+            "budget, or let it choose from fewer bits (--bits) or more zeros (--max-sparsity)"
+        )
 
 
 def _mb(nbytes: float) -> str:

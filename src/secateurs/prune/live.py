@@ -20,7 +20,7 @@ from secateurs.model.walk import settle, stream
 from secateurs.prune.allocation import Shares
 from secateurs.prune.assign import assign
 from secateurs.prune.block import left_outside, prune_block, survivors_of
-from secateurs.prune.cost import cost_of, whole_of
+from secateurs.prune.cost import check_reachable, cost_of, whole_of
 from secateurs.prune.guide import ALIKE, UNMEASURED, alike, chosen, emptied, guide_of, note_distillation, reach, within
 from secateurs.prune.plan import Plan
 from secateurs.prune.record import Report
@@ -67,6 +67,7 @@ def prune_live(
     plan, left = chosen(model, plan, layout)
     report.warnings += left
     whole = whole_of(plan, model)
+    check_reachable(plan, model, cost)
     config: Any = getattr(model, "config", None)
     kind = kind_of_class(type(model), config) if hasattr(config, "model_type") else None
     if plan.sensitivity:

@@ -40,7 +40,7 @@ from secateurs.model.walk import Step, settle, stream
 from secateurs.prune.allocation import Share, Shares
 from secateurs.prune.assign import assign
 from secateurs.prune.block import Guide, Outcome, left_outside, prune_block, survivors_of
-from secateurs.prune.cost import Cost, Whole, cost_of, whole_of
+from secateurs.prune.cost import Cost, Whole, check_reachable, cost_of, whole_of
 from secateurs.prune.guide import (
     ALIKE,
     UNMEASURED,
@@ -123,6 +123,7 @@ class Run:
         plan, _ = within(plan, layout_of(model))
         check_memory(plan, source, model, self.ranks.here)
         cost = cost_of(plan)
+        check_reachable(plan, model, cost)
         compute = described(model.config.dtype)
         here = machine() | ({"processes": ranks.size} if ranks.size > 1 else {})
         report = Report(self.plan.as_dict(), here, shrunk=shrunk_before(plan.model), compute=compute)
