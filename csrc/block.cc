@@ -17,6 +17,7 @@ struct Token {
   int32_t threads;
   char* halves; /* x and y of a product that takes 16 bits; then a bias */
   int64_t room_for_x;
+  float* factors; /* of a norm */
 
   /* y = the products of x, one after the other; of up to `most` calls */
   int32_t multiply(const secateurs_call* calls, int most, const float* x, float* y) const {
@@ -42,11 +43,18 @@ struct Token {
     }
     return SECATEURS_OK;
   }
-  /* the factors of a norm of n numbers, in memory for them */
-  const float* factors(const void* weight, int64_t n, float* memory) const {
-    body.widen(block.dtype, weight, n, memory);
-    for (int64_t i = 0; i < n; ++i) memory[i] += block.plus;
-    return memory;
+  /* out = x normed, or x itself where there are no weights for it */
+  const float* norm(const void* weight, const float* x, int64_t n, float eps, float* out) const {
+    if (!weight) return x;
+    body.widen(block.dtype, weight, n, factors);
+    for (int64_t i = 0; i < n; ++i) factors[i] += block.plus;
+    body.norm(x, factors, n, eps, out);
+    return out;
+  }
+  /* h += residual * made, which a norm goes over first where there is one */
+  void add(const void* weight, float* made, float* h) const {
+    norm(weight, made, block.width, block.eps, made);
+    for (int64_t i = 0; i < block.width; ++i) h[i] += block.residual * made[i];
   }
 };
 
@@ -92,34 +100,37 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 }  // namespace
 
 extern "C" int32_t secateurs_decode(const secateurs_block* block, const void* x, void* y, const void* cos, const void* sin,
-                                    int64_t rotated, void* keys, void* values, int64_t room, int64_t tokens, int32_t threads) {
+                                    int32_t dtype_of_turns, int64_t rotated, void* keys, void* values, int64_t room, int64_t tokens, int32_t threads) {
   const secateurs_block& b = *block;
   const BlockBody* body = block_body(b.out.kernel);
   if (!body) return SECATEURS_BAD_KERNEL;
   if (threads < 1 || tokens < 0 || tokens >= room || b.kv_heads < 1 || b.heads % b.kv_heads || rotated % 2 || rotated > b.dim)
     return SECATEURS_BAD_ARGUMENT;
   const int64_t q = b.heads * b.dim, kv = b.kv_heads * b.dim, widest = larger(larger(q + 2 * kv, 2 * b.inner), b.width);
-  /* h, normed h, all of q, k and v or of gate and up, what attention gives, cos, sin, 16-bit x and y, and the factors of a norm */
-  const int64_t sizes[] = {up(b.width), up(b.width), up(widest), up(q), up(rotated), up(rotated), up(widest), up(larger(b.width, b.dim))};
+  /* h, h normed or what is added to it, all of q, k and v or of gate and up, what attention gives, cos, sin, 16-bit x and y, and the
+     factors of a norm */
+  const int64_t sizes[] = {up(b.width), up(b.width), up(widest), up(q), up(rotated), up(rotated), up(widest), up(larger(b.width, larger(b.dim, q)))};
   int64_t wanted = 0;
   for (int64_t size : sizes) wanted += size;
   float* memory = static_cast<float*>(numbers.get(wanted * static_cast<int64_t>(sizeof(float))));
   if (!memory) return SECATEURS_NO_MEMORY;
   float* at[8];
   for (int i = 0; i < 8; ++i, memory += sizes[i - 1]) at[i] = memory;
-  float *h = at[0], *normed = at[1], *made = at[2], *attended = at[3], *cosines = at[4], *sines = at[5], *factors = at[7];
-  const Token token = {b, *body, threads, reinterpret_cast<char*>(at[6]), widest};
+  float *h = at[0], *normed = at[1], *made = at[2], *attended = at[3], *cosines = at[4], *sines = at[5];
+  const Token token = {b, *body, threads, reinterpret_cast<char*>(at[6]), widest, at[7]};
 
   body->widen(b.dtype, x, b.width, h);
-  body->widen(b.dtype, cos, rotated, cosines);
-  body->widen(b.dtype, sin, rotated, sines);
-  body->norm(h, token.factors(b.attention_norm, b.width, factors), b.width, b.eps, normed);
-  if (const int32_t wrong = token.multiply(b.qkv, 3, normed, made)) return wrong;
+  body->widen(dtype_of_turns, cos, rotated, cosines);
+  body->widen(dtype_of_turns, sin, rotated, sines);
+  if (const int32_t wrong = token.multiply(b.qkv, 3, token.norm(b.attention_norm, h, b.width, b.eps, normed), made)) return wrong;
   const int64_t itemsize = b.dtype == SECATEURS_FP32 ? 4 : 2;
+  if (b.heads_together) {
+    token.norm(b.q_norm, made, q, b.eps_of_heads, made);
+    token.norm(b.k_norm, made + q, kv, b.eps_of_heads, made + q);
+  }
   for (int64_t head = 0; head < b.heads + b.kv_heads; ++head) {
     float* one = made + head * b.dim;
-    const void* weight = head < b.heads ? b.q_norm : b.k_norm;
-    if (weight) body->norm(one, token.factors(weight, b.dim, factors), b.dim, b.eps_of_heads, one);
+    if (!b.heads_together) token.norm(head < b.heads ? b.q_norm : b.k_norm, one, b.dim, b.eps_of_heads, one);
     rotate(one, cosines, sines, rotated);
   }
   for (int64_t head = 0; head < b.kv_heads; ++head) {
@@ -136,13 +147,16 @@ extern "C" int32_t secateurs_decode(const secateurs_block* block, const void* x,
   parallel(heads.parts, attend_part, &heads);
   if (heads.failed) return SECATEURS_NO_MEMORY;
   if (const int32_t wrong = token.multiply(&b.out, 1, attended, normed)) return wrong;
-  for (int64_t i = 0; i < b.width; ++i) h[i] += b.residual * normed[i];
+  if (!b.down.count) {
+    body->narrow(b.dtype, normed, b.width, y);
+    return SECATEURS_OK;
+  }
+  token.add(b.attention_out_norm, normed, h);
 
-  body->norm(h, token.factors(b.mlp_norm, b.width, factors), b.width, b.eps, normed);
-  if (const int32_t wrong = token.multiply(b.gate_up, 2, normed, made)) return wrong;
+  if (const int32_t wrong = token.multiply(b.gate_up, 2, token.norm(b.mlp_norm, h, b.width, b.eps, normed), made)) return wrong;
   body->gate(b.activation, made, made + b.inner, b.inner);
   if (const int32_t wrong = token.multiply(&b.down, 1, made, normed)) return wrong;
-  for (int64_t i = 0; i < b.width; ++i) h[i] += b.residual * normed[i];
+  token.add(b.mlp_out_norm, normed, h);
   body->narrow(b.dtype, h, b.width, y);
   return SECATEURS_OK;
 }

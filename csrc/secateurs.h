@@ -94,10 +94,13 @@ typedef struct {
 enum { SECATEURS_SILU = 0, SECATEURS_GELU_TANH = 1 };
 
 /* A block of a decoder whose input h (width) becomes
-     h + residual * O attention(rotated(Q n), rotated(K n), V n) with n = norm(h), and then
-     h + residual * D (activation(G n) * (U n)) with another n = norm(h);  norm(x) = x / sqrt(mean(x x) + eps) * (weight + plus).
-   dtype: of h, weights of norms, cos, sin, and the cache. q_norm and k_norm (dim) are of every head, or null. qkv: one call of three
-   products, or three of one each; gate_up: one of two, or two of one each; a call that is not needed has count 0. */
+     h + residual * N2(O attention(rotated(Q n), rotated(K n), V n)) with n = N1(h), and then
+     h + residual * N4(D (activation(G n) * (U n))) with n = N3(h).
+   N1 attention_norm, N2 attention_out_norm, N3 mlp_norm, N4 mlp_out_norm, each N(x) = x / sqrt(mean(x x) + eps) * (weight + plus), or x
+   where it is null. Where down.count is 0 it is the attention alone: O attention(...) of N1(h), to which nothing is added.
+   dtype: of h, weights of norms, and the cache. q_norm and k_norm, or null: of every head (dim), or if heads_together of all
+   of them at once (heads * dim, kv_heads * dim). qkv: one call of three products or of one that makes all, or three of one each;
+   gate_up: one of two products or of one that makes both, or two of one each; a call that is not needed has count 0. */
 typedef struct {
   int32_t dtype;
   int32_t activation;
@@ -111,8 +114,11 @@ typedef struct {
   float eps;
   float eps_of_heads;
   float plus;
+  int32_t heads_together;
   const void* attention_norm;
+  const void* attention_out_norm;
   const void* mlp_norm;
+  const void* mlp_out_norm;
   const void* q_norm;
   const void* k_norm;
   secateurs_call qkv[3];
@@ -124,7 +130,7 @@ typedef struct {
 /* The block for one token after `tokens` others. cos, sin (rotated): the first `rotated` inputs of a head turn, in halves. keys, values
    (kv_heads x room x dim): the token's are written behind the others', so room > tokens. x and y (width) may be the same. */
 SECATEURS_API int32_t secateurs_decode(const secateurs_block* block, const void* x, void* y, const void* cos, const void* sin,
-                                       int64_t rotated, void* keys, void* values, int64_t room, int64_t tokens, int32_t threads);
+                                       int32_t dtype_of_turns, int64_t rotated, void* keys, void* values, int64_t room, int64_t tokens, int32_t threads);
 
 /* Checks a mask and fills starts (panels + 1), which count survivors, or bytes if bits > 0. Returns 0 if no bit lies outside of
    outputs x inputs and the end is `stored`; where[0] is then the end, where[1] the most survivors in any byte of the mask, where[2]

@@ -59,21 +59,41 @@ void random_numbers(Random& random, const std::string& dtype, Exact& to) {
   for (size_t i = 0; i < to.nbytes / size; ++i) put(dtype, to.data + i * size, static_cast<float>(random.uniform() * 2 - 1));
 }
 
-void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shape& s, bool of_heads, int32_t activation, bool apart) {
+/* before: norms before attention and MLP. after: norms after them. together: norms of all heads at once. apart: every matrix a call of
+   its own. merged: q, k and v are one matrix, gate and up another. alone: attention without the rest. */
+struct Form {
+  const char* name;
+  bool before, after, of_heads, together, apart, merged, alone;
+};
+
+constexpr Form FORMS[] = {
+    {"Llama", true, false, false, false, false, false, false},
+    {"Qwen 3", true, false, true, false, false, false, false},
+    {"apart", true, false, false, false, true, false, false},
+    {"Gemma 3", true, true, true, false, false, false, false},
+    {"OLMo 2", false, true, true, true, true, false, false},
+    {"Phi 3", true, false, false, false, false, true, false},
+    {"attention alone", false, false, true, false, false, false, true},
+    {"attention alone, norms together, merged", false, false, true, true, false, true, true},
+};
+
+void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shape& s, const Form& form, int32_t activation) {
   const std::string dtype = dtype_for(random, row.dtype), of_products = bits_of(row.dtype) ? "fp32" : dtype;
   const size_t size = static_cast<size_t>(itemsize(dtype));
   const int64_t q = s.heads * s.dim, kv = s.kv_heads * s.dim;
-  const int64_t shapes[7][2] = {{q, s.width}, {kv, s.width}, {kv, s.width}, {s.width, q}, {s.inner, s.width}, {s.inner, s.width}, {s.width, s.inner}};
+  std::vector<std::pair<int64_t, int64_t>> shapes = {{q, s.width}, {kv, s.width}, {kv, s.width}, {s.width, q}, {s.inner, s.width}, {s.inner, s.width}, {s.width, s.inner}};
+  if (form.merged) shapes = {{q + 2 * kv, s.width}, {s.width, q}, {2 * s.inner, s.width}, {s.width, s.inner}};
+  const size_t out_at = form.merged ? 1 : 3, down_at = shapes.size() - 1;
   std::vector<Problem> matrices;
-  for (const auto& shape : shapes) matrices.emplace_back(random, row.dtype, of_products, shape[0], shape[1], 1.0, 0);
+  for (const auto& shape : shapes) matrices.emplace_back(random, row.dtype, of_products, shape.first, shape.second, 1.0, 0);
   std::vector<secateurs_product> products;
   for (const Problem& matrix : matrices) products.push_back({matrix.weight(false), nullptr});
   /* every other matrix has a bias */
   std::vector<Exact> of_biases;
   std::vector<const void*> biases;
   std::vector<Numbers> added;
-  for (size_t i = 0; i < 7; ++i) {
-    of_biases.emplace_back(static_cast<size_t>(shapes[i][0]) * size);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    of_biases.emplace_back(static_cast<size_t>(shapes[i].first) * size);
     if (i % 2) random_numbers(random, dtype, of_biases.back());
     biases.push_back(i % 2 ? of_biases.back().data : nullptr);
     added.push_back(read(dtype, of_biases.back()));
@@ -81,36 +101,47 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
   const int32_t code = dtype_of(of_products);
   const auto call = [&](size_t first, int32_t count) {
     int64_t outputs = 0;
-    for (size_t i = first; i < first + static_cast<size_t>(count); ++i) outputs += shapes[i][0];
+    for (size_t i = first; i < first + static_cast<size_t>(count); ++i) outputs += shapes[i].first;
     return secateurs_call{&products[first], &biases[first], count, kernel, code, outputs};
   };
   /* factors that keep scores of attention and the MLP's numbers near 1 */
-  Numbers norms[4];
+  const int64_t lengths[6] = {s.width, s.width, form.together ? q : s.dim, form.together ? kv : s.dim, s.width, s.width};
+  const bool there[6] = {form.before, form.before, form.of_heads, form.of_heads, form.after, form.after};
+  Numbers norms[6];
   std::vector<Exact> weights;
   const float plus = random.below(2) ? 0.125f : 0;
-  for (int n = 0; n < 4; ++n) {
-    weights.emplace_back(static_cast<size_t>(n < 2 ? s.width : s.dim) * size);
-    for (int64_t i = 0; i < (n < 2 ? s.width : s.dim); ++i)
+  for (int n = 0; n < 6; ++n) {
+    weights.emplace_back(static_cast<size_t>(lengths[n]) * size);
+    for (int64_t i = 0; i < lengths[n]; ++i)
       put(dtype, weights.back().data + static_cast<size_t>(i) * size, static_cast<float>((0.5 + random.uniform()) / (n < 2 ? sqrt(static_cast<double>(s.width)) : 1)) - plus);
     norms[n] = read(dtype, weights.back());
     for (double& factor : norms[n]) factor += plus;
   }
-  secateurs_block b = {dtype_of(dtype), activation, s.width, s.heads, s.kv_heads, s.dim, s.inner, 0.3f, 0.7f, 1e-2f, 1e-3f, plus, weights[0].data, weights[1].data,
-                       of_heads ? weights[2].data : nullptr, of_heads ? weights[3].data : nullptr, {}, call(3, 1), {}, call(6, 1)};
-  if (apart) {
-    for (size_t i = 0; i < 3; ++i) b.qkv[i] = call(i, 1);
-    for (size_t i = 0; i < 2; ++i) b.gate_up[i] = call(4 + i, 1);
-  } else {
-    b.qkv[0] = call(0, 3);
-    b.gate_up[0] = call(4, 2);
-  }
+  const auto weights_of = [&](size_t n) -> const void* { return there[n] ? weights[n].data : nullptr; };
+  const auto normed = [&](int n, double* from, double eps) {
+    if (there[n]) normalize(from, norms[n].data(), lengths[n], eps);
+  };
+  secateurs_block b = {};
+  b.dtype = dtype_of(dtype), b.activation = activation;
+  b.width = s.width, b.heads = s.heads, b.kv_heads = s.kv_heads, b.dim = s.dim, b.inner = s.inner;
+  b.scaling = 0.3f, b.residual = 0.7f, b.eps = 1e-2f, b.eps_of_heads = 1e-3f, b.plus = plus, b.heads_together = form.together;
+  b.attention_norm = weights_of(0), b.mlp_norm = weights_of(1), b.q_norm = weights_of(2), b.k_norm = weights_of(3);
+  b.attention_out_norm = weights_of(4), b.mlp_out_norm = weights_of(5);
+  b.out = call(out_at, 1);
+  if (!form.alone) b.down = call(down_at, 1);
+  const int32_t of_qkv = form.merged ? 1 : 3, of_gate_up = form.merged ? 1 : 2;
+  for (int32_t i = 0; i < of_qkv; ++i)
+    if (form.apart || !i) b.qkv[i] = call(static_cast<size_t>(i), form.apart ? 1 : of_qkv);
+  for (int32_t i = 0; i < of_gate_up; ++i)
+    if (form.apart || !i) b.gate_up[i] = call(out_at + 1 + static_cast<size_t>(i), form.apart ? 1 : of_gate_up);
 
+  const std::string of_turns = random.below(2) ? "fp32" : dtype;
   const int64_t room = s.tokens + 1 + random.below(3);
-  Exact x(static_cast<size_t>(s.width) * size), y(x.nbytes), cos(static_cast<size_t>(s.rotated) * size), sin(cos.nbytes);
+  Exact x(static_cast<size_t>(s.width) * size), y(x.nbytes), cos(static_cast<size_t>(s.rotated * itemsize(of_turns))), sin(cos.nbytes);
   Exact keys(static_cast<size_t>(kv * room) * size), values(keys.nbytes);
   random_numbers(random, dtype, x);
-  random_numbers(random, dtype, cos);
-  random_numbers(random, dtype, sin);
+  random_numbers(random, of_turns, cos);
+  random_numbers(random, of_turns, sin);
   random_numbers(random, dtype, keys);
   random_numbers(random, dtype, values);
   /* what is not yet there is NaN */
@@ -127,21 +158,35 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
     memcpy(others.data, values.data, keys.nbytes);
     Exact made(y.nbytes);
     memset(made.data, 0xff, made.nbytes);
-    wrong |= secateurs_decode(&b, x.data, made.data, cos.data, sin.data, s.rotated, mine.data, others.data, room, s.tokens, threads);
+    wrong |= secateurs_decode(&b, x.data, made.data, cos.data, sin.data, dtype_of(of_turns), s.rotated, mine.data, others.data, room, s.tokens, threads);
     caches.push_back(std::move(mine));
     caches.push_back(std::move(others));
     outs.push_back(std::move(made));
   }
 
   /* the same in double precision */
-  const Numbers cosines = read(dtype, cos), sines = read(dtype, sin);
+  const Numbers cosines = read(of_turns, cos), sines = read(of_turns, sin);
+  /* what several matrices make of x, one after the other */
+  const auto made_of = [&](size_t first, size_t last, const Numbers& from) {
+    Numbers all;
+    for (size_t i = first; i < last; ++i) {
+      const Numbers part = times(matrices[i], from, added[i]);
+      all.insert(all.end(), part.begin(), part.end());
+    }
+    return all;
+  };
   Numbers h = read(dtype, x), n = h;
-  normalize(n.data(), norms[0].data(), s.width, b.eps);
-  Numbers qs = times(matrices[0], n, added[0]), ks = times(matrices[1], n, added[1]);
-  const Numbers vs = times(matrices[2], n, added[2]);
+  normed(0, n.data(), b.eps);
+  const Numbers qkv = made_of(0, out_at, n);
+  Numbers qs(qkv.begin(), qkv.begin() + q), ks(qkv.begin() + q, qkv.begin() + q + kv);
+  const Numbers vs(qkv.begin() + q + kv, qkv.end());
+  if (form.together) {
+    normed(2, qs.data(), b.eps_of_heads);
+    normed(3, ks.data(), b.eps_of_heads);
+  }
   for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) {
     double* at = head < s.heads ? &qs[static_cast<size_t>(head * s.dim)] : &ks[static_cast<size_t>((head - s.heads) * s.dim)];
-    if (of_heads) normalize(at, norms[head < s.heads ? 2 : 3].data(), s.dim, b.eps_of_heads);
+    if (!form.together) normed(head < s.heads ? 2 : 3, at, b.eps_of_heads);
     const Numbers before(at, at + s.dim);
     const int64_t half = s.rotated / 2;
     for (int64_t i = 0; i < s.rotated; ++i) {
@@ -170,15 +215,21 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
       for (int64_t i = 0; i < s.dim; ++i) sum[static_cast<size_t>(i)] += weights[static_cast<size_t>(t)] / all * value_numbers[place(of, t, i)];
     attended.insert(attended.end(), sum.begin(), sum.end());
   }
-  const Numbers out = times(matrices[3], attended, added[3]);
-  for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * out[i];
-  n = h;
-  normalize(n.data(), norms[1].data(), s.width, b.eps);
-  Numbers gates = times(matrices[4], n, added[4]);
-  const Numbers ups = times(matrices[5], n, added[5]);
-  for (size_t i = 0; i < gates.size(); ++i) gates[i] = activated(activation, gates[i]) * ups[i];
-  const Numbers down = times(matrices[6], gates, added[6]);
-  for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * down[i];
+  Numbers out = times(matrices[out_at], attended, added[out_at]), down(h.size());
+  if (form.alone) {
+    h = out;
+  } else {
+    normed(4, out.data(), b.eps);
+    for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * out[i];
+    n = h;
+    normed(1, n.data(), b.eps);
+    const Numbers gate_up = made_of(out_at + 1, down_at, n);
+    Numbers gates(gate_up.begin(), gate_up.begin() + s.inner);
+    for (size_t i = 0; i < gates.size(); ++i) gates[i] = activated(activation, gates[i]) * gate_up[static_cast<size_t>(s.inner) + i];
+    down = times(matrices[down_at], gates, added[down_at]);
+    normed(5, down.data(), b.eps);
+    for (size_t i = 0; i < h.size(); ++i) h[i] += b.residual * down[i];
+  }
   double summed = 0;
   for (size_t i = 0; i < h.size(); ++i) summed = std::max({summed, fabs(h[i]), fabs(out[i]), fabs(down[i])});
 
@@ -193,7 +244,7 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
     ++runs;
     if (!bad) return;
     ++failures;
-    printf("%s, %ldx%ld inputs, %ld of %ld heads of %ld, %ld tokens, %s: %d of %zu %s are wrong\n", row.name, static_cast<long>(s.width),
+    printf("%s, %s, %ldx%ld inputs, %ld of %ld heads of %ld, %ld tokens, %s: %d of %zu %s are wrong\n", row.name, form.name, static_cast<long>(s.width),
            static_cast<long>(s.inner), static_cast<long>(s.kv_heads), static_cast<long>(s.heads), static_cast<long>(s.dim),
            static_cast<long>(s.tokens), dtype.c_str(), bad, got.size(), what);
   };
@@ -204,7 +255,7 @@ void one(Random& random, int32_t kernel, const secateurs_kernel& row, const Shap
   if (wrong || memcmp(outs[0].data, outs[1].data, y.nbytes) || memcmp(caches[0].data, caches[2].data, keys.nbytes) ||
       memcmp(caches[1].data, caches[3].data, keys.nbytes)) {
     ++failures;
-    printf("%s: code %d, or three threads give other bits than one\n", row.name, wrong);
+    printf("%s, %s: code %d, or three threads give other bits than one\n", row.name, form.name, wrong);
   }
 }
 
@@ -217,14 +268,18 @@ void by_hand(int32_t kernel) {
   const void* const no_biases[3] = {};
   const secateurs_product qkv[] = {product(identity), product(none), product(none)}, out[] = {product(identity)};
   const secateurs_product gate_up[] = {product(identity), product(identity)}, down[] = {product(identity)};
-  secateurs_block b = {SECATEURS_FP32, SECATEURS_SILU, 4, 1, 1, 4, 4, 100.0f, 1, 0, 0, 0, ones, ones, nullptr, nullptr, {}, {out, no_biases, 1, kernel, SECATEURS_FP32, 4}, {},
-                       {down, no_biases, 1, kernel, SECATEURS_FP32, 4}};
+  secateurs_block b = {};
+  b.dtype = SECATEURS_FP32, b.activation = SECATEURS_SILU;
+  b.width = b.dim = b.inner = 4, b.heads = b.kv_heads = 1, b.scaling = 100.0f, b.residual = 1;
+  b.attention_norm = b.mlp_norm = ones;
+  b.out = {out, no_biases, 1, kernel, SECATEURS_FP32, 4};
+  b.down = {down, no_biases, 1, kernel, SECATEURS_FP32, 4};
   b.qkv[0] = {qkv, no_biases, 3, kernel, SECATEURS_FP32, 12};
   b.gate_up[0] = {gate_up, no_biases, 2, kernel, SECATEURS_FP32, 8};
   /* n = (1, -1, 1, -1); the first key's score is 400 above the others', so its value is what attention gives */
   float x[4] = {2, -2, 2, -2}, cos[2] = {1, 1}, sin[2] = {0, 0};
   float keys[12] = {1, -1, 1, -1}, values[12] = {1, 5, -1, -1, 9, 9, 9, 9};
-  const int32_t wrong = secateurs_decode(&b, x, x, cos, sin, 2, keys, values, 3, 2, 1);
+  const int32_t wrong = secateurs_decode(&b, x, x, cos, sin, SECATEURS_FP32, 2, keys, values, 3, 2, 1);
   /* h = (3, 3, 1, -3), whose mean square is 7; each gains m silu(m) of m = h / sqrt(7) */
   const double hs[] = {3, 3, 1, -3};
   bool good = wrong == 0;
@@ -239,7 +294,7 @@ void by_hand(int32_t kernel) {
   }
   const auto refuses = [&](const char* what, int64_t rotated, int64_t room, int64_t tokens, int32_t threads) {
     ++runs;
-    if (secateurs_decode(&b, x, x, cos, sin, rotated, keys, values, room, tokens, threads) == SECATEURS_BAD_ARGUMENT) return;
+    if (secateurs_decode(&b, x, x, cos, sin, SECATEURS_FP32, rotated, keys, values, room, tokens, threads) == SECATEURS_BAD_ARGUMENT) return;
     ++failures;
     printf("not refused: %s\n", what);
   };
@@ -252,7 +307,7 @@ void by_hand(int32_t kernel) {
   b.kv_heads = 1;
   b.out.kernel = secateurs_kernels();
   ++runs;
-  if (secateurs_decode(&b, x, x, cos, sin, 2, keys, values, 3, 2, 1) != SECATEURS_BAD_KERNEL) {
+  if (secateurs_decode(&b, x, x, cos, sin, SECATEURS_FP32, 2, keys, values, 3, 2, 1) != SECATEURS_BAD_KERNEL) {
     ++failures;
     printf("not refused: a kernel beyond the last\n");
   }
@@ -279,10 +334,13 @@ int main(int argc, char** argv) {
       for (int64_t tokens : {0, 1, 14, 15, 16, 40}) {
         const auto& of = heads[random.below(6)];
         const int64_t width = 15 + random.below(70), inner = 1 + random.below(90), rotated = random.below(3) ? dim : random.below(dim / 2 + 1) * 2;
-        one(random, k, row, {width, of[0], of[1], dim, inner, rotated, tokens}, random.below(2), static_cast<int32_t>(random.below(2)), random.below(2));
+        const Form& form = FORMS[random.below(sizeof(FORMS) / sizeof(*FORMS))];
+        one(random, k, row, {width, of[0], of[1], dim, inner, rotated, tokens}, form, static_cast<int32_t>(random.below(2)));
       }
     /* so many that threads share the heads */
-    one(random, k, row, {32, 8, 4, 64, 32, 64, 700}, true, SECATEURS_SILU, false);
+    one(random, k, row, {32, 8, 4, 64, 32, 64, 700}, FORMS[1], SECATEURS_SILU);
+    /* norms of more numbers than a block is wide */
+    for (const Form& form : FORMS) one(random, k, row, {16, 6, 2, 18, 40, 8, 15}, form, SECATEURS_GELU_TANH);
     ++ran;
   }
   printf("%d kernels, %d checks, %d failures\n", ran, runs, failures);

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateurs.kernels import fused_block
-from secateurs.kernels.fused_block import FusedBlock, plain_class, separate, taken
+from secateurs.kernels.fused_block import Fused, FusedAttention, FusedBlock, fusible, plain_class, separate, taken
 from secateurs.kernels.library import Block
 from secateurs.kernels.packed_embedding import make_dense
 from secateurs.kernels.packed_linear import PackedLinear
@@ -30,7 +30,7 @@ def tokens_of(sequences, tokens):
 
 def half_packed(model_type="llama", dtype=torch.float32, **arguments):
     """A tiny model, packed, with blocks fused, and the same with its own."""
-    architecture, given = tiny.TINY[model_type]
+    architecture, given = {**tiny.TINY, "olmo2": ("Olmo2ForCausalLM", tiny.TINY["llama"][1])}[model_type]
     plain = tiny.random(architecture, model_type, {**given, **arguments}).to(dtype).eval()
     for name, parameter in plain.named_parameters():
         if parameter.dim() == 2 and "proj" in name:
@@ -56,23 +56,30 @@ def decoded(model, tokens=14, cache=None, **given):
 
 
 def all_taken(model):
-    return [taken(block) for block in model.model.layers]
+    return [taken(part) for part in model.modules() if isinstance(part, Fused)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+# norms before and after (Gemma 3), only after and over all heads at once (OLMo 2), q, k and v in one matrix (Phi 3), and mixtures,
+# whose attention alone is one call
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "mixtral", "qwen3_moe"]
+)
 def test_one_call_gives_what_the_blocks_own_forward_gives(model_type):
     fused, plain = half_packed(model_type)
     assert any(isinstance(m, PackedLinear) for m in fused.modules())
     (found, cache), (wanted, other) = decoded(fused), decoded(plain)
-    assert all_taken(fused) == [14] * 3
+    # two of Gemma 3's blocks have a window
+    assert all_taken(fused) == ([10, 14, 10] if model_type == "gemma3_text" else [14] * len(fused.model.layers))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     for mine, its in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(mine.keys, its.keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.values, its.values, rtol=1e-4, atol=1e-5)
 
 
-def test_in_bf16_the_difference_is_one_of_rounding():
-    fused, plain = half_packed(dtype=torch.bfloat16)
+# OLMo 2 turns its heads in fp32
+@pytest.mark.parametrize("model_type", ["llama", "olmo2"])
+def test_in_bf16_the_difference_is_one_of_rounding(model_type):
+    fused, plain = half_packed(model_type, torch.bfloat16)
     (found, _), (wanted, _) = decoded(fused), decoded(plain)
     assert all_taken(fused) == [14] * 3
     exact, _ = decoded(make_dense(copy.deepcopy(plain)).float())
@@ -118,7 +125,8 @@ def test_a_sliding_window_is_decoded_up_to_its_length():
 # what the proof finds; ministral3 scales queries from place 16384 on
 OTHERS = {
     "helium": r"the logits of a small HeliumForCausalLM change by [\d.e+-]+ of the largest",
-    "gemma2": r"all of Gemma2ForCausalLM's 0 blocks compute something else than the one call does",
+    "phi": r"all of PhiForCausalLM's 0 blocks compute something else than the one call does",
+    "gemma2": r"4 of Gemma2ForCausalLM's 4 blocks compute something else than the one call does",
     "ministral3": r"the logits of a small Ministral3ForCausalLM change by [\d.e+-]+ of the largest",
 }
 
@@ -145,13 +153,26 @@ def test_weighted_residuals_no_turns_and_norms_plus_one(model_type, choices, mon
 def test_why_blocks_are_not_fused_is_told():
     _, plain = half_packed()
     assert fuse_blocks(plain) is None
-    for model_type in ("mixtral", "gemma2"):
-        model, _ = half_packed(model_type)
-        assert fuse_blocks(model).startswith(f"{type(model).__name__} has no block of self_attn with q_proj")
+    mixture, _ = half_packed("mixtral")
+    assert {type(part).__bases__[0] for part in mixture.modules() if isinstance(part, Fused)} == {FusedAttention}
+    make_dense(mixture)
+    told = fuse_blocks(mixture)
+    assert told.startswith("MixtralForCausalLM has no block of self_attn with q_proj")
+    assert told.endswith("; the attention of each is one call")
+    other, _ = half_packed("gpt2")
+    assert fuse_blocks(other).startswith("GPT2LMHeadModel has no block of self_attn with q_proj")
     # of a class with all modules, what the proof found
     turned = AutoModelForCausalLM.from_config(AutoConfig.for_model("helium", **tiny.TINY["llama"][1], head_dim=8))
     assert fuse_blocks(turned).startswith("the logits of a small HeliumForCausalLM change by")
-    assert not any(isinstance(module, FusedBlock) for module in turned.modules())
+    assert not any(isinstance(module, Fused) for module in turned.modules())
+
+
+def test_of_a_block_of_another_form_the_attention_may_be_one_call():
+    # OLMo's norms have no weights
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **tiny.TINY["llama"][1]))
+    assert fuse_blocks(model).endswith("; the attention of each is one call")
+    assert len(fusible(model)) == len(fusible(model, whole=False)) == 3
+    assert all(isinstance(block.self_attn, FusedAttention) for block in model.model.layers)
 
 
 def half_of(forward):
@@ -370,5 +391,5 @@ def test_models_are_copied_pickled_and_made_dense_as_before():
         assert all_taken(other) == [14] * 3
     assert fused.state_dict().keys() == plain.state_dict().keys()
     make_dense(fused)
-    assert not any(isinstance(m, FusedBlock) for m in fused.modules())
+    assert not any(isinstance(m, Fused) for m in fused.modules())
     assert type(block) is type(plain.model.layers[0])

@@ -1,7 +1,7 @@
-"""Blocks of decoders that are computed for one token in one call of csrc/block.cc.
+"""Blocks of decoders that are computed for one token in one call of csrc/block.cc, or the attention of a block alone.
 
 Where each norm, rotation and copy of the cache is a call of its own, a token of a small model takes as long between the products as
-in them. fuse() changes a block's class, so that one token of one sequence takes the short way where all is as _Parts expects it;
+in them. fuse() changes a module's class, so that one token of one sequence takes the short way where all is as _Parts expects it;
 everything else runs the class's own forward. That both compute the same is for the caller to prove (pack/decoding.py).
 """
 
@@ -22,10 +22,18 @@ from secateurs.kernels.formats import DTYPES
 from secateurs.kernels.library import Block, Product, Products, library
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear
 
-# the modules of a block, by the names that transformers gives them; those of a second tuple may be missing
-_OF_BLOCK = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), ()
-_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
-_OF_MLP = ("gate_proj", "up_proj", "down_proj"), ("act_fn",)
+# the modules of a block, by the names that transformers gives them: its norms before and after attention, before and after the MLP
+_NORMS = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+# what does nothing in evaluation
+_IDLE = ("resid_attn_dropout", "resid_mlp_dropout")
+_QKV = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
+_GATE_UP = ("gate_proj", "up_proj"), ("gate_up_proj",)
+_OF_HEADS = ("q_norm", "k_norm")
+_ACT = ("act_fn", "activation_fn")
 # what csrc/secateurs.h calls activations
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
@@ -36,68 +44,116 @@ _KNOWN = {"attention_mask", "past_key_values", "position_embeddings"} | {"positi
 _FP32 = CODES[torch.float32]
 
 
-class FusedBlock(nn.Module):
-    """What goes before a block's class. Its state is found again by a copy."""
+class Fused(nn.Module):
+    """What goes before a class. Its state is found again by a copy."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # a compiler sees the class's own code
         if not (args or self.training or torch.compiler.is_compiling()):
-            decoded = _decode(self, hidden, kwargs)
+            decoded = _decode(self, hidden_states, kwargs)
             if decoded is not None:
-                return decoded
+                return self.given(decoded)
             _forget(self, kwargs.get("past_key_values"))
-        return super().forward(hidden, *args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def given(self, decoded: Tensor) -> Any:
+        """What the class's own forward returns."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, _: Any) -> Any:
         state = {k: v for k, v in self.__dict__.items() if k != "parts"}
-        return _again, (plain_class(self),), state
+        return _again, (type(self).__bases__[0], plain_class(self)), state
 
 
-def _again(cls: Any) -> nn.Module:
-    """A block of that class, fused, without state."""
-    fused = _fused_class(cls)
+class FusedBlock(Fused):
+    """What goes before a block's class."""
+
+    def given(self, decoded: Tensor) -> Any:
+        return decoded
+
+
+class FusedAttention(Fused):
+    """What goes before the class of a block's attention; its weights of places are not made, as `sdpa` does not make them."""
+
+    def given(self, decoded: Tensor) -> Any:
+        return decoded, None
+
+
+def _again(front: Any, cls: Any) -> nn.Module:
+    """A module of that class, fused, without state."""
+    fused = _fused_class(front, cls)
     return fused.__new__(fused)
 
 
 @functools.cache
-def _fused_class(cls: Any) -> type[nn.Module]:
+def _fused_class(front: Any, cls: Any) -> type[nn.Module]:
     # by the same name, by which transformers knows what not to split
-    return type(cls.__name__, (FusedBlock, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(cls.__name__, (front, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def plain_class(block: nn.Module) -> type[nn.Module]:
-    """The class that a fused block had."""
-    return type(block).__bases__[1]
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a fused module had."""
+    return type(module).__bases__[1]
 
 
-def fuse(block: nn.Module) -> None:
-    """Let a block take one call for one token, where it can."""
-    plain: Any = type(block)
-    for part in block.modules():
+def fuse(module: nn.Module) -> None:
+    """Let a block, or the attention of one, take one call for one token, where it can."""
+    plain: Any = type(module)
+    for part in module.modules():
         _forwards.setdefault(type(part), type(part).forward)
-    block.__class__ = _fused_class(plain)
+    module.__class__ = _fused_class(FusedAttention if _attention_of(module) is module else FusedBlock, plain)
 
 
-def separate(block: nn.Module) -> None:
+def separate(module: nn.Module) -> None:
     """Undo fuse()."""
-    block.__class__ = plain_class(block)
-    block.__dict__.pop("parts", None)
+    module.__class__ = plain_class(module)
+    module.__dict__.pop("parts", None)
 
 
-def fusible(block: nn.Module) -> bool:
-    """True if a block has the modules of one that fuse() may speed up."""
-    found = block._modules
-    attention, mlp = found.get("self_attn"), found.get("mlp")
-    return (
-        _has(block, *_OF_BLOCK) and attention is not None and _has(attention, *_OF_ATTENTION)
-        and mlp is not None and _has(mlp, *_OF_MLP)
-    )  # fmt: skip
+def fusible(model: nn.Module, whole: bool = True) -> list[nn.Module]:
+    """The blocks that have the modules of one that fuse() may speed up, and of other blocks the attention; with whole=False the
+    attention of all.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        attention = module._modules.get("self_attn")
+        if attention is None or not any(_has(attention, (*qkv, "o_proj"), _OF_HEADS) for qkv in _QKV):
+            continue
+        found.append(module if whole and _whole(module) else attention)
+    return found
+
+
+def _whole(block: nn.Module) -> bool:
+    mlp = block._modules.get("mlp")
+    norms = any(_has(block, ("self_attn", "mlp", *filter(None, names)), _IDLE) for names in _NORMS)
+    return norms and mlp is not None and any(_has(mlp, (*gate_up, "down_proj"), _ACT) for gate_up in _GATE_UP)
 
 
 def _has(module: nn.Module, needed: tuple[str, ...], allowed: tuple[str, ...]) -> bool:
     """True if a module has the modules `needed`, perhaps those `allowed`, and neither others nor tensors of its own."""
     here = {name for name, child in module._modules.items() if child is not None}
     return set(needed) <= here <= {*needed, *allowed} and not module._parameters and not module._buffers
+
+
+def _attention_of(module: Any) -> Any:
+    """That of a block, or the module itself."""
+    return module._modules.get("self_attn", module)
+
+
+def _those(module: Any, choices: tuple[tuple[str, ...], ...]) -> list[Any]:
+    """The modules that it has of one of the choices."""
+    names = next(names for names in choices if names[0] in module._modules)
+    return [module._modules[name] for name in names]
+
+
+def _norms(module: Any) -> list[Any]:
+    """The norms of a block before and after attention, before and after the MLP, and those of heads; None where there is none."""
+    found = module._modules
+    names = next(
+        (n for n in _NORMS if {*filter(None, n)} == {name for name in found if name.endswith("norm")}), (None,) * 4
+    )
+    of_heads = map(_attention_of(module)._modules.get, _OF_HEADS)
+    return [*(None if name is None else found[name] for name in names), *of_heads]
 
 
 # of each class of a part when it was first met
@@ -141,46 +197,50 @@ class _Parts:
 
     def _fill(self, block: Any) -> None:
         """Make what the library is given. Raises _Unfit."""
-        attention, mlp, dtype = block.self_attn, block.mlp, self.dtype
+        attention, mlp, dtype = _attention_of(block), block._modules.get("mlp"), self.dtype
         if dtype not in CODES or not all(t.is_contiguous() for t in self.tensors):
             raise _Unfit
-        self.width = int(attention.q_proj.in_features)
         # some blocks of a class may turn nothing
         self.turns = bool(getattr(attention, "use_rope", True))
         self.dim, self.layer = int(attention.head_dim), int(attention.layer_idx)
-        heads, kv_heads = (p.out_features // self.dim for p in (attention.q_proj, attention.k_proj))
-        self.kv_heads, inner = kv_heads, mlp.gate_proj.out_features
-        of_heads = [attention._modules.get(name) for name in ("q_norm", "k_norm")]
-        norms = [block.input_layernorm, block.post_attention_layernorm, *of_heads]
-        eps = [_eps(norm) for norm in norms if norm is not None]
+        qkv, out = _those(attention, _QKV), attention.o_proj
+        gate_up, down = ([], None) if mlp is None else (_those(mlp, _GATE_UP), mlp.down_proj)
+        self.width, q = int(out.out_features), int(out.in_features)
+        kv = (sum(p.out_features for p in qkv) - q) // 2
+        inner = 0 if down is None else int(down.in_features)
+        heads, self.kv_heads = q // self.dim, kv // self.dim
+        norms = _norms(block)
+        together = norms[4] is not None and norms[4].weight.shape == (q,)
+        shapes = [(p.in_features, p.out_features) for p in (*qkv, *gate_up)]
+        wanted = [(self.width, n) for n in ((q, kv, kv) if len(qkv) == 3 else (q + 2 * kv,))]
+        wanted += [(self.width, 2 * inner // len(gate_up)) for _ in gate_up]
         # one with modules of its own computes its weights
-        if any(norm is not None and norm._modules for norm in norms):
+        if any(norm is not None and norm._modules for norm in norms) or (norms[4] is None) != (norms[5] is None):
             raise _Unfit
-        widths = [self.width, self.width, self.dim, self.dim]
-        plus = {_plus(norm, n, dtype) for norm, n in zip(norms, widths, strict=True) if norm is not None}
-        shapes = (
-            (p.in_features, p.out_features)
-            for p in (attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.gate_proj, mlp.down_proj)
+        widths = [self.width] * 4 + ([q, kv] if together else [self.dim, self.dim])
+        there = [(norm, n) for norm, n in zip(norms, widths, strict=True) if norm is not None]
+        plus = {_plus(norm, n, dtype) for norm, n in there} or {0.0}
+        of_block, of_heads = (
+            {_eps(norm) for norm in some if norm is not None} or {0.0} for some in (norms[:4], norms[4:])
         )
-        q, kv = heads * self.dim, kv_heads * self.dim
-        wanted = [(self.width, kv), (self.width, kv), (q, self.width), *[(self.width, inner)] * 2, (inner, self.width)]
         if (
-            list(shapes) != wanted
-            or heads % kv_heads
-            or len(set(eps[:2])) > 1
-            or len(set(eps[2:])) > 1
-            or len(plus) > 1
+            shapes != wanted
+            or (down is not None and down.out_features != self.width)
+            or (heads * self.dim, self.kv_heads * self.dim) != (q, kv)
+            or heads % self.kv_heads
+            or max(map(len, (of_block, of_heads, plus))) > 1
         ):
             raise _Unfit
+        activation = 0 if mlp is None else _activation(next(getattr(mlp, name) for name in _ACT if hasattr(mlp, name)))
         struct = Block(
-            CODES[dtype], _activation(mlp.act_fn), self.width, heads, kv_heads, self.dim, inner, float(attention.scaling),
-            float(getattr(block, "residual_multiplier", 1)), eps[0], eps[-1], plus.pop(),
+            CODES[dtype], activation, self.width, heads, self.kv_heads, self.dim, inner, float(attention.scaling),
+            float(getattr(block, "residual_multiplier", 1)), of_block.pop(), of_heads.pop(), plus.pop(), together,
             *(None if norm is None else norm.weight.data_ptr() for norm in norms),
         )  # fmt: skip
-        self._products(struct.qkv, [attention.q_proj, attention.k_proj, attention.v_proj])
-        self._products(struct.out, [attention.o_proj])
-        self._products(struct.gate_up, [mlp.gate_proj, mlp.up_proj])
-        self._products(struct.down, [mlp.down_proj])
+        self._products(struct.qkv, qkv)
+        self._products(struct.out, [out])
+        self._products(struct.gate_up, gate_up)
+        self._products(struct.down, [] if down is None else [down])
         self.struct, self.address = struct, ctypes.addressof(struct)
 
     def _state(self) -> list[int]:
@@ -232,11 +292,11 @@ class _Parts:
 
 def _said(block: Any) -> list[tuple[dict[str, Any], str]]:
     """Where a block says, beside modules and tensors, what csrc/block.cc is told: attributes of its parts, and their names."""
-    attention = block.self_attn
+    attention, mlp = _attention_of(block), block._modules.get("mlp")
     found = [(attention, name) for name in ("layer_idx", "head_dim", "scaling", "use_rope")]
-    norms = (block.input_layernorm, block.post_attention_layernorm, *map(attention._modules.get, ("q_norm", "k_norm")))
-    found += [(norm, name) for norm in norms if norm is not None for name in ("variance_epsilon", "eps")]
-    return [(of.__dict__, name) for of, name in (*found, (block, "residual_multiplier"), (block.mlp, "act_fn"))]
+    found += [(norm, name) for norm in _norms(block) if norm is not None for name in ("variance_epsilon", "eps")]
+    found += [(mlp, name) for name in _ACT if mlp is not None]
+    return [(of.__dict__, name) for of, name in (*found, (block, "residual_multiplier"))]
 
 
 def _eps(norm: Any) -> float:
@@ -312,7 +372,7 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
     if hidden.numel() != hidden.shape[-1] or cache is None or given.get("attention_mask") is not None:
         return None
     # other kinds of attention may be anyone's, and other caches may keep something else than they are given
-    config = getattr(block.self_attn, "config", None)
+    config = getattr(_attention_of(block), "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or type(cache) is not _kinds()[0]:
         return None
     if not isinstance(turns, tuple) or any(
@@ -335,7 +395,7 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
     if keys.shape[0] != 1 or keys.shape[1] != heads or keys.shape[3] != dim or layer.values.shape != keys.shape:
         return None
     rotated = cos.numel() if parts.turns else 0
-    if not cos.dtype == sin.dtype == keys.dtype == layer.values.dtype == hidden.dtype:
+    if cos.dtype != sin.dtype or cos.dtype not in CODES or not keys.dtype == layer.values.dtype == hidden.dtype:
         return None
     if cos.numel() != cos.shape[-1] or sin.numel() != cos.numel() or rotated > dim or rotated % 2:
         return None
@@ -346,8 +406,8 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
         room = _rooms[layer] = _Room(keys, layer.values)
     made = torch.empty_like(hidden)
     wrong = library().secateurs_decode(
-        parts.address, hidden.data_ptr(), made.data_ptr(), cos.data_ptr(), sin.data_ptr(), rotated, *room.addresses,
-        room.room, tokens, torch.get_num_threads(),
+        parts.address, hidden.data_ptr(), made.data_ptr(), cos.data_ptr(), sin.data_ptr(), CODES[cos.dtype], rotated,
+        *room.addresses, room.room, tokens, torch.get_num_threads(),
     )  # fmt: skip
     if wrong:
         raise DeviceError(f"a block of {parts.width} inputs was refused: code {wrong} of csrc/secateurs.h")
@@ -361,7 +421,7 @@ def _decode(block: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | No
 
 def _forget(block: Any, cache: Any) -> None:
     """Let go of the room of a block's cache layer, whose keys the block's own forward copies elsewhere."""
-    layers, index = getattr(cache, "layers", ()), getattr(block.self_attn, "layer_idx", None)
+    layers, index = getattr(cache, "layers", ()), getattr(_attention_of(block), "layer_idx", None)
     if isinstance(index, int) and index < len(layers):
         _rooms.pop(layers[index], None)
 

@@ -72,8 +72,11 @@ class Block(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("eps_of_heads", ctypes.c_float),
         ("plus", ctypes.c_float),
+        ("heads_together", ctypes.c_int32),
         ("attention_norm", ctypes.c_void_p),
+        ("attention_out_norm", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
+        ("mlp_out_norm", ctypes.c_void_p),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
         ("qkv", Products * 3),
@@ -117,8 +120,8 @@ def library() -> Any:
         ctypes.c_int32,
     ]  # fmt: skip
     loaded.secateurs_decode.argtypes = [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
     ]  # fmt: skip
     loaded.secateurs_check_bitmask.argtypes = [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,

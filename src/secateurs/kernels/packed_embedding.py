@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateurs.base.errors import PackError
 from secateurs.kernels.dispatch import CODES, multiply
 from secateurs.kernels.formats import packed_length, scales_shape, unpack
-from secateurs.kernels.fused_block import FusedBlock, separate
+from secateurs.kernels.fused_block import Fused, separate
 from secateurs.kernels.library import Weight, library
 from secateurs.kernels.packed_experts import dense_again
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, put
@@ -273,7 +273,7 @@ def make_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             made[id(module)] = module.dense()
             put(model, name, made[id(module)])
-        elif isinstance(module, FusedBlock):
+        elif isinstance(module, Fused):
             separate(module)
         elif type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -22,29 +22,41 @@ _KNOWN: dict[Any, str | None] = {}
 
 
 def fuse_blocks(model: Any) -> str | None:
-    """Fuse the blocks of a model if its class is proved to compute what csrc/block.cc does; else say why not, in a clause."""
-    blocks = [module for module in model.modules() if fusible(module)]
-    if not blocks:
-        return (
-            f"{type(model).__name__} has no block of self_attn with q_proj, k_proj, v_proj and o_proj, mlp with gate_proj, up_proj "
-            "and down_proj, and two norms"
-        )
+    """Fuse the blocks of a model if its class is proved to compute what csrc/block.cc does, or else their attention alone; None,
+    or in a clause what is not fused and why.
+    """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    key = type(model), config.to_json_string(use_diff=False)
-    if key not in _KNOWN:
-        _KNOWN[key] = doubt(type(model), config)
-    if _KNOWN[key] is None:
-        for block in blocks:
-            fuse(block)
-    return _KNOWN[key]
+    whys = []
+    for whole in (True, False):
+        parts = fusible(model, whole)
+        alone = bool(parts) and not any("self_attn" in part._modules for part in parts)
+        if not parts or (alone and whole):
+            whys.append(
+                f"{type(model).__name__} has no block of self_attn with q_proj, k_proj, v_proj and o_proj, mlp with gate_proj, "
+                "up_proj and down_proj, and norms around them"
+            )
+            continue
+        key = type(model), config.to_json_string(use_diff=False), whole
+        if key not in _KNOWN:
+            _KNOWN[key] = doubt(type(model), config, whole)
+        why = _KNOWN[key]
+        if why is None:
+            for part in parts:
+                fuse(part)
+            if not alone:
+                return None
+            return f"{whys[0]}; the attention of each is one call"
+        whys.append(why)
+    return whys[0]
 
 
-def doubt(cls: Any, config: Any) -> str | None:
+def doubt(cls: Any, config: Any, whole: bool = True) -> str | None:
     """None if a small random instance of a class decodes the same with fused blocks as with its own, in fp32; else what was found.
 
-    Every block has to take the short way for some tokens, and contexts grow beyond the small one's windows.
+    Every block has to take the short way for some tokens, and contexts grow beyond the small one's windows. whole=False: their
+    attention alone.
     """
     # the only kind that blocks take the short way with
     config._attn_implementation = "sdpa"
@@ -55,7 +67,7 @@ def doubt(cls: Any, config: Any) -> str | None:
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear
         wanted = _decoded(small)
-        blocks = [module for module in small.modules() if fusible(module)]
+        blocks = fusible(small, whole)
         for block in blocks:
             fuse(block)
         found = _decoded(small)
