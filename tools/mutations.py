@@ -27,6 +27,10 @@ COMPILED, OF_BLOCKS = "csrc/test/kernels_test.cc", "csrc/test/block_test.cc"
 
 # fmt: off
 ROWS = (
+    # ------------------------------------------------------------------------------------------------------- a release
+    _row("tools/wheel.py", "tools/test_wheel.py::test_a_compiler_that_is_absent_is_named",
+         'package = "g++" if own else f"g++-{arch.replace(\'_\', \'-\')}-linux-gnu"',
+         'package = "g++" if not own else f"g++-{arch.replace(\'_\', \'-\')}-linux-gnu"'),
     # -------------------------------------------------------------------------------------------------- kernels for GPUs
     _row(KERNELS, "kernels/test_on_gpu.py::test_a_bitmask_of_any_shape_is_multiplied",
          "v1, v2, v3 = tl.where(b0, v1, v0), tl.where(b0, v2, v1), tl.where(b0, v3, v2)",

@@ -21,6 +21,8 @@ from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 from secateurs.shrink.saved import load_shrunk, save_shrunk
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Calibration",
     "DecidePlan",

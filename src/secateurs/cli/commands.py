@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 it cannot be done; 2 the request cannot be read; 3 a gate 
 5 nothing pays.
 """
 
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import secateurs
 from secateurs.base.errors import PlanError, SecateursError
 from secateurs.base.processes import is_alone
 from secateurs.cli import decide, estimate, export, lab, look, machine, pack, prune, recover, rescue, shrink
@@ -53,7 +53,7 @@ app.add_typer(lab.app, name="lab", rich_help_panel=SEE)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"secateurs {importlib.metadata.version('secateurs')}")
+        typer.echo(f"secateurs {secateurs.__version__}")
         raise typer.Exit
 
 
