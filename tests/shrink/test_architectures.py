@@ -257,16 +257,53 @@ class Recurrent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch's own layer: neurons can go, heads cannot."""
+    """torch's own layer: neurons and heads can go."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.last = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 2)
+        self.layer, self.last = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True), nn.Linear(8, 2)
 
     def forward(self, x):
         return self.last(self.layer(x))
 
 
+class Auxiliary(nn.Module):
+    """A head that only training has: it reads channels, and its own are not followed in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8, 3), conv(8, 6, 3), nn.Linear(6, 3)
+        self.aux = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3))
+
+    def forward(self, x):
+        x = self.a(x)
+        out = self.head(self.b(x).mean((2, 3)))
+        return (out, self.aux(x)) if self.training else out
+
+
+class Memory(Related):
+    """It keeps its table of biases from pass to pass in evaluation, with its gradients and its number of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return super().forward(x)
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias.get()
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1) + self.kept["bias"]).softmax(-1) @ v
+        return self.head(self.proj(y.transpose(1, 2).reshape(b, n, -1)))
+
+
+torch.manual_seed(0)
 IMAGE, SMALL = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
 # the module, an input, and {group: units}
 ALL = {
@@ -289,7 +326,9 @@ ALL = {
        for kind in ("sdpa", "einsum", "matmul")},
     "gru": (Recurrent(nn.GRU), torch.randint(11, (2, 8)), {"embed": 6, "rnn": 5}),
     "lstm": (Recurrent(nn.LSTM), torch.randint(11, (2, 8)), {"embed": 6, "rnn": 5}),
-    "encoder": (Encoder(), torch.randn(2, 6, 8), {"layer.linear1": 12}),
+    "encoder": (Encoder(), torch.randn(2, 6, 8), {"layer.linear1": 12, "layer.self_attn": 4}),
+    "auxiliary": (Auxiliary(), SMALL, {"a.0": 8, "b.0": 6}),
+    "memory": (Memory(), torch.randn(2, 2, 6), {"qkv": 4, "proj": 6}),
 }  # fmt: skip
 
 

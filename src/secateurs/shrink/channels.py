@@ -27,6 +27,7 @@ from secateurs.shrink.budget import Budget
 from secateurs.shrink.consumers import Consumers, Inputs
 from secateurs.shrink.graph import Graph
 from secateurs.shrink.losses import at_once
+from secateurs.shrink.passes import copied, forgetting
 from secateurs.shrink.proof import prove, tensors_of
 from secateurs.shrink.trace import trace
 from secateurs.shrink.widths import Counts, Curves, Widths
@@ -75,7 +76,7 @@ def shrink_module(
     example = tuple(x[:1] for x in batches[0])
     # an export would take a batch of one for a constant
     shown = tuple(torch.cat([x[:2], x[:2]])[:2] for x in batches[0])
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     found = prove(model, trace(model, shown), shown, seed)
     if not found.groups:
         why = "; ".join(f"{name}: {reason}" for name, reason in found.fixed.items()) or "it has no such layers"
@@ -162,7 +163,8 @@ def _cut(
         consumers.progress("cutting", number + 1, len(todo))
     model, batch = consumers.model, consumers.batches[0]
     with torch.no_grad():
-        zeroed = tensors_of(model(*batch))
+        with forgetting(model):
+            zeroed = tensors_of(model(*batch))
         done = graph.cut(model, consumers.graph, removed)
         for a, b in zip(tensors_of(model(*batch)), zeroed, strict=True):
             gap = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if b.is_floating_point() else 0.0

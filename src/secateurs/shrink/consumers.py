@@ -8,7 +8,7 @@ O outputs, I inputs, G units of C columns, K columns kept, N examples, B batches
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from secateurs.base.progress import Progress
 from secateurs.matrix.stats import Stats
 from secateurs.model.blocks import Stop
 from secateurs.shrink import columns
+from secateurs.shrink.attention import opened
 from secateurs.shrink.graph import Graph, Group, tensor_of
-from secateurs.shrink.passes import asking
+from secateurs.shrink.passes import asking, forgetting
 from secateurs.shrink.proof import tensors_of
 from secateurs.shrink.readers import Call, Reader, Watched
 from secateurs.shrink.spread import Seen, Spread
@@ -145,7 +146,7 @@ class Consumers:
         with torch.no_grad(), self._watched(add):
             for i, batch in enumerate(self.batches):
                 waiting.update({name: self.by_name[name].reader.calls for name in names})
-                with suppress(Stop):
+                with suppress(Stop), forgetting(self.model):
                     self.model(*batch)
                 if label:
                     self.progress(label, i + 1, len(self.batches))
@@ -156,10 +157,13 @@ class Consumers:
                 self.seen[name] = spread.shrink(stats.gram_II, stats.tokens)
         return found
 
-    def _watched(self, watch: Callable[[str, Call], None]) -> Watched:
+    @contextmanager
+    def _watched(self, watch: Callable[[str, Call], None]) -> Iterator[None]:
         """Calls watch(weight's name, call) for each call of a consumer."""
         names = {id(consumer.weight): name for name, consumer in self.by_name.items()}
-        return Watched(lambda call, weight: watch(names[id(weight)], call) if id(weight) in names else None)
+        seen = Watched(lambda call, weight: watch(names[id(weight)], call) if id(weight) in names else None)
+        with opened(self.model), seen:
+            yield
 
     def weigh(self) -> None:
         """Set every consumer's scale_O: the root of E[g^2] of its outputs, a mean over examples and places."""
@@ -205,7 +209,7 @@ class Consumers:
         with asking(self.model, [p for p in self.model.parameters() if p.is_floating_point()]):
             for i, batch in enumerate(self.batches):
                 self.model.zero_grad(set_to_none=True)
-                with torch.enable_grad():
+                with torch.enable_grad(), forgetting(self.model):
                     out = self.model(*batch)
                     found = [x for x in tensors_of(out) if x.requires_grad]
                     if not found:

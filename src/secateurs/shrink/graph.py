@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.shrink.attention import becomes_open
 from secateurs.shrink.readers import Reader
 
 Labels = NDArray[np.int64]
@@ -254,6 +255,7 @@ def take(model: nn.Module, kept: dict[str, list[tuple[int, Tensor]]]) -> None:
 def state(model: nn.Module, size: Size, count: int) -> None:
     """Write a size into a module."""
     module = model.get_submodule(size.module)
+    becomes_open(model, size.module)
     if size.place is None:
         setattr(module, size.attribute, count)
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from secateurs.shrink.attention import Attention
 from secateurs.shrink.labels import changing
 from secateurs.shrink.operators import Given, Rule, Unknown, names
 from secateurs.shrink.readers import Reader
@@ -54,9 +55,9 @@ def _batch_norm(walk: "Walk", given: Given) -> Any:
         and len(source.users) == 1
         and maker in walk.names
     ):
-        walk.normed.append((walk.names[maker], path))
+        walk.norms(walk.names[maker], path)
     elif path:
-        walk.normed.append(("", path))
+        walk.norms("", path)
     return x
 
 
@@ -111,14 +112,26 @@ def _fix_tied(walk: "Walk", name: str, *labels: Tensor) -> None:
 
 
 def _reads(walk: "Walk", given: Given, reader: Reader, labels: Tensor, places: int) -> None:
-    """A reader, unless its call is out of sight: inside torch's own attention function."""
+    """A reader, unless its call is out of sight: inside torch's own attention function, which a class of another forward calls."""
     path = walk.module_of(given.node)
     module = walk.model.get_submodule(path)
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, Attention):
+        _of_attention(walk, module, path, reader.weight.rpartition(path)[2].lstrip("."), labels)
+    if isinstance(module, nn.MultiheadAttention) and not isinstance(module, Attention):
         walk.fix(labels, f"{path} reads it, a {type(module).__name__}, which wants as many outputs as inputs")
         walk.count(reader.weight, places)
     else:
         walk.read(reader, labels, places)
+
+
+def _of_attention(walk: "Walk", module: Attention, path: str, weight: str, labels: Tensor) -> None:
+    """What an attention states of the channels that one of its weights reads."""
+    if weight == "out_proj.weight":
+        heads_H = walk.mixed(labels.reshape(module.num_heads, -1), [1], f"its heads in {path}")
+        walk.state(path, "num_heads", heads_H.reshape(-1))
+    for kind, attribute in (("q", "embed_dim"), ("k", "kdim"), ("v", "vdim")):
+        if weight in ("in_proj_weight", f"{kind}_proj_weight"):
+            walk.state(path, attribute, labels)
 
 
 def _linear(walk: "Walk", given: Given) -> Any:

@@ -21,6 +21,10 @@ class Unknown(Exception):
     """An operator, or this use of it, is in no table. The message ends a sentence that begins with the operator's name."""
 
 
+class Computed(Unknown):
+    """A layer whose parameter is made of others in each pass."""
+
+
 class Given:
     """The arguments of a call by name. shape: of what comes out, if it is one tensor."""
 
@@ -49,7 +53,7 @@ class Given:
         if node is None:
             return None
         if node not in self.walk.names:
-            raise Unknown(f"with a {name} that is computed")
+            raise Computed(f"with a {name} that is computed")
         return self.walk.names[node]
 
     def tensors(self) -> list[Tensor]:

@@ -15,17 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from secateurs.shrink import graph
 from secateurs.shrink.graph import Graph, Group
+from secateurs.shrink.passes import undone
 
 Inputs = tuple[Tensor, ...]
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # and where rounding itself makes more of a difference than that, at most this
 _ROUNDING = 1e-3
+
+
+# the place of dropout_p among the arguments
+_DROPOUTS: dict[Any, int] = {F.multi_head_attention_forward: 10, F.scaled_dot_product_attention: 4}
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -42,6 +48,8 @@ class _Certain(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if getattr(func, "__name__", "") in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             kwargs = {k: 0.0 if k == "dropout_p" else v for k, v in kwargs.items()}
+            # torch's own attention gives it by its place
+            args = tuple(0.0 if i == _DROPOUTS.get(func) else x for i, x in enumerate(args))
         return func(*args, **kwargs)
 
 
@@ -66,8 +74,13 @@ class Proof:
                 if self._runs(moved, whole, False):
                     self.model, self.dtype = moved, dtype
                     break
-        sizes = [x for x in _smaller(whole) if self._runs(self.model, x, False)]
-        smaller = next((x for x in sizes if self._steady(x, True)), sizes[0] if sizes else None)
+        smaller = None
+        for x in _smaller(whole):
+            if self._runs(self.model, x, False):
+                if self._steady(x, True):
+                    smaller = x
+                    break
+                smaller = x if smaller is None else smaller
         inputs = [whole] if smaller is None else [smaller, tuple(torch.cat([x, x[:1]]) for x in whole)]
         if smaller is None:
             self.missing.append("inputs of another size")
@@ -89,7 +102,10 @@ class Proof:
     def _runs(self, model: nn.Module, inputs: Inputs, training: bool) -> bool:
         """True if the module takes these inputs, and gives the same each time."""
         try:
-            a, b = (self._outputs(copy.deepcopy(model), inputs, training) for _ in range(2))
+            with undone(model):
+                a = self._outputs(model, inputs, training)
+            with undone(model):
+                b = self._outputs(model, inputs, training)
         except Exception:
             return False
         return bool(a) and all(torch.equal(x, y) and bool(x.isfinite().all()) for x, y in zip(a, b, strict=True))
@@ -116,17 +132,17 @@ class Proof:
         """Why these units cannot go, or None if the module without them is the module with zeros."""
         zeroed = copy.deepcopy(self.model)
         graph.kill(zeroed, found, removed)
-        whole, small = copy.deepcopy(zeroed), copy.deepcopy(zeroed)
+        small = copy.deepcopy(zeroed)
         try:
             graph.cut(small, found, removed)
         except Exception as error:
             return _first(error)
-        for number, (name, inputs) in enumerate(self.trials):
-            training = name.startswith("train")
-            # running means move, as they do in training
-            expected = self._outputs(whole, inputs, training)
+        with undone(zeroed):
+            wanted = [self._outputs(zeroed, x, name.startswith("train")) for name, x in self.trials]
+        for number, ((name, inputs), expected) in enumerate(zip(self.trials, wanted, strict=True)):
             try:
-                got = self._outputs(small, inputs, training)
+                # running means move, as they do in training
+                got = self._outputs(small, inputs, name.startswith("train"))
             except Exception as error:
                 return f"without it the module fails: {_first(error)}"
             for a, b in zip(got, expected, strict=True):
@@ -141,15 +157,16 @@ class Proof:
         """The gap that rounding can make in the last of some trials: a batch norm over few places that are alike makes a large one
         of a small one, and its running means carry that on.
         """
-        exact, nudged = copy.deepcopy(model), copy.deepcopy(model)
+        nudged = copy.deepcopy(model)
         size = 64 * torch.finfo(self.dtype).eps
         for p in nudged.parameters():
             if p.is_floating_point():
                 p.data *= 1 + size * (torch.rand(p.shape, generator=self.generator).to(p) - 0.5)
         gap = 0.0
-        for name, inputs in trials:
-            pairs = zip(*(self._outputs(m, inputs, name.startswith("train")) for m in (nudged, exact)), strict=True)
-            gap = max((_gap(a, b) for a, b in pairs), default=0.0)
+        with undone(model):
+            for name, inputs in trials:
+                pairs = zip(*(self._outputs(m, inputs, name.startswith("train")) for m in (nudged, model)), strict=True)
+                gap = max((_gap(a, b) for a, b in pairs), default=0.0)
         return min(_ROUNDING, 10 * gap)
 
     def unheard(self, found: Graph, groups: Sequence[Group]) -> list[str]:

@@ -6,10 +6,11 @@ other, or reads them and makes new ones. What is tied must be rectangular in eve
 is in no table fixes its channels. Channels under one number are a unit (graph.py); proof.py shows that it can go.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateurs.base.errors import PlanError
+from secateurs.shrink.attention import opened
 from secateurs.shrink.graph import Axis, Graph, Group, Labels, Size, layer_of
 from secateurs.shrink.labels import FREE, STAYS, Numbers, changing, same
 from secateurs.shrink.layer_rules import LAYERS
-from secateurs.shrink.operators import MOVES, POINTWISE, Given, Unknown
+from secateurs.shrink.operators import MOVES, POINTWISE, Computed, Given, Unknown
+from secateurs.shrink.passes import forgetting
 from secateurs.shrink.readers import Reader
 
 _RULES = {**MOVES, **LAYERS}
@@ -31,14 +34,24 @@ _CONSTANT = 1 << 22
 
 
 def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
-    """Find a module's units. Raises PlanError if torch.export refuses the module."""
-    with _exporting():
+    """Find a module's units. Raises PlanError if torch.export refuses the module.
+
+    Parameters that no pass in the module's own mode uses (heads that only training has) are followed in train mode.
+    """
+    with _exporting(), opened(model), forgetting(model):
+        walk = Walk(model, len(example[0]))
         try:
             program = torch.export.export(model, example, strict=False)
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise PlanError(f"{type(model).__name__} cannot be traced by torch.export: {said[0]}") from error
-    return Walk(model, program, len(example[0])).run()
+        walk.visit(program)
+        if not model.training and walk.unused(program):
+            # proof.py shows what this adds, and what it misses where train mode is not exported
+            with suppress(Exception):
+                program = torch.export.export(copy.deepcopy(model).train(), example, strict=False)
+                walk.visit(program)
+        return walk.finish()
 
 
 @contextmanager
@@ -61,8 +74,11 @@ class Walk:
     reason if they would be. sized: operators that state a number of channels: (where, the number, labels, their axis).
     """
 
-    def __init__(self, model: nn.Module, program: Any, examples: int) -> None:
-        self.model, self.program, self.examples = model, program, examples
+    def __init__(self, model: nn.Module, examples: int) -> None:
+        self.model, self.examples = model, examples
+        self.program: Any = None
+        # what is seen in a second graph is tied to the first, and neither read nor counted
+        self.again = False
         self.numbers = Numbers()
         self.values: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Any] = {}
@@ -77,12 +93,16 @@ class Walk:
         self.positions: dict[str, int] = {}
         self.normed: list[tuple[str, str]] = []
         self.tied = _tied(model)
+        self.whole: dict[str, str] = {}
 
-    def run(self) -> Graph:
-        signature = self.program.graph_signature
+    def visit(self, program: Any) -> None:
+        """Follow every operator of a graph that something else depends on."""
+        self.again, self.program = self.program is not None, program
+        program.graph.eliminate_dead_code()
+        signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         lifted = signature.inputs_to_lifted_tensor_constants
-        for node in self.program.graph.nodes:
+        for node in program.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self.placeholder(node, held, lifted)
             elif node.op == "output":
@@ -92,7 +112,11 @@ class Walk:
                 self.values[node] = self.call(node)
             else:
                 self.values[node] = None
-        return self.finish()
+
+    def unused(self, program: Any) -> bool:
+        """True if there are parameters of layers that no operator takes."""
+        held = program.graph_signature.inputs_to_parameters
+        return any(not node.users for node in program.graph.nodes if node.name in held)
 
     # ------------------------------------------------------------------------------------------------ values of nodes
 
@@ -133,6 +157,8 @@ class Walk:
             return rule(self, Given.of(self, node, name))
         except Unknown as error:
             what = f"{name}{f' {error}' if str(error) else ''}{self.place(node)}"
+            if isinstance(error, Computed):
+                self.whole[self.module_of(node)] = f"it has a {name} {error}"
             for source in node.all_input_nodes:
                 self.fix(self.labels(source), f"it goes through {what}, which is not known to keep channels apart")
             return self.outputs(node, STAYS)
@@ -223,6 +249,9 @@ class Walk:
         old = self.readers.get(reader.weight)
         if old is not None:
             self.join(old[1], labels, f"{reader.weight} is used more than once")
+        if self.again:
+            return
+        if old is not None:
             # each call must add the intercept
             bias = reader.bias if reader.bias == old[0].bias else None
             reader = Reader(reader.weight, reader.kind, reader.labels, bias, reader.groups, old[0].calls + 1)
@@ -231,7 +260,14 @@ class Walk:
 
     def count(self, weight: str, places: int) -> None:
         """Add to the number of places that a weight is multiplied at."""
+        if self.again:
+            return
         self.positions[weight] = self.positions.get(weight, 0) + max(1, places // self.examples)
+
+    def norms(self, maker: str, path: str) -> None:
+        """A batch norm takes what a layer makes, and nothing else does; or '' for another batch norm."""
+        if not self.again:
+            self.normed.append((maker, path))
 
     def module_of(self, node: fx.Node) -> str:
         """The module whose forward function a node was called in."""
@@ -273,6 +309,7 @@ class Walk:
         sizes = [Size(m, a, p, find(labels).numpy()) for m, a, p, labels in self.stated]
         sizes = _once([*sizes, *self.found_sizes()])
         groups, fixed = _grouped(axes, sizes, readers, self.numbers, self.together)
+        fixed = {**self.whole, **fixed}
         makers, norms = ([pair[i] for pair in self.normed] for i in (0, 1))
         alone = {
             maker: norm
