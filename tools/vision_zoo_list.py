@@ -75,6 +75,18 @@ TIMM: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "convnext_atto": ({"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}, _IMAGE),
     "dla46_c": ({}, _IMAGE),
 }  # fmt: skip
+# classes of timm whose registered networks do not take sizes
+TIMM_CLASSES: dict[str, Callable[[Any], nn.Module]] = {
+    "mixer": lambda m: m.mlp_mixer.MlpMixer(10, 32, patch_size=8, num_blocks=2, embed_dim=32),
+    "resmlp": lambda m: m.mlp_mixer.MlpMixer(
+        10, 32, patch_size=8, num_blocks=2, embed_dim=32, mlp_ratio=4, block_layer=m.mlp_mixer.ResBlock,
+        norm_layer=m.mlp_mixer.Affine,
+    ),
+    "gmlp": lambda m: m.mlp_mixer.MlpMixer(
+        10, 32, patch_size=8, num_blocks=2, embed_dim=32, mlp_ratio=6, block_layer=m.mlp_mixer.SpatialGatingBlock,
+        mlp_layer=m.mlp_mixer.GatedMlp,
+    ),
+}  # fmt: skip
 TORCHVISION: dict[str, Callable[[Any], nn.Module]] = {
     "mobilenet_v2": lambda m: m.MobileNetV2(num_classes=10, width_mult=0.25),
     "mnasnet": lambda m: m.MNASNet(0.25, num_classes=10),
@@ -86,6 +98,31 @@ TORCHVISION: dict[str, Callable[[Any], nn.Module]] = {
     "swin": lambda m: m.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=10),
     "vit": lambda m: m.VisionTransformer(64, 16, 2, 4, 48, 96, num_classes=10),
 }
+
+
+class _Auxiliary(nn.Module):
+    """GoogLeNet with a second classifier half way, which only training calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(vision_nets.conv(3, 24, 3, 2), vision_nets.Inception(24)),
+            nn.Sequential(nn.MaxPool2d(2), vision_nets.Inception(48)),
+        )
+        self.aux = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4),
+            vision_nets.conv(48, 8),
+            nn.Flatten(),
+            nn.Linear(128, 16),
+            nn.ReLU(),
+            nn.Linear(16, 10),
+        )
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        out = self.head(self.second(x).mean((2, 3)))
+        return (out, self.aux(x)) if self.training else out
 
 
 def _of_transformers(model_type: str, given: dict[str, Any]) -> nn.Module:
@@ -104,6 +141,8 @@ def _of_timm(name: str, given: dict[str, Any]) -> nn.Module:
     _register()
     import timm
 
+    if name in TIMM_CLASSES:
+        return TIMM_CLASSES[name](timm.models)
     return timm.create_model(name, num_classes=10, **given)
 
 
@@ -122,13 +161,15 @@ def missing() -> list[str]:
 
 def networks() -> Networks:
     """All networks whose package is installed."""
-    found: Networks = dict(vision_nets.NETWORKS)
+    found: Networks = {**vision_nets.NETWORKS, "GoogLeNet, auxiliary head": (_Auxiliary, _SMALL)}
     out = missing()
     for model_type, (given, shape) in TRANSFORMERS.items():
         found[f"transformers {model_type}"] = (functools.partial(_of_transformers, model_type, given), shape)
     if "timm" not in out:
         for name, (given, shape) in TIMM.items():
             found[f"timm {name}"] = (functools.partial(_of_timm, name, given), shape)
+        for name in TIMM_CLASSES:
+            found[f"timm {name}"] = (functools.partial(_of_timm, name, {}), _SMALL)
     if "torchvision" not in out:
         for name in TORCHVISION:
             found[f"torchvision {name}"] = (functools.partial(_of_torchvision, name), _IMAGE)

@@ -79,8 +79,8 @@ def shrink_module(
     model = copied(model).eval()
     found = prove(model, trace(model, shown), shown, seed)
     if not found.groups:
-        why = "; ".join(f"{name}: {reason}" for name, reason in found.fixed.items()) or "it has no such layers"
-        raise PlanError(f"{type(model).__name__} has no channels that can go: {why}")
+        why = graph.whole(found.fixed) or ": it has no such layers"
+        raise PlanError(f"{type(model).__name__} has no channels that can go{why}")
     consumers = Consumers(model, found, batches, damping, seed, progress)
     widths = _widths(model, found, consumers, bound, multiple)
     widths.refuse_too_small()

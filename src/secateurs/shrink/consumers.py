@@ -217,7 +217,13 @@ class Consumers:
                             f"{type(self.model).__name__} gives a {type(out).__name__} without a tensor of floats"
                         )
                     loss: Any = sum(_sampled_loss(x, generator) for x in found)
-                    loss.backward()
+                    try:
+                        loss.backward()
+                    except RuntimeError as error:
+                        said = str(error).strip().splitlines() or ["RuntimeError"]
+                        raise PlanError(
+                            f"{type(self.model).__name__} gives no gradients, which say what a channel is worth: {said[0]}"
+                        ) from error
                 yield
                 self.progress(label, i + 1, len(self.batches))
             self.model.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ from secateurs.shrink.attention import becomes_open
 from secateurs.shrink.readers import Reader
 
 Labels = NDArray[np.int64]
+_REASONS = 5
 NOBODY: Labels = np.empty(0, np.int64)
 
 
@@ -166,6 +167,13 @@ class Graph:
             found.append(columns_GCK.flatten(1))
         return found
 
+    def marked(self, units: Iterable[int]) -> NDArray[np.bool_]:
+        """True at the numbers of units, of all numbers that there are."""
+        labels = [axis.labels for axis in self.axes] + [size.labels for size in self.sizes]
+        marks = np.zeros(1 + max((int(x.max()) for x in labels if len(x)), default=0), np.bool_)
+        marks[list(units)] = True
+        return marks
+
     def without(self, refused: dict[str, str]) -> "Graph":
         """The graph without some groups, {group: why}."""
         fixed = {self.axes[i].tensor: refused[g.name] for g in self.groups if g.name in refused for i in g.axes
@@ -188,6 +196,22 @@ class Graph:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def whole(fixed: dict[str, str]) -> str:
+    """Which layers stay whole and why, as the end of a sentence: '; a and 3 others stay whole: why', each reason once and
+    five of them.
+    """
+    of: dict[str, list[str]] = {}
+    for layer, why in fixed.items():
+        of.setdefault(why, []).append(layer)
+    said = ""
+    for why, layers in list(of.items())[:_REASONS]:
+        others = len(layers) - 1
+        stays = f" and {others} other{'s' * (others > 1)} stay" if others else " stays"
+        said += f"; {layers[0]}{stays} whole: {why}"
+    more = list(of.values())[_REASONS:]
+    return said + (f"; {sum(map(len, more))} more for {len(more)} more reasons" if more else "")
+
+
 def layer_of(tensor: str) -> str:
     """The module that holds a parameter, or the parameter of a module that holds no others."""
     return tensor.rpartition(".")[0] or tensor
@@ -200,10 +224,10 @@ def tensor_of(model: nn.Module, name: str) -> Any:
 
 def kill(model: nn.Module, graph: Graph, units: Iterable[int]) -> None:
     """Zero what readers take from units, in place."""
-    gone = np.array(sorted(units), np.int64)
+    gone = graph.marked(units)
     for axis in graph.axes:
         if axis.role == "in":
-            places = torch.from_numpy(np.flatnonzero(np.isin(axis.labels, gone)))
+            places = torch.from_numpy(np.flatnonzero(gone[axis.labels]))
             held = tensor_of(model, axis.tensor).data
             held.index_fill_(axis.axis, places.to(held.device), 0)
 
@@ -214,10 +238,10 @@ def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> dict[str, Any
     Returns what was done, as JSON has it: {axes: {tensor: [[axis, the places that are kept]]}, sizes: [[module, attribute, place,
     count]]}. Raises PlanError if a layer would lose all of its channels.
     """
-    gone = np.array(sorted(removed), np.int64)
+    gone = graph.marked(removed)
     kept: dict[str, list[tuple[int, Tensor]]] = {}
     for axis in graph.axes:
-        stays = np.flatnonzero(~np.isin(axis.labels, gone))
+        stays = np.flatnonzero(~gone[axis.labels])
         if not len(stays):
             raise PlanError(f"all channels of {layer_of(axis.tensor)} would go; keep at least one")
         if len(stays) < len(axis.labels) and tensor_of(model, axis.tensor) is not None:
@@ -225,8 +249,8 @@ def cut(model: nn.Module, graph: Graph, removed: Iterable[int]) -> dict[str, Any
     take(model, kept)
     sizes = []
     for size in graph.sizes:
-        if np.isin(size.labels, gone).any():
-            count = int((~np.isin(size.labels, gone)).sum())
+        if gone[size.labels].any():
+            count = int((~gone[size.labels]).sum())
             state(model, size, count)
             sizes.append([size.module, size.attribute, size.place, count])
     return {

@@ -409,17 +409,23 @@ def _grouped(
     alone = {int(numbers.find(labels).flatten()[0]): why for labels, why in together[::-1]}
     fixed: dict[str, str] = {}
     by_places: dict[tuple[tuple[str, Any, int], ...], list[int]] = {}
+    alike: dict[tuple[tuple[str, Any, int], ...], list[int]] = {}
     for label, places in where.items():
-        makers = [layer_of(axes[key].tensor) for kind, key, _ in places if kind == "axis" and axes[key].role == "out"]
-        why = reasons.get(label)
-        if why is None and not any(kind == "reader" for kind, _, _ in places):
-            why = "nothing reads it that could make up for it"
-        if why is None and any(kind == "axis" and count == len(axes[key].labels) > 1 for kind, key, count in places):
-            why = alone.get(label, "its channels go together")
-        if why is not None:
-            fixed.update(dict.fromkeys(makers, why))
-        elif makers:
-            by_places.setdefault(tuple(places), []).append(label)
+        alike.setdefault(tuple(places), []).append(label)
+    for spots, labels in alike.items():
+        makers = [layer_of(axes[key].tensor) for kind, key, _ in spots if kind == "axis" and axes[key].role == "out"]
+        unread = not any(kind == "reader" for kind, _, _ in spots)
+        one = any(kind == "axis" and count == len(axes[key].labels) > 1 for kind, key, count in spots)
+        for label in labels:
+            why = reasons.get(label)
+            if why is None and unread:
+                why = "nothing reads it that could make up for it"
+            if why is None and one:
+                why = alone.get(label, "its channels go together")
+            if why is not None:
+                fixed.update(dict.fromkeys(makers, why))
+            elif makers:
+                by_places.setdefault(spots, []).append(label)
     groups: list[Group] = []
     for found_places, units in by_places.items():
         of = {kind: tuple(key for k, key, _ in found_places if k == kind) for kind in ("axis", "size", "reader")}

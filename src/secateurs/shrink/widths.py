@@ -9,6 +9,7 @@ from typing import Any
 
 from secateurs.base.errors import PlanError
 from secateurs.base.progress import Progress
+from secateurs.shrink import graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.graph import Cost
 
@@ -66,10 +67,9 @@ class Widths:
         """Raise PlanError if the smallest module is above the budget. A time budget is not judged here."""
         least = self.least
         if not self.bound.timed and least > self.bound.value:
-            fixed = "".join(f"; {name} stays whole: {why}" for name, why in self.kept_whole.items())
             raise PlanError(
                 f"budget {self.bound.text}: with widths that are multiples of {self.multiple} the smallest shape is {least:.3f}x"
-                f"{fixed}; raise the budget or lower the multiple"
+                f"{graph.whole(self.kept_whole)}; raise the budget or lower the multiple"
             )
 
     def choose(
