@@ -1,5 +1,7 @@
 """What the proof must not take for shown."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -114,3 +116,40 @@ def test_a_mode_in_which_rounding_decides_is_left_out_and_said():
     assert {g.name: len(g.units) for g in found.groups} == {"a": 8}
     assert found.proof["modes"] == ["eval"]
     assert found.proof["missing"] == ["train mode"]
+
+
+def test_the_module_is_copied_a_few_times_whatever_is_tried(monkeypatch):
+    """Copies are what the analysis of a deep network costs most: one that is moved, one with zeros, one that is cut, two more."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    found, whole, seen = trace(model, (x,)), copy.deepcopy, []
+
+    def counted(value, memo=None):
+        if memo is None:
+            seen.append(type(value))
+        return whole(value, memo)
+
+    monkeypatch.setattr(copy, "deepcopy", counted)
+    mean = model[1].running_mean.clone()
+    assert [g.name for g in prove(model, found, (x,)).groups] == ["0"]
+    copies = seen.count(nn.Sequential)
+    assert 3 <= copies <= 8, copies
+    assert torch.equal(model[1].running_mean, mean)
+
+
+class Dropping(nn.Module):
+    """Attention that drops weights at random, which has other numbers to draw for fewer heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 4, dropout=0.5, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_attention_is_shown_without_dropout():
+    model, x = Dropping().eval(), torch.randn(2, 5, 8)
+    found = prove(model, trace(model, (x,)), (x,))
+    assert {g.name: len(g.units) for g in found.groups} == {"attention": 4, "attention.out_proj": 8}
+    assert found.proof["modes"] == ["eval", "train"]

@@ -340,3 +340,50 @@ def test_what_is_exported_computes_the_same(net, tmp_path):
     with pytest.raises(OutputError, match="Branching cannot be exported"):
         export(Branching(), (x,), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+class Kept(nn.Module):
+    """It keeps a scale for each channel from pass to pass in evaluation, with its gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale, self.b = nn.Linear(6, 16), nn.Parameter(torch.rand(16) + 0.5), nn.Linear(16, 3)
+        self.kept = {}
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training or "scale" not in self.kept:
+            self.kept["scale"] = self.scale * 2
+        return self.b((self.a(x) * self.kept["scale"]).relu())
+
+
+def test_what_a_module_keeps_between_passes_is_neither_used_nor_handed_on():
+    """Two batches are run backward, and the table would be of the dense widths after the cut."""
+    torch.manual_seed(0)
+    model, batches = Kept().eval(), [(torch.randn(64, 6),), (torch.randn(64, 6),)]
+    small, report = shrink_module(model, batches, "params=0.6x", multiple=1)
+    assert model.kept == {}
+    left = report["groups"][0]["after"]
+    assert small.scale.shape == small.kept.get("scale", small.scale).shape == (left,)
+    assert small(torch.randn(2, 6)).shape == (2, 3)
+
+
+class Overwriting(nn.Module):
+    """What its gradients need is overwritten in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).sigmoid().mul_(3))
+
+
+def test_a_module_without_gradients_is_refused_in_a_sentence():
+    with pytest.raises(
+        PlanError, match="Overwriting gives no gradients, which say what a channel is worth: one of the variables"
+    ):
+        shrink_module(Overwriting().eval(), [(torch.randn(64, 6),)], "params=0.6x", multiple=1)

@@ -309,3 +309,25 @@ def test_untraceable_and_emptied():
     found = trace(model, (torch.randn(2, 4),))
     with pytest.raises(PlanError, match="all channels of 0 would go"):
         graph.cut(model, found, found.groups[0].units.tolist())
+
+
+def test_each_reason_why_layers_stay_is_said_once():
+    assert (
+        graph.whole({"a": "no", "b": "it reads", "c": "no", "d": "no"})
+        == "; a and 2 others stay whole: no; b stays whole: it reads"
+    )
+    many = {f"{i}": f"why {i % 7}" for i in range(9)}
+    assert graph.whole(many).endswith("; 4 stays whole: why 4; 2 more for 2 more reasons")
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is made of another in each pass."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_a_layer_whose_weight_is_computed_says_so():
+    found = trace(nn.Sequential(Standardized(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), (torch.randn(2, 3, 4, 4),))
+    assert found.fixed["0"] == "it has a conv2d with a weight that is computed"
+    assert found.groups == []

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from secateurs.shrink.passes import asking, hooked
+from secateurs.base.errors import PlanError
+from secateurs.shrink.passes import asking, copied, forgetting, hooked, undone
 
 
 def net():
@@ -31,3 +32,53 @@ def test_hooks_are_removed():
         raise KeyboardInterrupt
     model(torch.ones(1, 3))
     assert len(seen) == 1
+
+
+class Keeping(nn.Module):
+    """Keeps things from pass to pass: in a table, a list, an attribute, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table, self.seen, self.last = nn.Linear(2, 2), {"first": 1}, [], None
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        self.table["weight"] = self.linear.weight * 2
+        self.seen.append(1)
+        self.last = self.new = self.linear(x)
+        self.mean += 1
+        return self.last
+
+
+def test_what_a_pass_keeps_is_forgotten_whatever_happened():
+    model, x = Keeping(), torch.ones(1, 2)
+    table, seen = model.table, model.seen
+    with pytest.raises(KeyboardInterrupt), forgetting(model):
+        model(x)
+        assert (len(model.table), model.seen) == (2, [1])
+        raise KeyboardInterrupt
+    assert model.table is table
+    assert model.seen is seen
+    assert (table, seen, model.last, hasattr(model, "new")) == ({"first": 1}, [], None, False)
+    # buffers are running means, say, which a pass is to move
+    assert model.mean.tolist() == [1, 1]
+
+
+def test_buffers_are_undone_as_well():
+    model = Keeping()
+    mean = model.mean
+    with undone(model):
+        model(torch.ones(1, 2))
+        model.mean = model.mean + 1
+        assert model.mean.tolist() == [2, 2]
+    assert model.mean is mean
+    assert model.mean.tolist() == [0, 0]
+    assert model.table == {"first": 1}
+
+
+def test_what_cannot_be_copied_is_refused_in_a_sentence():
+    model = Keeping()
+    assert copied(model).linear is not model.linear
+    model(torch.ones(1, 2))
+    with pytest.raises(PlanError, match=r"Keeping cannot be copied \(Only Tensors created explicitly .*give a new one"):
+        copied(model)

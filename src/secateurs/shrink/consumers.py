@@ -22,7 +22,7 @@ from secateurs.model.blocks import Stop
 from secateurs.shrink import columns
 from secateurs.shrink.attention import opened
 from secateurs.shrink.graph import Graph, Group, tensor_of
-from secateurs.shrink.passes import asking, forgetting
+from secateurs.shrink.passes import asking, backward, forgetting
 from secateurs.shrink.proof import tensors_of
 from secateurs.shrink.readers import Call, Reader, Watched
 from secateurs.shrink.spread import Seen, Spread
@@ -217,13 +217,7 @@ class Consumers:
                             f"{type(self.model).__name__} gives a {type(out).__name__} without a tensor of floats"
                         )
                     loss: Any = sum(_sampled_loss(x, generator) for x in found)
-                    try:
-                        loss.backward()
-                    except RuntimeError as error:
-                        said = str(error).strip().splitlines() or ["RuntimeError"]
-                        raise PlanError(
-                            f"{type(self.model).__name__} gives no gradients, which say what a channel is worth: {said[0]}"
-                        ) from error
+                    backward(self.model, [loss])
                 yield
                 self.progress(label, i + 1, len(self.batches))
             self.model.zero_grad(set_to_none=True)

@@ -207,7 +207,7 @@ def whole(fixed: dict[str, str]) -> str:
     for why, layers in list(of.items())[:_REASONS]:
         others = len(layers) - 1
         stays = f" and {others} other{'s' * (others > 1)} stay" if others else " stays"
-        said += f"; {layers[0]}{stays} whole: {why}"
+        said += f"; {layers[0] or 'the module itself'}{stays} whole: {why}"
     more = list(of.values())[_REASONS:]
     return said + (f"; {sum(map(len, more))} more for {len(more)} more reasons" if more else "")
 

@@ -37,6 +37,17 @@ def hooked(found: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[N
             hook.remove()
 
 
+def backward(model: nn.Module, outs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor] | None = None) -> None:
+    """Run a model's outputs backward. Raises PlanError if it overwrote what gradients need, or kept it from an earlier pass."""
+    try:
+        torch.autograd.backward(list(outs), gradients)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines() or ["RuntimeError"]
+        raise PlanError(
+            f"{type(model).__name__} gives no gradients, which say what a channel is worth: {said[0]}"
+        ) from error
+
+
 @contextmanager
 def forgetting(model: nn.Module) -> Iterator[None]:
     """Take back what a pass writes into modules, but for parameters and buffers: tables that are kept for the next one,

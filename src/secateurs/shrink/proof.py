@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from secateurs.shrink import graph
 from secateurs.shrink.graph import Graph, Group
-from secateurs.shrink.passes import undone
+from secateurs.shrink.passes import backward, undone
 
 Inputs = tuple[Tensor, ...]
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -190,7 +190,7 @@ class Proof:
             drawn = [torch.rand(x.shape, generator=self.generator).to(x) for x in outs]
         gradients: dict[str, Tensor] = {}
         if outs:
-            torch.autograd.backward(outs, drawn)
+            backward(model, outs, drawn)
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         unheard = []
         for group in groups:
