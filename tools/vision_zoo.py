@@ -39,7 +39,7 @@ import vision_zoo_list  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import secateurs as sc  # noqa: E402
-from secateurs.shrink.proof import tensors_of  # noqa: E402
+from secateurs.shrink.outputs import tensors_of  # noqa: E402
 from secateurs.shrink.trace import trace  # noqa: E402
 
 RESULTS, PAGE = ROOT / "build" / "vision_zoo.json", ROOT / "docs" / "vision.md"

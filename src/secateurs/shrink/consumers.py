@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.base.errors import LayerError, PlanError
+from secateurs.base.errors import LayerError
 from secateurs.base.progress import Progress
 from secateurs.matrix.stats import Stats
 from secateurs.model.blocks import Stop
 from secateurs.shrink import columns
 from secateurs.shrink.attention import opened
 from secateurs.shrink.graph import Graph, Group, tensor_of
+from secateurs.shrink.outputs import Objective
 from secateurs.shrink.passes import asking, backward, forgetting
-from secateurs.shrink.proof import tensors_of
 from secateurs.shrink.readers import Call, Reader, Watched
 from secateurs.shrink.spread import Seen, Spread
-
-Inputs = tuple[Tensor, ...]
 
 # places of an image, chosen at random, that go into a consumer's Gram matrix
 _PLACES = 256
@@ -107,9 +105,9 @@ class Consumers:
     """All consumers of a traced module, {weight: consumer} in `by_name`, and the calibration inputs that the module is run on."""
 
     def __init__(
-        self, model: nn.Module, graph: Graph, batches: Sequence[Inputs], damping: float, seed: int, progress: Progress
+        self, model: nn.Module, graph: Graph, objective: Objective, damping: float, seed: int, progress: Progress
     ) -> None:
-        self.model, self.graph, self.batches = model, graph, batches
+        self.model, self.graph, self.objective, self.batches = model, graph, objective, objective.batches
         self.damping, self.seed, self.progress = damping, seed, progress
         self.seen: dict[str, Seen] = {}
         self.by_name = {
@@ -166,7 +164,9 @@ class Consumers:
             yield
 
     def weigh(self) -> None:
-        """Set every consumer's scale_O: the root of E[g^2] of its outputs, a mean over examples and places."""
+        """Set every consumer's scale_O: the root of E[g^2] of its outputs, a mean over examples and places; 0 where the loss has no
+        gradient.
+        """
         sums: dict[str, list[Any]] = {}
 
         def take(name: str, gradient: Tensor) -> None:
@@ -183,12 +183,19 @@ class Consumers:
         with self._watched(watch):
             for _ in self._backward("measuring sensitivity"):
                 pass
-        for name, (total, count) in sums.items():
-            consumer = self.by_name[name]
+        for name, consumer in self.by_name.items():
+            if name not in sums:
+                consumer.scale_O = [torch.zeros_like(scale_O) for scale_O in consumer.scale_O]
+                continue
+            total, count = sums[name]
             # the gates of a recurrent layer count as the state that they make
             rows = sum(len(w) for w in consumer.weight_OI)
             scale_O = (total / count).sqrt().repeat(rows // len(total))
             consumer.scale_O = list(scale_O.split([len(w) for w in consumer.weight_OI]))
+
+    def reached(self, name: str) -> bool:
+        """True if the loss has a gradient by a consumer's outputs."""
+        return any(bool(scale_O.any()) for scale_O in self.by_name[name].scale_O)
 
     def taylor(self) -> dict[str, list[Tensor]]:
         """{consumer: W dL/dW summed over rows, for each of its columns, of every batch: a list of B tensors [I]}."""
@@ -202,22 +209,13 @@ class Consumers:
         return found
 
     def _backward(self, label: str) -> Iterator[None]:
-        """Run every batch forward and back. The loss, summed over examples: -log of a sampled class where outputs are
-        [N, classes], else the outputs times Gaussian noise, over their root mean square.
-        """
+        """Run every batch forward and back, by the loss of Objective.summed()."""
         generator = torch.Generator().manual_seed(self.seed)
         with asking(self.model, [p for p in self.model.parameters() if p.is_floating_point()]):
-            for i, batch in enumerate(self.batches):
+            for i in range(len(self.batches)):
                 self.model.zero_grad(set_to_none=True)
                 with torch.enable_grad(), forgetting(self.model):
-                    out = self.model(*batch)
-                    found = [x for x in tensors_of(out) if x.requires_grad]
-                    if not found:
-                        raise PlanError(
-                            f"{type(self.model).__name__} gives a {type(out).__name__} without a tensor of floats"
-                        )
-                    loss: Any = sum(_sampled_loss(x, generator) for x in found)
-                    backward(self.model, [loss])
+                    backward(self.model, [self.objective.summed(self.model, i, generator)])
                 yield
                 self.progress(label, i + 1, len(self.batches))
             self.model.zero_grad(set_to_none=True)
@@ -316,13 +314,3 @@ class Consumers:
                 found.append(columns.Side(side.weight_OI, side.stats, side.groups_GC, taylor_G))
                 i += 1
         return found
-
-
-def _sampled_loss(out: Tensor, generator: torch.Generator) -> Tensor:
-    if out.dim() == 2 and out.shape[1] > 1:
-        chance = out.detach().float().softmax(1)
-        # drawn on the CPU, where the generator is
-        label_N = torch.multinomial(chance.cpu(), 1, generator=generator).to(out.device)
-        return -out.float().log_softmax(1).gather(1, label_N).sum()
-    noise = torch.randn(out.shape, generator=generator).to(out.device)
-    return (out.float() * noise).sum() / out.detach().float().square().mean().sqrt().clamp(min=1e-12)

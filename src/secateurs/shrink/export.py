@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateurs.base.errors import OutputError
 from secateurs.model.blocks import evaluating
-from secateurs.shrink.proof import tensors_of
+from secateurs.shrink.outputs import tensors_of
 
 # the largest difference between outputs that is accepted, relative to the largest output
 _CLOSE = 1e-3

@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from secateurs.shrink import graph
 from secateurs.shrink.graph import Graph, Group
+from secateurs.shrink.outputs import Inputs, tensors_of
 from secateurs.shrink.passes import backward, undone
 
-Inputs = tuple[Tensor, ...]
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # and where rounding itself makes more of a difference than that, at most this
 _ROUNDING = 1e-3
@@ -51,11 +50,6 @@ class _Certain(TorchFunctionMode):
             # torch's own attention gives it by its place
             args = tuple(0.0 if i == _DROPOUTS.get(func) else x for i, x in enumerate(args))
         return func(*args, **kwargs)
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    """All tensors in what a module gives: a tensor, or lists, tuples and dicts of them."""
-    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
 
 
 class Proof:

@@ -23,6 +23,7 @@ from secateurs.shrink.graph import Axis, Graph, Group, Labels, Size, layer_of
 from secateurs.shrink.labels import FREE, STAYS, Numbers, changing, same
 from secateurs.shrink.layer_rules import LAYERS
 from secateurs.shrink.operators import MOVES, POINTWISE, Computed, Given, Unknown
+from secateurs.shrink.outputs import only_tensors
 from secateurs.shrink.passes import forgetting
 from secateurs.shrink.readers import Reader
 
@@ -41,15 +42,17 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
     with _exporting(), opened(model), forgetting(model):
         walk = Walk(model, len(example[0]))
         try:
-            program = torch.export.export(model, example, strict=False)
+            with only_tensors(model):
+                program = torch.export.export(model, example, strict=False)
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise PlanError(f"{type(model).__name__} cannot be traced by torch.export: {said[0]}") from error
         walk.visit(program)
         if not model.training and walk.unused(program):
             # proof.py shows what this adds, and what it misses where train mode is not exported
-            with suppress(Exception):
-                program = torch.export.export(copy.deepcopy(model).train(), example, strict=False)
+            twin = copy.deepcopy(model).train()
+            with suppress(Exception), only_tensors(twin):
+                program = torch.export.export(twin, example, strict=False)
                 walk.visit(program)
         return walk.finish()
 
