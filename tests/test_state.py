@@ -176,6 +176,10 @@ def load_shrunk(given):
     return partial(sc.load_shrunk, save_shrunk(given)(), net)
 
 
+def recover_module(given):
+    return partial(sc.recover_module, net(), net(), [(torch.randn(8, 16),)], 2, mixed_precision="bf16")
+
+
 def exported(given):
     return partial(export, net(), (torch.ones(2, 16),), given["tmp_path"] / "exported")
 
@@ -206,8 +210,8 @@ def lora(given):
 
 
 CALLS = (
-    accelerate, table, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, save_shrunk, load_shrunk, exported, iterative,
-    drawn, held, lora,
+    accelerate, table, formats, kernels, prune, run_of, pack_run, verify, scores, solvers, shrink, shrink_module, save_shrunk, load_shrunk, recover_module, exported,
+    iterative, drawn, held, lora,
 )  # fmt: skip
 
 

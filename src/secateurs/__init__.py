@@ -20,6 +20,7 @@ from secateurs.shrink.channels import shrink_module
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 from secateurs.shrink.saved import load_shrunk, save_shrunk
+from secateurs.train.recover_module import recover_module
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "pack_run",
     "patterns",
     "prune",
+    "recover_module",
     "save_shrunk",
     "scores",
     "shrink",
