@@ -22,7 +22,7 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.shrink.channels import measure
+from secateurs.shrink.engines import measure
 from secateurs.shrink.trace import trace
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 from secateurs import save_shrunk, shrink_module
 from secateurs.base.errors import OutputError, PlanError
-from secateurs.shrink import channels, graph
+from secateurs.shrink import engines, graph
 from secateurs.shrink.export import export
 from secateurs.shrink.trace import trace
 
@@ -245,11 +245,11 @@ def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
     model, batches = net
     dense = sum(p.numel() for p in model.parameters())
 
-    def fake(one, other, example):
+    def fake(self, other, seconds=0):
         ratio = 0.2 + 0.8 * sum(p.numel() for p in other.parameters()) / dense
         return 1.0, ratio, ratio
 
-    monkeypatch.setattr(channels, "measure", fake)
+    monkeypatch.setattr(engines.Stopwatch, "against", fake)
     _, report = shrink_module(model, batches, "latency=0.7x", multiple=1)
     assert 0.63 <= report["latency"]["ratio"] <= 0.7 * 1.01
     assert 2 <= len(report["tried"]) <= 6
@@ -259,7 +259,7 @@ def test_a_time_budget_is_met_by_measurement(net, monkeypatch):
 
 @pytest.mark.parametrize(("make", "batches", "budget", "options", "words"), [
     (Net, None, "flops=0.01x", {}, "multiples of 8 the smallest shape is"),
-    (Net, None, "bytes=0.5x", {}, "cannot read budget"),
+    (Net, None, "seconds=0.5", {}, "cannot read budget"),
     (Net, None, "flops=1.2x", {}, "all of the dense model"),
     (Net, [], "flops=0.5x", {}, "no calibration inputs"),
     (Net, [torch.randn(4, 3, 8, 8)], "flops=0.5x", {}, r"one is a Tensor; write \(x,\) for x"),

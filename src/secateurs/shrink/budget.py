@@ -13,12 +13,23 @@ FRACTIONS = {
     "latency": "seconds, of the prompt and of each token after it, both",
 }
 
+# the same for a live module; flops is another name of macs
+LIVE = {
+    "params": "parameters",
+    "bytes": "bytes of its parameters and buffers",
+    "macs": "multiplications of one example in convolutions, linear and recurrent layers",
+    "flops": "multiplications of one example in convolutions, linear and recurrent layers",
+    "memory": "the most bytes of activations that are live at once, of one example",
+    "latency": "seconds of one example in an engine",
+}
+
 
 @dataclass(frozen=True)
 class Budget:
     """A limit on the cost of a model.
 
-    kind: of FRACTIONS, or 'seconds'. value: a fraction of the dense model's cost, or seconds. text: as it was written.
+    kind: of FRACTIONS, or 'seconds'; of a live module, of LIVE. value: a fraction of the dense model's cost, or seconds. text: as
+    it was written.
     """
 
     kind: str

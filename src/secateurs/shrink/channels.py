@@ -10,7 +10,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,20 +21,23 @@ from secateurs.matrix.solvers import DAMPING
 from secateurs.model.blocks import device_of
 from secateurs.model.layers import why_computed
 from secateurs.shrink import columns, graph
-from secateurs.shrink.budget import Budget
+from secateurs.shrink.budget import LIVE, Budget
 from secateurs.shrink.consumers import Consumers
-from secateurs.shrink.graph import Graph
+from secateurs.shrink.engines import Stopwatch, check, facts
+from secateurs.shrink.graph import Graph, layer_of
 from secateurs.shrink.losses import at_once
+from secateurs.shrink.memory import Peak, peak
 from secateurs.shrink.norms import norms_of, recalibrate
 from secateurs.shrink.outputs import Inputs, Loss, Objective, tensors_of
 from secateurs.shrink.passes import copied, forgetting
 from secateurs.shrink.proof import prove
 from secateurs.shrink.trace import trace
-from secateurs.shrink.widths import Counts, Curves, Widths
+from secateurs.shrink.widths import Bounds, Counts, Curves, Widths
 
-BUDGETS = ("params", "flops", "latency")
 # the largest difference that rounding may make, relative to the largest output
 _CLOSE = 1e-2
+# seconds for which a shape and the dense module take turns, where the budget is one of time
+_TIMED = 2.0
 
 
 # gradients are needed on the way, and the copy is to have parameters that train
@@ -54,12 +56,18 @@ def shrink_module(
     loss: Loss | None = None,
     inputs: Callable[[Any], Sequence[Tensor]] | None = None,
     recalibrated: bool = True,
+    engine: str = "torch",
+    skip: Sequence[str] = (),
+    bounds: Bounds | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A copy of a module with fewer channels, and a report on it. The given module stays as it is.
 
-    batches: calibration inputs, each a tuple of positional arguments; the first example is traced and timed. budget: 'params=0.7x',
-    'flops=0.5x' (of convolutions and linear layers) or 'latency=0.8x', measured on this machine at batch 1. criterion: a row of
-    columns.CRITERIA. refit: least squares for the consumers. multiple: new widths are multiples of this.
+    batches: calibration inputs, each a tuple of positional arguments; the first example is traced and timed. budget: of 'params',
+    'bytes', 'macs' (of convolutions, linear and recurrent layers; 'flops' is the same), 'memory' (peak of activations) or
+    'latency', the last three at batch 1, as in 'macs=0.5x'. engine: where latency is measured on this machine: torch, onnxruntime
+    or openvino. skip: globs of layers whose own channels stay. bounds: {glob: the least share of channels that stays, or (least,
+    most)}. multiple: new widths are multiples of this. criterion: a row of columns.CRITERIA. refit: least squares for the
+    consumers.
 
     loss: loss(module, batch) -> scalar, a mean over the batch's examples, by which channels are judged (its Fisher information
     E[g^2] weighs the consumers' outputs); without one the distance of all outputs to the dense module's. It is called in evaluation
@@ -74,7 +82,8 @@ def shrink_module(
     """
     if criterion not in columns.CRITERIA:
         raise PlanError(f"unknown criterion '{criterion}'; write {', '.join(columns.CRITERIA)}")
-    bound = Budget.parse(budget, BUDGETS)
+    bound = Budget.parse(budget, tuple(LIVE))
+    check(engine)
     for name, _ in model.named_parameters():
         why = why_computed(model, name)
         if why:
@@ -92,7 +101,11 @@ def shrink_module(
         raise PlanError(f"{type(model).__name__} has no channels that can go{why}")
     used, held = objective.parted() if recalibrated and norms_of(model) else (objective, None)
     consumers = Consumers(model, found, used, damping, seed, progress)
-    widths = _widths(model, found, consumers, bound, multiple)
+    widths = _widths(model, found, consumers, bound, multiple, example)
+    layers = {
+        g.name: [layer_of(found.axes[i].tensor) for i in g.axes if found.axes[i].role == "out"] for g in found.groups
+    }
+    widths.limit(layers, [name for name, _ in model.named_modules() if name], skip, bounds or {})
     widths.refuse_too_small()
 
     began = time.perf_counter()
@@ -108,8 +121,12 @@ def shrink_module(
         name, said = max(few.items(), key=lambda item: consumers.seen[item[0]].share)
         warnings.warn(f"{len(few)} of {len(consumers.seen)} layers saw little: {name} {said}", stacklevel=2)
 
+    watch = Stopwatch(dense, example, engine)
+    most = peak(dense, example)
+
     def ratio_of(counts: Counts) -> float:
-        return measure(dense, _blank(dense, found, counts), example)[2]
+        left = _blank(dense, found, counts)
+        return peak(left, example) / most if bound.kind == "memory" else watch.against(left, _TIMED)[2]
 
     counts, tried = widths.choose(curves, ratio_of, progress)
     records, done = _cut(consumers, counts, criterion, refit)
@@ -117,6 +134,9 @@ def shrink_module(
     with torch.no_grad():
         model(*example)
     macs = found.macs(dense)
+    both = (("dense", dense), ("left", model))
+    predicted = next((t["ratio"] for t in tried if t["counts"] == counts), None) if bound.timed else None
+    timed = watch.against(model, _TIMED if bound.timed else 0.0)
     return model, {
         "budget": bound.text,
         "groups": records,
@@ -126,22 +146,38 @@ def shrink_module(
         "cut": done,
         "little_data": few,
         "batch_norms": norms,
-        "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in (("dense", dense), ("left", model))},
+        "parameters": {kind: sum(p.numel() for p in m.parameters()) for kind, m in both},
+        "bytes": {kind: sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for kind, m in both},
         "macs": {"dense": macs.at(widths.dense), "left": macs.at(counts)},
+        "memory": {kind: peak(m, example) for kind, m in both},
         "estimated_loss": sum(curves[name][widths.dense[name] - count] for name, count in counts.items()),
         "tried": tried,
-        "latency": dict(zip(("dense", "left", "ratio"), measure(dense, model, example), strict=True)),
+        "latency": {
+            **facts(engine),
+            **dict(zip(("dense", "left", "ratio"), timed, strict=True)),
+            "predicted": predicted,
+        },
         "seconds": time.perf_counter() - began,
     }
 
 
-def _widths(model: nn.Module, found: Graph, consumers: Consumers, bound: Budget, multiple: int) -> Widths:
+def _widths(
+    model: nn.Module, found: Graph, consumers: Consumers, bound: Budget, multiple: int, example: Inputs
+) -> Widths:
     counts = {g.name: len(g.units) for g in found.groups}
-    cost = found.parameters(model) if bound.kind == "params" else found.macs(model)
+    cost: Any
+    if bound.kind == "memory":
+        dense = copy.deepcopy(model)
+        cost = Peak.of(dense, example, counts, lambda fewer: _blank(dense, found, fewer))
+    elif bound.kind in ("params", "bytes"):
+        cost = found.parameters(model) if bound.kind == "params" else found.nbytes(model)
+    else:
+        cost = found.macs(model)
     whole = cost.at(counts)
-    if bound.kind == "params":
-        # intercepts become biases where there are none
-        cost.rest += sum(c.new_biases for c in consumers.by_name.values())
+    # intercepts become biases where there are none
+    each = {"params": lambda c: c.new_biases, "bytes": lambda c: c.new_biases * c.weight.element_size()}.get(bound.kind)
+    if each:
+        cost.rest += sum(each(c) for c in consumers.by_name.values())
     return Widths(bound, multiple, counts, cost, whole, dict(found.fixed), {g.name: g.run for g in found.groups})
 
 
@@ -196,21 +232,3 @@ def _blank(dense: nn.Module, found: Graph, counts: Counts) -> nn.Module:
     out = copy.deepcopy(dense)
     graph.cut(out, found, [u for g in found.groups for u in g.units[counts[g.name] :].tolist()])
     return out
-
-
-def measure(dense: nn.Module, left: nn.Module, example: Inputs, rounds: int = 15) -> tuple[float, float, float]:
-    """Median seconds of two modules on one example, and their median ratio. They take turns, after two rounds to warm up."""
-    samples: list[tuple[float, float]] = []
-    cuda = any(x.is_cuda for x in example)
-    with torch.no_grad():
-        for number in range(rounds + 2):
-            pair = []
-            for module in (dense, left):
-                begin = time.perf_counter()
-                module(*example)
-                if cuda:
-                    torch.cuda.synchronize()
-                pair.append(time.perf_counter() - begin)
-            if number >= 2:
-                samples.append((pair[0], pair[1]))
-    return median(a for a, _ in samples), median(b for _, b in samples), median(b / a for a, b in samples)

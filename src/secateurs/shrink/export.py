@@ -31,7 +31,7 @@ def export(model: nn.Module, example: tuple[Tensor, ...], folder: str | Path, ba
     # torch.export would take a batch of one for a constant
     shown = tuple(torch.cat([x, x]) if batch and len(x) == 1 else x for x in example)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in shown) if batch else None
-    with evaluating(model), _only_errors("torch.onnx"):
+    with evaluating(model), quiet_export():
         return _export(model, shown, shapes, folder)
 
 
@@ -60,8 +60,9 @@ def _export(model: nn.Module, shown: tuple[Tensor, ...], shapes: Any, folder: Pa
 
 
 @contextmanager
-def _only_errors(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
+def quiet_export() -> Iterator[None]:
+    """Let the exporter to ONNX say nothing but errors."""
+    logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

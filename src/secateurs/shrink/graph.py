@@ -133,6 +133,14 @@ class Graph:
         return Cost([terms[name] for name in named if name in terms],
                     sum(p.numel() for name, p in named.items() if name not in terms))  # fmt: skip
 
+    def nbytes(self, model: nn.Module) -> Cost:
+        """Bytes of the module's parameters and buffers, as its file has them; what is tied counts once."""
+        terms = self._terms(model)
+        named = dict([*model.named_parameters(), *model.named_buffers()])
+        each = {name: t.element_size() for name, t in named.items()}
+        return Cost([replace(terms[name], factor=terms[name].factor * each[name]) for name in named if name in terms],
+                    sum(t.numel() * each[name] for name, t in named.items() if name not in terms))  # fmt: skip
+
     def _terms(self, model: nn.Module) -> dict[str, Term]:
         """{parameter: its size}, for those with an axis of channels."""
         sides: dict[str, list[dict[str, int]]] = {}

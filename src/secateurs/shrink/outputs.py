@@ -4,6 +4,7 @@ Outputs are tensors, or lists, tuples, dicts and dataclasses of them. N examples
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,13 @@ def tensors_of(out: Any) -> list[Tensor]:
 def only_tensors(model: nn.Module) -> Iterator[None]:
     """Let a module give the list of its outputs' tensors: torch.export does not know every class of outputs."""
     forward, own = model.forward, model.__dict__.get("forward")
-    model.forward = lambda *args, **kwargs: tensors_of(forward(*args, **kwargs))
+
+    # the exporter reads the signature
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_of(forward(*args, **kwargs))
+
+    model.forward = flat
     try:
         yield
     finally:

@@ -1,18 +1,24 @@
 """How many units each group of a live module keeps: the least estimated loss that a budget allows.
 
-A budget of time is met by measurement: sizes are tried until the time of one is near enough to what was asked.
+A budget of time is met by measurement: sizes are tried until the time of one is near enough to what was asked. One of memory is
+met by what passes with fewer units have shown, and measured.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-from secateurs.base.errors import PlanError
+from secateurs.base.errors import PlanError, nearest
 from secateurs.base.progress import Progress
 from secateurs.shrink import graph
 from secateurs.shrink.budget import Budget
 from secateurs.shrink.graph import Cost
+from secateurs.shrink.memory import Peak
 
+Bounds = Mapping[str, float | tuple[float, float]]
+"""{glob of layers: the least share of their channels that stays, or the least and the most}."""
 Counts = dict[str, int]
 Curves = dict[str, list[float]]
 """{group: the loss with 0, 1, ... units gone}, nats an example."""
@@ -34,7 +40,7 @@ class Widths:
     bound: Budget
     multiple: int
     dense: Counts
-    cost: Cost
+    cost: Cost | Peak
     whole: int
     kept_whole: dict[str, str]
     runs: Counts
@@ -45,9 +51,41 @@ class Widths:
             for name, units in self.dense.items()
         }
 
+    def limit(
+        self, layers: Mapping[str, Sequence[str]], known: Sequence[str], skip: Sequence[str], bounds: Bounds
+    ) -> None:
+        """Keep groups of layers that match a glob of `skip`, and the shares of those that match one of `bounds`.
+
+        layers: {group: the layers that make its channels}. known: all layers. Raises PlanError for a glob that matches none of
+        them, for shares that make no sense, and where no width lies between them.
+        """
+        for glob in (*skip, *bounds):
+            if not any(fnmatchcase(name, glob) for name in known):
+                raise PlanError(
+                    f"no layer is called '{glob}'{nearest(glob, known)}; write its name, or a glob such as 'head.*'"
+                )
+        for group, names in layers.items():
+            for glob, given in bounds.items():
+                if not any(fnmatchcase(name, glob) for name in names):
+                    continue
+                least, most = given if isinstance(given, tuple | list) else (given, 1.0)
+                if not 0 <= least <= most <= 1:
+                    raise PlanError(f"bounds of '{glob}' are {least:g} to {most:g}; give 0 <= least <= most <= 1")
+                units = self.dense[group]
+                low, high = math.ceil(least * units - 1e-9), math.floor(most * units + 1e-9)
+                self.steps[group] = [n for n in self.steps[group] if low <= n <= high]
+                if not self.steps[group]:
+                    raise PlanError(
+                        f"bounds of '{glob}': no width of {group} from {low} to {high} is a multiple of {self.multiple}; lower the "
+                        "multiple or widen the bounds"
+                    )
+            for glob in skip:
+                if any(fnmatchcase(name, glob) for name in names):
+                    self.keep(group, f"skip leaves {glob} alone")
+
     def keep(self, group: str, why: str) -> None:
         """Keep all units of a group."""
-        self.steps[group] = self.steps[group][:1]
+        self.steps[group] = [self.dense[group]]
         self.kept_whole[group] = why
 
     def most(self, group: str) -> int:
@@ -77,8 +115,10 @@ class Widths:
     ) -> tuple[Counts, list[dict[str, Any]]]:
         """Widths with the least estimated loss in the budget, and the ones that were timed on the way.
 
-        ratio_of: the seconds of a module of some widths over the dense module's; called for a time budget only.
+        ratio_of: the seconds, or the peak, of a module of some widths over the dense module's; called for such a budget only.
         """
+        if isinstance(self.cost, Peak):
+            return self._by_peak(curves, ratio_of)
         if not self.bound.timed:
             return self._fitting(curves, self.bound.value), []
         tried: list[dict[str, Any]] = []
@@ -105,6 +145,19 @@ class Widths:
         assert best is not None
         return best[1], tried
 
+    def _by_peak(self, curves: Curves, ratio_of: Callable[[Counts], float]) -> tuple[Counts, list[dict[str, Any]]]:
+        """Widths whose measured peak is in the budget; Peak is exact where tensors have one axis of channels."""
+        tried: list[dict[str, Any]] = []
+        aim = self.bound.value
+        for _ in range(_TRIES):
+            counts = self._fitting(curves, aim)
+            ratio = ratio_of(counts)
+            tried.append({"counts": counts, "ratio": ratio})
+            if ratio <= self.bound.value + 1e-12:
+                return counts, tried
+            aim *= self.bound.value / ratio
+        raise PlanError(f"budget {self.bound.text}: the peak stays at {ratio:.3f}x; raise the budget")
+
     def _next(self, tried: list[dict[str, Any]], low: float) -> float:
         """The size to try next: where a straight line through the two measurements nearest to the budget meets it."""
         points = sorted([(1.0, 1.0), *((t["ratio"], self.size(t["counts"])) for t in tried)])
@@ -116,7 +169,9 @@ class Widths:
 
     def _fitting(self, curves: Curves, size: float) -> Counts:
         """Repeat the step with the least loss for what it saves, until the size is at most `size`."""
-        counts = dict(self.dense)
+        if isinstance(self.cost, Peak):
+            self.cost.limit = size * self.whole
+        counts = {name: steps[0] for name, steps in self.steps.items()}
         now = self.size(counts)
         while now > size + 1e-12:
             best: tuple[float, str, int] | None = None
