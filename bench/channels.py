@@ -1,11 +1,15 @@
 """Channels of convolutions: one-shot, with and without least squares, beside Torch-Pruning at equal multiplications.
 
     .venv/bin/python bench/channels.py [--flops 0.75,0.5] [--only efficientnet|fashion]
+    .venv/bin/python bench/channels.py --latency 0.7 [--engine onnxruntime]
 
 EfficientNet-Lite0, calibrated on 256 crops of four photographs, measured on 256 crops of four others: how often the most likely
 class is the dense net's, and KL to it. A residual net trained here for 3 epochs on Fashion-MNIST, calibrated on 2,048 training
 images, accuracy on the 10,000 test images. Latency: batch 1, in turn with the dense net, median ratio. Torch-Pruning's rows need
 `pip install torch-pruning==1.6.1`, and are left out by name without it. Nothing is trained after pruning.
+
+--latency: EfficientNet-Lite0 under a budget of time, calibrated on 32 crops: what was predicted, and five measurements of what was
+made, each with sessions of its own, in turn with the dense net's.
 """
 
 import argparse
@@ -22,7 +26,7 @@ from methods import ROOT
 from torch import nn
 
 import secateurs as sc
-from secateurs.shrink.engines import measure
+from secateurs.shrink.engines import Stopwatch, measure
 from secateurs.shrink.trace import trace
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -104,15 +108,41 @@ def rows(name, model, batches, shares, score):
     return out
 
 
+def timed(share, engine):
+    """A budget of time: what was predicted, and what fresh sessions measure."""
+    dense = efficientnet_lite0.load()
+    seen = efficientnet_lite0.crops(list(efficientnet_lite0.photographs())[::2], 32, 0)
+    began = time.perf_counter()
+    small, report = sc.shrink_module(dense, [(x,) for x in seen.split(16)], f"latency={share}x", engine=engine)
+    seconds = time.perf_counter() - began
+    example = (seen[:1],)
+    again = [Stopwatch(dense, example, engine).against(small, 5.0) for _ in range(5)]
+    found = {
+        **report["latency"], "budget": share, "tried": [t["ratio"] for t in report["tried"]], "seconds": seconds,
+        "macs": report["macs"]["left"] / report["macs"]["dense"], "again": again,
+    }  # fmt: skip
+    ratios = sorted(ratio for _, _, ratio in again)
+    print(json.dumps(found))
+    print(f"predicted {found['predicted']:.3f}, measured {ratios[2]:.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]: ", end="")
+    print(f"{abs(ratios[2] / found['predicted'] - 1):.1%} apart")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", default="0.75,0.5")
     parser.add_argument("--only", choices=("efficientnet", "fashion"))
+    parser.add_argument("--latency", type=float)
+    parser.add_argument("--engine", default="onnxruntime")
     arguments = parser.parse_args()
     shares = [float(x) for x in arguments.flops.split(",")]
     torch.manual_seed(0)
     file = ROOT / "bench" / "results" / "channels.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
+    if arguments.latency:
+        found["latency"] = timed(arguments.latency, arguments.engine)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        return
     if arguments.only != "fashion":
         dense = efficientnet_lite0.load()
         names = list(efficientnet_lite0.photographs())

@@ -163,15 +163,17 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_session_computes_what_the_module_does(engine, monkeypatch):
+def test_a_session_computes_what_the_module_does(engine):
     """What is timed is the module, with all of its inputs, in as many threads as torch has here."""
     pytest.importorskip(engine)
     model, example = Named().eval(), (torch.randn(1, 1, 8, 8), torch.full((1, 1, 1, 1), 3.0))
     run = engines.ENGINES[engine][0](model, example)
     out = run()
     found = out[0]
+    # OpenVINO computes in bf16 where the CPU has it
+    close = {"rtol": 1e-4, "atol": 1e-5} if engine == "onnxruntime" else {"rtol": 0.05, "atol": 0.02}
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model(*example)["boxes"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(found), model(*example)["boxes"], **close)
 
 
 @pytest.mark.filterwarnings("ignore:.* saw little")
