@@ -1,6 +1,7 @@
 """What a smaller live module may cost: bytes, memory, time in an engine; and which layers it must leave."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -198,3 +199,23 @@ def test_latency_is_measured_in_the_engine_that_is_asked_for(monkeypatch):
     # the same widths are timed at the end
     assert report["latency"]["predicted"] == report["latency"]["ratio"]
     assert made[-1] == report["parameters"]["left"]
+
+
+class Sleeps(nn.Module):
+    def forward(self, x):
+        time.sleep(0.01)
+        return x
+
+
+@pytest.mark.parametrize(("threads", "waits"), [(1, False), (2, True)])
+def test_with_one_thread_waiting_takes_no_time(threads, waits):
+    """Whoever has the CPU in between does not count; with several threads only the clock on the wall knows them all."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        dense, left, ratio = engines.measure(Sleeps(), nn.Identity(), (X,))
+    finally:
+        torch.set_num_threads(before)
+    assert (dense >= 0.01) == waits
+    assert left < 0.01
+    assert not waits or ratio < 0.5

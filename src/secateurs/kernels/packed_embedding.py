@@ -22,6 +22,7 @@ from secateurs.kernels.fused_block import Fused, separate
 from secateurs.kernels.library import Weight, library
 from secateurs.kernels.packed_experts import dense_again
 from secateurs.kernels.packed_linear import DenseLinear, PackedLinear, put
+from secateurs.kernels.sparse_convolution import SparseConvolution
 from secateurs.matrix.grids import Grid
 
 
@@ -273,6 +274,8 @@ def make_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             made[id(module)] = module.dense()
             put(model, name, made[id(module)])
+        elif isinstance(module, SparseConvolution):
+            put(model, name, module.dense())
         elif isinstance(module, Fused):
             separate(module)
         elif type(module) is DenseLinear:

@@ -18,6 +18,7 @@ from secateurs.kernels.packed_linear import (
     linears,
     put,
 )
+from secateurs.kernels.sparse_convolution import SparseConvolution, choose_convolution
 from secateurs.model.fused import packable_experts, split_experts
 from secateurs.model.reads import READ, read_by_code
 
@@ -31,7 +32,8 @@ def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
     Face model has in one parameter are layers too, where its code bears it (secateurs.model.fused).
     Weights shared between modules (a head tied to the embeddings), computed from others (weight norm), multiplied in a fused
     kernel (nn.TransformerEncoderLayer) or read by a Hugging Face model's own code stay dense. The model is for inference from
-    then on. Raises PackError for a model that is not on the CPU.
+    then on. Convolutions stay dense but for plain 1x1 ones in fp32 of which seven eighths and more are zeros: these are multiplied
+    in CSR. Raises PackError for a model that is not on the CPU.
     """
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
@@ -56,9 +58,26 @@ def accelerate(model: nn.Module, profile: Any = None) -> list[LayerChoice]:
         elif not transposed and uses[id(weight)]:
             module.__class__ = DenseLinear
         choices.append(choice)
+    choices += _accelerate_convolutions(model, uses)
     if hasattr(getattr(model, "config", None), "model_type"):
         choices += _accelerate_experts(model, uses, profile)
     group_shared_inputs(model)
+    return choices
+
+
+def _accelerate_convolutions(model: nn.Module, uses: Counter[int]) -> list[LayerChoice]:
+    choices = []
+    for name, module in list(model.named_modules()):
+        if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            continue
+        weight: Any = module.weight
+        if weight.device.type != "cpu":
+            raise PackError(f"{name} is on {weight.device}; the kernels run on the CPU: model.cpu() first")
+        stays = {0: "its weight is computed from other parameters", 1: None}.get(uses[id(weight)], "shared weight")
+        choice = choose_convolution(name, module).but(stays)
+        if not choice.plain:
+            put(model, name, SparseConvolution(module))
+        choices.append(choice)
     return choices
 
 
