@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -14,6 +11,7 @@ import torch
 from command import fails, run
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from gridded import nearest, on_grid, save
+from in_llama_cpp import llama_cpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 
@@ -372,37 +370,6 @@ def test_a_split_that_llama_cpp_does_not_know_is_refused(tmp_path, made):
     (plain / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="Whitespace.*gpt-2, smollm"):
         export(plain, "gguf", tmp_path / "out.gguf")
-
-
-LLAMA_CPP = """
-import json, sys
-import xllamacpp
-asked = json.load(sys.stdin)
-settings = xllamacpp.CommonParams()
-settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = asked["file"], 64, 1, False
-settings.cpuparams.n_threads = 1
-server = xllamacpp.Server(settings)
-rows = []
-for prompt in asked["prompts"]:
-    # half a character would come without probabilities, which are those before the bias; 258 is "ab"
-    request = {"prompt": prompt, "n_predict": 1, "n_probs": asked["words"], "cache_prompt": False, "logit_bias": [[258, 1e3]]}
-    answer = server.handle_completions(request)
-    answer = json.loads(answer) if isinstance(answer, str) else answer
-    found = {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
-    rows.append([found[i] for i in range(asked["words"])])
-json.dump(rows, sys.stdout)
-"""
-
-
-def llama_cpp(file, prompts, words):
-    """Log-probabilities of the next token after each prompt, by llama.cpp."""
-    python = os.environ.get("XLLAMACPP_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import xllamacpp"], capture_output=True).returncode:
-        pytest.skip("no xllamacpp: pip install it in a venv of its own and give that Python as XLLAMACPP_PYTHON")
-    asked = json.dumps({"file": str(file), "prompts": prompts, "words": words})
-    done = subprocess.run([python, "-c", LLAMA_CPP], input=asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.tensor(json.loads(done.stdout))
 
 
 @pytest.mark.parametrize(("text", "off"), [(None, 3e-3), ("q4_0", 0.04), ("q8_0", 0.04)])

@@ -115,7 +115,7 @@ def _metadata(found: OnGrids) -> tuple[str, list[tuple[str, Any]]]:
         raise CheckpointError(
             f"{folder} is a {type(found.model).__name__}; to GGUF go causal language models of type {', '.join(ARCHITECTURES)}"
         )
-    arch, _ = ARCHITECTURES[kind]
+    arch, _ = _architecture(config)
     rope: dict[str, Any] = config.rope_parameters or {}
     turns = rope.get("rope_type", "default")
     other = None
@@ -129,8 +129,7 @@ def _metadata(found: OnGrids) -> tuple[str, list[tuple[str, Any]]]:
         other = "biases of its attention"
     if other:
         raise CheckpointError(f"{folder} has {other}, which llama.cpp's {arch} or this export does not know")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, width = _heads(config)
     metadata = [
         ("add_vocab_size", config.vocab_size),
         ("add_context_length", min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 1 << 62)),
@@ -153,6 +152,20 @@ def _metadata(found: OnGrids) -> tuple[str, list[tuple[str, Any]]]:
     return arch, metadata
 
 
+def _heads(config: Any) -> tuple[int, int, int]:
+    """How many heads, how many of keys and values, and the width of each."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads or heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _architecture(config: Any) -> tuple[str, bool]:
+    """A row of ARCHITECTURES. llama.cpp's qwen2 has no place for fewer heads than the hidden width is of; its llama has, and for
+    the biases too."""
+    heads, _, width = _heads(config)
+    kind = config.model_type
+    return ARCHITECTURES["llama" if kind == "qwen2" and heads * width != config.hidden_size else kind]
+
+
 def _warnings(config: Any) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
@@ -166,7 +179,7 @@ def _factors(config: Any) -> Tensor | None:
     rope = config.rope_parameters or {}
     if rope.get("rope_type") != "llama3":
         return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = _heads(config)[2]
     plain = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     turned: Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
     factors: Tensor = plain / turned
@@ -231,7 +244,7 @@ def _rounded(weight_OI: Tensor, kind: str) -> Tensor:
 def _order(config: Any, name: str, rows: int) -> Tensor | None:
     """The order of the rows of q and k: transformers turns row i of a head with row i + half, llama.cpp 2i with 2i + 1."""
     layer = name.rpartition(".")[0]
-    if not ARCHITECTURES[config.model_type][1] or not layer.endswith(("q_proj", "k_proj")):
+    if not _architecture(config)[1] or not layer.endswith(("q_proj", "k_proj")):
         return None
     heads = config.num_attention_heads if layer.endswith("q_proj") else config.num_key_value_heads
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
