@@ -27,6 +27,25 @@ COMPILED, OF_BLOCKS = "csrc/test/kernels_test.cc", "csrc/test/block_test.cc"
 
 # fmt: off
 ROWS = (
+    # -------------------------------------------------------------------------------------------------- other people's tools
+    _row(TRAIN, "train/test_peft_layers.py::test_what_was_trained_is_what_is_merged",
+         "delta: Tensor = super().get_delta_weight(adapter) * self.zero_mask",
+         "delta: Tensor = super().get_delta_weight(adapter)"),
+    _row(TRAIN, "train/test_peft_layers.py::test_what_was_trained_is_what_is_merged",
+         "delta_OI = delta.T if self.fan_in_fan_out else delta",
+         "delta_OI = delta"),
+    _row(TRAIN, "train/test_peft_layers.py::test_a_merged_adapter_and_mixed_batches_are_refused",
+         "if layer.merged:",
+         "if False:"),
+    _row(TRAIN, "train/test_peft_layers.py::test_what_cannot_be_masked_is_refused_by_name",
+         "if type(layer) not in (plain, masked):",
+         "if False:"),
+    _row(PACK, "pack/test_gguf_shapes.py::test_qwen2_of_fewer_heads_is_written_as_llama_whose_file_has_room_for_them",
+         'return ARCHITECTURES["llama" if kind == "qwen2" and heads * width != config.hidden_size else kind]',
+         "return ARCHITECTURES[kind]"),
+    _row(PACK, "pack/test_gguf_shapes.py::test_qwen2_of_fewer_heads_is_written_as_llama_whose_file_has_room_for_them",
+         'if not _architecture(config)[1] or not layer.endswith(("q_proj", "k_proj")):',
+         'if not ARCHITECTURES[config.model_type][1] or not layer.endswith(("q_proj", "k_proj")):'),
     # ------------------------------------------------------------------------------------------------------- a release
     _row("tools/wheel.py", "tools/test_wheel.py::test_a_compiler_that_is_absent_is_named",
          'package = "g++" if own else f"g++-{arch.replace(\'_\', \'-\')}-linux-gnu"',

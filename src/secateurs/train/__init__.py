@@ -9,6 +9,7 @@ from secateurs.train.held import Held, hold, take_over
 from secateurs.train.lora import Lora, lora
 from secateurs.train.lottery import Rounds, iterative
 from secateurs.train.masked import MaskedLinear, finish, sr_ste
+from secateurs.train.peft_layers import mask_peft
 from secateurs.train.pruning import SCORES, dynamic, gradual
 from secateurs.train.recover import recover
 from secateurs.train.recover_plan import RecoverPlan
@@ -33,6 +34,7 @@ __all__ = [
     "lightning_callback",
     "linear",
     "lora",
+    "mask_peft",
     "one_step",
     "recover",
     "rounds",
