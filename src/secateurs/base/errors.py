@@ -22,7 +22,19 @@ from collections.abc import Iterable
 
 
 class SecateursError(Exception):
-    """An error that a user is told in one sentence."""
+    """An error that a user is told in one sentence.
+
+    exit_code is that of the command line.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> try:
+        ...     sc.Plan(pattern="4:2")
+        ... except sc.SecateursError as error:
+        ...     print(type(error).__name__, error.exit_code)
+        PlanError 2
+    """
 
     exit_code = 1
 

@@ -23,7 +23,7 @@ def shrink(
         option(
             METHOD,
             "What may go: mlp (neurons), heads (KV heads), queries (query heads of each), experts, hidden (residual width), "
-            "layers. Default: mlp,heads,layers.",
+            "layers. Default: mlp,heads,layers, whichever the model can lose.",
         ),
     ] = None,
     criterion: Annotated[

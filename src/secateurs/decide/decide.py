@@ -43,7 +43,6 @@ from secateurs.prune.record import Report
 from secateurs.prune.run import Run
 from secateurs.quality import evaluation
 from secateurs.shrink.budget import Budget
-from secateurs.shrink.cuts import cuts_of
 from secateurs.shrink.plan import ShrinkPlan
 from secateurs.shrink.run import shrink
 
@@ -69,6 +68,17 @@ def decide(
     jobs: candidates that are made at once, in processes of their own; packing and timing come after, one by one. collect: decide
     between those that are finished, and leave out the others. Where no candidate pays, the result's `recommended` is 'dense'.
     Raises SecateursError.
+    plan: what is asked. out: the run directory. progress: called with (stage, done, total).
+
+    Example, made short; which answer it gives depends on the machine:
+
+        >>> import secateurs as sc
+        >>> floor = sc.Evaluation(windows=4, seqlen=64, gates=("ppl<=+50%",))
+        >>> short = {"prompt": 8, "new": 4, "repeats": 2, "rivals": False, "integers": False, "effort": "fast"}
+        >>> text = sc.Calibration(samples=8, seqlen=64)
+        >>> found = sc.decide(sc.DecidePlan("my-model", floor, ("0.5",), calibration=text, **short), "decision")
+        >>> found["recommended"] in ("0.5", "dense"), found["sentence"].startswith("Ship")
+        (True, True)
     """
     return _Decision(plan, Path(out).expanduser(), progress, show).complete(jobs, collect)
 
@@ -100,7 +110,6 @@ class _Decision:
         self.plan.fits(skeleton.config)
         self.dtype = DTYPES.get(skeleton.config.dtype, "fp32")
         self.share = _share(skeleton)
-        self.units = _units(skeleton)
         evaluation.check(self.plan.evaluation)
         given = self._given_profile()
         claim(self.out, self.plan.as_dict())
@@ -164,7 +173,7 @@ class _Decision:
     def _job(self, group: list[Candidate]) -> Job:
         made = []
         if group[0].kind == "shrink":
-            made.append(shrink_command(self._shrink_plan(group[0]), self._folder(self._smaller(group[0]))))
+            made.append(shrink_command(self.plan.shrink_plan(group[0]), self._folder(self._smaller(group[0]))))
         for candidate in group:
             asked = self._asked(candidate)
             if isinstance(asked, Plan):
@@ -328,7 +337,7 @@ class _Decision:
         asked, smaller = self._asked(candidate), None
         if candidate.kind == "shrink":
             folder_of_it = self._folder(self._smaller(candidate))
-            smaller = shrink(self._shrink_plan(candidate), folder_of_it, progress, self.out / "work")
+            smaller = shrink(self.plan.shrink_plan(candidate), folder_of_it, progress, self.out / "work")
         if isinstance(asked, ShrinkPlan):
             assert smaller is not None
             report, nbytes = smaller, smaller["bytes"]
@@ -363,10 +372,6 @@ class _Decision:
     def _smaller(self, candidate: Candidate) -> str:
         """The candidate of shrink that one is, or that it quantizes."""
         return candidate.text.rpartition("+")[0] if candidate.grid else candidate.text
-
-    def _shrink_plan(self, candidate: Candidate) -> ShrinkPlan:
-        found = self.plan.shrink_plan(candidate)
-        return found if candidate.units else dataclasses.replace(found, units=self.units)
 
     def _asked(self, candidate: Candidate) -> Plan | ShrinkPlan:
         """What prune or shrink is asked for."""
@@ -473,15 +478,6 @@ class _Decision:
             "recommended": best["candidate"] if best else "dense",
             "sentence": sentence(best, texts, self.rows, zeros, rivals, self.here.name, self.estimated),
         }
-
-
-def _units(skeleton: Any) -> tuple[str, ...]:
-    """The default units of shrink that can go from a model; all, of a model that shrink will refuse."""
-    try:
-        cuts = cuts_of(skeleton)
-    except PlanError:
-        return ShrinkPlan.units
-    return tuple(unit for unit in ShrinkPlan.units if not cuts.refuses(unit)) or ShrinkPlan.units
 
 
 def _share(skeleton: Any) -> float:

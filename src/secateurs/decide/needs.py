@@ -20,7 +20,7 @@ from secateurs.model.layers import EXPERTS, layers_of
 from secateurs.model.miniature import inputs, small_instance
 from secateurs.model.walk import OF_MEMORY, stream
 from secateurs.prune.plan import Plan
-from secateurs.shrink import experts, latency, refit_experts
+from secateurs.shrink import experts, latency, refit_experts, units
 from secateurs.shrink.config import flat
 from secateurs.shrink.cuts import ACTIVE, cuts_of
 from secateurs.shrink.plan import ShrinkPlan
@@ -214,8 +214,9 @@ def _of_prune(a: Anatomy, plan: Plan, tokens: int, here: _Machine) -> list[Need]
 
 
 def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> list[Need]:
+    kinds = plan.units or units.USUAL
     found = [_sensitivity(a, min(tokens, 4096), here)]
-    read = {a.consumers[kind] for kind in plan.units if kind in a.consumers}
+    read = {a.consumers[kind] for kind in kinds if kind in a.consumers}
     weights, states = a.parameters * a.itemsize, tokens * a.hidden * a.itemsize
     # OBS holds the inverse and its products in fp64 beside the Gram matrix and its factor
     held = sum(4 * inputs**2 for inputs in read) + max((28 * inputs**2 for inputs in read), default=0)
@@ -223,7 +224,7 @@ def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> lis
     memory, walk = 0, 0.0
     for block in a.blocks:
         looking = growing + _activations(a, block, min(tokens, TOKENS_PER_BATCH))
-        if "experts" in plan.units:
+        if "experts" in kinds:
             number = min((m.number for m in block.matrices if m.expert), default=0)
             # inputs of the mixture, what it gave and gives, and what is missing; and what each expert makes of some of them
             fitted = min(tokens, refit_experts.TOKENS) * a.hidden * (a.itemsize + 12)
@@ -234,19 +235,19 @@ def _of_shrink(a: Anatomy, plan: ShrinkPlan, tokens: int, here: _Machine) -> lis
     obs = a.layers * sum(here.rates.obs(inputs, inputs // 4, inputs // 4) for inputs in read)
     rough = a.layers * sum(here.rates.obs(inputs, 3 * inputs // 4, 144) for inputs in read)
     moves = here.rates.moves(weights)
-    if read or "experts" in plan.units:
+    if read or "experts" in kinds:
         found.append(Need("what units cost", memory, 2 * states, walk + rough + moves))
-    if "layers" in plan.units:
+    if "layers" in kinds:
         each = walk * 1024 / tokens / a.layers
         runs = a.layers**2 / 2 if plan.depth == "loss" else a.layers
         found.append(
             Need("what blocks cost", memory, (a.layers + 2) * 1024 * a.hidden * a.itemsize, runs * each + moves)
         )
-    if len(plan.units) > 1:
-        kinds = len([kind for kind in plan.units if kind != "layers"])
+    if len(kinds) > 1:
+        inside = len([kind for kind in kinds if kind != "layers"])
         part = min(tokens, 8192) / tokens
         found.append(
-            Need("checking the estimates", memory, weights, 2 * kinds * (2 * part * walk + rough / 2 + 3 * moves))
+            Need("checking the estimates", memory, weights, 2 * inside * (2 * part * walk + rough / 2 + 3 * moves))
         )
     found.append(Need("cutting", memory, weights + 2 * states, 2 * walk + obs + 3 * moves))
     # the dense model and the smaller one, a few blocks of each

@@ -30,6 +30,14 @@ class DecidePlan:
     profile of another machine decide, by estimates. effort, calibration: as in Plan. repeats: runs of each model, in turn.
     multiple: as in ShrinkPlan. integers: dense int8 and int4 are candidates too, whatever was named. rivals: the dense model under
     torch.compile and in llama.cpp is timed too, and must be beaten.
+    model: folder or hub id.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> plan = sc.DecidePlan("my-model", sc.Evaluation(gates=("ppl<=+5%",)), ("0.5", "2:4+int4"), budget="bytes=0.6x")
+        >>> plan.limit
+        ('bytes', 0.6)
     """
 
     model: str
@@ -64,12 +72,13 @@ class DecidePlan:
 
     @property
     def parsed(self) -> list[Candidate]:
+        """The candidates, read."""
         texts = dict.fromkeys((*(INTEGERS if self.integers else ()), *self.candidates))
         return [Candidate.parse(text) for text in texts if text != "dense"]
 
     @property
     def limit(self) -> tuple[str, float] | None:
-        """('seconds' or 'bytes', the fraction of the dense model's that it may take)."""
+        """('seconds' or 'bytes', the fraction of the dense model's that it may take). Raises PlanError for other words."""
         if self.budget is None:
             return None
         found = re.fullmatch(r"(seconds|bytes)=(0?\.\d+)x?", self.budget)
@@ -123,5 +132,6 @@ class DecidePlan:
             )
 
     def as_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found

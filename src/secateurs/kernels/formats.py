@@ -4,6 +4,14 @@ A format has both directions, and the check of what is read from files. Weights 
 with the scales of a grid (secateurs.matrix.grids). bitmask stores a bit per position and the weights that are not zero, dense all
 of them. A float is stored unless all its bits are zero, so negative zeros are stored; on a grid zeros have no sign.
 Multiplication is in dispatch.py. Shapes: O outputs, I inputs; P panels of 4 rows, J words of 64 inputs, G groups of inputs.
+
+Example:
+
+    >>> import torch, secateurs as sc
+    >>> weight_OI = torch.zeros(64, 64, dtype=torch.bfloat16).fill_diagonal_(1)
+    >>> packed = sc.formats.pack(weight_OI)
+    >>> packed.nbytes < weight_OI.nbytes, torch.equal(sc.formats.unpack(packed), weight_OI)
+    (True, True)
 """
 
 import ctypes
@@ -76,6 +84,7 @@ class Packed:
 
     @property
     def sparsity(self) -> float:
+        """The fraction of weights that is not stored."""
         return 1 - self.survivors / math.prod(self.shape)
 
     @property
@@ -240,6 +249,7 @@ def _follow(mask_PJ4: Tensor, shape: tuple[int, int], bits: int, stored: int) ->
 
 
 def unpack_bitmask(packed: Packed) -> Tensor:
+    """The matrix of a bitmask, [O, I], bit for bit."""
     outputs, inputs = packed.shape
     assert packed.mask_PJ4 is not None
     panels, words, _ = packed.mask_PJ4.shape
@@ -257,6 +267,7 @@ def pack_dense(weight_OI: Tensor) -> Packed:
 
 
 def unpack_dense(packed: Packed) -> Tensor:
+    """The matrix as it was stored, [O, I]."""
     return packed.values
 
 
@@ -366,6 +377,8 @@ def weight_of(packed: Packed) -> Weight:
 
 @dataclass(frozen=True)
 class Format:
+    """A way to store a matrix, both directions. masked: positions are stored, and zeros are not."""
+
     name: str
     about: str
     masked: bool

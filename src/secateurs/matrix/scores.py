@@ -1,6 +1,13 @@
 """How much each weight matters: (weight_OI, stats) -> score_OI, higher = keep.
 
 O outputs, I inputs. A new criterion is one function here and its name in SCORES; a row in solvers.SOLVERS makes it a method.
+
+Example: the second weight is smaller, but its input is larger.
+
+    >>> import torch, secateurs as sc
+    >>> stats = sc.Stats.of(torch.tensor([[1.0, 4.0]]))
+    >>> sc.scores.wanda(torch.tensor([[3.0, -2.0]]), stats).tolist()
+    [[3.0, 8.0]]
 """
 
 from collections.abc import Callable

@@ -4,6 +4,15 @@ O outputs, I inputs. The objective is ||X (W' - W)'||^2 plus a ridge towards the
     loss(W') = tr((W' - W) H (W' - W)'),   H = X'X + damping * mean(diag X'X) * 1
 A solver returns weights; the mask is where they are not zero. A new solver is one function and a row in SOLVERS;
 `+refit` after a solver's name adds refit() to its mask.
+
+Example: half of a matrix goes, and the rest makes up for a part of it.
+
+    >>> import torch, secateurs as sc
+    >>> weight_OI, stats = torch.randn(8, 16), sc.Stats.of(torch.randn(64, 16))
+    >>> solver = sc.solvers.find("sparsegpt")
+    >>> new_OI = solver.solve(weight_OI, stats, sc.patterns.parse("2:4"), 0.5, 0.01)
+    >>> int((new_OI == 0).sum()), sc.solvers.relative_error(weight_OI, new_OI, stats) < 0.5
+    (64, True)
 """
 
 from collections.abc import Callable

@@ -57,6 +57,15 @@ class Plan:
     part.
     allow_skips: layers that cannot take the pattern are no failure.
     evaluation: how quality is measured, and the floors it must hold.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> sc.Plan(pattern="2:4").target
+        0.5
+        >>> sc.Plan(pattern="2:4", sparsity=0.7)
+        Traceback (most recent call last):
+        secateurs.base.errors.PlanError: ...
     """
 
     model: str = ""
@@ -307,6 +316,7 @@ class Plan:
 
     @property
     def solver(self) -> solvers.Solver:
+        """The method as a row of SOLVERS, with its options."""
         return solvers.find(self.method or "")
 
     def damping_of(self, stats: Stats) -> float:
@@ -315,6 +325,7 @@ class Plan:
 
     @property
     def allocator(self) -> Allocation:
+        """The allocation as a row of ALLOCATIONS."""
         return ALLOCATIONS[self.allocation or "uniform"]
 
     @property
@@ -324,6 +335,7 @@ class Plan:
         return self.solver.needs != "weights" or self.allocator.needs == "curves" or any(asks)
 
     def as_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
@@ -344,7 +356,7 @@ class Plan:
 
     @classmethod
     def read(cls, file: Path) -> "Plan":
-        """plan.json -> Plan."""
+        """plan.json -> Plan. file: its path. Raises PlanError for one that cannot be read."""
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:

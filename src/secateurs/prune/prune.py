@@ -27,10 +27,20 @@ def prune(
 ) -> Report:
     """Prune a Hugging Face folder or hub id into the run directory `out`, or a live module in place.
 
-    A live module takes its calibration as `calibration`: token windows [N, S], or a sequence of keyword-argument
-    dicts it is called with; methods that need no inputs take none. Nothing is written and quality is not measured.
-    With a folder the whole run is done: prune, verify, evaluate, report; rerun after a kill and it goes on.
-    Raises SecateursError; QualityGateError and SkippedLayersError only from the command line, a Report tells here.
+    A live module takes its calibration as `calibration`: token windows [N, S], or a sequence of keyword-argument dicts it is
+    called with; methods that need no inputs take none. Nothing is written and quality is not measured. With a folder the whole
+    run is done: prune, verify, evaluate, report; rerun after a kill and it goes on. Raises SecateursError, PlanError for a
+    request that cannot be; QualityGateError and SkippedLayersError only from the command line, a Report tells here. model: the
+    folder, the hub id, or the module. plan: what is asked; of a folder, its `model` is filled in. out: the run directory, for a
+    folder alone. progress: called with (stage, done, total).
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> short = {"calibration": sc.Calibration(samples=8, seqlen=64), "evaluation": sc.Evaluation(windows=4, seqlen=64)}
+        >>> report = sc.prune("my-model", sc.Plan(sparsity=0.5, **short), out="half")
+        >>> report.status, report.totals["sparsity"]
+        ('complete', 0.5)
     """
     if isinstance(model, nn.Module):
         return prune_live(model, plan, calibration, progress)

@@ -73,14 +73,24 @@ class LayerRecord:
 @dataclass
 class Report:
     """A run as a whole. status: 'pruned', then 'complete'. seconds: by stage. shards: sha256 by file name.
-    tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were
-    reordered). reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole
-    model, or None. packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to
-    the model before, or None. compared: tasks, dense and pruned question by question. distance: of
-    calibration from evaluation text (texts.Distance), or None. compute: precision.described() of the model's dtype. bytes: of
-    weight files, dense and pruned; stored: what they take as `secateurs pack` stores layers on a grid. parameters: the numbers in
-    these files. budget: of bytes, what was asked of the whole model and what it came to (cost.Whole), or None. trial: what a
-    budget chose beside the best share for all layers, each tried on the model (trial.py), or None.
+    tuned: tensors besides the layers' weights that were changed (norms and biases that were tuned, biases that were reordered).
+    reconstruction: a record a block: held-out loss before and after, steps. distillation: the same of the whole model, or None.
+    packed: what `secateurs pack` chose for each layer, or None. shrunk: what `secateurs shrink` had done to the model before, or
+    None. compared: tasks, dense and pruned question by question. distance: of calibration from evaluation text (texts.Distance),
+    or None. compute: precision.described() of the model's dtype. bytes: of weight files, dense and pruned; stored: what they take
+    as `secateurs pack` stores layers on a grid. parameters: the numbers in these files. budget: of bytes, what was asked of the
+    whole model and what it came to (cost.Whole), or None. trial: what a budget chose beside the best share for all layers, each
+    tried on the model (trial.py), or None. plan, machine: as they were. layers: a record each. quality: against the dense model,
+    on `evaluation`'s text. gate: a record a floor, passed or missed. warnings: sentences. peak_memory_bytes: of this process.
+    lists: of blocks that were pruned. scales: of layers on a grid, by name; not in the file.
+
+    Example, of the run directory that prune() wrote:
+
+        >>> from pathlib import Path
+        >>> import secateurs as sc
+        >>> report = sc.Report.read(Path("half/report.json"))
+        >>> len(report.pruned), report.layers[0].name
+        (14, 'model.layers.0.self_attn.q_proj')
     """
 
     plan: dict[str, Any]
@@ -143,11 +153,13 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as report.json has it."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scales"}
         data["layers"] = [dataclasses.asdict(r) for r in self.layers]
         return {"format": FORMAT, **data, "totals": self.totals}
 
     def write(self, file: Path) -> None:
+        """Write report.json. file: its path."""
         write_json(file, self.as_dict())
 
     @classmethod

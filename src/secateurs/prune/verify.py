@@ -32,6 +32,16 @@ def verify(folder: str | Path, progress: Progress = silent) -> Report:
     nothing but pruned layers and what the report lists as tuned differs from it (where the source is still there, else a
     warning); every layer's count, pattern and grid; that no weight is NaN or infinite; that a packed model unpacks to the
     same weights.
+    folder: the run directory. progress: called with (stage, done, total).
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> sc.verify("half").totals["sparsity"]
+        0.5
+        >>> sc.verify("nowhere")
+        Traceback (most recent call last):
+        secateurs.base.errors.OutputError: ...
     """
     folder = Path(folder).expanduser()
     # plans of shrink, recover and decide

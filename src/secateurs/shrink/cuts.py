@@ -33,7 +33,7 @@ from secateurs.shrink import config as stating
 from secateurs.shrink import mixture, width
 from secateurs.shrink.instance import Instance
 from secateurs.shrink.mixture import Mixture, Otherwise
-from secateurs.shrink.units import Neurons, No, Shape, Units
+from secateurs.shrink.units import KINDS, USUAL, Neurons, No, Shape, Units
 from secateurs.shrink.width import Stream
 
 # fields that state how many experts a token is sent to
@@ -160,6 +160,17 @@ class Cuts:
                 self._known[kind] = f"its small instance cannot be cut: {stating.sentence(error)}"
         found = self._known[kind]
         return found if isinstance(found, str) else None
+
+    def usual(self) -> tuple[tuple[str, ...], list[str]]:
+        """The kinds of USUAL that can go, and a sentence for each that cannot. Raises PlanError where none can."""
+        stay = {kind: why for kind in USUAL if (why := self.refuses(kind))}
+        if len(stay) == len(USUAL):
+            others = [kind for kind in KINDS if kind not in USUAL and not self.refuses(kind)]
+            said = "; ".join(f"{kind}: {why}" for kind, why in stay.items())
+            raise PlanError(
+                f"nothing of {', '.join(USUAL)} can go: {said}; --units can name {', '.join(others) or 'no other'}"
+            )
+        return tuple(k for k in USUAL if k not in stay), [f"units {kind} stay: {why}" for kind, why in stay.items()]
 
     def _way(self, kind: str) -> _Way:
         if why := self.refuses(kind):

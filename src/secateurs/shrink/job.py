@@ -35,10 +35,11 @@ class Dense:
         # some types' skeletons are not tied, and would count the embeddings twice
         skeleton.tie_weights()
         cuts = cuts_of(skeleton)
-        sizes = sizes_of(skeleton, cuts, plan.units)
-        if "hidden" in plan.units and not cuts.refuses("hidden"):
+        kinds = plan.units or cuts.usual()[0]
+        sizes = sizes_of(skeleton, cuts, kinds)
+        if "hidden" in kinds and not cuts.refuses("hidden"):
             narrow = replace(cuts.shape, hidden=cuts.shape.hidden // 2)
-            half = sizes_of(cuts.skeleton(narrow, range(narrow.layers)), cuts, plan.units)
+            half = sizes_of(cuts.skeleton(narrow, range(narrow.layers)), cuts, kinds)
             sizes = replace(sizes, half=replace(half, dense=narrow))
         return cls(plan.model, skeleton, cuts, sizes)
 
@@ -99,7 +100,7 @@ class Dense:
 class Job:
     """A run of shrink. work: the folder of intermediate results, for a run that goes on after a kill. subject: what is measured
     of a model that is no causal language model; None for one that is. ranks: those that share the work; parts: how many there were
-    when the run was begun.
+    when the run was begun. stay: a sentence for each of the usual units that the model cannot lose.
     """
 
     plan: ShrinkPlan
@@ -109,6 +110,7 @@ class Job:
     subject: Subject | None = None
     ranks: Ranks = ALONE
     parts: int = 1
+    stay: tuple[str, ...] = ()
 
     def batches(self, windows: Tensor) -> list[Batch]:
         """Calibration windows as the batches of all ranks."""

@@ -18,16 +18,27 @@ class ShrinkPlan:
     """What to remove and until when. Raises PlanError for what cannot be.
 
     budget: 'params=0.75x', 'bytes=0.75x', 'flops=0.75x' (of a prompt) or 'latency=0.8x' of the dense model's, latency being seconds
-    of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS.
+    of the prompt and of each token after it, both; 'seconds=1.5' for a prompt of `prompt` tokens and `new` more. units: of KINDS,
+    refused where the model cannot lose them; none for those of USUAL that it can lose.
     criterion: a row of columns.CRITERIA; depth: 'loss' or 'influence', which blocks go; experts: a row of experts.CRITERIA, which
     experts go; refit: least squares on what is left. experts_per_token: to how many experts a token is sent, None for as many as
     before. multiple: MLP widths are multiples of this. All blocks get one shape, for that is all that config.json can state.
     calibration, damping, evaluation: as in Plan.
+    model: folder or hub id.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> sc.ShrinkPlan("my-model", "params=0.75x").bound.value
+        0.75
+        >>> sc.ShrinkPlan("my-model", "params=0.75x", units=("neurons",))
+        Traceback (most recent call last):
+        secateurs.base.errors.PlanError: unknown unit 'neurons'; write some of ...
     """
 
     model: str
     budget: str
-    units: tuple[str, ...] = ("mlp", "heads", "layers")
+    units: tuple[str, ...] = ()
     criterion: str = "obs"
     depth: str = "loss"
     experts: str = "loss"
@@ -46,7 +57,7 @@ class ShrinkPlan:
         if self.depth not in ("loss", "influence"):
             raise PlanError(f"unknown depth '{self.depth}'; write loss or influence")
         unknown = [u for u in self.units if u not in KINDS]
-        if unknown or not self.units:
+        if unknown:
             raise PlanError(
                 f"unknown unit '{', '.join(unknown)}'; write some of {', '.join(KINDS)}{nearest(''.join(unknown[:1]), KINDS)}"
             )
@@ -66,7 +77,9 @@ class ShrinkPlan:
 
     @property
     def bound(self) -> Budget:
+        """The budget: of what, and how much."""
         return Budget.parse(self.budget)
 
     def as_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]

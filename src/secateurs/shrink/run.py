@@ -45,11 +45,21 @@ def shrink(
     beside: Path | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
-    """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report; raises SecateursError.
+    """Begin or go on with a run: estimate losses, choose a shape, cut, measure. Returns the report. Raises SecateursError.
 
-    beside: a folder where the dense model's tasks are kept for other runs on it. say: is told, before the work begins, if no shape
-    comes near the budget; it is among the report's warnings too. A missed gate is in the report's `gate`, and raises nothing. Under
-    torchrun every process calls it, all return the same, and the first one says it.
+    beside: a folder where the dense model's tasks are kept for other runs on it. say: is told, before the work begins, if no
+    shape comes near the budget; it is among the report's warnings too. A missed gate is in the report's `gate`, and raises
+    nothing. Under torchrun every process calls it, all return the same, and the first one says it. plan: what is asked. out: the
+    run directory, whose model/ loads in transformers alone. progress: called with (stage, done, total).
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> short = {"calibration": sc.Calibration(samples=8, seqlen=64), "evaluation": sc.Evaluation(windows=4, seqlen=64)}
+        >>> report = sc.shrink(sc.ShrinkPlan("my-model", "params=0.8x", units=("mlp",), multiple=8, **short), "smaller")
+        >>> from transformers import AutoConfig
+        >>> AutoConfig.from_pretrained("smaller/model").intermediate_size < 64
+        True
     """
     with joined() as ranks:
         return _shrink(plan, Path(out).expanduser(), progress, beside, say, ranks)
@@ -65,12 +75,17 @@ def _shrink(
     _refuse(kind, plan)
     check(plan.evaluation, source, plan.calibration)
     subject = None if kind.causal else subject_of(kind, source)
-    job = Job(plan, Dense.of(plan, source.skeleton()), out / "work", progress, subject, ranks)
+    dense = Dense.of(plan, source.skeleton())
+    units, stay = (plan.units, []) if plan.units else dense.cuts.usual()
+    plan = replace(plan, units=units)
+    job = Job(plan, dense, out / "work", progress, subject, ranks, stay=tuple(stay))
     shapes.check_units(job)
     shapes.check_experts(job)
 
     def begin() -> None:
         if not (out / "plan.json").is_file():
+            for sentence in stay:
+                say(sentence)
             with ranks.all_threads():
                 shapes.refuse_too_small(job)
                 if far := shapes.coarse(job):
@@ -147,6 +162,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
             "left": left.nbytes,
         },
         "warnings": [
+            *job.stay,
             *([far] if (far := shapes.coarse(job)) else []),
             *text.warnings("calibration"),
             *uncovered(records),

@@ -25,6 +25,15 @@ def save_shrunk(model: nn.Module, report: dict[str, Any], path: str | Path) -> P
     """Write a module that shrink_module made, trained since or not. report: the one that came with it. Returns the file.
 
     Raises PlanError if the report is of something else, OutputError if the file cannot be written.
+    model: what shrink_module returned. path: the file, .safetensors.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+        >>> small, report = sc.shrink_module(net, [(torch.randn(32, 8),)], budget="params=0.5x")
+        >>> print(sc.save_shrunk(small, report, "small.safetensors"))
+        small.safetensors
     """
     cut = report.get("cut")
     if not cut or any(_tensor(model, name) is None for name in cut["axes"]):
@@ -59,6 +68,15 @@ def load_shrunk(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
 
     A module that was cut twice is loaded with a factory that loads the file of the first cut. Raises CheckpointError if the file is
     no such file, or the factory builds something else.
+    path: the file.
+
+    Example, of the file that save_shrunk() wrote above:
+
+        >>> import torch, secateurs as sc
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+        >>> sc.load_shrunk("small.safetensors", build)[0].out_features
+        24
     """
     try:
         with safe_open(path, "pt") as file:

@@ -22,6 +22,8 @@ from secateurs.model.layers import Layer
 from secateurs.shrink.config import change
 
 KINDS = ("mlp", "heads", "queries", "experts", "hidden", "layers")
+# what may go where nobody named any: those of these that the model can lose
+USUAL = ("mlp", "heads", "layers")
 # units that are columns of one matrix; units inside a block; units whose number is a field of Shape
 COLUMNS = ("mlp", "heads", "queries")
 IN_BLOCKS = (*COLUMNS, "experts")

@@ -20,6 +20,13 @@ def trainer_callback(
 
     begin: what to call instead, e.g. lambda model, optimizer: sc.train.gradual(model, optimizer, schedule); the callback's
     `pruner` is what it returned. copies: averages of the model that follow its masks (Held.follow()).
+    masks: as for hold(). Raises ImportError without transformers; when training begins, what hold() or `begin` raises.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> type(sc.train.trainer_callback()).__name__
+        'HoldZeros'
     """
     from transformers import TrainerCallback
 
@@ -40,6 +47,15 @@ def lightning_callback(masks: Mapping[str, Tensor] | None = None, begin: Begin |
 
     What Lightning's StochasticWeightAveraging and WeightAveraging keep follows the masks, and so does the model that takes it over
     at the end. Each optimizer must own all parameters that are held; with several optimizers, call hold() yourself.
+    masks: as for hold(). Raises ImportError without lightning; when training begins, what hold() or `begin` raises.
+
+    Example:
+
+        >>> import importlib.util, secateurs as sc
+        >>> schedule = sc.train.cubic(0.8, begin=100, end=1000)
+        >>> begin = lambda model, optimizer: sc.train.gradual(model, optimizer, schedule)
+        >>> if importlib.util.find_spec("lightning"):
+        ...     callback = sc.train.lightning_callback(begin=begin)
     """
     from lightning.pytorch import Callback
 

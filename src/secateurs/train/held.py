@@ -28,6 +28,18 @@ class Held:
 
     see: called once in a step, when its gradients are there and none is cleared yet; of a closure, when it was called once. after:
     called when a step is done and removed weights are 0 again.
+    parameters, masks: {name: tensor}, masks bool of the parameter's shape, True where a weight stays. optimizer: whose steps are
+    watched. hold() makes one.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> net = torch.nn.Linear(4, 1, bias=False)
+        >>> mask = torch.tensor([[True, False, True, False]])
+        >>> optimizer = torch.optim.AdamW(net.parameters())
+        >>> held = sc.train.hold(net, optimizer, masks={"weight": mask})
+        >>> held.sparsity, (net.weight != 0).tolist()
+        (0.5, [[True, False, True, False]])
     """
 
     def __init__(
@@ -126,9 +138,11 @@ class Held:
                 )
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The masks as {name: bool tensor}, for a checkpoint beside the optimizer's."""
         return self.masks
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the masks that state_dict() gave. state: these."""
         self.update(state)
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -166,7 +180,10 @@ class Held:
             self._after()
 
     def clear_gradients(self) -> None:
-        """Set gradients of removed weights to 0, as every step does; before one, for a norm of gradients that leaves them out."""
+        """Set gradients of removed weights to 0, as every step does; before one, for a norm of gradients that leaves them out.
+
+        Raises PlanError for sparse gradients.
+        """
         for name, removed in self._removed.items():
             gradient = self.parameters[name].grad
             if gradient is not None and gradient.is_sparse:
@@ -208,6 +225,23 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str,
     zeros that are computed in every pass (weight norm), for an optimizer that does not own a masked parameter that is trained, and
     for a mask of another shape. By default matrices without any weight, which is how LoRA's and other added layers begin, are not
     held.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> for weight in (net[0].weight, net[2].weight):
+        ...     weight.data[weight.abs() < weight.abs().median()] = 0
+        >>> optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        >>> held = sc.train.hold(net, optimizer)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     net(torch.randn(32, 8)).square().mean().backward()
+        ...     optimizer.step()
+        >>> held.release()
+        >>> float((net[0].weight == 0).float().mean()) >= 0.49
+        True
     """
     taken = take_over(model)
     wanted = {**_found(model, optimizer), **taken} if masks is None else dict(masks)
@@ -267,6 +301,18 @@ def take_over(model: nn.Module) -> dict[str, Tensor]:
     """Turn masks of torch.nn.utils.prune (weight_orig, weight_mask) and torch.ao.pruning (FakeSparsity) into plain zeros.
 
     Returns {parameter: mask}. The parameters are new objects afterwards.
+    model: changed in place. Raises nothing of its own; a model without such masks gives {}.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch.nn.utils import prune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = prune.l1_unstructured(net[0], "weight", amount=0.5)
+        >>> {name: int(mask.sum()) for name, mask in sc.train.take_over(net).items()}
+        {'0.weight': 8}
+        >>> [name for name, _ in net.named_parameters()]
+        ['0.bias', '0.weight']
     """
     from torch.nn.utils import prune
 

@@ -34,7 +34,27 @@ class _Masked(nn.Module):
 
 
 class Lora:
-    """The low-rank parameters of a model. Call merge() before the model is saved."""
+    """The low-rank parameters of a model. Call merge() before the model is saved.
+
+    lora() makes one. places: the modules, with the parameter's name in each; added: the parameters of all.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> for weight in (net[0].weight, net[2].weight):
+        ...     weight.data[weight.abs() < weight.abs().median()] = 0
+        >>> added = sc.train.lora(net, rank=2)
+        >>> optimizer = torch.optim.AdamW(added.parameters(), 1e-2)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     net(torch.randn(32, 8)).square().mean().backward()
+        ...     optimizer.step()
+        >>> added.merge()
+        >>> float((net[0].weight == 0).float().mean()) >= 0.49
+        True
+    """
 
     def __init__(self, model: nn.Module, places: list[tuple[nn.Module, str]], added: list[nn.Parameter]) -> None:
         self.model, self.places, self._added = model, places, added
@@ -65,6 +85,21 @@ def lora(model: nn.Module, rank: int = 16, seed: int = 0) -> Lora:
     """Add low-rank parameters to every matrix that has zeros and one owner, and freeze all else.
 
     They add 0 until they are trained. Raises PlanError for a rank below 1 and for a model without zeros.
+    model: changed in place. rank: of each product. seed: of their first values. Returns what is trained and merged.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> for weight in (net[0].weight, net[2].weight):
+        ...     weight.data[weight.abs() < weight.abs().median()] = 0
+        >>> added = sc.train.lora(net, rank=2)
+        >>> [list(p.shape) for p in added.parameters()]
+        [[16, 2], [2, 8], [2, 2], [2, 16]]
+        >>> added.merge()
+        >>> type(net[0].weight).__name__
+        'Parameter'
     """
     if rank < 1:
         raise PlanError(f"LoRA of rank {rank}; give 1 or more")

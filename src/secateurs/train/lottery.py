@@ -56,6 +56,13 @@ class Rounds:
 
     rounds: after the dense training. fraction: of the weights that are left, removed in each. rewind: a step, or 'rate'. controls:
     of CONTROLS. scope: 'global' or 'layer'. skip: parameters that stay dense.
+    seeds: of the searches, one each; their scores are averaged.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> round(sc.train.Rounds(rounds=2, fraction=0.5).sparsity(2), 3)
+        0.75
     """
 
     rounds: int = 10
@@ -96,7 +103,30 @@ def iterative(
 
     A row is one training: seed, round, sparsity, kind ('ticket', 'random', 'reinit') and score; round 0 is the dense net. The
     random control keeps as many weights of every layer as the ticket, at random places; the re-initialized one has the ticket's
-    mask and other initial weights. A killed run goes on after the last finished training. Raises PlanError, OutputError.
+    mask and other initial weights. A killed run goes on after the last finished training. Raises PlanError, OutputError. task: an
+    object with `steps`, make(seed), train(model, hold, start, stop, seed) and score(model). folder: where all of it is kept.
+    plan: None for Rounds(). progress: called with (done, total) trainings.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> class Task:
+        ...     steps = 4
+        ...     def make(self, seed):
+        ...         torch.manual_seed(seed)
+        ...         return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        ...     def train(self, model, hold, start, stop, seed):
+        ...         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        ...         hold(optimizer)
+        ...         for step in range(start, stop):
+        ...             optimizer.zero_grad()
+        ...             model(torch.ones(4, 8)).square().mean().backward()
+        ...             optimizer.step()
+        ...     def score(self, model):
+        ...         return -float(model(torch.ones(4, 8)).square().mean())
+        >>> found = sc.train.iterative(Task(), "tickets", sc.train.Rounds(rounds=1, fraction=0.5, seeds=(0,)))
+        >>> [(row["kind"], row["sparsity"]) for row in found["rows"]]
+        [('ticket', 0.0), ('ticket', 0.5), ('random', 0.5), ('reinit', 0.5)]
     """
     plan, folder = plan or Rounds(), Path(folder)
     if isinstance(plan.rewind, int) and not 0 <= plan.rewind < task.steps:

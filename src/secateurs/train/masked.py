@@ -15,7 +15,17 @@ from secateurs.train.matrices import apart, as_matrix, check_pattern, chosen, ho
 
 
 class MaskedLinear(nn.Module):
-    """y = x (W * mask)' + b. Gradients of removed weights are exactly 0; mask_OI is a buffer, so it is in the state_dict."""
+    """y = x (W * mask)' + b. Gradients of removed weights are exactly 0; mask_OI is a buffer, so it is in the state_dict.
+
+    weight_OI, mask_OI: [O, I], True stays. bias_O: [O] or None. Raises PlanError for a mask of another shape.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> layer = sc.train.MaskedLinear(torch.ones(1, 2), torch.tensor([[True, False]]))
+        >>> layer(torch.tensor([[2.0, 3.0]])).item(), layer.plain().weight.tolist()
+        (2.0, [[1.0, 0.0]])
+    """
 
     mask_OI: Tensor
 
@@ -37,6 +47,7 @@ class MaskedLinear(nn.Module):
         return cls(linear.weight, linear.weight != 0 if mask_OI is None else mask_OI, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y_TO of x_TI, by the weights that stay."""
         return F.linear(x, torch.where(self.mask_OI, self.weight, 0), self.bias)
 
     def plain(self) -> nn.Linear:
@@ -85,6 +96,17 @@ def sr_ste(
     Zhou et al. 2021, arXiv 2102.04010, eq. 9. Create the optimizer afterwards. The decay is added in every backward pass as it is:
     passes that are accumulated add it as often, and a GradScaler divides it by its scale (bf16 needs none). frozen: 'prune' prunes
     frozen matrices now, by magnitude, 'skip' leaves them dense; without it they are refused by name. Raises PlanError.
+    model: changed in place. pattern: 'N:M', N kept of M inputs in a row. skip: parameters that stay dense.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> sc.train.sr_ste(net, "2:4")
+        ['0.weight']
+        >>> sc.train.finish(net)
+        >>> (net[0].weight != 0).view(4, 2, 4).sum(2).tolist()
+        [[2, 2], [2, 2], [2, 2], [2, 2]]
     """
     parsed = patterns.parse(pattern)
     if parsed.fixed_sparsity is None:
@@ -114,6 +136,16 @@ def finish(model: nn.Module, *copies: Copy) -> None:
 
     copies: of the model, such as the average that is shipped. Those that were made after sr_ste() are finished too, by their own
     weights. Warns of one that has fewer zeros than the model.
+    model: changed in place. Raises nothing of its own.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> _ = sc.train.sr_ste(net)
+        >>> sc.train.finish(net)
+        >>> type(net[0]).__name__, float((net[0].weight == 0).float().mean())
+        ('Linear', 0.5)
     """
     found = _finish(model)
     for copy in copies:

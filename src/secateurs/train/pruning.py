@@ -148,6 +148,21 @@ def gradual(
     parameters that stay dense. seed: of random scores. frozen: 'prune' prunes frozen matrices now, each by magnitude to the
     schedule's last sparsity, and keeps their zeros; 'skip' leaves them dense; without it they are refused by name. held.release()
     ends it. Raises PlanError.
+    model: any; its Linear, Conv and fused experts' matrices. optimizer: of the model's parameters. schedule: sparsity by step.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        >>> pruner = sc.train.gradual(net, optimizer, sc.train.cubic(0.75, begin=2, end=8, every=2))
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     net(torch.randn(32, 8)).square().mean().backward()
+        ...     optimizer.step()
+        >>> pruner.held.sparsity
+        0.75
     """
     if score not in SCORES:
         raise PlanError(f"unknown score '{score}'; write {', '.join(SCORES)}")
@@ -252,9 +267,24 @@ def dynamic(
 
     Layers get Erdos-Renyi-Kernel densities. Every `every` steps before step `until` (three quarters of training is usual) a share
     fraction / 2 (1 + cos(pi step / until)) of a layer's connections moves. grow: 'gradient' is RigL (Evci et al. 2019, arXiv
-    1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). A checkpoint's weights and optimizer
-    state may be loaded before this or after. frozen: 'prune' prunes frozen matrices now, each by magnitude to its density, and
-    keeps their zeros; 'skip' leaves them dense; without it they are refused by name. held.release() ends it. Raises PlanError.
+    1911.11134), 'random' is SET (Mocanu et al. 2017, arXiv 1707.04780). A checkpoint's weights and optimizer state may be loaded
+    before this or after. frozen: 'prune' prunes frozen matrices now, each by magnitude to its density, and keeps their zeros;
+    'skip' leaves them dense; without it they are refused by name. held.release() ends it. Raises PlanError. model, optimizer: as
+    for gradual(). sparsity: the fraction of zeros over all matrices. seed: of the first masks and of random growth.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        >>> pruner = sc.train.dynamic(net, optimizer, sparsity=0.5, until=8, every=2)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     net(torch.randn(32, 8)).square().mean().backward()
+        ...     optimizer.step()
+        >>> pruner.held.sparsity
+        0.5
     """
     if grow not in ("gradient", "random"):
         raise PlanError(f"unknown grow '{grow}'; write gradient (RigL) or random (SET)")

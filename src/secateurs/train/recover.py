@@ -49,10 +49,19 @@ from secateurs.train.recover_plan import DTYPES, TRAINED, RecoverPlan
 # tensors that are made in inference mode could not be trained
 @torch.inference_mode(False)
 def recover(plan: RecoverPlan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """Begin or go on with a run: train, check the zeros, measure. Returns the report; raises SecateursError.
+    """Begin or go on with a run: train, check the zeros, measure. Returns the report. Raises SecateursError.
 
     Under torchrun every process calls it, and only the first returns a report with the quality in it. A missed gate is in the
     report's `gate`, and raises nothing.
+    plan: what is asked. out: the run directory. progress: called with (stage, done, total).
+
+    Example, of the run directory that prune() wrote:
+
+        >>> import secateurs as sc
+        >>> short = {"calibration": sc.Calibration(samples=8, seqlen=64), "evaluation": sc.Evaluation(windows=4, seqlen=64)}
+        >>> report = sc.train.recover(sc.train.RecoverPlan("half", steps=2, batch=2, **short), "recovered")
+        >>> report["status"]
+        'complete'
     """
     run = _Run(plan, Path(out).expanduser(), progress)
     with joined() as ranks:

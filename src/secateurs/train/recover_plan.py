@@ -33,6 +33,16 @@ class RecoverPlan:
     steps, of `batch` windows each. train: of TRAINED. rank: LoRA's. kl, hidden, labels: weights of the loss; labels None is 0
     with a teacher, 1 without. rate: None is that of TRAINED. dtype: of the computation, bf16 or fp32, None is the model's own.
     checkpointing: blocks are computed again on the way back, for less memory. evaluation: as in Plan.
+    temperature: by which both models' logits are divided before they are compared.
+
+    Example:
+
+        >>> import secateurs as sc
+        >>> sc.train.RecoverPlan("half", steps=100).batch
+        4
+        >>> sc.train.RecoverPlan("half", train="heads")
+        Traceback (most recent call last):
+        secateurs.base.errors.PlanError: ...
     """
 
     model: str
@@ -76,4 +86,5 @@ class RecoverPlan:
                 raise PlanError(f"{name} {value:g} is below 0")
 
     def as_dict(self) -> dict[str, Any]:
+        """The plan as plan.json has it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
