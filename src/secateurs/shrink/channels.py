@@ -79,8 +79,8 @@ def shrink_module(
     same as zeros, and what became of batch norms.
     Raises PlanError if the module computes a weight from other parameters (weight norm, masks of torch.nn.utils.prune), cannot be
     exported by torch.export, has no units or cannot meet the budget; LayerError if a Gram matrix does not factor.
-    model: in evaluation mode. damping: ridge, in units of the Gram matrix's mean diagonal. seed: of the timed inputs and of the units
-    that are tried. progress: called with (stage, done, total).
+    model: in evaluation mode. damping: ridge, in units of the Gram matrix's mean diagonal. seed: of the timed inputs and of the
+    units that are tried. progress: called with (stage, done, total).
 
     Example:
 
