@@ -1671,7 +1671,7 @@ ROWS = (
     _row(SHRINK, "shrink/test_channel_proof.py::test_attention_is_shown_without_dropout",
          "args = tuple(0.0 if i == _DROPOUTS.get(func) else x for i, x in enumerate(args))",
          "pass"),
-    _row(SHRINK, "shrink/test_channel_proof.py::test_the_module_is_copied_a_few_times_whatever_is_tried",
+    _row(SHRINK, "shrink/test_passes.py::test_buffers_are_undone_as_well",
          "module._buffers[name] = held.copy_(was)",
          "module._buffers[name] = held"),
     _row(SHRINK, "shrink/test_passes.py::test_what_a_pass_keeps_is_forgotten_whatever_happened",

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ SHARE = 0.7
 _ZEROS, _ONNX = 1e-6, 1e-3
 
 
-def tried(name: str, peer: bool) -> dict[str, Any]:
-    """The results of one network."""
+def tried(name: str, peer: bool) -> Iterator[dict[str, Any]]:
+    """The result of one network, and then the peer's."""
     began = time.perf_counter()
     make, shape = vision_zoo_list.networks()[name]
     torch.manual_seed(0)
@@ -65,9 +65,9 @@ def tried(name: str, peer: bool) -> dict[str, Any]:
     except sc.SecateursError as error:
         result |= {"result": "refused", "note": str(error)}
     result["seconds"] = time.perf_counter() - began
+    yield result
     if peer:
-        result["peer"] = of_peer(make, model, x)
-    return result
+        yield of_peer(make, model, x)
 
 
 def _apart(model: nn.Module) -> nn.Module:
@@ -234,7 +234,8 @@ def _child(pipe: Any, name: str, peer: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        pipe.send(tried(name, peer))
+        for found in tried(name, peer):
+            pipe.send(found)
     except Exception as error:
         pipe.send({"result": "failed", "note": f"{type(error).__name__}: {error}"})
 
@@ -245,10 +246,15 @@ def _apart_from(name: str, peer: bool, seconds: float) -> dict[str, Any]:
     process.start()
     theirs.close()
     try:
-        if ours.poll(seconds):
-            found: dict[str, Any] = ours.recv()
-            return found
-        return {"result": "failed", "note": f"not done in {seconds:.0f} s"}
+        if not ours.poll(seconds):
+            return {"result": "failed", "note": f"not done in {seconds:.0f} s"}
+        found: dict[str, Any] = ours.recv()
+        if peer and found["result"] != "failed":
+            found["peer"] = {"result": "fails", "note": f"not done in {seconds:.0f} s"}
+            with contextlib.suppress(EOFError):
+                if ours.poll(seconds):
+                    found["peer"] = ours.recv()
+        return found
     except EOFError:
         return {"result": "failed", "note": "its process ended"}
     finally:
@@ -308,7 +314,7 @@ def main() -> int:
     parser.add_argument("--only", help="names, separated by commas; writes no page")
     parser.add_argument("--peer", action="store_true", help="the same with Torch-Pruning 1.6.1")
     parser.add_argument("--again", action="store_true", help="forget what is in build/vision_zoo.json")
-    parser.add_argument("--seconds", type=float, default=240.0, help="for one network, default 240")
+    parser.add_argument("--seconds", type=float, default=240.0, help="for one network, and for the peer's, default 240")
     given = parser.parse_args()
     names = list(vision_zoo_list.networks())
     if given.only:

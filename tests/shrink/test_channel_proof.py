@@ -130,11 +130,9 @@ def test_the_module_is_copied_a_few_times_whatever_is_tried(monkeypatch):
         return whole(value, memo)
 
     monkeypatch.setattr(copy, "deepcopy", counted)
-    mean = model[1].running_mean.clone()
     assert [g.name for g in prove(model, found, (x,)).groups] == ["0"]
     copies = seen.count(nn.Sequential)
     assert 3 <= copies <= 8, copies
-    assert torch.equal(model[1].running_mean, mean)
 
 
 class Dropping(nn.Module):
