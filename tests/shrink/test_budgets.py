@@ -10,7 +10,9 @@ from torch import nn
 from secateurs import save_shrunk, shrink_module
 from secateurs.base.errors import PlanError
 from secateurs.shrink import engines
+from secateurs.shrink.budget import LIVE, Budget
 from secateurs.shrink.memory import Peak, moments, peak
+from secateurs.shrink.widths import Widths
 
 
 class Chain(nn.Module):
@@ -68,6 +70,18 @@ def test_the_peak_of_other_widths_is_what_they_measure():
     assert found.saved(dense, "b", [30, 32]) == [PLACE * (4 + 2), 0.0]
     assert found.saved(dense, "c", [14]) == [PLACE * 2]
     assert found.saved(dense, "a", [4]) == [0.0]
+
+
+def test_only_what_lies_in_a_moment_above_the_budget_is_cut():
+    """Units of a cost nothing here, and their going would not lower the peak: 48 channels are allowed, and only b makes more."""
+    dense = {"a": 8, "b": 32, "c": 16}
+    found = Peak.of(Chain(), (X,), dense, lambda counts: cut(Chain(), counts))
+    bound = Budget.parse("memory=0.75x", tuple(LIVE))
+    widths = Widths(bound, 1, dense, found, found.at(dense), {}, dict.fromkeys(dense, 1))
+    curves = {"a": [0.0] * 8, "b": [float(n) for n in range(32)], "c": [float(n) for n in range(16)]}
+    counts, tried = widths.choose(curves, lambda counts: found.at(counts) / found.at(dense), lambda *_: None)
+    assert counts == {"a": 8, "b": 24, "c": 16}
+    assert [t["ratio"] for t in tried] == [0.75]
 
 
 @pytest.mark.filterwarnings("ignore:.* saw little")
