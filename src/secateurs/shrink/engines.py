@@ -1,5 +1,6 @@
 """Times live modules in the engine that will run them: torch here, or a session of ONNX Runtime or OpenVINO on the CPU."""
 
+import copy
 import importlib.util
 import tempfile
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.base.errors import PlanError
-from secateurs.model.blocks import evaluating
+from secateurs.model.blocks import device_of, evaluating
 from secateurs.shrink.export import quiet_export
 from secateurs.shrink.outputs import Inputs, only_tensors
 
@@ -36,7 +37,9 @@ def _in_torch(module: nn.Module, example: Inputs) -> Runner:
 
 def _onnx(module: nn.Module, example: Inputs, file: Path) -> None:
     """Write a module for inputs of exactly this size."""
-    module, shown = module.cpu(), tuple(x.cpu() for x in example)
+    # the caller's stays where it is
+    module = module if device_of(module).type == "cpu" else copy.deepcopy(module).cpu()
+    shown = tuple(x.cpu() for x in example)
     try:
         with evaluating(module), only_tensors(module), torch.no_grad(), quiet_export():
             torch.onnx.export(module, shown, file, dynamo=True, external_data=False, verbose=False)
