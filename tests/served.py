@@ -22,11 +22,13 @@ def python() -> str | None:
     return os.environ.get(PYTHON) or None
 
 
-def tokens(jobs: list) -> list:
-    """The new tokens of each of PROMPTS for each (folder, arguments), or what was raised, as a string."""
+def tokens(jobs: list, plugin: bool = True) -> list:
+    """The new tokens of each of PROMPTS for each (folder, arguments), or what was raised, as a string. plugin: whether vLLM loads ours."""
+    # the names of those that are loaded; not set, all are
+    plugins = {} if plugin else {"VLLM_PLUGINS": ""}
     found = subprocess.run(
         [python(), __file__, json.dumps([[str(folder), arguments] for folder, arguments in jobs])],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plugins},
         capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
     lines = [line.removeprefix("FOUND ") for line in found.stdout.splitlines() if line.startswith("FOUND ")]
@@ -42,7 +44,7 @@ def _main() -> None:
     kept = []
     for folder, arguments in json.loads(sys.argv[1]):
         try:
-            llm = LLM(model=folder, max_model_len=64, disable_log_stats=True, dtype="float32", **arguments)
+            llm = LLM(model=folder, max_model_len=64, disable_log_stats=True, **{"dtype": "float32", **arguments})
             kept.append(llm)
             made = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
             found = [list(each.outputs[0].token_ids) for each in made]

@@ -46,6 +46,9 @@ ROWS = (
     _row(PACK, "pack/test_gguf_shapes.py::test_qwen2_of_fewer_heads_is_written_as_llama_whose_file_has_room_for_them",
          'if not _architecture(config)[1] or not layer.endswith(("q_proj", "k_proj")):',
          'if not ARCHITECTURES[config.model_type][1] or not layer.endswith(("q_proj", "k_proj")):'),
+    _row(SHRINK, "shrink/test_shrink.py::test_heads_that_vllm_has_no_place_for_are_a_warning",
+         "if config.model_type not in _HEADS_BY_WIDTH or not width or heads * width == config.hidden_size:",
+         "if not width or heads * width == config.hidden_size:"),
     # ------------------------------------------------------------------------------------------------------- a release
     _row("tools/wheel.py", "tools/test_wheel.py::test_a_compiler_that_is_absent_is_named",
          'package = "g++" if own else f"g++-{arch.replace(\'_\', \'-\')}-linux-gnu"',

@@ -23,9 +23,9 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
 EAGER = {"enforce_eager": True}
 
 
-def wanted(folder):
+def wanted(folder, dtype=torch.float32):
     """The tokens of transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     found = []
     for prompt in served.PROMPTS:
         ids = torch.tensor([prompt])

@@ -467,3 +467,19 @@ def test_cut_blocks_attend_as_the_others_do(tmp_path, llama, words, monkeypatch)
     monkeypatch.setattr(units, "tell", watched)
     shrink(plan(llama, words, units=("mlp",), eval_windows=0), tmp_path / "run")
     assert seen == {Checkpoint(llama).skeleton().config._attn_implementation} != {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "units", "said"), [("qwen2", "heads", 16), ("qwen2", "mlp", None), ("llama", "heads", None)]
+)
+def test_heads_that_vllm_has_no_place_for_are_a_warning(model_type, units, said, tmp_path, words):
+    """Two heads of 8 are left of four, of a model that is 32 wide."""
+    source = tiny.save(tmp_path / "dense", model_type)
+    report = shrink(plan(source, words, "params=0.9x", units=(units,)), tmp_path / "run")
+    found = [warning for warning in report["warnings"] if "vLLM" in warning]
+    assert len(found) == (said is not None)
+    if said:
+        assert (
+            f"this qwen2: it takes a head to be hidden_size / num_attention_heads = {said} wide, and these are 8"
+            in found[0]
+        )

@@ -9,6 +9,9 @@ from typing import Any
 
 Raw = dict[str, Any]
 
+# vLLM 0.32 reads no head_dim of these (seen in its code; qwen2 was run)
+_HEADS_BY_WIDTH = ("qwen2", "qwen2_moe", "olmoe", "stablelm", "granitemoe")
+
 
 def fields_with(config: Any, value: int | None) -> list[str]:
     """The fields that hold a number, or a list of it alone; for None those that hold nothing."""
@@ -86,6 +89,18 @@ def _as_written(raw: Raw, config: Any, name: str) -> str:
     """The name that a file uses for a field: its own, or another one that transformers takes for it."""
     others = [other for other, field in (config.attribute_map or {}).items() if field == name and other in raw]
     return others[0] if others and name not in raw else name
+
+
+def not_in_vllm(config: Any) -> list[str]:
+    """A sentence on heads that vLLM has no place for, if the config has such."""
+    heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "head_dim", None)
+    if config.model_type not in _HEADS_BY_WIDTH or not width or heads * width == config.hidden_size:
+        return []
+    return [
+        f"vLLM (0.32) would not load this {config.model_type}: it takes a head to be hidden_size / num_attention_heads = "
+        f"{config.hidden_size / heads:g} wide, and these are {width}; if it is to serve the model, keep heads and hidden width "
+        "(--units mlp,layers)"
+    ]
 
 
 def sentence(error: Exception) -> str:

@@ -30,6 +30,7 @@ from secateurs.quality.evaluation import check, measured, texts_apart
 from secateurs.quality.kinds import Kind, kind_of
 from secateurs.quality.outputs import subject_of
 from secateurs.shrink import cutting, estimates, latency, shapes
+from secateurs.shrink.config import not_in_vllm
 from secateurs.shrink.cut_experts import uncovered
 from secateurs.shrink.job import Dense, Job
 from secateurs.shrink.plan import ShrinkPlan
@@ -166,6 +167,7 @@ def _made(job: Job, source: checkpoint.Checkpoint, out: Path, beside: Path | Non
             *([far] if (far := shapes.coarse(job)) else []),
             *text.warnings("calibration"),
             *uncovered(records),
+            *not_in_vllm(left.skeleton().config),
             *([] if job.subject or job.new else [_UNTIMED]),
         ],
         "distance": None,
