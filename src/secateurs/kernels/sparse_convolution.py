@@ -81,7 +81,7 @@ def choose_convolution(name: str, conv: Any) -> LayerChoice:
     if any(k != 1 for k in conv.kernel_size) or any(s != 1 for s in conv.stride) or conv.groups != 1:
         size = "x".join(map(str, conv.kernel_size))
         return stays(
-            f"a {size} convolution of stride {conv.stride[0]} and {conv.groups} groups: only plain 1x1 ones have a kernel"
+            f"a {size} convolution of stride {conv.stride[0]} and {conv.groups} groups: zeros pay in plain 1x1 ones only"
         )
     if conv.padding not in ("same", "valid") and any(conv.padding):
         return stays("a 1x1 convolution with padding has no kernel")
