@@ -25,6 +25,20 @@ def mask_peft(model: nn.Module) -> list[str]:
 
     Raises PlanError for a model without LoRA layers on weights with zeros, and for LoRA that cannot be masked: of embeddings, of
     convolutions and of parameters that have zeros, and DoRA and other variants.
+    model: what PEFT made.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> _ = net[0].weight.data.mul_(torch.rand(16, 16) > 0.5)
+        >>> zeros = net[0].weight == 0
+        >>> model = get_peft_model(net, LoraConfig(target_modules=["0"], init_lora_weights=False))
+        >>> sc.train.mask_peft(model)
+        ['base_model.model.0']
+        >>> bool((model.merge_and_unload()[0].weight[zeros] == 0).all())
+        True
     """
     try:
         from peft.tuners.lora import LoraLayer

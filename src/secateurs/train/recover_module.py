@@ -52,17 +52,27 @@ def recover_module(
 ) -> dict[str, Any]:
     """Train a module in place until `steps` steps are done, towards what its teacher gives, and return what was done.
 
-    teacher: the dense module, which stays as it is; the loss is the distance of outputs (secateurs.shrink.outputs.distance: KL of
-    logits [N, classes], |out - teacher's|^2 / |teacher's|^2 of others). loss: loss(module, batch) -> scalar, added to that
-    distance; alone if the teacher is None. loader: gives batches and can be iterated again, such as a DataLoader. inputs:
-    inputs(batch) -> the module's arguments; by default a batch is a tuple of them. rate: of AdamW at its highest, after 1/20 of
-    the steps.
+    model: what shrink_module cut, or any module with zeros. teacher: the dense module, which stays as it is; the loss is the distance
+    of outputs (secateurs.shrink.outputs.distance: KL of logits [N, classes], |out - teacher's|^2 / |teacher's|^2 of others). loss:
+    loss(module, batch) -> scalar, added to that distance; alone if the teacher is None. loader: gives batches and can be iterated
+    again, such as a DataLoader. inputs: inputs(batch) -> the module's arguments; by default a batch is a tuple of them. rate: of
+    AdamW at its highest, after 1/20 of the steps.
 
     ema: the weights at the end are an average over steps, of decay min(ema, (1 + n) / (10 + n)) after n steps; 0: the last ones.
     mixed_precision: no, bf16 or fp16, by accelerate. Zeros of the module's matrices, and masks of torch.nn.utils.prune, are held.
     file: where the state is written every `every` steps; a training of the same settings goes on from there. Modules keep their
-    modes. Raises PlanError for settings that make no sense or a loss that is no number, CheckpointError for a file of another
-    training.
+    modes. seed: of the order of steps that draw numbers. progress: called with (stage, done, total). Raises PlanError for settings
+    that make no sense or a loss that is no number, CheckpointError for a file of another training.
+
+    Example:
+
+        >>> import torch, secateurs as sc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+        >>> batches = [(torch.randn(32, 8),) for _ in range(4)]
+        >>> small, _ = sc.shrink_module(net, batches, budget="params=0.5x")
+        >>> told = sc.recover_module(small, net, batches, steps=40, rate=3e-3)
+        >>> told["loss"]["last"] < told["loss"]["first"]
+        True
     """
     if mixed_precision not in _PRECISIONS:
         raise PlanError(f"mixed_precision '{mixed_precision}'; write {', '.join(_PRECISIONS)}")
