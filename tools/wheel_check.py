@@ -72,6 +72,7 @@ def integers(text: str) -> int:
 
 
 def main() -> None:
+    torch.manual_seed(0)
     installed = Path(sys.argv[1]).resolve()
     for found in (Path(sc.__file__), Path(library()._name)):
         assert found.resolve().is_relative_to(installed), f"{found} is not of the wheel in {installed}"
