@@ -52,11 +52,11 @@ def recover_module(
 ) -> dict[str, Any]:
     """Train a module in place until `steps` steps are done, towards what its teacher gives, and return what was done.
 
-    model: what shrink_module cut, or any module with zeros. teacher: the dense module, which stays as it is; the loss is the distance
-    of outputs (secateurs.shrink.outputs.distance: KL of logits [N, classes], |out - teacher's|^2 / |teacher's|^2 of others). loss:
-    loss(module, batch) -> scalar, added to that distance; alone if the teacher is None. loader: gives batches and can be iterated
-    again, such as a DataLoader. inputs: inputs(batch) -> the module's arguments; by default a batch is a tuple of them. rate: of
-    AdamW at its highest, after 1/20 of the steps.
+    model: what shrink_module cut, or any module with zeros. teacher: the dense module, which stays as it is: the loss is the
+    distance of outputs (secateurs.shrink.outputs.distance: KL of logits [N, classes], |out - teacher's|^2 / |teacher's|^2 of
+    others). loss: loss(module, batch) -> scalar, added to that distance; alone if the teacher is None. loader: gives batches and
+    can be iterated again, such as a DataLoader. inputs: inputs(batch) -> the module's arguments; by default a batch is a tuple of
+    them. rate: of AdamW at its highest, after 1/20 of the steps.
 
     ema: the weights at the end are an average over steps, of decay min(ema, (1 + n) / (10 + n)) after n steps; 0: the last ones.
     mixed_precision: no, bf16 or fp16, by accelerate. Zeros of the module's matrices, and masks of torch.nn.utils.prune, are held.
