@@ -1,6 +1,7 @@
 """A live module to fewer channels, under a budget."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from secateurs import save_shrunk, shrink_module
 from secateurs.base.errors import OutputError, PlanError
 from secateurs.shrink import engines, graph
 from secateurs.shrink.export import export
+from secateurs.shrink.spread import Seen, Spread
 from secateurs.shrink.trace import trace
 
 
@@ -237,7 +239,17 @@ def test_eight_images_are_enough_to_start_and_are_said_to_be_few():
         blind, _ = shrink_module(model, [(few,)], "params=0.7x", "magnitude", refit=False, multiple=2)
     assert set(report["little_data"]) == {"read.weight", "out.weight"}
     assert "saw 8 examples, 1152 places worth about" in report["little_data"]["read.weight"]
+    assert not any(said.endswith(" 0% of their correlations is noise") for said in report["little_data"].values())
     assert distance(model, small, others) < 0.3 * distance(model, blind, others)
+
+
+def test_noise_that_rounds_to_nothing_is_not_warned_of(monkeypatch):
+    seen = Seen(images=64, places=4096, worth=2000.0, numbers=576, share=0.0049)
+    monkeypatch.setattr(Spread, "shrink", lambda self, *_: seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, report = shrink_module(Smooth().eval(), [(smooth(8),)], "params=0.7x", multiple=2)
+    assert report["little_data"] == {}
 
 
 def test_a_time_budget_is_met_by_measurement(net, monkeypatch):

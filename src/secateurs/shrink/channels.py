@@ -38,6 +38,8 @@ from secateurs.shrink.widths import Bounds, Counts, Curves, Widths
 _CLOSE = 1e-2
 # seconds for which a shape and the dense module take turns, where the budget is one of time
 _TIMED = 2.0
+# noise that is said: what rounds to 1% or more of a layer's correlations
+_NOISE = 0.005
 
 
 # gradients are needed on the way, and the copy is to have parameters that train
@@ -130,10 +132,12 @@ def shrink_module(
             widths.keep(group.name, "the loss does not change with it")
     widths.refuse_too_small()
     curves = _curves(consumers, widths)
-    few = {name: str(seen) for name, seen in consumers.seen.items() if seen.share}
+    few = {name: str(seen) for name, seen in consumers.seen.items() if seen.share >= _NOISE}
     if few:
         name, said = max(few.items(), key=lambda item: consumers.seen[item[0]].share)
-        warnings.warn(f"{len(few)} of {len(consumers.seen)} layers saw little: {name} {said}", stacklevel=2)
+        warnings.warn(
+            f"{len(few)} of {len(consumers.seen)} layers saw little: {name} {said}; give more inputs", stacklevel=2
+        )
 
     watch = Stopwatch(dense, example, engine)
     most = peak(dense, example)
