@@ -1518,6 +1518,8 @@ ROWS = (
          "if unseen:",
          "if unseen and not reader.units:"),
     # -------------------------------------------------------------------------------------------------------------- shrink
+    _row(DECIDE, "decide/test_beside_rivals.py::test_a_rival_that_misses_the_floor_stands_in_nobody_s_way",
+         'if seconds["value"] < 1', 'if seconds["value"] < 2'),
     _row(DECIDE, "decide/test_needs.py::test_gram_matrices_take_more_while_they_grow",
          'growing = round(held * _GROWING / 8) if kind == "gram" else held',
          "growing = held"),

@@ -101,6 +101,12 @@ def test_a_rival_that_misses_the_floor_stands_in_nobody_s_way(known):
     said = sentence(measured, {"0.5": Candidate.parse("0.5")}, [measured], "", found, "a machine", False)
     assert said.startswith("Ship 0.5: a request takes 0.80x the time")
     assert said.endswith(beside_rivals.sentence(ours, found))
+    # what pays by its bytes alone says so first
+    as_slow = {**measured, "seconds_ratio": {"value": 1.04, "low": 1.02, "high": 1.06}}
+    said = sentence(as_slow, {"0.5": Candidate.parse("0.5")}, [as_slow], "", found, "a machine", True)
+    assert said.startswith(
+        "Ship 0.5: the weights take 0.50x the bytes; a request is no faster, 1.04x the time (by estimate"
+    )
 
 
 def test_what_is_faster_by_noise_pays_only_by_its_bytes():

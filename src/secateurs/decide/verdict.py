@@ -65,7 +65,10 @@ def sentence(
     passed = ", ".join(g["gate"] for g in best["gate"])
     more = " ".join(told for told in (beside_rivals.sentence(best, rivals), zeros) if told)
     dense = "dense " if candidates[best["candidate"]].plain else ""
-    return (
-        f"Ship {dense}{best['candidate']}: a request takes {time} and the weights {best['bytes_ratio']:.2f}x the bytes ({how}), "
-        f"and it passes {passed}.{lost}{f' {more}' if more else ''}"
+    nbytes = f"{best['bytes_ratio']:.2f}x the bytes"
+    gains = (
+        f"a request takes {time} and the weights {nbytes} ({how})"
+        if seconds["value"] < 1
+        else f"the weights take {nbytes}; a request is no faster, {time} ({how})"
     )
+    return f"Ship {dense}{best['candidate']}: {gains}, and it passes {passed}.{lost}{f' {more}' if more else ''}"
