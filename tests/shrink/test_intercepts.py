@@ -34,7 +34,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("tokens", [5, 7])
 def test_a_batch_norm_over_tokens_takes_no_intercept(tokens):
     model, x = Tokens(tokens).eval(), torch.randn(100, tokens, 6)
-    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7)
+    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7, recalibrated=False)
     assert [(r["group"], r["after"]) for r in report["groups"]] == [("first", 8)]
     assert torch.equal(small.norm.running_mean, model.norm.running_mean)
     got = torch.cat([small.read.weight, small.read.bias[:, None]], 1)
@@ -57,7 +57,7 @@ class Twice(nn.Module):
 
 def test_a_batch_norm_behind_one_call_of_two_takes_no_intercept():
     model, x = Twice().eval(), torch.randn(400, 6)
-    small, _ = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7)
+    small, _ = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7, recalibrated=False)
     assert torch.equal(small.norm.running_mean, model.norm.running_mean)
     got = torch.cat([small.read.weight, small.read.bias[:, None]], 1)
     torch.testing.assert_close(got, refit_of(small, model, "first", "read", x), rtol=1e-3, atol=1e-3)
@@ -115,7 +115,7 @@ def called(model, x):
 ])  # fmt: skip
 def test_a_layer_that_adds_no_bias_of_its_own_is_refit_without(call, read):
     model, x = Reads(call, read).eval(), torch.randn(400, 6)
-    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7)
+    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7, recalibrated=False)
     assert [(r["group"], r["after"]) for r in report["groups"]] == [("first", 8)]
     assert [n for n, _ in small.named_parameters()] == [n for n, _ in model.named_parameters()]
     for name in ("read.bias", "other.bias"):
@@ -130,7 +130,7 @@ def test_a_layer_that_adds_no_bias_of_its_own_is_refit_without(call, read):
 @pytest.mark.parametrize("read", [without, with_bias])
 def test_a_layer_that_is_called_as_it_is_has_an_intercept(read):
     model, x = Reads(called, read).eval(), torch.randn(400, 6)
-    small, _ = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7)
+    small, _ = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7, recalibrated=False)
     got = torch.cat([small.read.weight, small.read.bias[:, None]], 1)
     torch.testing.assert_close(got, refit_of(small, model, "first", "read", x), rtol=1e-3, atol=1e-3)
 
@@ -151,6 +151,6 @@ class OneBias(nn.Module):
 
 def test_a_bias_of_two_layers_takes_the_intercept_of_neither():
     model, x = OneBias().eval(), torch.randn(400, 6)
-    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7)
+    small, report = shrink_module(model, [(x,)], "params=0.8x", multiple=8, damping=1e-7, recalibrated=False)
     assert [(r["group"], r["after"]) for r in report["groups"]] == [("first", 8)]
     assert torch.equal(small.bias, model.bias)

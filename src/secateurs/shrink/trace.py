@@ -50,10 +50,10 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
         walk.visit(program)
         if not model.training and walk.unused(program):
             # proof.py shows what this adds, and what it misses where train mode is not exported
-            twin = copy.deepcopy(model).train()
-            with suppress(Exception), only_tensors(twin):
-                program = torch.export.export(twin, example, strict=False)
-                walk.visit(program)
+            with suppress(Exception):
+                twin = copy.deepcopy(model).train()
+                with only_tensors(twin):
+                    walk.visit(torch.export.export(twin, example, strict=False))
         return walk.finish()
 
 

@@ -238,22 +238,18 @@ class _Training:
 
 @contextmanager
 def _accelerated(mixed_precision: str, device: torch.device) -> Iterator[Any]:
-    """An Accelerator of a precision. It is a singleton: one that was not there before is gone afterwards."""
+    """An Accelerator of a precision. What it shares with others of this process, which may have another, is put aside meanwhile."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    fresh = not AcceleratorState._shared_state
+    shared: Any = AcceleratorState._shared_state
+    before = dict(shared)
+    shared.clear()
     try:
         yield Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False)
-    except ValueError as error:
-        if fresh or "mixed_precision" not in str(error):
-            raise
-        raise PlanError(
-            f"accelerate runs in this process with another precision than mixed_precision='{mixed_precision}'; give that one"
-        ) from None
     finally:
-        if fresh:
-            AcceleratorState._reset_state()
+        shared.clear()
+        shared.update(before)
 
 
 def _seed(seed: int, name: str) -> None:
