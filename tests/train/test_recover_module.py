@@ -138,6 +138,23 @@ def test_precision_is_accelerate_s(data):
     assert model[0].weight.dtype is torch.float32
 
 
+def test_what_a_user_s_own_accelerator_was_told_stays(data):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    x, _ = data
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._shared_state.clear()
+    try:
+        own = Accelerator(mixed_precision="bf16", cpu=True)
+        recover_module(net(), net().eval(), [(x,)], 1)
+        assert own.state.mixed_precision == "bf16"
+        assert Accelerator().mixed_precision == "bf16"
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+
+
 def test_a_user_s_loss_trains_alone_or_beside_the_teacher(data):
     x, _ = data
     targets = x[:, :3].argmax(1)
