@@ -16,6 +16,7 @@ import gridded
 import pytest
 import torch
 from plans import asked
+from real_data import data
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import secateurs as sc
@@ -23,15 +24,7 @@ from secateurs.pack.folder import pack
 from secateurs.train.matrices import prunable
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
-
-
-def data(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    return path
 
 
 def needs(module, package):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plans import asked
+from real_data import data
 
 import secateurs as sc
 from secateurs.model.checkpoint import Checkpoint
@@ -14,16 +15,8 @@ from secateurs.prune import permute
 from secateurs.quality import texts
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
 # a test may prune a model six times, on cores that others use too
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
-
-
-def data(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def whole_of(plan: Plan, model: nn.Module) -> Whole | None:
     if plan.budgeted is None or plan.budgeted[0] != "bytes":
         return None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    layers = [y for name in blocks_of(model)[0] for y in layers_at(model, name) if left_dense(y, plan) is None]
+    layers = _pruned(model, plan)
     dense = sum(_dense_bytes(layer) for layer in layers)
     rest = float(weights - dense)
     for found in on_grid_outside(model, plan):
@@ -126,6 +126,11 @@ def whole_of(plan: Plan, model: nn.Module) -> Whole | None:
             "(--max-sparsity)"
         )
     return Whole(asked, weights, dense, rest) if layers else None
+
+
+def _pruned(model: nn.Module, plan: Plan) -> list[Layer]:
+    """The layers of its blocks that do not stay dense."""
+    return [y for name in blocks_of(model)[0] for y in layers_at(model, name) if left_dense(y, plan) is None]
 
 
 def _dense_bytes(layer: Layer) -> int:
@@ -147,7 +152,7 @@ def check_reachable(plan: Plan, model: nn.Module, cost: Cost) -> None:
     if plan.budgeted is None or plan.budgeted[0] == "bytes":
         return
     counted, amount = plan.budgeted
-    layers = [y for name in blocks_of(model)[0] for y in layers_at(model, name) if left_dense(y, plan) is None]
+    layers = _pruned(model, plan)
     dense = sum(
         math.prod(y.shape) if counted == "bits" else cost(y.shape, y.parameter.dtype, 0.0, None) for y in layers
     )
