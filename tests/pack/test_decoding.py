@@ -68,6 +68,8 @@ def test_one_call_gives_what_the_blocks_own_forward_gives(model_type):
     fused, plain = half_packed(model_type)
     assert any(isinstance(m, PackedLinear) for m in fused.modules())
     (found, cache), (wanted, other) = decoded(fused), decoded(plain)
+    kinds = {type(part).__bases__[0] for part in fused.modules() if isinstance(part, Fused)}
+    assert kinds == {FusedAttention if model_type in ("mixtral", "qwen3_moe") else FusedBlock}
     # two of Gemma 3's blocks have a window
     assert all_taken(fused) == ([10, 14, 10] if model_type == "gemma3_text" else [14] * len(fused.model.layers))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
